@@ -1,0 +1,131 @@
+"""Bi-directional logits difference losses: DBiLD (paper, section 3.2) and BiLD (arXiv 2406.13555).
+
+Both compare the pairwise differences among a leader's top k logits, once with the teacher as leader and once with the
+student. They differ in k only: DBiLD takes each row's knee, BiLD a fixed number.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from switchkd.pairs import pair_kl
+from switchkd.signals import DenseSignal, TeacherSignal, lead_of_rows, top_of_rows
+
+Divergence = Literal["reverse_kl", "forward_kl"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def dbild_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TeacherSignal,
+    *,
+    temperature: float = 3.0,
+    divergence: Divergence = "reverse_kl",
+    window: int | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Dynamic bi-directional logits difference loss, eqs. 7-15: L_t + L_s.
+
+    Teacher-led: the teacher's logits up to its knee and the student's at the same ids; student-led: the other way round. Each
+    turns into the softmax over all pairwise differences / temperature, and the two are compared by `divergence`. The selection
+    carries no gradient, the gathered student logits do. No temperature² factor (BiLD's code has none; the paper shows none).
+
+    Args:
+        student_logits: [T, N], float; half precisions are raised to float32.
+        teacher_logits: [T, N], or a `TeacherSignal` over the same T positions and N rows. Receives no gradient.
+        temperature: τ of eq. 13.
+        divergence: "reverse_kl" is KL(student ‖ teacher) (the paper's D_RKL), "forward_kl" KL(teacher ‖ student).
+        window: see `kneedle`; None is the paper.
+        reduction: "mean" over positions (0 with a graph if T = 0), "sum", or "none".
+
+    Returns:
+        Nats: a scalar, or [T] with reduction "none".
+
+    Raises:
+        ValueError: shapes disagree, an unknown divergence or reduction, or a temperature that is not positive.
+    """
+    student, teacher = _prepare(student_logits, teacher_logits, temperature, divergence)
+    teacher_led = teacher.lead(window)
+    student_led = lead_of_rows(student, window)
+    per_position = _both_branches(student, teacher, teacher_led, student_led, temperature, divergence)
+    return reduce_positions(per_position, reduction)
+
+
+def bild_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TeacherSignal,
+    *,
+    top_k: int = 8,
+    temperature: float = 3.0,
+    divergence: Divergence = "forward_kl",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Bi-directional logits difference loss with a fixed k (BiLD, arXiv 2406.13555, section 3; the paper's Table 4).
+
+    Args:
+        top_k: how many of the leader's logits are paired; at least 2, at most N (or the cached K).
+
+    Other arguments, result and errors: see `dbild_loss`.
+    """
+    student, teacher = _prepare(student_logits, teacher_logits, temperature, divergence)
+    if not 2 <= top_k <= teacher.vocab_rows:
+        raise ValueError(f"top_k must lie between 2 and the {teacher.vocab_rows} vocabulary rows, got {top_k}")
+    k = torch.full((len(student),), top_k, device=student.device)
+    teacher_led, student_led = (teacher.top(top_k), k), (top_of_rows(student, top_k), k)
+    per_position = _both_branches(student, teacher, teacher_led, student_led, temperature, divergence)
+    return reduce_positions(per_position, reduction)
+
+
+def reduce_positions(per_position: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce [T] by "mean" (0 if T = 0), "sum" or "none". Raises ValueError for another word."""
+    if reduction == "none":
+        return per_position
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    total = per_position.sum()
+    return total / max(len(per_position), 1) if reduction == "mean" else total
+
+
+def as_signal(student_logits: Tensor, teacher: Tensor | TeacherSignal) -> TeacherSignal:
+    """Wrap plain teacher logits and check that both sides speak of the same T positions and N rows (else ValueError)."""
+    signal: TeacherSignal = DenseSignal(teacher) if isinstance(teacher, Tensor) else teacher
+    expected, found = tuple(student_logits.shape), (len(signal), signal.vocab_rows)
+    if expected != found:
+        raise ValueError(f"student logits are {expected} (positions, rows) but the teacher speaks of {found}")
+    return signal
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Raise half precisions to float32, leave float64 alone."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _prepare(
+    student_logits: Tensor, teacher: Tensor | TeacherSignal, temperature: float, divergence: str
+) -> tuple[Tensor, TeacherSignal]:
+    if divergence not in ("reverse_kl", "forward_kl"):
+        raise ValueError(f"divergence must be 'reverse_kl' or 'forward_kl', got {divergence!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return at_least_float32(student_logits), as_signal(student_logits, teacher)
+
+
+def _both_branches(
+    student: Tensor,
+    teacher: TeacherSignal,
+    teacher_led: tuple[Tensor, Tensor],
+    student_led: tuple[Tensor, Tensor],
+    temperature: float,
+    divergence: str,
+) -> Tensor:
+    """L_t + L_s of eq. 7 for every position, [T]."""
+    teacher_rows = teacher.rows().to(student.dtype)
+    total = student.new_zeros(len(student))
+    for ids, k in (teacher_led, student_led):
+        keep = torch.arange(ids.shape[-1], device=ids.device) < k.unsqueeze(-1)  # [T, k_max]
+        of_student = student.gather(-1, ids) / temperature
+        of_teacher = teacher_rows.gather(-1, ids) / temperature
+        pair = (of_student, of_teacher) if divergence == "reverse_kl" else (of_teacher, of_student)
+        total = total + pair_kl(*pair, keep)
+    return total
