@@ -1,0 +1,7 @@
+"""The teacher store: what a teacher said about every supervised position of a data file, on disk. Format: README.md."""
+
+from switchkd.stores.manifest import Manifest
+from switchkd.stores.reader import StoredSample, TeacherStore
+from switchkd.stores.writer import PartArrays, StoreWriter
+
+__all__ = ["Manifest", "PartArrays", "StoreWriter", "StoredSample", "TeacherStore"]

@@ -1,0 +1,86 @@
+"""`switchkd cache-teacher`: stage one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from switchkd.cli.common import PATH, config_option, default_device, lines_of, quiet_libraries
+
+
+@click.command("cache-teacher")
+@config_option
+@click.option("--teacher", type=PATH, required=True, help="Checkpoint folder of the teacher (a Llava).")
+@click.option("--data", type=PATH, required=True, help="LLaVA-style JSON or JSON Lines.")
+@click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
+@click.option("--out", type=PATH, required=True, help="The store, NAME.zarr; an unfinished one is continued.")
+@click.option(
+    "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
+)
+@click.option("--k", type=click.IntRange(2), default=128, show_default=True, help="Logits kept per position.")
+@click.option(
+    "--step",
+    type=click.FloatRange(0, min_open=True),
+    default=1 / 32,
+    show_default=True,
+    help="Quantisation step of a logit; its error is at most half of it.",
+)
+@click.option(
+    "--part-size",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Samples per part, the unit of work and resume.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Samples per forward pass.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    default=2048,
+    show_default=True,
+    help="Longer samples are skipped, in tokens with image tokens.",
+)
+@click.option(
+    "--max-image-pixels",
+    type=click.IntRange(1),
+    default=1 << 26,
+    show_default=True,
+    help="Larger images are skipped undecoded.",
+)
+@click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What the teacher runs in; auto is the checkpoint's own.",
+)
+@click.option(
+    "--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read and decode images."
+)
+@click.option(
+    "--shard", metavar="I/N", help="Write parts I, I+N, …; else Slurm's array variables, then RANK and WORLD_SIZE."
+)
+@click.option(
+    "--strict", is_flag=True, help="Stop at the first sample that cannot be used instead of recording a skip."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
+def command(shard: str | None, device: str | None, out: Path, **options: Any) -> None:
+    """Store what a teacher says about every supervised position of a data file.
+
+    Run it again to continue after an interruption, or on several machines at once; a part that is there is never written
+    twice.
+    """
+    from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
+    from switchkd.pipelines.sharding import resolve_shard
+
+    quiet_libraries()
+    which, source = resolve_shard(shard, os.environ)
+    click.echo(f"worker {which[0]} of {which[1]} (from {source})", err=True)
+    done = cache_teacher(CacheOptions(shard=which, device=device or default_device(), out=out, **options))
+    click.echo(
+        f"{done.store}: {done.parts_written} parts written, {done.parts_already_there} were there, "
+        f"{done.parts_missing} left to other workers\n"
+        f"cached now: {done.samples:,} samples, {done.positions:,} positions; skipped: {lines_of(done.skipped)}"
+    )

@@ -1,0 +1,66 @@
+"""What several commands share: types of options, the configuration file, quiet libraries."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--config FILE.yaml`: its keys are option names; the command line wins over the file, the file over defaults."""
+    return click.option(
+        "--config",
+        type=PATH,
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="YAML file with options of this command by name; the command line wins.",
+    )(command)
+
+
+def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise click.BadParameter(f"{path} should hold options by name, found {type(content).__name__}")
+    content = {str(name).replace("-", "_"): value for name, value in content.items()}
+    known = {str(parameter.name) for parameter in ctx.command.params} | {"trainer"}
+    if unknown := sorted(content.keys() - known):
+        raise click.BadParameter(f"{path} has unknown options {', '.join(unknown)}")
+    ctx.obj = {"trainer": content.pop("trainer", {})}
+    ctx.default_map = content
+
+
+def quiet_libraries() -> None:
+    """Print our own log lines to standard error, and keep the libraries' progress bars out of them."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("switchkd")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+
+
+def default_device() -> str:
+    """Return "cuda" where there is one, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def lines_of(counts: dict[str, int]) -> str:
+    """Return counts as words: "3 image_missing, 1 too_long", or "none"."""
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "none"

@@ -1,0 +1,89 @@
+"""The command line: parse, call a pipeline, print. Commands are imported only when they are used, so help is instant."""
+
+import importlib
+import signal
+from typing import Any, NoReturn
+
+import click
+
+import switchkd
+from switchkd.errors import SwitchKDError
+
+# name → (module of switchkd.cli, short help)
+COMMANDS = {
+    "cache-teacher": ("cache_teacher", "Store what a teacher says about every supervised position."),
+    "train": ("train", "Train a student from a teacher store."),
+    "eval": ("evaluate", "Score a model on a data file."),
+    "store": ("store", "Look at a teacher store."),
+    "demo": ("demo", "See the whole method work on easy-VQA, on a laptop."),
+}
+INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
+
+
+class Failure(click.ClickException):
+    """An error as the user sees it; ends with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Commands(click.Group):
+    """The group of all commands; turns every expected error into a message and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order in which a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import one command."""
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"switchkd.cli.{COMMANDS[name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; see `Failure`."""
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except SwitchKDError as error:
+            raise Failure(_message(error), error.exit_code) from error
+        except KeyboardInterrupt:
+            raise Failure("interrupted; run the same command again to go on where it stopped", INTERRUPTED) from None
+        except OSError as error:
+            raise Failure(f"{error}; what was finished is safe, run the same command again to go on", 1) from error
+        except RuntimeError as error:
+            raise Failure(_out_of_memory(error), 1) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(switchkd.__version__, prog_name="switchkd")
+def main() -> None:
+    """Distil a small vision-language model from a large one with Switch-KD, paying for the large one once.
+
+    First `cache-teacher` on an inference node, then `train` on a training node; `demo` shows both on this machine.
+    """
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _message(error: SwitchKDError) -> str:
+    """Return the error's own words; a DataLoader worker wraps them in its traceback."""
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip() if "Original Traceback" in text else text
+
+
+def _out_of_memory(error: RuntimeError) -> str:
+    """Return advice if the device's memory ran out; any other RuntimeError is a bug of ours and keeps its traceback."""
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return f"out of memory: lower --batch-size ({str(error).splitlines()[0]})"
+    raise error

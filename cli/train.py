@@ -1,0 +1,89 @@
+"""`switchkd train`: stage two."""
+
+from typing import Any
+
+import click
+
+from switchkd.cli.common import PATH, config_option, lines_of, quiet_libraries
+
+
+@click.command("train")
+@config_option
+@click.option("--teacher", type=PATH, help="Checkpoint folder of the teacher; its vision tower is not read.")
+@click.option("--student", type=PATH, required=True, help="Checkpoint folder of the student (a Llava).")
+@click.option("--data", type=PATH, required=True, help="The data file that was cached.")
+@click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
+@click.option("--cache", type=PATH, help="A teacher store, or a folder of stores: the one that fits is taken.")
+@click.option("--output", type=PATH, required=True, help="The run: checkpoints, options, losses, the trained student.")
+@click.option(
+    "--objective",
+    type=click.Choice(["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl"]),
+    default="dbild-rkl",
+    show_default=True,
+    help="What Align and VSD measure; sft is CE alone.",
+)
+@click.option("--switch/--no-switch", default=True, show_default=True, help="Train the visual-switch pathway (VSD).")
+@click.option("--align-weight", type=float, default=1.0, show_default=True, help="λ1.")
+@click.option("--vsd-weight", type=float, default=1.0, show_default=True, help="λ2.")
+@click.option("--temperature", type=float, help="τ.  [default: 3 for (d)bild, 1 for fkl and rkl]")
+@click.option(
+    "--window", type=click.IntRange(2), help="Look for DBiLD's knee among this many leading logits.  [default: all]"
+)
+@click.option(
+    "--tail",
+    type=click.Choice(["uniform", "floor"]),
+    default="uniform",
+    show_default=True,
+    help="Teacher logits that the store does not hold: the tail's mass spread evenly, or the smallest cached logit.",
+)
+@click.option("--template", help="Conversation template.  [default: the store's]")
+@click.option("--max-length", type=click.IntRange(2), help="In tokens with image tokens.  [default: the store's]")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps; overrides --epochs.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Samples per device and forward pass."
+)
+@click.option(
+    "--accumulation", type=click.IntRange(1), default=1, show_default=True, help="Forward passes per optimizer step."
+)
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=2e-5, show_default=True, help="Peak learning rate."
+)
+@click.option("--warmup", type=click.FloatRange(0, 1), default=0.03, show_default=True, help="Share of the steps.")
+@click.option("--schedule", default="cosine", show_default=True, help="A scheduler of transformers.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option("--grad-clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="bfloat16: autocast over float32 weights.",
+)
+@click.option(
+    "--teacher-dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--seed", type=int, default=42, show_default=True)
+@click.option("--log-every", type=click.IntRange(1), default=10, show_default=True, help="In steps.")
+@click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="In steps.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="DataLoader processes.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
+@click.pass_context
+def command(ctx: click.Context, **options: Any) -> None:
+    """Train a student with CE + λ1·Align + λ2·VSD from a teacher store.
+
+    Align reads the store; VSD sends the student's visual features through the teacher's projector and LLM. Run it again to
+    continue after an interruption. Under torchrun it trains on all devices. A config file may hold `trainer:`, further
+    arguments of transformers' TrainingArguments.
+    """
+    quiet_libraries()
+    from switchkd.pipelines.config import TrainOptions
+    from switchkd.pipelines.train import train
+
+    trainer = ctx.obj["trainer"] if ctx.obj else {}
+    done = train(TrainOptions(trainer=trainer, **options))
+    losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in done.losses.items())
+    click.echo(
+        f"{done.output}: {'was already trained for' if done.already_finished else 'trained for'} {done.steps} steps on "
+        f"{done.samples:,} samples; skipped: {lines_of(done.skipped)}\nlast losses: {losses}"
+    )

@@ -1,0 +1,182 @@
+"""Judge a model on a data file: greedy decoding, exact-match accuracy by question type, predictions kept."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from switchkd.encoding import SampleEncoder, pad_id_of
+from switchkd.fingerprints import hash_json, hash_weights
+from switchkd.pipelines import config
+from switchkd.pipelines.progress import Progress
+from switchkd.samples import BadSample, Sample, SampleFile
+from switchkd.templates import Template, load_template
+from switchkd.vlm import load_model, open_checkpoint
+
+PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What `switchkd eval` was asked for; fields are its options."""
+
+    model: Path
+    data: Path
+    output: Path
+    images: Path | None = None
+    template: str = "qwen2_base"
+    max_new_tokens: int = 32
+    max_length: int = 2048
+    batch_size: int = 64
+    device: str = "cpu"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Exact-match accuracy; every assistant turn of the data file is one question."""
+
+    accuracy: float  # share of all questions asked, 0 … 1
+    by_type: dict[str, float]
+    questions: int
+    skipped: dict[str, int]  # samples that could not be asked, by reason; not part of the accuracy
+    predictions: Path
+
+
+def evaluate(options: EvalOptions) -> Scores:
+    """Answer every question of a data file and score the answers; an interrupted run goes on where it stopped.
+
+    A question is one turn, asked after the data file's own earlier turns. An answer is right if it equals the data file's
+    after both are lower-cased, stripped of surrounding space and a final full stop, and inner space is made single.
+
+    Raises:
+        InputError: something given cannot be used, or `output` holds predictions of another model or data file.
+    """
+    checkpoint = open_checkpoint(options.model, options.trust_remote_code)
+    samples = SampleFile(options.data)
+    template = load_template(options.template)
+    encoder = SampleEncoder(checkpoint, template, options.images, options.max_length)
+    identity = {"weights": hash_json(hash_weights(checkpoint.path)), "data_sha256": samples.fingerprint}
+    config.record(options.output, config.plain(options) | identity)
+
+    path = options.output / PREDICTIONS
+    done = _read_predictions(path)
+    asked = [(s, turn) for s in samples for turn in range(len(s.turns)) if (s.index, turn) not in done]
+    # Questions of similar length share a batch, so that little is padded.
+    asked.sort(key=lambda question: (question[0].image is None, len(question[0].turns[question[1]][0])))
+    skipped = Counter(s.status.label for s in samples if s.status)
+    if asked:
+        model = load_model(checkpoint, dtype=options.dtype).to(options.device)
+        answerer = _Answerer(model, encoder, template, options)
+        with path.open("a", encoding="utf-8") as file, Progress("answering", len(asked), "questions") as progress:
+            for start in range(0, len(asked), options.batch_size):
+                batch = asked[start : start + options.batch_size]
+                for (sample, turn), prediction in answerer.answer(batch):
+                    done[sample.index, turn] = line = _line(sample, turn, prediction)
+                    file.write(json.dumps(line) + "\n")
+                file.flush()
+                progress.advance(len(batch))
+    scores = _score(list(done.values()), skipped, path)
+    config.write_whole(options.output / SCORES, json.dumps(config.plain(scores), indent=1))
+    return scores
+
+
+def normalise(text: str) -> str:
+    """Return an answer in the form in which answers are compared."""
+    return " ".join(text.lower().split()).removesuffix(".").rstrip()
+
+
+class _Answerer:
+    """Greedy decoding of batches."""
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, encoder: SampleEncoder, template: Template, options: EvalOptions
+    ) -> None:
+        self.model, self.encoder, self.options = model, encoder, options
+        self.tokenizer = encoder.tokenizer
+        self.pad_id = pad_id_of(self.tokenizer)
+        self.stop_ids = _stop_ids(template, self.tokenizer)
+
+    @torch.inference_mode()
+    def answer(self, questions: list[tuple[Sample, int]]) -> list[tuple[tuple[Sample, int], str | BadSample]]:
+        """Return each question with its answer, or with why it could not be asked."""
+        results: list[tuple[tuple[Sample, int], str | BadSample]] = []
+        prompts = []
+        for question in questions:
+            try:
+                prompts.append((question, *self.encoder.encode_prompt(*question)))
+            except BadSample as bad:
+                results.append((question, bad))
+        if not prompts:
+            return results
+        length = max(len(ids) for _, ids, _ in prompts)
+        input_ids = torch.full((len(prompts), length), self.pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (_, ids, _) in enumerate(prompts):  # padded on the left: generation goes on at the right
+            input_ids[row, length - len(ids) :] = torch.from_numpy(ids).long()
+            attention_mask[row, length - len(ids) :] = 1
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        pixels = [p for _, _, p in prompts if p is not None]
+        if pixels:
+            inputs["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
+        generated = self.model.generate(
+            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+            do_sample=False,
+            max_new_tokens=self.options.max_new_tokens,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.pad_id,
+        )
+        for (question, _, _), ids in zip(prompts, generated[:, length:].tolist(), strict=True):
+            cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+            results.append((question, self.tokenizer.decode(ids[:cut], skip_special_tokens=True).strip()))
+        return results
+
+
+def _stop_ids(template: Template, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end token, and what the template puts after the text."""
+    end = template.answer.split("{text}")[-1].replace("{eos}", tokenizer.eos_token or "")
+    ids = tokenizer.encode(end, add_special_tokens=False) if end else []
+    return sorted({*ids[:1], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def _line(sample: Sample, turn: int, prediction: str | BadSample) -> dict[str, Any]:
+    question, answer = sample.turns[turn]
+    line = {"row": sample.index, "turn": turn, "id": sample.id, "question_type": sample.question_type}
+    line |= {"question": question, "answer": answer}
+    if isinstance(prediction, BadSample):
+        return line | {"skipped": prediction.status.label}
+    return line | {"prediction": prediction, "correct": normalise(prediction) == normalise(answer)}
+
+
+def _read_predictions(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """Read what an earlier run answered; a last line that was cut short is dropped from the file."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    if not path.is_file():
+        return found
+    whole = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+            found[line["row"], line["turn"]] = line
+        except (ValueError, KeyError):
+            continue
+        whole.append(text + "\n")
+    config.write_whole(path, "".join(whole))
+    return found
+
+
+def _score(lines: list[dict[str, Any]], skipped: Counter[str], path: Path) -> Scores:
+    answered = [line for line in lines if "correct" in line]
+    skipped = skipped + Counter(line["skipped"] for line in lines if "skipped" in line)
+    types = sorted({line["question_type"] for line in answered})
+    by_type = {kind: _share([line for line in answered if line["question_type"] == kind]) for kind in types if kind}
+    return Scores(_share(answered), by_type, len(answered), dict(skipped), path)
+
+
+def _share(lines: list[dict[str, Any]]) -> float:
+    return sum(line["correct"] for line in lines) / len(lines) if lines else 0.0

@@ -1,0 +1,70 @@
+"""A progress bar with rate and ETA for long work; plain lines where the output is not a terminal."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+PLAIN_SECONDS = 10.0  # between two lines of a log file
+
+
+class Progress:
+    """Progress over `total` things named `unit`, of which `done` were done before.
+
+    `advance(n, positions=p)` also counts positions for the rate; a `note` prints a line at once.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self._before = done
+        self.positions = 0
+        self._start = self._last_line = time.monotonic()
+        console = Console(file=sys.stderr)
+        self._bar = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+            )
+            self._bar = RichProgress(*columns, TimeRemainingColumn(), console=console)
+            self._task = self._bar.add_task(title, total=total, rate="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.done and kind is None:
+            self._line()
+
+    def advance(self, count: int, positions: int = 0, note: str = "") -> None:
+        """Count `count` more things, and the positions they held."""
+        self.done += count
+        self.positions += positions
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rate=self._rate())
+        if note or (self._bar is None and time.monotonic() - self._last_line > PLAIN_SECONDS):
+            self._line(note)
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rate = f"{(self.done - self._before) / seconds:,.1f} {self.unit}/s"
+        return rate + (f", {self.positions / seconds:,.0f} positions/s" if self.positions else "")
+
+    def _line(self, note: str = "") -> None:
+        self._last_line = time.monotonic()
+        elapsed, done = self._last_line - self._start, self.done - self._before
+        left = elapsed / done * (self.total - self.done) if done else 0.0
+        counts = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self._rate()}, {left:,.0f} s left"
+        print(counts + (f", {note}" if note else ""), file=sys.stderr)

@@ -1,0 +1,249 @@
+"""Stage two: train a student on a data file with CE + λ1·Align + λ2·VSD, Align from a teacher store, VSD live."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from switchkd.encoding import SampleEncoder, pad_id_of
+from switchkd.errors import ConfigError
+from switchkd.fingerprints import hash_image_processor, hash_tokenizer
+from switchkd.objective import Objective
+from switchkd.pipelines import config
+from switchkd.pipelines.config import TrainOptions
+from switchkd.pipelines.progress import Progress
+from switchkd.pipelines.resume_state import last_checkpoint
+from switchkd.pipelines.trainer import SwitchTrainer
+from switchkd.pipelines.training_data import Collator, TrainingSamples
+from switchkd.samples import SampleFile
+from switchkd.stores import TeacherStore
+from switchkd.stores.reader import pick_store
+from switchkd.templates import Template, load_template, template_from_dict
+from switchkd.vlm import (
+    Checkpoint,
+    freeze,
+    freeze_unused_vision,
+    load_model,
+    open_checkpoint,
+    require_fit,
+    teacher_identity,
+)
+
+SUMMARY = "summary.json"  # written last; a run that has it is finished
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a run did."""
+
+    output: Path
+    steps: int
+    samples: int  # usable
+    skipped: dict[str, int]  # by reason
+    losses: dict[str, float]  # mean over the last logged interval, nats per position
+    already_finished: bool
+
+
+def train(options: TrainOptions) -> TrainSummary:
+    """Train a student, or go on with an interrupted run; returns at once if the run is finished.
+
+    Raises:
+        InputError: something given cannot be used, or store, teacher, student and data do not fit; before the first step.
+        StoreMismatch: during the run, a sample that is not the one that was cached.
+        RunError: the loss is not finite.
+    """
+    objective = options.as_objective()
+    if (options.output / SUMMARY).is_file():
+        config.record(options.output, config.plain(options))
+        return _finished(options)
+    student = open_checkpoint(options.student, options.trust_remote_code)
+    teacher = _open_teacher(options, objective, student)
+    store = _open_store(options, objective, teacher, student)
+    encoder = SampleEncoder(student, _template(options, store), options.images, _max_length(options, store))
+    samples = TrainingSamples(SampleFile(options.data), encoder, store)
+    if store is not None and store.manifest.data != samples.samples.fingerprint:
+        samples.require_same_texts()
+    arguments = _training_arguments(options)
+    resume = last_checkpoint(options.output)
+    config.record(options.output, config.plain(options))
+
+    model = load_model(student, dtype="float32")
+    unused = freeze_unused_vision(model)
+    switch_teacher = _load_teacher(teacher, options) if objective.switch and teacher is not None else None
+    _report(options, samples, model, unused, resume)
+    trainer = SwitchTrainer(
+        objective=objective,
+        teacher=switch_teacher,
+        vocab_rows=student.vocab_rows if store is None else store.manifest.vocab_rows,
+        tail=options.tail,
+        model=model,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=Collator(pad_id_of(student.tokenizer)),
+        processing_class=_Processors(student),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Report())
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return _finish(options, trainer, samples)
+
+
+def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoint) -> Checkpoint | None:
+    if not objective.needs_teacher:
+        return None
+    if options.teacher is None:
+        if objective.switch:
+            raise ConfigError("the switch pathway runs the teacher's projector and LLM: pass --teacher, or --no-switch")
+        return None
+    teacher = open_checkpoint(options.teacher, options.trust_remote_code)
+    require_fit(teacher, student, objective.switch)
+    return teacher
+
+
+def _open_store(
+    options: TrainOptions, objective: Objective, teacher: Checkpoint | None, student: Checkpoint
+) -> TeacherStore | None:
+    """Open the store that fits the run; everything a manifest says is compared with what the run would use."""
+    if not objective.needs_teacher:
+        return None
+    if options.cache is None:
+        raise ConfigError(
+            f"objective {objective.name} reads a teacher store: pass --cache, or --objective sft --no-switch"
+        )
+    wanted: dict[str, Any] = {
+        "payload": "topk",
+        "tokenizer": hash_tokenizer(student.tokenizer),
+        "image_tokens": student.image_tokens,
+    }
+    if teacher is not None:
+        wanted["teacher"] = teacher_identity(teacher, vision=False)
+        wanted["image_processor"] = hash_image_processor(teacher.image_processor)
+    if options.template is not None:
+        wanted["template"] = load_template(options.template).as_dict()
+    if options.max_length is not None:
+        wanted["max_length"] = options.max_length
+    store = pick_store(options.cache, wanted)
+    store.require_whole()
+    if options.window is not None and options.window > store.manifest.top_k:
+        raise ConfigError(
+            f"--window {options.window} looks beyond the {store.manifest.top_k} logits a position that {store.path} holds; "
+            f"pass --window {store.manifest.top_k} or cache with a larger --k"
+        )
+    return store
+
+
+def _template(options: TrainOptions, store: TeacherStore | None) -> Template:
+    if store is not None:
+        return template_from_dict(store.manifest.template)
+    return load_template(options.template or "qwen2_base")
+
+
+def _max_length(options: TrainOptions, store: TeacherStore | None) -> int:
+    return store.manifest.max_length if store is not None else options.max_length or 2048
+
+
+def _load_teacher(teacher: Checkpoint, options: TrainOptions) -> LlavaForConditionalGeneration:
+    model = load_model(teacher, vision=False, dtype=teacher.resolve_dtype(options.teacher_dtype))
+    freeze(model)
+    return model
+
+
+def _training_arguments(options: TrainOptions) -> TrainingArguments:
+    """Translate the options; `trainer` entries go to transformers as they are. Raises ConfigError for an unknown one."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(options.output),
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.accumulation,
+        "num_train_epochs": options.epochs,
+        "max_steps": -1 if options.steps is None else options.steps,
+        "learning_rate": options.lr,
+        "warmup_steps": options.warmup,
+        "lr_scheduler_type": options.schedule,
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.grad_clip,
+        "bf16": options.precision == "bfloat16",
+        "seed": options.seed,
+        "logging_steps": options.log_every,
+        "save_steps": options.save_every,
+        "save_total_limit": 2,
+        "dataloader_num_workers": options.workers,
+        "remove_unused_columns": False,  # the collator's teacher columns are no arguments of the model
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    if options.precision not in ("float32", "bfloat16"):
+        raise ConfigError(f"precision is float32 or bfloat16, got {options.precision!r}")
+    try:
+        return TrainingArguments(**(arguments | options.trainer))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training arguments: {error}") from error
+
+
+class _Processors(list[Any]):
+    """Tokenizer and image processor, saved with every checkpoint so that `from_pretrained` opens it anywhere."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__([checkpoint.tokenizer, checkpoint.image_processor])
+
+
+class _Report(TrainerCallback):
+    """One line per logging interval: losses, learning rate, positions per second, time left."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress = Progress("training", state.max_steps, "steps", done=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss_ce" in logs and state.is_world_process_zero:
+            losses = " ".join(f"{name} {logs[f'loss_{name}']:.4f}" for name in ("ce", "align", "vsd"))
+            count = state.global_step - self.progress.done
+            self.progress.advance(
+                count, int(logs["positions"]), f"loss {logs['loss']:.4f} ({losses}), lr {logs['learning_rate']:.2e}"
+            )
+
+
+def _report(
+    options: TrainOptions,
+    samples: TrainingSamples,
+    model: LlavaForConditionalGeneration,
+    unused: list[str],
+    resume: Path | None,
+) -> None:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("student: %s of %s parameters train", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}")
+    if unused:
+        log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
+    log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")
+    if samples.store is not None:
+        log.info("store: %s", samples.store.path)
+    if resume is not None:
+        log.info("resuming from %s", resume)
+
+
+def _finish(options: TrainOptions, trainer: SwitchTrainer, samples: TrainingSamples) -> TrainSummary:
+    trainer.save_model()
+    history = trainer.state.log_history
+    last = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
+    summary = {
+        "steps": trainer.state.global_step,
+        "samples": len(samples),
+        "skipped": dict(samples.skipped),
+        "losses": {name: value for name, value in last.items() if name.startswith("loss")},
+        "history": history,
+    }
+    if trainer.is_world_process_zero():
+        config.write_whole(options.output / SUMMARY, json.dumps(summary, indent=1))
+    return TrainSummary(options.output, summary["steps"], len(samples), summary["skipped"], summary["losses"], False)
+
+
+def _finished(options: TrainOptions) -> TrainSummary:
+    found = json.loads((options.output / SUMMARY).read_text())
+    return TrainSummary(
+        options.output, found["steps"], found["samples"], found["skipped"], found["losses"], already_finished=True
+    )

@@ -1,0 +1,175 @@
+"""The trainer of stage two: transformers' Trainer with the objective of eq. 1 and a resume that is exact."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, Trainer
+
+from switchkd.errors import CheckpointError, RunError
+from switchkd.objective import LossParts, Objective
+from switchkd.pipelines import resume_state
+from switchkd.positions import count_positions, predicting_rows, targets
+from switchkd.signals import SparseSignal, TailPolicy
+from switchkd.switch import switch_logits
+from switchkd.vlm import capture_vision_features
+
+PARTS = ("ce", "align", "vsd")
+
+
+class SwitchTrainer(Trainer):
+    """Minimises CE + λ1·Align + λ2·VSD; each a mean over the supervised positions of the global batch.
+
+    Args:
+        objective: what is minimised.
+        teacher: frozen, without vision tower; None if VSD is off.
+        vocab_rows: N. tail: the policy for what the store does not hold.
+        arguments: those of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        teacher: LlavaForConditionalGeneration | None,
+        vocab_rows: int,
+        tail: TailPolicy,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        self.objective = objective
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
+        self.vocab_rows = vocab_rows
+        self.tail = tail
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the positions of the whole accumulated batch
+        self._logged = torch.zeros(len(PARTS) + 1, dtype=torch.float64)  # sums since the last log, and positions
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of one micro-batch: a sum over its positions, divided by those of the global batch."""
+        parts = self.loss_parts(model, inputs)
+        positions = count_positions(inputs["labels"]).sum()
+        self._record(parts, positions)
+        total = self.objective.total(parts)
+        if num_items_in_batch is None:
+            return total / positions.clamp_min(1)
+        # DistributedDataParallel averages gradients over processes; the division is by all processes' positions.
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * scale / num_items_in_batch
+
+    def loss_parts(self, model: nn.Module, batch: dict[str, Any]) -> LossParts:
+        """Run the student, the switch pathway and the objective over one batch; see `Objective.parts`."""
+        student = self.accelerator.unwrap_model(model)
+        rows = predicting_rows(batch["labels"])
+        pixels = batch.get("pixel_values")
+        with capture_vision_features(student) as features:
+            logits = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                pixel_values=None if pixels is None else pixels.to(student.dtype),
+                logits_to_keep=rows,
+                use_cache=False,
+            ).logits
+        has_image = batch["has_image"]
+        on_image = has_image.repeat_interleave(rows.sum(-1))  # [P]
+        switch = None
+        if self.objective.switch and features:
+            assert self.teacher is not None
+            switch = switch_logits(
+                self.teacher,
+                features[0],
+                batch["input_ids"][has_image],
+                batch["attention_mask"][has_image],
+                rows[has_image],
+            )
+        return self.objective.parts(logits, targets(batch["labels"]), self._signal(batch), switch, on_image)
+
+    def _signal(self, batch: dict[str, Any]) -> SparseSignal | None:
+        if "teacher_ids" not in batch:
+            return None
+        return SparseSignal(
+            ids=batch["teacher_ids"],
+            logits=batch["teacher_logits"],
+            tail_logsumexp=batch["teacher_tail"],
+            knee=batch["teacher_knee"],
+            vocab_rows=self.vocab_rows,
+            tail=self.tail,
+        )
+
+    def _record(self, parts: LossParts, positions: Tensor) -> None:
+        sums = [torch.zeros_like(parts.ce) if part is None else part.detach() for part in parts]
+        self._logged = self._logged.to(positions.device)
+        self._logged += torch.stack([*(s.double() for s in sums), positions.double()])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, nats per position over the global batch since the last log."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._logged.clone(), reduction="sum")
+            *values, positions = sums.tolist()
+            self._logged.zero_()
+            means = dict(zip(PARTS, (value / max(positions, 1) for value in values), strict=True))
+            logs |= {f"loss_{name}": mean for name, mean in means.items()}
+            # The Trainer averages over steps, whatever their length; this is the mean over positions, as the parts are.
+            logs["loss"] = (
+                means["ce"] + self.objective.align_weight * means["align"] + self.objective.vsd_weight * means["vsd"]
+            )
+            logs["positions"] = positions
+            if not math.isfinite(logs["loss"]):
+                raise RunError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; the last checkpoint is good"
+                )
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save model, tokenizer and image processor; nothing pickled (the stock Trainer pickles its arguments)."""
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        # The names that the model itself uses: only then does a resumed run find every weight again.
+        self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        for processor in self.processing_class:
+            processor.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the student's weights; a missing or unknown name is an error (the stock Trainer warns and goes on)."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target = self.model if model is None else model
+        found: dict[str, Tensor] = {}
+        for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
+            if file.name != resume_state.TENSORS:
+                found |= load_file(file)
+        result = target.load_state_dict(found, strict=False)
+        tied = set(target._tied_weights_keys or ()) if target.config.tie_word_embeddings else set()
+        if missing := [name for name in result.missing_keys if name not in tied]:
+            raise CheckpointError(f"{resume_from_checkpoint} lacks {len(missing)} weights, the first is {missing[0]}")
+        if result.unexpected_keys:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} holds unknown weights, the first is {result.unexpected_keys[0]}"
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            resume_state.save(Path(output_dir), self.optimizer.state_dict(), self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = resume_state.load(Path(checkpoint))
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        resume_state.save_rng(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            resume_state.load_rng(Path(checkpoint), self.args.process_index)

@@ -1,0 +1,121 @@
+"""What stage two reads: samples joined with their stored teacher, every one checked against the store's digest."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from switchkd.encoding import EncodedSample, SampleEncoder, collate
+from switchkd.errors import DataError, StoreMismatch
+from switchkd.fingerprints import SampleDigest
+from switchkd.pipelines.progress import Progress
+from switchkd.samples import BadSample, SampleFile, Status
+from switchkd.stores import StoredSample, TeacherStore
+
+
+class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
+    """The usable samples of a data file, each with what the teacher said about it.
+
+    Args:
+        store: a whole store of this data file; None trains without a teacher (`sft`).
+
+    Raises:
+        StoreMismatch: the store has another number of samples; on access: a sample's text, mask or image is not the cached one.
+        DataError: no usable sample.
+    """
+
+    def __init__(self, samples: SampleFile, encoder: SampleEncoder, store: TeacherStore | None) -> None:
+        self.samples, self.encoder, self.store = samples, encoder, store
+        if store is None:
+            statuses = _check_all(samples, encoder)
+        elif len(store) != len(samples):
+            raise StoreMismatch(
+                f"{store.path} was made from {len(store)} samples, {samples.path} has {len(samples)}; "
+                "train on the data file that was cached"
+            )
+        else:
+            statuses = store.statuses()
+        self.usable = np.flatnonzero(statuses == Status.OK)
+        self.skipped = Counter(Status(int(code)).label for code in statuses[statuses != Status.OK])
+        if not len(self.usable):
+            raise DataError(f"{samples.path} has no usable sample: {dict(self.skipped)}")
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    def __getitem__(self, item: int) -> tuple[EncodedSample, StoredSample | None]:
+        index = int(self.usable[item])
+        sample = self.samples[index]
+        try:
+            encoded = self.encoder.encode(sample)
+        except BadSample as bad:
+            raise DataError(f"{self.samples.path}, {bad}; it was usable when the run was prepared") from None
+        if self.store is None:
+            return encoded, None
+        stored = self.store[index]
+        if changed := encoded.digest.differing(SampleDigest(*stored.digest)):
+            raise StoreMismatch(
+                f"row {index} (id {sample.id}) of {self.samples.path}: its {' and '.join(changed)} changed since "
+                f"{self.store.path} was made; restore it, or cache again"
+            )
+        return encoded, stored
+
+    def require_same_texts(self) -> None:
+        """Compare every sample with the store without decoding images; for a data file whose bytes changed.
+
+        Raises:
+            StoreMismatch: names the first samples that differ and how many do.
+        """
+        assert self.store is not None
+        wrong: list[str] = []
+        with Progress(
+            "the data file changed since it was cached: comparing samples", len(self.usable), "samples"
+        ) as progress:
+            for index in map(int, self.usable):
+                encoded = self.encoder.encode(self.samples[index], pixels=False)
+                if changed := encoded.digest.differing(SampleDigest(*self.store[index].digest)):
+                    wrong.append(f"row {index} (id {self.samples[index].id}): {' and '.join(changed)}")
+                progress.advance(1)
+        if wrong:
+            raise StoreMismatch(
+                f"{len(wrong)} samples of {self.samples.path} differ from what {self.store.path} was made from:\n  "
+                + "\n  ".join(wrong[:5])
+                + ("\n  …" if len(wrong) > 5 else "")
+                + "\nRestore the data file, or cache again"
+            )
+
+
+def _check_all(samples: SampleFile, encoder: SampleEncoder) -> Any:
+    """Return each sample's status without decoding images: what a store would have recorded, short of broken pixels."""
+    statuses = np.zeros(len(samples), np.uint8)
+    with Progress("checking samples", len(samples), "samples") as progress:
+        for index, sample in enumerate(samples):
+            try:
+                encoder.encode(sample, pixels=False)
+            except BadSample as bad:
+                statuses[index] = bad.status
+            progress.advance(1)
+    return statuses
+
+
+class Collator:
+    """Makes one batch: what `encoding.collate` gives, and the teacher's word at the batch's P positions.
+
+    teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64; absent without a store.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: Sequence[tuple[EncodedSample, StoredSample | None]]) -> dict[str, Any]:
+        batch = collate([encoded for encoded, _ in items], self.pad_id)
+        stored = [found for _, found in items if found is not None]
+        if stored:
+            batch["teacher_ids"] = torch.from_numpy(np.concatenate([s.ids for s in stored])).long()
+            batch["teacher_logits"] = torch.from_numpy(np.concatenate([s.logits for s in stored]))
+            batch["teacher_tail"] = torch.from_numpy(np.concatenate([s.stat("tail_logsumexp") for s in stored]))
+            batch["teacher_knee"] = torch.from_numpy(np.concatenate([s.stat("knee") for s in stored])).long()
+        return batch

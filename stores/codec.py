@@ -1,0 +1,64 @@
+"""Packing of top-k logits: ids as frequency ranks, logits as whole steps below the row's maximum.
+
+A logit is stored as q = round((z_max - z) / step), so its error is at most step / 2. Entries are ordered by q, and entries of
+equal q by rank: their order inside half a step is noise, and sorted ranks compress better. q is kept as differences, which are
+small and never negative.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.stores.layout import rank_dtype
+
+LARGEST_Q = np.iinfo(np.uint16).max
+
+
+def encode_topk(
+    ids: NDArray[Any], logits: NDArray[Any], z_max: NDArray[Any], rank_of_id: NDArray[Any], step: float
+) -> tuple[NDArray[Any], NDArray[np.uint16]]:
+    """Pack the top-k entries of P positions.
+
+    Args:
+        ids: [P, K] integer, distinct in a row. logits: [P, K] float, finite, any order. z_max: [P] float, the rows' maxima.
+        rank_of_id: [N], each id's place by frequency. step: logits per quantisation step.
+
+    Returns:
+        (rank [P, K] uint16 or uint32, step differences [P, K] uint16).
+
+    Raises:
+        ValueError: a logit that is not finite, or further than 65,535 steps below the maximum.
+    """
+    if not np.isfinite(logits).all():
+        raise ValueError("only finite logits can be stored")
+    q = np.rint((z_max[:, None].astype(np.float64) - logits) / step).astype(np.int64)
+    if q.size and (q.min() < 0 or q.max() > LARGEST_Q):
+        raise ValueError(
+            f"logits lie {q.min() * step:g} to {q.max() * step:g} below the maximum, outside 0 … {LARGEST_Q * step:g}"
+        )
+    rank = rank_of_id[ids].astype(np.int64)
+    order = np.argsort(q * len(rank_of_id) + rank, axis=-1)
+    q, rank = np.take_along_axis(q, order, -1), np.take_along_axis(rank, order, -1)
+    return rank.astype(rank_dtype(len(rank_of_id))), np.diff(q, axis=-1, prepend=0).astype(np.uint16)
+
+
+def decode_topk(
+    rank: NDArray[Any], steps: NDArray[Any], z_max: NDArray[Any], id_of_rank: NDArray[Any], step: float
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Unpack what `encode_topk` packed: (ids [P, K] int32, logits [P, K] float32), in descending order of logits."""
+    below = np.cumsum(steps, axis=-1, dtype=np.uint32).astype(np.float32) * np.float32(step)
+    return id_of_rank[rank].astype(np.int32), z_max[:, None].astype(np.float32) - below
+
+
+def ranks_by_frequency(ids: NDArray[Any], vocab_rows: int) -> NDArray[np.uint32]:
+    """Return id_of_rank [N] uint32: the ids by how often they occur in `ids`, ties by id."""
+    counts = np.bincount(ids.ravel(), minlength=vocab_rows)
+    return np.lexsort((np.arange(vocab_rows), -counts)).astype(np.uint32)
+
+
+def invert(id_of_rank: NDArray[Any]) -> NDArray[np.uint32]:
+    """Return rank_of_id [N] from id_of_rank [N]."""
+    rank_of_id = np.empty(len(id_of_rank), np.uint32)
+    rank_of_id[id_of_rank] = np.arange(len(id_of_rank), dtype=np.uint32)
+    return rank_of_id

@@ -1,0 +1,61 @@
+"""What `switchkd store info` tells, gathered from the store alone."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from switchkd.stores.layout import STAT_COLUMNS, part_path
+from switchkd.stores.manifest import Manifest
+from switchkd.stores.reader import TeacherStore
+
+QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """Facts about a store, whole or not."""
+
+    path: Path
+    manifest: Manifest
+    parts: int
+    samples: int  # usable ones in the parts that are there
+    positions: int
+    skipped: dict[str, int]  # by reason
+    store_bytes: int  # everything on disk
+    bytes_per_position: float  # chunks of the parts' arrays, without metadata files
+    knee_quantiles: dict[str, float]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every part is there."""
+        return self.parts == self.manifest.part_count
+
+
+def describe(path: str | Path) -> StoreInfo:
+    """Gather the facts. Raises StoreError: no store there, or a damaged part."""
+    store = TeacherStore.open(path)
+    parts = store.parts()
+    statuses = Counter(code for part in parts for code in store.part_statuses(part).tolist())
+    names = store.manifest.statuses
+    positions = sum(store.part_positions(part) for part in parts)
+    knees = [store.part_stats(part)[:, STAT_COLUMNS.index("knee")] for part in parts]
+    knee = np.concatenate(knees) if knees else np.empty(0)
+    chunk_bytes = sum(
+        file.stat().st_size
+        for part in parts
+        for file in part_path(store.path, part).rglob("*")
+        if file.is_file() and file.name != "zarr.json"
+    )
+    return StoreInfo(
+        path=store.path,
+        manifest=store.manifest,
+        parts=len(parts),
+        samples=statuses.pop(0, 0),
+        positions=positions,
+        skipped={names[str(code)]: count for code, count in statuses.items()},
+        store_bytes=sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        bytes_per_position=chunk_bytes / positions if positions else 0.0,
+        knee_quantiles={name: float(np.quantile(knee, q)) for name, q in QUANTILES.items()} if len(knee) else {},
+    )

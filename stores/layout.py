@@ -1,0 +1,62 @@
+"""Names, shapes and codecs of a store's arrays; the one place that knows where things lie."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+FORMAT = "switchkd-store"
+VERSION = 1
+
+MANIFEST_KEY = "switchkd"  # attribute of the root group
+PART_KEY = "switchkd_part"  # attribute of a part's group
+PARTS = "parts"
+ID_OF_RANK = "vocab/id_of_rank"
+WRITING = ".writing"  # unfinished parts; never read
+
+OFFSET, DIGEST, STATUS = "samples/offset", "samples/digest", "samples/status"
+RANK, STEP = "topk/rank", "topk/step"
+STATS = "stats"
+# Columns of `stats`, in order; all over the N rows in use, before anything is cut or rounded.
+STAT_COLUMNS = ("z_max", "z_min", "logsumexp", "tail_logsumexp", "knee")
+
+CHUNK_POSITIONS = 256  # the unit of random access
+DIGEST_COLUMNS = ("input_ids", "supervised", "image")
+
+# numcodecs says on every use that its codecs are outside the Zarr v3 specification; the format's README says it once.
+warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
+
+
+def part_name(part: int) -> str:
+    """Return the name of part number `part`, as it stands under `parts/`."""
+    return f"{part:05d}"
+
+
+def part_path(store: Path, part: int) -> Path:
+    """Return the folder of part number `part`."""
+    return store / PARTS / part_name(part)
+
+
+def rank_dtype(vocab_rows: int) -> np.dtype[Any]:
+    """Return the smallest unsigned type that holds a rank among `vocab_rows`."""
+    return np.dtype(np.uint16 if vocab_rows <= 1 << 16 else np.uint32)
+
+
+def array_options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return the keyword arguments of `zarr.Group.create_array` for one array of a part.
+
+    Position arrays are cut into chunks of whole positions, all inside one shard, so that a part is one file an array and
+    random access reads one chunk. Every chunk carries a crc32c.
+    """
+    from zarr.codecs.numcodecs import PCodec
+
+    positional = name in (RANK, STEP, STATS)
+    rows = CHUNK_POSITIONS if positional else max(shape[0], 1)
+    chunks = (rows, *shape[1:])
+    shards = (max(-(-shape[0] // rows), 1) * rows, *shape[1:])
+    options: dict[str, Any] = {"shape": shape, "chunks": chunks, "shards": shards, "filters": []}
+    if name in (RANK, STEP, STATS, OFFSET):
+        return options | {"serializer": PCodec(level=8), "compressors": [Crc32cCodec()]}
+    return options | {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}

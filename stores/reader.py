@@ -1,0 +1,234 @@
+"""Reading a store: random access by sample, from any process."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from cachetools import LRUCache
+from numpy.typing import NDArray
+
+from switchkd.errors import StoreError, StoreMismatch
+from switchkd.stores import layout
+from switchkd.stores.codec import decode_topk
+from switchkd.stores.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """What a store holds of one sample: P positions, K entries each."""
+
+    status: int  # 0: usable
+    digest: tuple[int, int, int]  # text, supervised mask, image
+    ids: NDArray[np.int32]  # [P, K], by descending logit
+    logits: NDArray[np.float32]  # [P, K]
+    stats: NDArray[np.float32]  # [P, 5], columns of `layout.STAT_COLUMNS`
+
+    def stat(self, name: str) -> NDArray[np.float32]:
+        """Return one statistic, [P]."""
+        column: NDArray[np.float32] = self.stats[:, layout.STAT_COLUMNS.index(name)]
+        return column
+
+
+@dataclass(frozen=True)
+class _Part:
+    group: Any
+    offset: NDArray[np.int64]
+    status: NDArray[np.uint8]
+    digest: NDArray[np.uint64]
+    positions: int
+
+
+class TeacherStore:
+    """A store opened for reading: `len(store)`, `store[i]`.
+
+    Keeps decoded chunks up to `cache_bytes`, so that samples that are read again, or lie beside each other, cost nothing.
+    May be sent to DataLoader workers, forked or spawned; each opens the files anew.
+
+    Raises:
+        StoreError: no store at `path`, a newer format, or damage; raised when it is touched, naming the file and what to do.
+    """
+
+    def __init__(self, path: str | Path, cache_bytes: int = 256 << 20) -> None:
+        self.path = Path(path)
+        self.cache_bytes = cache_bytes
+        self.manifest = read_manifest(self.path)
+        self.id_of_rank: NDArray[np.uint32] = self._read(self._open(self.path / layout.ID_OF_RANK))
+        self._forget()
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TeacherStore":
+        """Open a store, or the only one in a folder of stores.
+
+        Raises:
+            StoreError: nothing there, or several stores (all are named).
+        """
+        found = _stores_at(Path(path))
+        if len(found) > 1:
+            raise StoreError(f"{path} holds {len(found)} stores, name one: " + ", ".join(map(str, found)))
+        return cls(found[0])
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __getitem__(self, index: int) -> StoredSample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a store with {len(self)}")
+        number, row = divmod(index, self.manifest.part_size)
+        part = self._part(number)
+        begin, end = int(part.offset[row]), int(part.offset[row + 1])
+        first, last = begin // layout.CHUNK_POSITIONS, max(end - 1, begin) // layout.CHUNK_POSITIONS
+        chunks = (
+            [self._chunk(number, chunk) for chunk in range(first, last + 1)] if end > begin else [self._no_position]
+        )
+        ids, logits, stats = (
+            np.concatenate(pieces) if len(chunks) > 1 else pieces[0] for pieces in zip(*chunks, strict=True)
+        )
+        within = slice(begin - first * layout.CHUNK_POSITIONS, end - first * layout.CHUNK_POSITIONS)
+        if end == begin:
+            within = slice(0, 0)
+        text, supervised, image = (int(value) for value in part.digest[row])
+        return StoredSample(
+            int(part.status[row]), (text, supervised, image), ids[within], logits[within], stats[within]
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "cache_bytes": self.cache_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def parts(self) -> list[int]:
+        """Return the numbers of the parts that are there."""
+        return [part for part in range(self.manifest.part_count) if layout.part_path(self.path, part).exists()]
+
+    def require_whole(self) -> None:
+        """Raise StoreError unless every part is there."""
+        there = len(self.parts())
+        if there < self.manifest.part_count:
+            raise StoreError(
+                f"{self.path} holds {there} of {self.manifest.part_count} parts; "
+                "run the same `switchkd cache-teacher` command again to finish it"
+            )
+
+    def statuses(self) -> NDArray[np.uint8]:
+        """Return the status of every sample of a whole store, [samples] uint8."""
+        return np.concatenate([self.part_statuses(part) for part in range(self.manifest.part_count)])
+
+    def part_statuses(self, part: int) -> NDArray[np.uint8]:
+        """Return the status of every sample of one part, [n] uint8."""
+        return self._part(part).status
+
+    def part_positions(self, part: int) -> int:
+        """Return the number of positions of one part."""
+        return self._part(part).positions
+
+    def part_stats(self, part: int) -> NDArray[np.float32]:
+        """Return the statistics of all positions of one part, [P, 5]."""
+        return np.asarray(self._read(self._part(part).group[layout.STATS]))
+
+    def _forget(self) -> None:
+        self._parts: dict[int, _Part] = {}
+        self._chunks: LRUCache[tuple[int, int], tuple[NDArray[Any], ...]] = LRUCache(
+            self.cache_bytes, getsizeof=lambda arrays: sum(array.nbytes for array in arrays)
+        )
+        k, columns = self.manifest.top_k, len(layout.STAT_COLUMNS)
+        self._no_position = (
+            np.empty((0, k), np.int32),
+            np.empty((0, k), np.float32),
+            np.empty((0, columns), np.float32),
+        )
+
+    def _part(self, number: int) -> _Part:
+        if number not in self._parts:
+            self._parts[number] = self._open_part(number)
+        return self._parts[number]
+
+    def _open_part(self, number: int) -> _Part:
+        folder = layout.part_path(self.path, number)
+        if not folder.exists():
+            raise StoreError(f"{self.path} has no part {number}; run the same `switchkd cache-teacher` command again")
+        group = self._open(folder)
+        entry = group.attrs.get(layout.PART_KEY)
+        samples = len(self.manifest.part_samples(number))
+        if not isinstance(entry, dict) or entry.get("part") != number or entry.get("samples") != samples:
+            raise StoreError(f"{folder} is not part {number} of this store ({samples} samples); {_REWRITE}")
+        # A shard that is not there reads as fill values without an error, so the files are counted first.
+        for name, expected in entry["files"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != expected["bytes"]:
+                found = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
+                raise StoreError(f"{file} should have {expected['bytes']} bytes, found {found}; {_REWRITE}")
+        offset, status, digest = (self._read(group[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST))
+        return _Part(group, offset, status, digest, int(entry["positions"]))
+
+    def _chunk(self, part: int, chunk: int) -> tuple[NDArray[Any], ...]:
+        key = (part, chunk)
+        if key in self._chunks:
+            return self._chunks[key]
+        rows = slice(chunk * layout.CHUNK_POSITIONS, (chunk + 1) * layout.CHUNK_POSITIONS)
+        group = self._part(part).group
+        rank, steps, stats = (self._read(group[name], rows) for name in (layout.RANK, layout.STEP, layout.STATS))
+        z_max = stats[:, layout.STAT_COLUMNS.index("z_max")]
+        ids, logits = decode_topk(rank, steps, z_max, self.id_of_rank, self.manifest.step)
+        if ids.nbytes + logits.nbytes + stats.nbytes <= self.cache_bytes:
+            self._chunks[key] = (ids, logits, stats)
+        return ids, logits, stats
+
+    def _open(self, folder: Path) -> Any:
+        try:
+            return zarr.open(folder, mode="r", zarr_format=3)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"cannot open {folder}: {error}; {_REWRITE}") from error
+
+    def _read(self, array: Any, rows: slice = slice(None)) -> Any:
+        try:
+            return array[rows]
+        # Each codec has its own way to say that bytes are damaged; there is nothing else to fail here.
+        except Exception as error:
+            raise StoreError(f"{self.path}, array {array.path or array.store_path}: {error}; {_REWRITE}") from error
+
+
+_REWRITE = (
+    "it was damaged after writing: delete its part's folder and run the same `switchkd cache-teacher` command again"
+)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a store's manifest. Raises StoreError: no store there, not a store, or a newer format."""
+    try:
+        attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+        data = attributes.get(layout.MANIFEST_KEY)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise StoreError(f"{path} is not a teacher store: {error}") from None
+    return Manifest.from_attributes(data, str(path))
+
+
+def pick_store(path: str | Path, wanted: dict[str, Any]) -> TeacherStore:
+    """Open the store at `path`, or the one in that folder whose manifest fits.
+
+    Args:
+        wanted: manifest field → what the run needs it to be.
+
+    Raises:
+        StoreMismatch: the store does not fit, none of them fits, or several do; lists what was seen.
+        StoreError: no store there.
+    """
+    misfits = {store: read_manifest(store).misfits(wanted) for store in _stores_at(Path(path))}
+    fitting = [store for store, lines in misfits.items() if not lines]
+    if len(fitting) == 1:
+        return TeacherStore(fitting[0])
+    if fitting:
+        raise StoreMismatch(f"{len(fitting)} stores in {path} fit, name one: " + ", ".join(map(str, fitting)))
+    seen = "\n".join(f"{store}\n  " + "\n  ".join(lines) for store, lines in misfits.items())
+    raise StoreMismatch(f"no store fits this run:\n{seen}\nTrain with what the store was made with, or cache again")
+
+
+def _stores_at(path: Path) -> list[Path]:
+    """Return `path` itself if it is a store, else the stores directly inside it; StoreError if there is none."""
+    found = [path] if (path / "zarr.json").is_file() else sorted(file.parent for file in path.glob("*.zarr/zarr.json"))
+    if not found:
+        raise StoreError(f"no teacher store at {path}; `switchkd cache-teacher --out {path}/NAME.zarr` makes one")
+    return found

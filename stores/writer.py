@@ -1,0 +1,195 @@
+"""Writing a store: created once, filled part by part, each part visible by one rename.
+
+No lock and no coordinator: sample i belongs to part i // part_size, a part is written beside its place and renamed into it, and
+whoever comes second with the same part finds it there and drops its own. A killed writer loses its unfinished part only.
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from switchkd.errors import RunError, StoreError
+from switchkd.stores import layout
+from switchkd.stores.codec import encode_topk, invert
+from switchkd.stores.manifest import Manifest
+from switchkd.stores.reader import TeacherStore, read_manifest
+
+
+@dataclass(frozen=True)
+class PartArrays:
+    """What a capture hands over for one part: n samples, P positions in sample order."""
+
+    status: NDArray[np.uint8]  # [n]
+    digest: NDArray[np.uint64]  # [n, 3]
+    positions: NDArray[np.int64]  # [n], positions of each sample; 0 unless its status is 0
+    ids: NDArray[np.int32]  # [P, K]
+    logits: NDArray[np.float32]  # [P, K]
+    stats: NDArray[np.float32]  # [P, 5], columns of `layout.STAT_COLUMNS`
+
+
+class StoreWriter:
+    """Fills a store; any number of writers on any number of machines may do so at once.
+
+    Args:
+        path: the store's folder, `NAME.zarr`.
+        manifest: what this run would write; an existing store must have the same identity.
+        id_of_rank: called only if the store does not exist yet; returns the rank table [N].
+
+    Raises:
+        StoreMismatch: the store at `path` was begun with other settings.
+        StoreError: something else lies at `path`, or it cannot be written.
+    """
+
+    def __init__(self, path: str | Path, manifest: Manifest, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
+        self.path = Path(path)
+        self.manifest = manifest
+        if not self.path.exists():
+            self._create(id_of_rank)
+        read_manifest(self.path).require_same(manifest, str(self.path))
+        self._rank_of_id = invert(TeacherStore(self.path).id_of_rank)
+        self._sweep()
+
+    def missing_parts(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
+        """Return the parts still to be written by worker i of n: i, i + n, … without those that are there."""
+        index, count = shard
+        return [part for part in range(index, self.manifest.part_count, count) if not self.has_part(part)]
+
+    def has_part(self, part: int) -> bool:
+        """Whether a part has been committed."""
+        return layout.part_path(self.path, part).exists()
+
+    def write_part(self, part: int, arrays: PartArrays) -> bool:
+        """Write and commit one part; returns False if another writer committed it first.
+
+        Raises:
+            RunError: the disk is full or the folder cannot be written; nothing committed is touched.
+        """
+        unfinished = self.path / layout.WRITING / _writer_name(part)
+        try:
+            self._write_arrays(unfinished, part, arrays)
+            _sync_folder(unfinished)
+            committed = _rename(unfinished, layout.part_path(self.path, part))
+            _sync(self.path / layout.PARTS)
+        except OSError as error:
+            done = self.manifest.part_count - len(self.missing_parts())
+            raise RunError(
+                f"cannot write part {part} of {self.path}: {error}. The {done} parts written so far are whole; "
+                "make room or mend the folder and run the same command again"
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return committed
+
+    def _write_arrays(self, folder: Path, part: int, arrays: PartArrays) -> None:
+        z_max = arrays.stats[:, layout.STAT_COLUMNS.index("z_max")]
+        rank, steps = encode_topk(arrays.ids, arrays.logits, z_max, self._rank_of_id, self.manifest.step)
+        data = {
+            layout.OFFSET: np.concatenate([[0], np.cumsum(arrays.positions)]).astype(np.int64),
+            layout.DIGEST: arrays.digest,
+            layout.STATUS: arrays.status,
+            layout.RANK: rank,
+            layout.STEP: steps,
+            layout.STATS: arrays.stats.astype(np.float32),
+        }
+        group = zarr.create_group(folder)
+        for name, values in data.items():
+            array = group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape))
+            array[...] = values
+        group[layout.STATS].attrs["columns"] = list(layout.STAT_COLUMNS)
+        group[layout.DIGEST].attrs["columns"] = list(layout.DIGEST_COLUMNS)
+        group.attrs[layout.PART_KEY] = {
+            "part": part,
+            "samples": len(arrays.status),
+            "positions": len(arrays.ids),
+            "files": {str(file): _file_entry(folder / file) for file in part_files(folder)},
+        }
+
+    def _create(self, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
+        beside = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
+        table = id_of_rank()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            root = zarr.create_group(beside, attributes={layout.MANIFEST_KEY: self.manifest.as_attributes()})
+            root.create_group(layout.PARTS)
+            codecs: dict[str, Any] = {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
+            root.create_array(layout.ID_OF_RANK, data=table.astype(np.uint32), chunks=table.shape, **codecs)
+            (beside / layout.WRITING).mkdir()
+            _sync_folder(beside)
+            _rename(beside, self.path)
+            _sync(self.path.parent)
+        except OSError as error:
+            raise StoreError(f"cannot create {self.path}: {error}") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what dead writers of this machine left unfinished; those of other machines may be alive."""
+        for leftover in (self.path / layout.WRITING).glob(f"{_host()}-*"):
+            process = int(leftover.name.removeprefix(f"{_host()}-").split("-")[0])
+            if not _is_alive(process):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def part_files(folder: Path) -> list[Path]:
+    """Return a part's files relative to its folder, sorted, without the part's own zarr.json, which lists them."""
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in files if file != Path("zarr.json"))
+
+
+def _file_entry(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    return {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=8).hexdigest()}
+
+
+def _host() -> str:
+    return socket.gethostname().replace("-", "_")
+
+
+def _writer_name(part: int) -> str:
+    return f"{_host()}-{os.getpid()}-{layout.part_name(part)}-{uuid.uuid4().hex[:8]}"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _rename(source: Path, target: Path) -> bool:
+    """Rename a folder into place; False if the target was there first."""
+    try:
+        source.rename(target)
+    except OSError:
+        if target.exists():  # a folder that is not empty cannot be renamed over: somebody else committed it
+            return False
+        raise
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's files and folders to disk, so that a rename never outlives what it names."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

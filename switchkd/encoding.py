@@ -1,0 +1,174 @@
+"""From a sample to what a model reads: token ids, supervised mask, pixels; and from several to a batch."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+from numpy.typing import NDArray
+from torch import Tensor
+
+from switchkd.errors import CheckpointError, DataError
+from switchkd.fingerprints import SampleDigest, digest_sample
+from switchkd.images import MAX_IMAGE_PIXELS, decode_image, read_image_bytes
+from switchkd.positions import IGNORED
+from switchkd.samples import BadSample, Sample, Status
+from switchkd.templates import IMAGE_MARKER, Template
+from switchkd.vlm import Checkpoint
+
+# Processed pixels kept per process, for data files that ask many questions about few images.
+PIXEL_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as a model reads it."""
+
+    input_ids: NDArray[np.int32]  # [L], the image's tokens expanded
+    supervised: NDArray[np.bool_]  # [L]
+    pixels: Tensor | None  # [3, H, W] float32
+    digest: SampleDigest
+
+    @property
+    def positions(self) -> int:
+        """Number of supervised tokens."""
+        return int(self.supervised[1:].sum())
+
+
+class SampleEncoder:
+    """Encodes samples for one checkpoint and template; cheap to copy into DataLoader workers.
+
+    Args:
+        checkpoint: gives tokenizer, image processor, image token id and count.
+        images: the image folder; may be None for text-only data.
+        max_length: tokens, image tokens included; longer samples are refused, never cut.
+        max_image_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        DataError: the image folder does not exist.
+        CheckpointError: the image token is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        template: Template,
+        images: Path | None,
+        max_length: int,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
+        if images is not None and not images.is_dir():
+            raise DataError(
+                f"no image folder {images}: --images takes the folder that the data file's paths start from"
+            )
+        if checkpoint.image_token_id >= len(checkpoint.tokenizer):
+            raise CheckpointError(
+                f"{checkpoint.path}: image token id {checkpoint.image_token_id} is not in the tokenizer "
+                f"({len(checkpoint.tokenizer)} entries)"
+            )
+        self.tokenizer = checkpoint.tokenizer
+        self.image_processor = checkpoint.image_processor
+        self.image_token_id = checkpoint.image_token_id
+        self.image_tokens = checkpoint.image_tokens
+        self.template = template
+        self.images = images
+        self.max_length = max_length
+        self.max_image_pixels = max_image_pixels
+        self._pixel_cache: LRUCache[bytes, Tensor] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=_tensor_bytes)
+
+    def encode(self, sample: Sample, pixels: bool = True) -> EncodedSample:
+        """Encode one sample.
+
+        Args:
+            pixels: False leaves the image undecoded (its bytes still enter the digest).
+
+        Raises:
+            BadSample: names the row and why it cannot be used.
+        """
+        sample.require_ok()
+        try:
+            segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
+            ids, supervised = self.tokenize(segments)
+            if not supervised[1:].any():
+                raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
+            data = self._image_bytes(sample)
+            image = self._pixels(data, sample.image) if data is not None and pixels else None
+        except BadSample as bad:
+            raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
+        return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data))
+
+    def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
+        """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
+        sample.require_ok()
+        turns = sample.turns[: turn + 1]
+        ids, _ = self.tokenize(self.template.prompt(turns, sample.image is not None, self.tokenizer.eos_token))
+        data = self._image_bytes(sample)
+        return ids, None if data is None else self._pixels(data, sample.image)
+
+    def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Tokenize segments one by one; returns (ids [L], supervised [L]). Raises BadSample if too long."""
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for text, is_supervised in segments:
+            for number, piece in enumerate(text.split(IMAGE_MARKER) if not is_supervised else [text]):
+                new = [self.image_token_id] * self.image_tokens if number else []
+                new += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+                ids += new
+                supervised += [is_supervised] * len(new)
+        if len(ids) > self.max_length:
+            raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}")
+        return np.array(ids, np.int32), np.array(supervised, np.bool_)
+
+    def _image_bytes(self, sample: Sample) -> bytes | None:
+        if sample.image is None:
+            return None
+        if self.images is None:
+            raise DataError(f"row {sample.index} has the image {sample.image!r}: --images must name the image folder")
+        return read_image_bytes(self.images, sample.image)
+
+    def _pixels(self, data: bytes, name: str | None) -> Tensor:
+        key = hashlib.blake2b(data, digest_size=16).digest()
+        if key in self._pixel_cache:
+            return self._pixel_cache[key]
+        image = decode_image(data, str(name), self.max_image_pixels)
+        pixels: Tensor = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+        if pixels.nbytes <= PIXEL_CACHE_BYTES:
+            self._pixel_cache[key] = pixels
+        return pixels
+
+
+def _tensor_bytes(tensor: Tensor) -> int:
+    return tensor.nbytes
+
+
+def collate(samples: Sequence[EncodedSample], pad_id: int) -> dict[str, Any]:
+    """Pad encoded samples on the right into one batch.
+
+    Returns:
+        input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and
+        pixel_values [number of images, 3, H, W] if there is an image.
+    """
+    length = max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.full((len(samples), length), pad_id)
+    labels = torch.full((len(samples), length), IGNORED)
+    attention_mask = torch.zeros(len(samples), length, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        ids = torch.from_numpy(sample.input_ids.astype(np.int64))
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = torch.where(torch.from_numpy(sample.supervised), ids, IGNORED)
+    batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    batch["has_image"] = torch.tensor([sample.pixels is not None for sample in samples])
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    if pixels:
+        batch["pixel_values"] = torch.stack(pixels)
+    return batch
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """Return the id that fills a batch; padding is masked, so any id serves and 0 stands in for a missing pad token."""
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

@@ -1,0 +1,132 @@
+"""Fingerprints: short hashes that tell whether two things are the same, part by part, so that an error can name the part."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.errors import CheckpointError
+
+# Keys of a config or processor that say where it came from, not what it computes.
+_NOT_IDENTITY = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "processor_class",
+    "auto_map",
+    "use_cache",
+}
+
+
+class SampleDigest(NamedTuple):
+    """What a sample was made of; three hashes, so that a mismatch names what changed."""
+
+    input_ids: int
+    supervised: int  # the mask
+    image: int  # the image file's bytes; 0 for text only
+
+    def differing(self, other: "SampleDigest") -> list[str]:
+        """Return the names of the fields that differ, in the words of an error message."""
+        words = {"input_ids": "text", "supervised": "supervised mask", "image": "image"}
+        return [word for field, word in words.items() if getattr(self, field) != getattr(other, field)]
+
+
+def digest_sample(input_ids: NDArray[np.int32], supervised: NDArray[np.bool_], image: bytes | None) -> SampleDigest:
+    """Digest one encoded sample, 64 bits (BLAKE2b) a field."""
+    return SampleDigest(
+        _hash64(np.ascontiguousarray(input_ids, dtype="<i4").tobytes()),
+        _hash64(np.packbits(supervised).tobytes() + len(supervised).to_bytes(8, "little")),
+        _hash64(image) if image is not None else 0,
+    )
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def hash_json(data: Any) -> str:
+    """Hash plain data, independent of key order; 16 hex digits."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def hash_config(config: dict[str, Any]) -> str:
+    """Hash a model's config without the keys that do not change what it computes."""
+    return hash_json(_without_provenance(config))
+
+
+def _without_provenance(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_provenance(item) for key, item in value.items() if key not in _NOT_IDENTITY}
+    return value
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Hash what decides a fast tokenizer's ids: vocabulary, merges, normalisation, added and special tokens."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # set by whoever called it last
+        backend.pop(state, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hash_json([backend, special])
+
+
+def hash_image_processor(processor: Any) -> str:
+    """Hash an image processor: its class (backends differ in the last bits of a pixel) and its settings."""
+    settings = {key: value for key, value in processor.to_dict().items() if value is not None}
+    return hash_json([type(processor).__name__, _without_provenance(settings)])
+
+
+def hash_weights(
+    folder: str | Path, components: tuple[str, ...] = ("vision", "projector", "language")
+) -> dict[str, str]:
+    """Hash a checkpoint's weights per component, from the bytes on disk, without building the model.
+
+    Args:
+        folder: holds safetensors files. components: those to read; the bytes of others are not touched, and may be absent.
+
+    Returns:
+        component → hash over its tensors' names, dtypes, shapes and bytes (independent of how they are spread over files).
+
+    Raises:
+        CheckpointError: no safetensors file, or one that is cut short.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors weights; other weight formats are not read")
+    tensors: dict[str, list[tuple[str, str]]] = {component: [] for component in components}
+    for path in files:
+        for name, entry, digest in _tensor_hashes(path, components):
+            tensors[component_of(name)].append((name, f"{entry['dtype']} {entry['shape']} {digest}"))
+    return {component: hash_json(sorted(found)) for component, found in tensors.items()}
+
+
+def component_of(tensor_name: str) -> str:
+    """Return which of a VLM's three parts a checkpoint tensor belongs to: vision, projector or language."""
+    if "vision_tower" in tensor_name:
+        return "vision"
+    return "projector" if "multi_modal_projector" in tensor_name else "language"
+
+
+def _tensor_hashes(path: Path, components: tuple[str, ...]) -> Any:
+    """Yield (name, header entry, hash of the bytes) of a safetensors file's tensors in these components."""
+    with path.open("rb") as file:
+        try:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_bytes))
+        except (struct.error, ValueError, MemoryError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if component_of(name) not in components:
+                continue
+            begin, end = entry["data_offsets"]
+            file.seek(8 + header_bytes + begin)
+            data = file.read(end - begin)
+            if len(data) != end - begin:
+                raise CheckpointError(f"{path} is cut short inside tensor {name}; copy it again")
+            yield name, entry, hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -1,0 +1,59 @@
+"""Images of a data file: found below the image folder only, bounded in size, decoded once."""
+
+import io
+import warnings
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from switchkd.samples import BadSample, Status
+
+# 64 million pixels: above any photograph of the usual data sets, far below a decompression bomb.
+MAX_IMAGE_PIXELS = 1 << 26
+
+
+def read_image_bytes(folder: Path, relative: str) -> bytes:
+    """Return an image file's bytes.
+
+    Args:
+        folder: the image folder. relative: the path in the data file, which must stay below it (no absolute path, no `..`;
+            links that the folder's owner placed inside it are followed).
+
+    Raises:
+        BadSample: the path leaves the folder, or there is no such file.
+    """
+    path = PurePosixPath(relative.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or Path(relative).drive:
+        raise BadSample(Status.IMAGE_OUTSIDE_FOLDER, f"{relative!r} leaves the image folder")
+    try:
+        return (folder / path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise BadSample(Status.IMAGE_MISSING, f"no image {folder / path}") from None
+    except (OSError, ValueError) as error:
+        raise BadSample(Status.IMAGE_UNREADABLE, f"{relative!r}: {error}") from None
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decode an image to RGB (the first frame of an animation).
+
+    Raises:
+        BadSample: more than `max_pixels`, checked before decoding, or not an image, or cut short.
+    """
+    try:
+        # Pillow's own limit warns and then raises; the check below is stricter and names the sample.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise BadSample(
+                    Status.IMAGE_TOO_LARGE,
+                    f"{name!r} has {image.width}×{image.height} pixels, the limit is {max_pixels}",
+                )
+            return image.convert("RGB")
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(Status.IMAGE_TOO_LARGE, f"{name!r}: {error}") from None
+    # Pillow's decoders raise many kinds of error on broken input; none of them may stop a run over thousands of images.
+    except Exception as error:
+        raise BadSample(Status.IMAGE_UNREADABLE, f"{name!r}: {error}") from None

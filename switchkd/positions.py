@@ -1,0 +1,33 @@
+"""The label shift, in its one place.
+
+A label at index j is predicted by the logits row at index j - 1. A *position* is one supervised token; the row that predicts
+it is what a store keeps and what the losses compare. Everything that needs positions asks these functions.
+
+    index        0        1     2     3       4      5
+    token        <image>  what  ?     circle  <eos>  <pad>
+    label        -100     -100  -100  circle  <eos>  -100
+    predicting   .        .     x     x       .      .        rows 2 and 3 give the two positions
+"""
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+def predicting_rows(labels: Tensor) -> Tensor:
+    """Mark the logits rows that predict a supervised token: [B, L] labels → [B, L] bool, the last column always False."""
+    rows = torch.zeros_like(labels, dtype=torch.bool)
+    rows[:, :-1] = labels[:, 1:] != IGNORED
+    return rows
+
+
+def targets(labels: Tensor) -> Tensor:
+    """Return the supervised token ids, [P], in the order in which `predicting_rows` selects rows."""
+    shifted = labels[:, 1:]
+    return shifted[shifted != IGNORED]
+
+
+def count_positions(labels: Tensor) -> Tensor:
+    """Return the number of positions of each sample, [B, L] → [B] int64."""
+    return (labels[:, 1:] != IGNORED).sum(-1)

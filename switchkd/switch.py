@@ -1,0 +1,38 @@
+"""The visual-switch pathway (paper, section 3.1, eq. 5): the student's eyes, the teacher's brain."""
+
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+
+def switch_logits(
+    teacher: LlavaForConditionalGeneration,
+    features: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """Return z_switch = L_T(P_T(V_S(x)), text) at the rows asked for.
+
+    The teacher is frozen, its activations are not: the gradient flows through L_T and P_T into `features` and on into the
+    student's vision tower.
+
+    Args:
+        teacher: the frozen teacher; its vision tower is not used and need not exist.
+        features: V_S(x), [B, n, d_v], with graph.
+        input_ids: [B, L], n image tokens a sample. attention_mask: [B, L].
+        rows: [B, L] bool, the rows that predict supervised tokens (`positions.predicting_rows`).
+
+    Returns:
+        [P, V], in row-major order of `rows`; the LM head runs at these rows only.
+
+    Raises:
+        ValueError: the number of image tokens is not that of the features.
+    """
+    embeds = teacher.get_input_embeddings()(input_ids)
+    is_image = input_ids == teacher.config.image_token_id
+    if int(is_image.sum()) != features.shape[0] * features.shape[1]:
+        raise ValueError(f"{int(is_image.sum())} image tokens for features of shape {tuple(features.shape)}")
+    image_embeds = teacher.model.multi_modal_projector(features.to(embeds.dtype))  # P_T(V_S(x)), [B, n, d]
+    embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds)
+    states = teacher.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
+    return teacher.lm_head(states.last_hidden_state[rows])

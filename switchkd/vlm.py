@@ -1,0 +1,228 @@
+"""A VLM in three parts: vision tower V, projector P, language model L (paper, section 3.1).
+
+Every VLM here is an ordinary `transformers.LlavaForConditionalGeneration` checkpoint. This module loads one, whole or without
+its vision tower, and says what must agree between a teacher and a student.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+from switchkd.errors import CheckpointError
+from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
+
+
+class LlavaWithoutVision(LlavaForConditionalGeneration):
+    """A Llava whose vision tower does not exist; its weights are neither read from disk nor kept in memory."""
+
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower\."]
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)  # from_pretrained builds on the meta device, so the tower costs nothing here
+        self.model.vision_tower = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder, opened but not loaded: config, tokenizer, image processor and the numbers that must fit."""
+
+    path: Path
+    config: LlavaConfig
+    tokenizer: Any
+    image_processor: Any
+    image_tokens: int  # tokens an image becomes
+    feature_width: int  # d_v, width of the features that enter the projector
+    trust_remote_code: bool = False
+
+    @property
+    def vocab_rows(self) -> int:
+        """N: rows in use, the tokenizer's length; a model's embedding may be padded beyond it."""
+        return min(len(self.tokenizer), self.config.text_config.vocab_size)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token that an image's features replace."""
+        return int(self.config.image_token_id)
+
+    def resolve_dtype(self, dtype: str) -> str:
+        """Return the dtype that "auto" stands for, or `dtype` itself."""
+        if dtype != "auto":
+            return dtype
+        saved = self.config.dtype or self.config.text_config.dtype or torch.float32
+        return str(saved).removeprefix("torch.")
+
+
+def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a Llava checkpoint folder without loading weights.
+
+    Raises:
+        CheckpointError: no such folder, not a Llava, no fast tokenizer, no image processor.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"no checkpoint at {folder}: expected a folder with a config.json")
+    with _as_checkpoint_error(folder):
+        config = LlavaConfig.get_config_dict(folder)[0]
+        if config.get("model_type") != "llava":
+            raise CheckpointError(
+                f"{folder} is a {config.get('model_type')!r} model; expected a LlavaForConditionalGeneration (model_type 'llava')"
+            )
+        llava = LlavaConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **_PIL_BACKEND)
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
+    image_tokens, feature_width = probe_vision(llava)
+    return Checkpoint(folder, llava, tokenizer, processor, image_tokens, feature_width, trust_remote_code)
+
+
+def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, str]:
+    """Return the hashes that tell one teacher from another: config, and each component's weights.
+
+    Args:
+        vision: False leaves the vision tower's weights unread, and out of the result.
+    """
+    components = ("vision", "projector", "language") if vision else ("projector", "language")
+    return {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
+
+
+# torchvision may be missing or broken, and its pixels differ from Pillow's in the last bits: one backend everywhere.
+_PIL_BACKEND = {"backend": "pil"}
+
+
+def probe_vision(config: LlavaConfig) -> tuple[int, int]:
+    """Return (tokens an image becomes, width of the features) of a Llava's vision tower, without its weights.
+
+    The tower runs on the meta device, so any tower that transformers knows is measured rather than guessed.
+    """
+    vision = config.vision_config
+    with torch.device("meta"), torch.no_grad():
+        tower = AutoModel.from_config(vision).eval()
+        channels = getattr(vision, "num_channels", 3)
+        pixels = torch.empty(1, channels, vision.image_size, vision.image_size, dtype=tower.dtype)
+        states = tower(pixels, output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    tokens = states[layers[0]].shape[1] - (config.vision_feature_select_strategy == "default")
+    return tokens, sum(states[layer].shape[-1] for layer in layers)
+
+
+def load_model(
+    checkpoint: Checkpoint, *, vision: bool = True, dtype: str | torch.dtype = "auto"
+) -> LlavaForConditionalGeneration:
+    """Load a checkpoint's weights on the CPU, in evaluation mode; safetensors only.
+
+    Args:
+        vision: False leaves the vision tower out. dtype: "auto" keeps the checkpoint's, else "float32", "bfloat16", …
+
+    Raises:
+        CheckpointError: weights missing, of another shape, or not safetensors.
+    """
+    kind = LlavaForConditionalGeneration if vision else LlavaWithoutVision
+    with _as_checkpoint_error(checkpoint.path):
+        model, report = kind.from_pretrained(
+            checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
+    if missing := sorted(set(report["missing_keys"]) - {"lm_head.weight"}):
+        raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} weights, the first is {missing[0]}")
+    if "lm_head.weight" in report["missing_keys"] and not model.config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{checkpoint.path} lacks lm_head.weight, and its config does not tie it to the embedding"
+        )
+    return model.eval()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Stop gradients to every parameter; activations still carry them."""
+    return model.requires_grad_(False).eval()
+
+
+def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:
+    """Freeze the vision parameters that no gradient reaches, and return their names.
+
+    A feature layer before the last leaves later layers, the final norm and the pooling head unused; a trainable parameter
+    without a gradient stops DistributedDataParallel. One backward pass over a blank image finds them.
+    """
+    tower = model.model.vision_tower
+    vision = model.config.vision_config
+    reached = [p for p in tower.parameters() if p.requires_grad]
+    pixels = torch.zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size, dtype=tower.dtype)
+    features = vision_features(model, pixels.to(tower.device))
+    gradients = torch.autograd.grad(features.float().sum(), reached, allow_unused=True)
+    unused = {id(p) for p, g in zip(reached, gradients, strict=True) if g is None}
+    names = [name for name, p in tower.named_parameters() if id(p) in unused]
+    for parameter in tower.parameters():
+        if id(parameter) in unused:
+            parameter.requires_grad_(False)
+    return names
+
+
+def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Return V(x), the features that enter the projector: [B, 3, H, W] → [B, n, d_v]."""
+    with capture_vision_features(model) as captured:
+        model.model.get_image_features(pixel_values=pixels)
+    return captured[0]
+
+
+@contextmanager
+def capture_vision_features(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect V(x) of every image batch that `model` sees inside the block, with its graph.
+
+    A hook on the projector's input takes whatever the model's own forward computed, so layer choice, CLS handling and any
+    wrapper (DistributedDataParallel, FSDP) stay exactly as they are.
+    """
+    captured: list[Tensor] = []
+    projector = model.get_submodule("model.multi_modal_projector")
+    hook = projector.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
+    try:
+        yield captured
+    finally:
+        hook.remove()
+
+
+def require_fit(teacher: Checkpoint, student: Checkpoint, switch: bool) -> None:
+    """Check that a student can learn from a teacher.
+
+    Both pathways need one tokenizer, image token id and image token count; the switch pathway also needs one feature width,
+    since the teacher's projector reads the student's features.
+
+    Raises:
+        CheckpointError: names both sides of the first thing that does not fit.
+    """
+    sides = f"teacher {teacher.path}, student {student.path}"
+    if hash_tokenizer(teacher.tokenizer) != hash_tokenizer(student.tokenizer):
+        raise CheckpointError(
+            f"the tokenizers differ ({len(teacher.tokenizer)} and {len(student.tokenizer)} entries): {sides}. "
+            "Logits can only be compared over one vocabulary; give both models the same tokenizer"
+        )
+    if teacher.image_token_id != student.image_token_id:
+        raise CheckpointError(
+            f"the image token ids differ ({teacher.image_token_id} and {student.image_token_id}): {sides}"
+        )
+    if teacher.image_tokens != student.image_tokens:
+        raise CheckpointError(
+            f"an image becomes {teacher.image_tokens} tokens for the teacher and {student.image_tokens} for the student: "
+            f"{sides}. Choose towers with the same number of patches"
+        )
+    if switch and teacher.feature_width != student.feature_width:
+        raise CheckpointError(
+            f"the switch pathway feeds the student's vision features (width {student.feature_width}) to the teacher's "
+            f"projector (width {teacher.feature_width}): {sides}. Choose a vision tower of the teacher's width, or --no-switch"
+        )
+
+
+@contextmanager
+def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises about a folder's content into a CheckpointError that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot open checkpoint {folder}: {error}") from error

@@ -1,0 +1,21 @@
+"""Shared fixtures; everything a test writes is below pytest's temporary folder."""
+
+import os
+import tempfile
+
+import pytest
+import tiny
+
+# Before `datasets` is imported anywhere: Arrow files of tests do not belong in the user's cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="switchkd-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("teacher") / "ckpt", seed=0, width=32)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("student") / "ckpt", seed=1, width=16, layers=1)
