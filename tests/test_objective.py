@@ -1,0 +1,75 @@
+"""The objective: names, weights, rows in use, contradictions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from switchkd.errors import ConfigError
+from switchkd.losses import dbild_loss, kl_loss
+from switchkd.objective import OBJECTIVES, LossParts, Objective
+from switchkd.signals import DenseSignal
+
+P, N, V = 4, 9, 12
+
+
+def normal(seed, columns):
+    return torch.randn(P, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def parts(objective, switch=None):
+    return objective.parts(
+        normal(1, V), torch.tensor([0, 3, 8, 2]), DenseSignal(normal(2, N)), switch, torch.tensor([True, True, False, True])
+    )
+
+
+def test_the_names_are_those_of_the_paper():
+    assert list(OBJECTIVES) == ["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl"]
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sft"])
+def test_each_objective_has_ce_and_align(name):
+    found = parts(Objective(name, switch=False))
+    torch.testing.assert_close(found.ce, F.cross_entropy(normal(1, V), torch.tensor([0, 3, 8, 2]), reduction="sum"))
+    assert found.align > 0
+    assert found.vsd is None
+
+
+def test_distillation_runs_over_the_rows_in_use():
+    found = parts(Objective("dbild-rkl", switch=False))
+    torch.testing.assert_close(found.align, dbild_loss(normal(1, V)[:, :N], normal(2, N), reduction="sum"))
+
+
+def test_vsd_compares_image_positions_only():
+    switch = normal(3, V)[:3]
+    found = parts(Objective(), switch)
+    expected = dbild_loss(switch[:, :N], normal(2, N)[[0, 1, 3]], reduction="sum")
+    torch.testing.assert_close(found.vsd, expected)
+
+
+def test_temperatures_default_to_the_papers():
+    plain = parts(Objective("fkl", switch=False)).align
+    torch.testing.assert_close(plain, kl_loss(normal(1, V)[:, :N], normal(2, N), reduction="sum"))
+    warm = parts(Objective("dbild-rkl", switch=False, temperature=3.0)).align
+    torch.testing.assert_close(warm, parts(Objective("dbild-rkl", switch=False)).align)
+
+
+def test_the_total_weighs_the_parts():
+    one = torch.tensor(1.0)
+    objective = Objective(align_weight=0.5, vsd_weight=2.0)
+    assert objective.total(LossParts(one, one, one)) == 3.5
+    assert objective.total(LossParts(one, None, None)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "sft"}, "sft has no teacher to switch to: pass --no-switch"),
+        ({"name": "dbild"}, "no objective 'dbild'; there are sft, fkl"),
+        ({"name": "fkl", "window": 8}, "window belongs to dbild-fkl and dbild-rkl"),
+        ({"window": 1}, "at least 2 logits, got 1"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+    ],
+)
+def test_contradictions_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Objective(**options)
