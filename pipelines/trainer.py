@@ -129,8 +129,10 @@ class SwitchTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        # The names that the model itself uses: only then does a resumed run find every weight again.
-        self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        # The finished student gets the names that Llava checkpoints carry everywhere; a checkpoint of the run those that
+        # the model itself uses, since only then does a resumed run find every weight again.
+        finished = folder == self.args.output_dir
+        self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=finished)
         for processor in self.processing_class:
             processor.save_pretrained(folder)
 
@@ -141,9 +143,8 @@ class SwitchTrainer(Trainer):
             return
         target = self.model if model is None else model
         found: dict[str, Tensor] = {}
-        for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
-            if file.name != resume_state.TENSORS:
-                found |= load_file(file)
+        for file in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
+            found |= load_file(file)
         result = target.load_state_dict(found, strict=False)
         tied = set(target._tied_weights_keys or ()) if target.config.tie_word_embeddings else set()
         if missing := [name for name in result.missing_keys if name not in tied]:

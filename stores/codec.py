@@ -30,14 +30,14 @@ def encode_topk(
     Raises:
         ValueError: a logit that is not finite, or further than 65,535 steps below the maximum.
     """
-    if not np.isfinite(logits).all():
+    if not (np.isfinite(logits).all() and np.isfinite(z_max).all()):
         raise ValueError("only finite logits can be stored")
-    q = np.rint((z_max[:, None].astype(np.float64) - logits) / step).astype(np.int64)
+    q = np.rint((z_max[:, None].astype(np.float64) - logits) / step)
     if q.size and (q.min() < 0 or q.max() > LARGEST_Q):
         raise ValueError(
             f"logits lie {q.min() * step:g} to {q.max() * step:g} below the maximum, outside 0 … {LARGEST_Q * step:g}"
         )
-    rank = rank_of_id[ids].astype(np.int64)
+    q, rank = q.astype(np.int64), rank_of_id[ids].astype(np.int64)
     order = np.argsort(q * len(rank_of_id) + rank, axis=-1)
     q, rank = np.take_along_axis(q, order, -1), np.take_along_axis(rank, order, -1)
     return rank.astype(rank_dtype(len(rank_of_id))), np.diff(q, axis=-1, prepend=0).astype(np.uint16)

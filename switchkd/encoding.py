@@ -115,8 +115,10 @@ class SampleEncoder:
         supervised: list[bool] = []
         for text, is_supervised in segments:
             for number, piece in enumerate(text.split(IMAGE_MARKER) if not is_supervised else [text]):
-                new = [self.image_token_id] * self.image_tokens if number else []
-                new += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+                words = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+                if self.image_token_id in words:  # no feature would stand behind it
+                    raise BadSample(Status.MARKER_WITHOUT_IMAGE, "the text spells out the image token")
+                new = ([self.image_token_id] * self.image_tokens if number else []) + words
                 ids += new
                 supervised += [is_supervised] * len(new)
         if len(ids) > self.max_length:

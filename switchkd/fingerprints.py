@@ -118,9 +118,9 @@ def _tensor_hashes(path: Path, components: tuple[str, ...]) -> Any:
         try:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_bytes))
-        except (struct.error, ValueError, MemoryError) as error:
+            header.pop("__metadata__", None)
+        except (struct.error, ValueError, MemoryError, OverflowError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
-        header.pop("__metadata__", None)
         for name, entry in header.items():
             if component_of(name) not in components:
                 continue

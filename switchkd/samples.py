@@ -136,9 +136,15 @@ def read_row(row: Any, index: int) -> Sample:
     except BadSample as bad:
         image, turns, status, detail = None, [], bad.status, bad.detail
     named = row if isinstance(row, dict) else {}
+    name = index if named.get("id") is None else named["id"]
     return Sample(
-        index, str(named.get("id", index)), image, turns, str(named.get("question_type") or ""), status, detail
+        index, _writable(str(name)), image, turns, _writable(str(named.get("question_type") or "")), status, detail
     )
+
+
+def _writable(text: str) -> str:
+    """Escape what UTF-8, and so Arrow, cannot hold: JSON may spell half of a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _image_of(row: dict[str, Any]) -> str | None:
@@ -149,7 +155,7 @@ def _image_of(row: dict[str, Any]) -> str | None:
         image = image[0] if image else None
     if image is not None and not isinstance(image, str):
         raise BadSample(Status.IMAGE_MISSING, f"image should be a path, found {type(image).__name__}")
-    return image or None
+    return _writable(image) if image else None
 
 
 def _turns_of(row: dict[str, Any], image: str | None) -> list[tuple[str, str]]:
@@ -161,6 +167,8 @@ def _turns_of(row: dict[str, Any], image: str | None) -> list[tuple[str, str]]:
     for number, turn in enumerate(conversation):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
             raise BadSample(Status.BAD_TURN, f"turn {number} needs 'from' and a text 'value'")
+        if _writable(turn["value"]) != turn["value"]:
+            raise BadSample(Status.BAD_TURN, f"turn {number} holds half of a surrogate pair")
         role = ROLES.get(str(turn["from"]))
         if role is None:
             raise BadSample(Status.UNKNOWN_ROLE, f"turn {number} is from {turn['from']!r}; known: {', '.join(ROLES)}")
@@ -168,8 +176,9 @@ def _turns_of(row: dict[str, Any], image: str | None) -> list[tuple[str, str]]:
             raise BadSample(Status.ROLES_OUT_OF_ORDER, f"turn {number} is from {turn['from']!r}")
         if role == "assistant" and IMAGE_MARKER in turn["value"]:
             raise BadSample(Status.MARKER_WITHOUT_IMAGE, f"turn {number}, an answer, holds {IMAGE_MARKER}")
-        markers += turn["value"].count(IMAGE_MARKER)
-        texts.append(turn["value"].replace(IMAGE_MARKER, "").strip())
+        text = turn["value"].replace(IMAGE_MARKER, "").strip()
+        markers += turn["value"].count(IMAGE_MARKER) + text.count(IMAGE_MARKER)  # "<im<image>age>" leaves another
+        texts.append(text)
     if len(texts) % 2:
         raise BadSample(Status.ROLES_OUT_OF_ORDER, "the last turn is a question without an answer")
     if markers > 1:
@@ -193,7 +202,9 @@ def _rows_of(path: Path) -> Iterator[Any]:
                         yield json.loads(line)
                 return
             rows = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:  # raised for a block of the file, so no line is known
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error}; expected a list of rows or one JSON object a line") from error
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} should hold a list with at least one row, found {type(rows).__name__}")

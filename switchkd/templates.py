@@ -37,22 +37,20 @@ class Template:
         Raises:
             ConfigError: the template uses {eos} and the tokenizer has none.
         """
+        return [segment for segment in self._segments(turns, has_image, eos) if segment[0]]
+
+    def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+        """Return the segments up to where the last turn's answer would begin."""
+        *segments, _answer, _after = self._segments(turns, has_image, eos)
+        return [segment for segment in segments if segment[0]]
+
+    def _segments(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
         segments = [(self._fill(self.system, "", "", eos), False)]
         for number, (question, answer) in enumerate(turns):
             image = self.image if has_image and number == 0 else ""
             segments.append((self._fill(self.user + self.assistant, question, image, eos), False))
             segments.append((self._fill(self.answer, answer, "", eos), True))
             segments.append((self._fill(self.after, "", "", eos), False))
-        return [segment for segment in segments if segment[0]]
-
-    def prompt(self, turns: list[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
-        """Return the segments up to where the last turn's answer would begin."""
-        segments = self.render([*turns[:-1], (turns[-1][0], "")], has_image, eos)
-        while segments and segments[-1][0] in (
-            self._fill(self.after, "", "", eos),
-            self._fill(self.answer, "", "", eos),
-        ):
-            segments.pop()
         return segments
 
     def _fill(self, pattern: str, text: str, image: str, eos: str | None) -> str:
