@@ -20,12 +20,11 @@ COMMANDS = {
 INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
 
 
-class Failure(click.ClickException):
-    """An error as the user sees it; ends with its exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+def _failure(message: str, exit_code: int) -> click.ClickException:
+    """Return an error as the user sees it; the command line ends with its exit code."""
+    error = click.ClickException(message)
+    error.exit_code = exit_code  # type: ignore[misc]
+    return error
 
 
 class Commands(click.Group):
@@ -49,18 +48,18 @@ class Commands(click.Group):
             formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; see `Failure`."""
+        """Run a command."""
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             return super().invoke(ctx)
         except SwitchKDError as error:
-            raise Failure(_message(error), error.exit_code) from error
+            raise _failure(_message(error), error.exit_code) from error
         except KeyboardInterrupt:
-            raise Failure("interrupted; run the same command again to go on where it stopped", INTERRUPTED) from None
+            raise _failure("interrupted; run the same command again to go on where it stopped", INTERRUPTED) from None
         except OSError as error:
-            raise Failure(f"{error}; what was finished is safe, run the same command again to go on", 1) from error
+            raise _failure(f"{error}; what was finished is safe, run the same command again to go on", 1) from error
         except RuntimeError as error:
-            raise Failure(_out_of_memory(error), 1) from error
+            raise _failure(_out_of_memory(error), 1) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

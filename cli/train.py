@@ -69,7 +69,7 @@ from switchkd.cli.common import PATH, config_option, lines_of, quiet_libraries
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="DataLoader processes.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
 @click.pass_context
-def command(ctx: click.Context, **options: Any) -> None:
+def command(ctx: click.Context, /, **options: Any) -> None:
     """Train a student with CE + λ1·Align + λ2·VSD from a teacher store.
 
     Align reads the store; VSD sends the student's visual features through the teacher's projector and LLM. Run it again to

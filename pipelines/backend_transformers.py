@@ -26,7 +26,8 @@ class TransformersBackend:
     name = "transformers"
 
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: str) -> None:
-        self.model = freeze(load_model(checkpoint, dtype=dtype)).to(device)
+        self.model = load_model(checkpoint, dtype=dtype).to(device)
+        freeze(self.model)
         self.device = device
         self.vocab_rows = checkpoint.vocab_rows
         self.pad_id = pad_id_of(checkpoint.tokenizer)

@@ -51,8 +51,9 @@ def save_rng(folder: Path, process: int) -> None:
     """Save the random states of this process: Python, NumPy, torch and its GPUs."""
     folder.mkdir(parents=True, exist_ok=True)
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    plain = {"python": [version, list(internal), gauss], "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numpy_state = [kind, np.asarray(keys).tolist(), position, has_gauss, cached]
+    plain = {"python": [version, list(internal), gauss], "numpy": numpy_state}
     (folder / f"rng_{process}.json").write_text(json.dumps(plain))
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

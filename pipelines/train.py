@@ -229,7 +229,7 @@ def _report(
 def _finish(options: TrainOptions, trainer: SwitchTrainer, samples: TrainingSamples) -> TrainSummary:
     trainer.save_model()
     history = trainer.state.log_history
-    last = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
+    last: dict[str, Any] = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
     summary = {
         "steps": trainer.state.global_step,
         "samples": len(samples),

@@ -141,7 +141,7 @@ class SwitchTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        target = self.model if model is None else model
+        target: Any = self.model if model is None else model
         found: dict[str, Tensor] = {}
         for file in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
             found |= load_file(file)

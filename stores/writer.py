@@ -94,7 +94,7 @@ class StoreWriter:
     def _write_arrays(self, folder: Path, part: int, arrays: PartArrays) -> None:
         z_max = arrays.stats[:, layout.STAT_COLUMNS.index("z_max")]
         rank, steps = encode_topk(arrays.ids, arrays.logits, z_max, self._rank_of_id, self.manifest.step)
-        data = {
+        data: dict[str, NDArray[Any]] = {
             layout.OFFSET: np.concatenate([[0], np.cumsum(arrays.positions)]).astype(np.int64),
             layout.DIGEST: arrays.digest,
             layout.STATUS: arrays.status,

@@ -11,6 +11,7 @@ of a 49k vocabulary, but e^{u_m - u_n} = e^{u_m} e^{-u_n} factorises, so prefix 
 Value and gradient are exact and cost O(k) time and memory.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,12 @@ def pair_kl(u: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     Returns:
         [T], nats, the dtype of u. Differentiable once.
     """
-    return _PairKL.apply(u, v, keep)
+    value: Tensor = _PairKL.apply(u, v, keep)  # type: ignore[no-untyped-call]
+    return value
+
+
+_Sums = dict[str, Tensor]
+_Weighted = Callable[[Tensor, Tensor, Tensor, _Sums], tuple[Tensor, Tensor]]
 
 
 class _PairKL(torch.autograd.Function):
@@ -47,11 +53,11 @@ class _PairKL(torch.autograd.Function):
         if unsafe.any():
             u, v, keep = u[unsafe], v[unsafe], keep[unsafe]
             sums = _log_sums(u, keep), _log_sums(v, keep)
-            value[unsafe], exact_u, exact_v = _kl_and_gradients(u, v, keep, *sums, _log_weighted, ctx.needs_input_grad)
-            if grad_u is not None:
-                grad_u[unsafe] = exact_u
-            if grad_v is not None:
-                grad_v[unsafe] = exact_v
+            exact, exact_u, exact_v = _kl_and_gradients(u, v, keep, *sums, _log_weighted, ctx.needs_input_grad)
+            value[unsafe] = exact
+            for plain, better in ((grad_u, exact_u), (grad_v, exact_v)):
+                if plain is not None and better is not None:
+                    plain[unsafe] = better
         ctx.save_for_backward(grad_u, grad_v)
         return value
 
@@ -63,7 +69,15 @@ class _PairKL(torch.autograd.Function):
         return (None if grad_u is None else scale * grad_u, None if grad_v is None else scale * grad_v, None)
 
 
-def _kl_and_gradients(u, v, keep, sums_u, sums_v, weighted, needs_grad):  # type: ignore[no-untyped-def]
+def _kl_and_gradients(
+    u: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    sums_u: _Sums,
+    sums_v: _Sums,
+    weighted: _Weighted,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Value [T] and, where asked for, dKL/du and dKL/dv [T, K], from the sums of either arithmetic below."""
     net_u = sums_u["first"] - sums_u["second"]
     gap = torch.where(keep, u - v, 0)  # c_m; only differences of c count, so its mean may go for the sake of float32
@@ -92,7 +106,7 @@ def _prefix(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.cumsum(-1)[:, :-1], (1, 0))
 
 
-def _plain_sums(u: Tensor, keep: Tensor) -> dict[str, Tensor]:
+def _plain_sums(u: Tensor, keep: Tensor) -> _Sums:
     """Sums with max u taken out of e^u and min u out of e^{-u}: no overflow, fast."""
     top = u.masked_fill(~keep, -torch.inf).amax(-1, keepdim=True)
     low = u.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
@@ -105,7 +119,7 @@ def _plain_sums(u: Tensor, keep: Tensor) -> dict[str, Tensor]:
     return {"first": first / norm, "second": second / norm, "z": z, "log_z": log_z, "rise": rise, "fall": fall}
 
 
-def _plain_weighted(u: Tensor, keep: Tensor, gap: Tensor, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _plain_weighted(u: Tensor, keep: Tensor, gap: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
     """Σ_{n>m} p_mn c_n and Σ_{n<m} p_nm c_n, both [T, K]."""
     norm = sums["z"].unsqueeze(-1)
     later = sums["rise"] * _suffix(sums["fall"] * gap) / norm
@@ -124,7 +138,7 @@ def _log_prefix(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.logcumsumexp(-1)[:, :-1], (1, 0), value=-torch.inf)
 
 
-def _log_sums(u: Tensor, keep: Tensor) -> dict[str, Tensor]:
+def _log_sums(u: Tensor, keep: Tensor) -> _Sums:
     """`_plain_sums` in log space: any finite u, at about three times the cost."""
     up, down = u.masked_fill(~keep, -torch.inf), (-u).masked_fill(~keep, -torch.inf)
     log_first, log_second = up + _log_suffix(down), down + _log_prefix(up)
@@ -133,7 +147,7 @@ def _log_sums(u: Tensor, keep: Tensor) -> dict[str, Tensor]:
     return {"first": (log_first - norm).exp(), "second": (log_second - norm).exp(), "log_z": log_z}
 
 
-def _log_weighted(u: Tensor, keep: Tensor, gap: Tensor, sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _log_weighted(u: Tensor, keep: Tensor, gap: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
     """`_plain_weighted` in log space; positive and negative weights are summed apart."""
     up, down = u.masked_fill(~keep, -torch.inf), (-u).masked_fill(~keep, -torch.inf)
     norm = sums["log_z"].unsqueeze(-1)

@@ -35,4 +35,5 @@ def switch_logits(
     image_embeds = teacher.model.multi_modal_projector(features.to(embeds.dtype))  # P_T(V_S(x)), [B, n, d]
     embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds)
     states = teacher.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
-    return teacher.lm_head(states.last_hidden_state[rows])
+    logits: Tensor = teacher.lm_head(states.last_hidden_state[rows])
+    return logits

@@ -43,12 +43,14 @@ class Checkpoint:
     @property
     def vocab_rows(self) -> int:
         """N: rows in use, the tokenizer's length; a model's embedding may be padded beyond it."""
-        return min(len(self.tokenizer), self.config.text_config.vocab_size)
+        rows: int = min(len(self.tokenizer), self.config.text_config.vocab_size)
+        return rows
 
     @property
     def image_token_id(self) -> int:
         """Id of the token that an image's features replace."""
-        return int(self.config.image_token_id)
+        token: int = self.config.image_token_id
+        return token
 
     def resolve_dtype(self, dtype: str) -> str:
         """Return the dtype that "auto" stands for, or `dtype` itself."""

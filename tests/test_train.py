@@ -97,7 +97,7 @@ def test_all_three_parts_are_logged_and_the_student_moves(options, student):
 def test_the_trained_student_opens_anywhere(options):
     train(options)
     for folder in (options.output, options.output / "checkpoint-6"):
-        model, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        _, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
         assert not set(report["missing_keys"]) - {"lm_head.weight"}
         assert not report["unexpected_keys"]
         assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
