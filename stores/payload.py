@@ -1,0 +1,55 @@
+"""What a store knows of a run of positions, in memory: the one type that capture, writer and reader hand to each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.stores.layout import STAT_COLUMNS
+
+
+@dataclass(frozen=True)
+class Payload:
+    """P positions: statistics always, top-k logits and final hidden states as the store's payload has them."""
+
+    stats: NDArray[np.float32]  # [P, 5], columns of STAT_COLUMNS
+    ids: NDArray[np.int32] | None = None  # [P, K], by descending logit
+    logits: NDArray[np.float32] | None = None  # [P, K]
+    hidden: NDArray[np.float32] | None = None  # [P, d], after the teacher's final norm
+
+    def __len__(self) -> int:
+        return len(self.stats)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays that are there, by field name."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: array for name, array in named if array is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(array.nbytes for array in self.arrays().values())
+
+    def stat(self, name: str) -> NDArray[np.float32]:
+        """Return one statistic, [P]."""
+        column: NDArray[np.float32] = self.stats[:, STAT_COLUMNS.index(name)]
+        return column
+
+    def slice(self, begin: int, end: int) -> "Payload":
+        """Return positions begin … end - 1."""
+        return Payload(**{name: array[begin:end] for name, array in self.arrays().items()})
+
+    def split(self, counts: Sequence[int]) -> list["Payload"]:
+        """Cut into runs of the given lengths."""
+        ends = np.cumsum(counts)
+        return [self.slice(int(end - count), int(end)) for count, end in zip(counts, ends, strict=True)]
+
+    @staticmethod
+    def concatenate(pieces: Sequence["Payload"]) -> "Payload":
+        """Join runs of one kind; at least one."""
+        if len(pieces) == 1:
+            return pieces[0]
+        names = pieces[0].arrays()
+        return Payload(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})

@@ -1,0 +1,155 @@
+"""Packing of top-k logits: round trips with the documented bound, and what is refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from switchkd.stores.codec import LARGEST_Q, decode_topk, encode_topk, invert, ranks_by_frequency
+from switchkd.stores.layout import rank_dtype
+
+unhurried = settings(deadline=None)
+STEPS = (1 / 1024, 1 / 32, 0.1, 1 / 3, 1.0)
+
+
+@st.composite
+def rows(draw):
+    """(ids [P, K], logits [P, K] in any order, z_max [P], id_of_rank [N], step)."""
+    vocab_rows = draw(st.integers(2, 60))
+    top_k = draw(st.sampled_from((2, vocab_rows)) | st.integers(2, vocab_rows))
+    positions = draw(st.integers(0, 5))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    z = random.normal(scale=draw(st.sampled_from((0.0, 0.01, 1.0, 9.0))), size=(positions, vocab_rows))
+    if draw(st.booleans()):
+        z = z.round()  # ties
+    z = (z + draw(st.sampled_from((0.0, -80.0, 300.0)))).astype(np.float32)
+    ids = random.permuted(np.argsort(-z, axis=-1)[:, :top_k], axis=-1).astype(np.int32)
+    logits = np.take_along_axis(z, ids, -1)
+    return ids, logits, z.max(-1), random.permutation(vocab_rows).astype(np.uint32), draw(st.sampled_from(STEPS))
+
+
+def round_trip(ids, logits, z_max, id_of_rank, step):
+    rank, steps = encode_topk(ids, logits, z_max, invert(id_of_rank), step)
+    return decode_topk(rank, steps, z_max, id_of_rank, step)
+
+
+def by_id(ids, values):
+    return np.take_along_axis(values, np.argsort(ids, axis=-1), -1)
+
+
+@unhurried
+@given(rows())
+def test_round_trip_keeps_ids_and_bounds_the_error(row):
+    ids, logits, z_max, _, step = row
+    found_ids, found = round_trip(*row)
+    assert (found_ids.dtype, found.dtype) == (np.int32, np.float32)
+    assert np.array_equal(np.sort(found_ids, -1), np.sort(ids, -1))
+    # Half a step, the rounding of float32 at the size of the numbers, and the rounding of the step itself.
+    below = z_max[:, None].astype(np.float64) - by_id(ids, logits)
+    bound = step / 2 + 2.0**-22 * (np.abs(z_max[:, None]) + below + step)
+    assert (np.abs(by_id(found_ids, found).astype(np.float64) - by_id(ids, logits)) <= bound).all()
+
+
+@unhurried
+@given(rows())
+def test_decoded_logits_descend_from_the_maximum(row):
+    z_max = row[2]
+    _, found = round_trip(*row)
+    assert (np.diff(found, axis=-1) <= 0).all()
+    assert np.array_equal(found[:, 0], z_max)
+
+
+@unhurried
+@given(rows())
+def test_ranks_are_distinct_and_ascend_inside_equal_logits(row):
+    ids, logits, z_max, id_of_rank, step = row
+    rank, steps = encode_topk(ids, logits, z_max, invert(id_of_rank), step)
+    assert (rank.dtype, steps.dtype) == (np.uint16, np.uint16)
+    assert (np.diff(np.sort(rank.astype(int), -1), axis=-1) > 0).all()
+    assert (np.diff(rank.astype(int), axis=-1) > 0)[steps[:, 1:] == 0].all()
+
+
+@unhurried
+@given(rows())
+def test_a_decoded_row_is_encoded_to_the_same_bytes(row):
+    """Packing loses something once only: a store made from a store does not drift."""
+    ids, logits, z_max, id_of_rank, _ = row
+    step = 1 / 32  # decoded exactly: a power of two
+    first = encode_topk(ids, logits, z_max, invert(id_of_rank), step)
+    again = encode_topk(*decode_topk(*first, z_max, id_of_rank, step), z_max, invert(id_of_rank), step)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@unhurried
+@given(rows())
+def test_the_order_of_entries_does_not_matter(row):
+    ids, logits, z_max, id_of_rank, step = row
+    reversed_row = encode_topk(ids[:, ::-1], logits[:, ::-1], z_max, invert(id_of_rank), step)
+    for a, b in zip(encode_topk(ids, logits, z_max, invert(id_of_rank), step), reversed_row, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_large_vocabulary_uses_wide_ranks():
+    rows_in_use = (1 << 16) + 1
+    id_of_rank = np.arange(rows_in_use, dtype=np.uint32)[::-1].copy()
+    ids, logits = np.array([[0, 7, rows_in_use - 1]]), np.array([[1.0, 0.5, 0.0]], np.float32)
+    rank, _ = encode_topk(ids, logits, logits[:, 0], invert(id_of_rank), 0.5)
+    assert rank.dtype == np.uint32
+    assert rank.tolist() == [[rows_in_use - 1, rows_in_use - 8, 0]]
+    assert round_trip(ids, logits, logits[:, 0], id_of_rank, 0.5)[0].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("vocab_rows", "dtype"), [(2, np.uint16), (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32), (151_936, np.uint32)]
+)
+def test_ranks_take_the_smallest_type(vocab_rows, dtype):
+    assert rank_dtype(vocab_rows) == dtype
+    assert np.iinfo(dtype).max >= vocab_rows - 1
+
+
+@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
+@pytest.mark.parametrize("where", ("logits", "z_max"))
+def test_what_is_not_finite_is_refused(where, bad):
+    arrays = {"logits": np.array([[1.0, 0.0]], np.float32), "z_max": np.array([1.0], np.float32)}
+    arrays[where][..., -1] = bad
+    with pytest.raises(ValueError, match="only finite logits can be stored"):
+        encode_topk(np.array([[0, 1]]), rank_of_id=np.arange(2, dtype=np.uint32), step=1 / 32, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("low", "step", "message"),
+    [
+        (-(LARGEST_Q + 1), 1.0, r"logits lie 0 to 65536 below the maximum, outside 0 … 65535"),
+        (-2048.0, 1 / 32, r"logits lie 0 to 2048 below the maximum, outside 0 … 2047\.97"),
+        (-3e38, 1 / 32, r"logits lie 0 to 3e\+38 below"),
+        (0.1, 1 / 32, r"logits lie -0\.09375 to 0 below"),  # above the row's maximum
+    ],
+)
+def test_what_lies_out_of_range_is_refused(low, step, message):
+    logits = np.array([[0.0, low]], np.float32)
+    with pytest.raises(ValueError, match=message):
+        encode_topk(np.array([[0, 1]]), logits, np.zeros(1, np.float32), np.arange(2, dtype=np.uint32), step)
+
+
+def test_the_farthest_logit_in_range_is_kept():
+    logits = np.array([[0.0, -LARGEST_Q / 32]], np.float32)
+    found = round_trip(np.array([[0, 1]]), logits, np.zeros(1, np.float32), np.arange(2, dtype=np.uint32), 1 / 32)
+    assert np.array_equal(found[1], logits)
+
+
+def test_ranks_follow_frequency_and_ties_follow_ids():
+    assert ranks_by_frequency(np.array([[4, 2], [2, 5], [5, 2]]), 7).tolist() == [2, 5, 4, 0, 1, 3, 6]
+
+
+def test_ranks_of_an_empty_probe_are_the_ids():
+    found = ranks_by_frequency(np.empty(0, np.int32), 4)
+    assert found.dtype == np.uint32
+    assert found.tolist() == [0, 1, 2, 3]
+
+
+@unhurried
+@given(st.integers(1, 300), st.integers(0, 2**32))
+def test_invert_undoes(vocab_rows, seed):
+    table = np.random.default_rng(seed).permutation(vocab_rows).astype(np.uint32)
+    assert np.array_equal(invert(table)[table], np.arange(vocab_rows))
+    assert np.array_equal(invert(invert(table)), table)
