@@ -18,6 +18,20 @@ from switchkd.cli.common import PATH, config_option, default_device, lines_of, q
 @click.option(
     "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
 )
+@click.option(
+    "--payload",
+    type=click.Choice(["topk", "hidden", "both"]),
+    default="topk",
+    show_default=True,
+    help="topk: the largest logits and the mass of the rest; hidden: the final hidden state, exact for every objective.",
+)
+@click.option(
+    "--hidden-dtype",
+    type=click.Choice(["float16", "bfloat16", "int8"]),
+    default="float16",
+    show_default=True,
+    help="How hidden states are stored; int8 has a scale per 32.",
+)
 @click.option("--k", type=click.IntRange(2), default=128, show_default=True, help="Logits kept per position.")
 @click.option(
     "--step",

@@ -30,6 +30,18 @@ from switchkd.cli.common import PATH, config_option, lines_of, quiet_libraries
     "--window", type=click.IntRange(2), help="Look for DBiLD's knee among this many leading logits.  [default: all]"
 )
 @click.option(
+    "--teacher-mode",
+    type=click.Choice(["cached", "live"]),
+    default="cached",
+    show_default=True,
+    help="live runs the whole teacher in every step instead of reading a store: the reference of a cached run.",
+)
+@click.option(
+    "--payload",
+    type=click.Choice(["topk", "hidden"]),
+    help="Which payload of the store to train from.  [default: hidden if it is there]",
+)
+@click.option(
     "--tail",
     type=click.Choice(["uniform", "floor"]),
     default="uniform",

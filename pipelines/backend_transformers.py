@@ -6,11 +6,10 @@ import torch
 
 from switchkd.encoding import EncodedSample, collate, pad_id_of
 from switchkd.errors import RunError
-from switchkd.pipelines.capture import Packed, pack_topk
+from switchkd.pipelines.capture import pack
 from switchkd.positions import predicting_rows
+from switchkd.stores import Manifest, Payload
 from switchkd.vlm import Checkpoint, freeze, load_model
-
-LOGIT_ROWS = 1024  # rows of [rows, V] logits that exist at a time
 
 
 class TransformersBackend:
@@ -29,12 +28,11 @@ class TransformersBackend:
         self.model = load_model(checkpoint, dtype=dtype).to(device)
         freeze(self.model)
         self.device = device
-        self.vocab_rows = checkpoint.vocab_rows
         self.pad_id = pad_id_of(checkpoint.tokenizer)
 
     @torch.inference_mode()
-    def capture(self, samples: Sequence[EncodedSample], top_k: int) -> list[Packed]:
-        """Run the teacher over a batch and pack each sample's positions.
+    def capture(self, samples: Sequence[EncodedSample], manifest: Manifest) -> list[Payload]:
+        """Run the teacher over a batch and pack each sample's positions as the manifest asks.
 
         Raises:
             RunError: logits of a sample are not finite.
@@ -46,17 +44,14 @@ class TransformersBackend:
         if has_image.any():
             batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
         states = self.model.model(**batch, use_cache=False).last_hidden_state[rows.to(self.device)]  # [P, d]
-        pieces = [
-            pack_topk(self.model.lm_head(chunk)[:, : self.vocab_rows], top_k) for chunk in states.split(LOGIT_ROWS)
-        ]
-        return Packed.concatenate(pieces, top_k).split([sample.positions for sample in samples])
+        return pack(states, self.model.lm_head, manifest).split([sample.positions for sample in samples])
 
-    def capture_each(self, samples: Sequence[EncodedSample], top_k: int) -> list[Packed | RunError]:
+    def capture_each(self, samples: Sequence[EncodedSample], manifest: Manifest) -> list[Payload | RunError]:
         """Like `capture`, sample by sample: used to find the one that fails."""
-        found: list[Packed | RunError] = []
+        found: list[Payload | RunError] = []
         for sample in samples:
             try:
-                found += self.capture([sample], top_k)
+                found += self.capture([sample], manifest)
             except RunError as error:
                 found.append(error)
         return found

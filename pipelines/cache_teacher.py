@@ -18,11 +18,12 @@ from switchkd.errors import ConfigError, RunError
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.images import MAX_IMAGE_PIXELS
 from switchkd.pipelines.backend_transformers import TransformersBackend
-from switchkd.pipelines.capture import Packed
 from switchkd.pipelines.progress import Progress
 from switchkd.samples import BadSample, SampleFile, Status
-from switchkd.stores import Manifest, PartArrays, StoreWriter
+from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
 from switchkd.stores.codec import ranks_by_frequency
+from switchkd.stores.layout import HIDDEN_DTYPES, PAYLOADS
+from switchkd.stores.payload import no_position
 from switchkd.templates import load_template
 from switchkd.vlm import Checkpoint, open_checkpoint, teacher_identity
 
@@ -38,8 +39,10 @@ class CacheOptions:
     out: Path
     images: Path | None = None
     template: str = "qwen2_base"
+    payload: str = "topk"  # or "hidden", "both"
     k: int = 128
     step: float = 1 / 32
+    hidden_dtype: str = "float16"  # or "bfloat16", "int8"
     part_size: int = 512
     batch_size: int = 16
     max_length: int = 2048
@@ -82,7 +85,7 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
     # Loaded on first use: a store that is whole, or does not fit, costs no teacher.
     backend = cache(lambda: TransformersBackend(checkpoint, options.device, manifest.teacher["dtype"]))
     writer = StoreWriter(
-        options.out, manifest, lambda: _probe_ranks(backend(), encoder, samples, manifest.top_k, options.batch_size)
+        options.out, manifest, lambda: _id_of_rank(backend, encoder, samples, manifest, options.batch_size)
     )
     missing = writer.missing_parts(options.shard)
     already = len(range(options.shard[0], manifest.part_count, options.shard[1])) - len(missing)
@@ -93,7 +96,7 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
         for part, arrays in _captured_parts(missing, manifest, encoder, samples, backend, options, progress):
             written += writer.write_part(part, arrays)
             counts["samples"] += int((arrays.status == Status.OK).sum())
-            counts["positions"] += len(arrays.ids)
+            counts["positions"] += len(arrays.payload)
             for code in arrays.status[arrays.status != Status.OK]:
                 counts[f"skipped {Status(code).label}"] += 1
     skipped = {name.removeprefix("skipped "): n for name, n in counts.items() if name.startswith("skipped ")}
@@ -111,6 +114,9 @@ def _check(options: CacheOptions) -> None:
     for name in ("k", "part_size", "batch_size", "max_length"):
         if getattr(options, name) < 2 - (name != "k"):
             raise ConfigError(f"{name} is too small: {getattr(options, name)}")
+    for name, words in (("payload", PAYLOADS), ("hidden_dtype", HIDDEN_DTYPES)):
+        if getattr(options, name) not in words:
+            raise ConfigError(f"{name} is one of {', '.join(words)}, got {getattr(options, name)!r}")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -121,10 +127,13 @@ def build_manifest(
     options: CacheOptions, checkpoint: Checkpoint, encoder: SampleEncoder, samples: SampleFile
 ) -> Manifest:
     """Describe the store that a run with these options writes."""
+    topk, hidden = options.payload in ("topk", "both"), options.payload in ("hidden", "both")
     return Manifest(
-        payload="topk",
-        top_k=min(options.k, checkpoint.vocab_rows),
-        step=options.step,
+        payload=options.payload,
+        top_k=min(options.k, checkpoint.vocab_rows) if topk else 0,
+        step=options.step if topk else 0.0,
+        hidden_dtype=options.hidden_dtype if hidden else "",
+        hidden_width=checkpoint.config.text_config.hidden_size if hidden else 0,
         vocab_rows=checkpoint.vocab_rows,
         samples=len(samples),
         part_size=options.part_size,
@@ -192,54 +201,55 @@ def _captured_parts(
 ) -> Iterator[tuple[int, PartArrays]]:
     batches = _Batches(parts, manifest, encoder, samples, options.batch_size)
     loader = DataLoader(batches, batch_size=None, num_workers=options.workers)
-    captured: dict[int, tuple[EncodedSample, Packed] | BadSample] = {}
+    captured: dict[int, tuple[EncodedSample, Payload] | BadSample] = {}
     for part, batch in loader:
         bad = {index: found for index, found in batch if isinstance(found, BadSample)}
         if bad and options.strict:
             raise next(iter(bad.values()))
         usable = [(index, found) for index, found in batch if isinstance(found, EncodedSample)]
         captured |= bad
-        packed = _capture(backend(), usable, manifest.top_k)
+        packed = _capture(backend(), usable, manifest) if usable else []
         captured |= {index: (found, pack) for (index, found), pack in zip(usable, packed, strict=True)}
         progress.advance(len(batch), positions=sum(found.positions for _, found in usable))
         if len(captured) == len(manifest.part_samples(part)):
-            yield part, _assemble([captured[index] for index in manifest.part_samples(part)], manifest.top_k)
+            yield part, _assemble([captured[index] for index in manifest.part_samples(part)], manifest)
             captured = {}
 
 
-def _capture(backend: TransformersBackend, usable: list[tuple[int, EncodedSample]], top_k: int) -> list[Packed]:
+def _capture(
+    backend: TransformersBackend, usable: list[tuple[int, EncodedSample]], manifest: Manifest
+) -> list[Payload]:
     """Capture a batch; on failure find out which sample it was."""
     encoded = [found for _, found in usable]
-    if not encoded:
-        return []
     try:
-        return backend.capture(encoded, top_k)
+        return backend.capture(encoded, manifest)
     except RunError as error:
-        for (index, _), found in zip(usable, backend.capture_each(encoded, top_k), strict=True):
+        for (index, _), found in zip(usable, backend.capture_each(encoded, manifest), strict=True):
             if isinstance(found, RunError):
                 raise RunError(f"row {index}: {found}; nothing of its part was stored") from error
         raise
 
 
-def _assemble(found: list[tuple[EncodedSample, Packed] | BadSample], top_k: int) -> PartArrays:
-    good = [item for item in found if not isinstance(item, BadSample)]
-    packed = Packed.concatenate([pack for _, pack in good], top_k)
+def _assemble(found: list[tuple[EncodedSample, Payload] | BadSample], manifest: Manifest) -> PartArrays:
+    payloads = [item[1] for item in found if not isinstance(item, BadSample)]
     return PartArrays(
         status=np.array([item.status if isinstance(item, BadSample) else Status.OK for item in found], np.uint8),
         digest=np.array([(0, 0, 0) if isinstance(item, BadSample) else item[0].digest for item in found], np.uint64),
         positions=np.array([0 if isinstance(item, BadSample) else item[0].positions for item in found], np.int64),
-        ids=packed.ids,
-        logits=packed.logits,
-        stats=packed.stats,
+        payload=Payload.concatenate([no_position(manifest), *payloads]),
     )
 
 
-def _probe_ranks(
-    backend: TransformersBackend, encoder: SampleEncoder, samples: SampleFile, top_k: int, batch_size: int
+def _id_of_rank(
+    backend: Callable[[], TransformersBackend],
+    encoder: SampleEncoder,
+    samples: SampleFile,
+    manifest: Manifest,
+    batch_size: int,
 ) -> NDArray[np.uint32]:
     """Order the vocabulary by how often each id is among the top k of the first usable samples."""
     encoded: list[EncodedSample] = []
-    for sample in samples:
+    for sample in samples if manifest.has_topk else ():
         try:
             encoded.append(encoder.encode(sample))
         except BadSample:
@@ -248,5 +258,6 @@ def _probe_ranks(
             break
     ids = [np.empty(0, np.int32)]
     for start in range(0, len(encoded), batch_size):
-        ids += [pack.ids.ravel() for pack in backend.capture(encoded[start : start + batch_size], top_k)]
-    return ranks_by_frequency(np.concatenate(ids), backend.vocab_rows)
+        payloads = backend().capture(encoded[start : start + batch_size], manifest)
+        ids += [payload.ids.ravel() for payload in payloads if payload.ids is not None]
+    return ranks_by_frequency(np.concatenate(ids), manifest.vocab_rows)

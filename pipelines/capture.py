@@ -1,52 +1,42 @@
-"""Packing: from logits to what a `topk` payload keeps, on the device beside the logits. Shared by all backends."""
+"""Packing: from the teacher's final states to a store's payload, on the device beside them. Shared by all backends."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from switchkd.errors import RunError
 from switchkd.kneedle import knee_of_sorted
+from switchkd.stores import Manifest, Payload
 from switchkd.stores.layout import STAT_COLUMNS
 
-
-@dataclass(frozen=True)
-class Packed:
-    """The teacher's word on P positions."""
-
-    ids: NDArray[np.int32]  # [P, K]
-    logits: NDArray[np.float32]  # [P, K], descending
-    stats: NDArray[np.float32]  # [P, 5], columns of STAT_COLUMNS
-
-    def split(self, positions: list[int]) -> list["Packed"]:
-        """Cut into runs of the given lengths."""
-        cuts = np.cumsum(positions)[:-1]
-        return [
-            Packed(*pieces)
-            for pieces in zip(*(np.split(a, cuts) for a in (self.ids, self.logits, self.stats)), strict=True)
-        ]
-
-    @staticmethod
-    def concatenate(pieces: list["Packed"], top_k: int) -> "Packed":
-        """Join runs; an empty list gives no position."""
-        if not pieces:
-            return Packed(
-                np.empty((0, top_k), np.int32),
-                np.empty((0, top_k), np.float32),
-                np.empty((0, len(STAT_COLUMNS)), np.float32),
-            )
-        return Packed(
-            *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("ids", "logits", "stats"))
-        )
+LOGIT_ROWS = 1024  # rows of [rows, V] logits that exist at a time
 
 
-def pack_topk(logits: Tensor, top_k: int) -> Packed:
+def pack(states: Tensor, lm_head: Callable[[Tensor], Tensor], manifest: Manifest) -> Payload:
+    """Pack P positions as a store's manifest asks.
+
+    Args:
+        states: [P, d], after the final norm. lm_head: [p, d] → [p, V]; it runs on `LOGIT_ROWS` states at a time.
+
+    Returns:
+        Arrays on the CPU. Statistics are taken over the N rows in use.
+
+    Raises:
+        RunError: a logit is not finite.
+    """
+    pieces = [
+        pack_logits(lm_head(chunk)[:, : manifest.vocab_rows], manifest.top_k, chunk if manifest.has_hidden else None)
+        for chunk in torch.split(states, LOGIT_ROWS)
+    ]
+    return Payload.concatenate(pieces)
+
+
+def pack_logits(logits: Tensor, top_k: int, hidden: Tensor | None = None) -> Payload:
     """Keep the K largest logits of each row and statistics over all of them.
 
     Args:
-        logits: [P, N] over the rows in use. top_k: K ≤ N.
+        logits: [P, N] over the rows in use. top_k: K ≤ N; 0 keeps no logits. hidden: [P, d] to keep beside them.
 
     Returns:
         Arrays on the CPU. `tail_logsumexp` is log Σ e^z over the N - K smallest logits, -inf if K = N; `knee` is eqs. 8-9 over
@@ -66,6 +56,10 @@ def pack_topk(logits: Tensor, top_k: int) -> Packed:
         "knee": knee_of_sorted(ordered).float(),
     }
     stats = torch.stack([columns[name] for name in STAT_COLUMNS], dim=-1)
-    # .clone(): a view would keep all N columns alive on the device until the copy is done.
-    top_ids, top_logits = ids[:, :top_k].to(torch.int32).clone(), ordered[:, :top_k].clone()
-    return Packed(top_ids.cpu().numpy(), top_logits.cpu().numpy(), stats.cpu().numpy())
+    return Payload(
+        stats=stats.cpu().numpy(),
+        # .clone(): a view would keep all N columns alive on the device until the copy is done.
+        ids=ids[:, :top_k].to(torch.int32).clone().cpu().numpy() if top_k else None,
+        logits=ordered[:, :top_k].clone().cpu().numpy() if top_k else None,
+        hidden=None if hidden is None else hidden.float().cpu().numpy(),
+    )

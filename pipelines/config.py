@@ -36,6 +36,8 @@ class TrainOptions:
     vsd_weight: float = 1.0  # λ2
     temperature: float | None = None
     window: int | None = None
+    teacher_mode: str = "cached"  # or live: the standard pathway online, without a store
+    payload: str | None = None  # None: hidden if the store has it, else topk
     tail: TailPolicy = "uniform"
     template: str | None = None  # None: the store's; without a store qwen2_base
     max_length: int | None = None  # None: the store's; without a store 2048

@@ -232,7 +232,8 @@ def _report(
 
 {table}
 
-Switch-KD against SFT, same first weights, data order and {options.student_steps:,} steps: {gain:+.4f} accuracy (seed {options.seed}).
+Switch-KD against SFT, same first weights, data order and {options.student_steps:,} steps (seed {options.seed}):
+{gain:+.4f} accuracy.
 Answering from the question alone scores {easy_vqa.BLIND_ACCURACY:.3f}.
 One seed says little: repeat with `--seed` before believing a small difference. The time column shows what Switch-KD costs
 more than SFT; equal steps are not equal time.

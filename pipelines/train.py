@@ -11,13 +11,14 @@ from transformers import LlavaForConditionalGeneration, TrainerCallback, Trainin
 from transformers.trainer_callback import PrinterCallback
 
 from switchkd.encoding import SampleEncoder, pad_id_of
-from switchkd.errors import ConfigError
+from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
 from switchkd.pipelines import config
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.resume_state import last_checkpoint
+from switchkd.pipelines.teacher_source import LiveTeacher, StoredHidden, StoredTopK, TeacherSource
 from switchkd.pipelines.trainer import SwitchTrainer
 from switchkd.pipelines.training_data import Collator, TrainingSamples
 from switchkd.samples import SampleFile
@@ -28,6 +29,7 @@ from switchkd.vlm import (
     Checkpoint,
     freeze,
     freeze_unused_vision,
+    load_lm_head,
     load_model,
     open_checkpoint,
     require_fit,
@@ -65,6 +67,7 @@ def train(options: TrainOptions) -> TrainSummary:
     student = open_checkpoint(options.student, options.trust_remote_code)
     teacher = _open_teacher(options, objective, student)
     store = _open_store(options, objective, teacher, student)
+    payload = _payload(options, store, teacher)
     encoder = SampleEncoder(student, _template(options, store), options.images, _max_length(options, store))
     samples = TrainingSamples(SampleFile(options.data), encoder, store)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
@@ -75,13 +78,12 @@ def train(options: TrainOptions) -> TrainSummary:
 
     model = load_model(student, dtype="float32")
     unused = freeze_unused_vision(model)
-    switch_teacher = _load_teacher(teacher, options) if objective.switch and teacher is not None else None
+    source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
     _report(options, samples, model, unused, resume)
     trainer = SwitchTrainer(
         objective=objective,
+        source=source,
         teacher=switch_teacher,
-        vocab_rows=student.vocab_rows if store is None else store.manifest.vocab_rows,
-        tail=options.tail,
         model=model,
         args=arguments,
         train_dataset=samples,
@@ -100,9 +102,17 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
     if options.teacher is None:
         if objective.switch:
             raise ConfigError("the switch pathway runs the teacher's projector and LLM: pass --teacher, or --no-switch")
+        if options.teacher_mode == "live":
+            raise ConfigError("--teacher-mode live runs the teacher: pass --teacher")
         return None
     teacher = open_checkpoint(options.teacher, options.trust_remote_code)
     require_fit(teacher, student, objective.switch)
+    processors = [hash_image_processor(checkpoint.image_processor) for checkpoint in (teacher, student)]
+    if options.teacher_mode == "live" and processors[0] != processors[1]:
+        raise CheckpointError(
+            f"--teacher-mode live shows both models the same pixels, but the image processors of {teacher.path} and "
+            f"{student.path} differ; cache the teacher instead"
+        )
     return teacher
 
 
@@ -110,14 +120,16 @@ def _open_store(
     options: TrainOptions, objective: Objective, teacher: Checkpoint | None, student: Checkpoint
 ) -> TeacherStore | None:
     """Open the store that fits the run; everything a manifest says is compared with what the run would use."""
-    if not objective.needs_teacher:
+    if options.teacher_mode not in ("cached", "live"):
+        raise ConfigError(f"teacher mode is cached or live, got {options.teacher_mode!r}")
+    if not objective.needs_teacher or options.teacher_mode == "live":
         return None
     if options.cache is None:
         raise ConfigError(
-            f"objective {objective.name} reads a teacher store: pass --cache, or --objective sft --no-switch"
+            f"objective {objective.name} reads a teacher store: pass --cache, --teacher-mode live, or "
+            "--objective sft --no-switch"
         )
     wanted: dict[str, Any] = {
-        "payload": "topk",
         "tokenizer": hash_tokenizer(student.tokenizer),
         "image_tokens": student.image_tokens,
     }
@@ -130,12 +142,27 @@ def _open_store(
         wanted["max_length"] = options.max_length
     store = pick_store(options.cache, wanted)
     store.require_whole()
-    if options.window is not None and options.window > store.manifest.top_k:
-        raise ConfigError(
-            f"--window {options.window} looks beyond the {store.manifest.top_k} logits a position that {store.path} holds; "
-            f"pass --window {store.manifest.top_k} or cache with a larger --k"
-        )
     return store
+
+
+def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpoint | None) -> str | None:
+    """Choose which of a store's payloads to train from, "topk" or "hidden"; None without a store."""
+    if store is None:
+        return None
+    manifest = store.manifest
+    payload = options.payload or ("hidden" if manifest.has_hidden and teacher is not None else "topk")
+    there = {"topk": manifest.has_topk, "hidden": manifest.has_hidden}
+    if not there.get(payload):
+        advice = "pass --teacher, whose LM head turns its states into logits" if manifest.has_hidden else "cache again"
+        raise ConfigError(f"{store.path} holds payload {manifest.payload}, this run reads {payload}; {advice}")
+    if payload == "hidden" and teacher is None:
+        raise ConfigError("payload hidden needs the teacher's LM head: pass --teacher")
+    if payload == "topk" and options.window is not None and options.window > manifest.top_k:
+        raise ConfigError(
+            f"--window {options.window} looks beyond the {manifest.top_k} logits a position that {store.path} holds; "
+            f"pass --window {manifest.top_k} or cache with a larger --k"
+        )
+    return payload
 
 
 def _template(options: TrainOptions, store: TeacherStore | None) -> Template:
@@ -148,10 +175,32 @@ def _max_length(options: TrainOptions, store: TeacherStore | None) -> int:
     return store.manifest.max_length if store is not None else options.max_length or 2048
 
 
-def _load_teacher(teacher: Checkpoint, options: TrainOptions) -> LlavaForConditionalGeneration:
-    model = load_model(teacher, vision=False, dtype=teacher.resolve_dtype(options.teacher_dtype))
-    freeze(model)
-    return model
+def _load_teacher(
+    options: TrainOptions,
+    objective: Objective,
+    teacher: Checkpoint | None,
+    store: TeacherStore | None,
+    payload: str | None,
+) -> tuple[TeacherSource | None, LlavaForConditionalGeneration | None]:
+    """Load of the teacher what the run needs, and no more: (source of its word, model of the switch pathway)."""
+    if not objective.needs_teacher:
+        return None, None
+    dtype = "" if teacher is None else teacher.resolve_dtype(options.teacher_dtype)
+    if store is None:
+        assert teacher is not None
+        whole = load_model(teacher, dtype=dtype)
+        freeze(whole)
+        return LiveTeacher(whole, teacher.vocab_rows), whole if objective.switch else None
+    switch = None
+    if objective.switch:
+        assert teacher is not None
+        switch = load_model(teacher, vision=False, dtype=dtype)
+        freeze(switch)
+    if payload == "topk":
+        return StoredTopK(store.manifest.vocab_rows, options.tail), switch
+    assert teacher is not None
+    head = load_lm_head(teacher, dtype) if switch is None else switch.lm_head.weight
+    return StoredHidden(head, store.manifest.vocab_rows), switch
 
 
 def _training_arguments(options: TrainOptions) -> TrainingArguments:

@@ -12,8 +12,8 @@ from transformers import LlavaForConditionalGeneration, Trainer
 from switchkd.errors import CheckpointError, RunError
 from switchkd.objective import LossParts, Objective
 from switchkd.pipelines import resume_state
+from switchkd.pipelines.teacher_source import TeacherSource
 from switchkd.positions import count_positions, predicting_rows, targets
-from switchkd.signals import SparseSignal, TailPolicy
 from switchkd.switch import switch_logits
 from switchkd.vlm import capture_vision_features
 
@@ -25,8 +25,8 @@ class SwitchTrainer(Trainer):
 
     Args:
         objective: what is minimised.
-        teacher: frozen, without vision tower; None if VSD is off.
-        vocab_rows: N. tail: the policy for what the store does not hold.
+        source: where Align and VSD have the teacher's word from; None for "sft".
+        teacher: frozen, for the switch pathway; None if VSD is off.
         arguments: those of `transformers.Trainer`.
     """
 
@@ -34,16 +34,16 @@ class SwitchTrainer(Trainer):
         self,
         *,
         objective: Objective,
+        source: TeacherSource | None,
         teacher: LlavaForConditionalGeneration | None,
-        vocab_rows: int,
-        tail: TailPolicy,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.objective = objective
         self.teacher = None if teacher is None else teacher.to(self.args.device)
-        self.vocab_rows = vocab_rows
-        self.tail = tail
+        self.source = source
+        if source is not None:
+            source.to(self.args.device)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the positions of the whole accumulated batch
         self._logged = torch.zeros(len(PARTS) + 1, dtype=torch.float64)  # sums since the last log, and positions
 
@@ -86,19 +86,8 @@ class SwitchTrainer(Trainer):
                 batch["attention_mask"][has_image],
                 rows[has_image],
             )
-        return self.objective.parts(logits, targets(batch["labels"]), self._signal(batch), switch, on_image)
-
-    def _signal(self, batch: dict[str, Any]) -> SparseSignal | None:
-        if "teacher_ids" not in batch:
-            return None
-        return SparseSignal(
-            ids=batch["teacher_ids"],
-            logits=batch["teacher_logits"],
-            tail_logsumexp=batch["teacher_tail"],
-            knee=batch["teacher_knee"],
-            vocab_rows=self.vocab_rows,
-            tail=self.tail,
-        )
+        signal = None if self.source is None else self.source.signal(batch)
+        return self.objective.parts(logits, targets(batch["labels"]), signal, switch, on_image)
 
     def _record(self, parts: LossParts, positions: Tensor) -> None:
         sums = [torch.zeros_like(parts.ce) if part is None else part.detach() for part in parts]

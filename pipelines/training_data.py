@@ -13,7 +13,7 @@ from switchkd.errors import DataError, StoreMismatch
 from switchkd.fingerprints import SampleDigest
 from switchkd.pipelines.progress import Progress
 from switchkd.samples import BadSample, SampleFile, Status
-from switchkd.stores import StoredSample, TeacherStore
+from switchkd.stores import Payload, StoredSample, TeacherStore
 
 
 class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
@@ -104,7 +104,8 @@ def _check_all(samples: SampleFile, encoder: SampleEncoder) -> Any:
 class Collator:
     """Makes one batch: what `encoding.collate` gives, and the teacher's word at the batch's P positions.
 
-    teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64; absent without a store.
+    From a store: teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64 if it has top-k
+    logits; teacher_hidden [P, d] if it has hidden states.
     """
 
     def __init__(self, pad_id: int) -> None:
@@ -112,10 +113,20 @@ class Collator:
 
     def __call__(self, items: Sequence[tuple[EncodedSample, StoredSample | None]]) -> dict[str, Any]:
         batch = collate([encoded for encoded, _ in items], self.pad_id)
-        stored = [found for _, found in items if found is not None]
+        stored = [found.payload for _, found in items if found is not None]
         if stored:
-            batch["teacher_ids"] = torch.from_numpy(np.concatenate([s.ids for s in stored])).long()
-            batch["teacher_logits"] = torch.from_numpy(np.concatenate([s.logits for s in stored]))
-            batch["teacher_tail"] = torch.from_numpy(np.concatenate([s.stat("tail_logsumexp") for s in stored]))
-            batch["teacher_knee"] = torch.from_numpy(np.concatenate([s.stat("knee") for s in stored])).long()
+            batch |= teacher_columns(Payload.concatenate(stored))
         return batch
+
+
+def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
+    """Return a payload as the columns of a batch; see `Collator`."""
+    columns = {}
+    if payload.ids is not None and payload.logits is not None:
+        columns["teacher_ids"] = torch.tensor(payload.ids, dtype=torch.long)
+        columns["teacher_logits"] = torch.tensor(payload.logits)
+        columns["teacher_tail"] = torch.tensor(payload.stat("tail_logsumexp"))
+        columns["teacher_knee"] = torch.tensor(payload.stat("knee")).long()
+    if payload.hidden is not None:
+        columns["teacher_hidden"] = torch.tensor(payload.hidden)
+    return columns

@@ -1,5 +1,8 @@
 """Names, shapes and codecs of a store's arrays; the one place that knows where things lie."""
 
+import hashlib
+import os
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,10 @@ WRITING = ".writing"  # unfinished parts; never read
 
 OFFSET, DIGEST, STATUS = "samples/offset", "samples/digest", "samples/status"
 RANK, STEP = "topk/rank", "topk/step"
+STATE, SCALE = "hidden/state", "hidden/scale"
 STATS = "stats"
+PAYLOADS = ("topk", "hidden", "both")
+HIDDEN_DTYPES = ("float16", "bfloat16", "int8")
 # Columns of `stats`, in order; all over the N rows in use, before anything is cut or rounded.
 STAT_COLUMNS = ("z_max", "z_min", "logsumexp", "tail_logsumexp", "knee")
 
@@ -39,6 +45,21 @@ def part_path(store: Path, part: int) -> Path:
     return store / PARTS / part_name(part)
 
 
+def digest_bytes(data: bytes) -> str:
+    """Return the BLAKE2b digest of a file's bytes as the format writes it: 8 bytes, hexadecimal."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def writer_prefix() -> str:
+    """Return HOST-PROCESS of this process, how the names of its unfinished folders begin."""
+    return f"{host()}-{os.getpid()}"
+
+
+def host() -> str:
+    """Return this machine's name without the separator that names of unfinished folders use."""
+    return socket.gethostname().replace("-", "_")
+
+
 def rank_dtype(vocab_rows: int) -> np.dtype[Any]:
     """Return the smallest unsigned type that holds a rank among `vocab_rows`."""
     return np.dtype(np.uint16 if vocab_rows <= 1 << 16 else np.uint32)
@@ -52,7 +73,7 @@ def array_options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """
     from zarr.codecs.numcodecs import PCodec
 
-    positional = name in (RANK, STEP, STATS)
+    positional = name in (RANK, STEP, STATE, SCALE, STATS)
     rows = CHUNK_POSITIONS if positional else max(shape[0], 1)
     chunks = (rows, *shape[1:])
     shards = (max(-(-shape[0] // rows), 1) * rows, *shape[1:])

@@ -1,16 +1,24 @@
 """The manifest: what a store says about its teacher, its data and its codec, and how two of them are compared."""
 
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from switchkd.errors import StoreError, StoreMismatch
-from switchkd.stores.layout import FORMAT, VERSION
+from switchkd.stores.layout import FORMAT, VERSION, digest_bytes
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return digest_bytes(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
+
 
 # Word for each field in an error message.
 _WORDS = {
     "payload": "payload",
     "top_k": "k",
     "step": "quantisation step",
+    "hidden_dtype": "dtype of hidden states",
+    "hidden_width": "width of hidden states",
     "vocab_rows": "vocabulary rows",
     "samples": "number of samples",
     "part_size": "part size",
@@ -22,6 +30,7 @@ _WORDS = {
     "max_length": "maximum length",
     "max_image_pixels": "maximum image pixels",
     "data": "data file",
+    "statuses": "sample statuses",
 }
 
 
@@ -29,9 +38,11 @@ _WORDS = {
 class Manifest:
     """Identity of a store. Two writers may fill one store only if all fields but `written_by` are equal."""
 
-    payload: str
-    top_k: int  # K
-    step: float  # logits per quantisation step
+    payload: str  # "topk", "hidden" or "both"
+    top_k: int  # K; 0 without topk
+    step: float  # logits per quantisation step; 0 without topk
+    hidden_dtype: str  # "" without hidden
+    hidden_width: int  # d; 0 without hidden
     vocab_rows: int  # N
     samples: int
     part_size: int  # samples per part
@@ -56,9 +67,25 @@ class Manifest:
         first = part * self.part_size
         return range(first, min(first + self.part_size, self.samples))
 
+    @property
+    def has_topk(self) -> bool:
+        """Whether top-k logits are kept."""
+        return self.payload in ("topk", "both")
+
+    @property
+    def has_hidden(self) -> bool:
+        """Whether final hidden states are kept."""
+        return self.payload in ("hidden", "both")
+
+    @property
+    def identity(self) -> str:
+        """Hash of all fields but `written_by`; every part carries it."""
+        return _checksum({name: getattr(self, name) for name in _WORDS})
+
     def as_attributes(self) -> dict[str, Any]:
-        """Return the manifest as JSON data, as the root group's attributes keep it."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        """Return the manifest as JSON data, as the root group's attributes keep it; `checksum` covers the rest."""
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return data | {"checksum": _checksum(data)}
 
     @classmethod
     def from_attributes(cls, data: Any, where: str) -> Self:
@@ -77,6 +104,10 @@ class Manifest:
         names = {field.name for field in fields(cls)}
         if missing := sorted(names - data.keys()):
             raise StoreError(f"the manifest of {where} lacks {', '.join(missing)}; it was damaged after writing")
+        if data.get("checksum") != _checksum({name: value for name, value in data.items() if name != "checksum"}):
+            raise StoreError(
+                f"the manifest of {where} is not what was written: its checksum differs; restore its zarr.json"
+            )
         return cls(**{name: data[name] for name in names})
 
     def misfits(self, wanted: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.stores.layout import STAT_COLUMNS
+from switchkd.stores.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,13 @@ class Payload:
             return pieces[0]
         names = pieces[0].arrays()
         return Payload(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})
+
+
+def no_position(manifest: Manifest) -> Payload:
+    """Return the payload of no position, with the arrays that a store of this manifest has."""
+    return Payload(
+        stats=np.empty((0, len(STAT_COLUMNS)), np.float32),
+        ids=np.empty((0, manifest.top_k), np.int32) if manifest.has_topk else None,
+        logits=np.empty((0, manifest.top_k), np.float32) if manifest.has_topk else None,
+        hidden=np.empty((0, manifest.hidden_width), np.float32) if manifest.has_hidden else None,
+    )

@@ -1,6 +1,5 @@
 """Reading a store: random access by sample, from any process."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +12,23 @@ from numpy.typing import NDArray
 
 from switchkd.errors import StoreError, StoreMismatch
 from switchkd.stores import layout
-from switchkd.stores.codec import decode_topk
+from switchkd.stores.codec import decode_hidden, decode_topk
 from switchkd.stores.manifest import Manifest
+from switchkd.stores.payload import Payload, no_position
+
+_REWRITE = (
+    "it was damaged after writing: delete its part's folder and run the same `switchkd cache-teacher` command again"
+)
+_RECREATE = "it was damaged after writing: restore it, or delete the store and cache again"
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """What a store holds of one sample: P positions, K entries each."""
+    """What a store holds of one sample."""
 
     status: int  # 0: usable
     digest: tuple[int, int, int]  # text, supervised mask, image
-    ids: NDArray[np.int32]  # [P, K], by descending logit
-    logits: NDArray[np.float32]  # [P, K]
-    stats: NDArray[np.float32]  # [P, 5], columns of `layout.STAT_COLUMNS`
-
-    def stat(self, name: str) -> NDArray[np.float32]:
-        """Return one statistic, [P]."""
-        column: NDArray[np.float32] = self.stats[:, layout.STAT_COLUMNS.index(name)]
-        return column
+    payload: Payload  # read-only arrays; copy before changing them
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,13 @@ class TeacherStore:
         self.path = Path(path)
         self.cache_bytes = cache_bytes
         self.manifest = read_manifest(self.path)
-        self.id_of_rank: NDArray[np.uint32] = self._read(self._open(self.path / layout.ID_OF_RANK))
+        self.id_of_rank: NDArray[np.uint32] = self._read(
+            self._open(self.path / layout.ID_OF_RANK, _RECREATE), remedy=_RECREATE
+        )
         # A chunk that is not there reads as zeros without an error.
         if not np.array_equal(np.sort(self.id_of_rank), np.arange(self.manifest.vocab_rows)):
             raise StoreError(
-                f"{self.path}, array {layout.ID_OF_RANK}: not each of {self.manifest.vocab_rows} ids once; "
-                "it was damaged after writing: restore it, or delete the store and cache again"
+                f"{self.path}, array {layout.ID_OF_RANK}: not each of {self.manifest.vocab_rows} ids once; {_RECREATE}"
             )
         self._forget()
 
@@ -87,19 +86,11 @@ class TeacherStore:
         part = self._part(number)
         begin, end = int(part.offset[row]), int(part.offset[row + 1])
         first, last = begin // layout.CHUNK_POSITIONS, max(end - 1, begin) // layout.CHUNK_POSITIONS
-        chunks = (
-            [self._chunk(number, chunk) for chunk in range(first, last + 1)] if end > begin else [self._no_position]
-        )
-        ids, logits, stats = (
-            np.concatenate(pieces) if len(chunks) > 1 else pieces[0] for pieces in zip(*chunks, strict=True)
-        )
-        within = slice(begin - first * layout.CHUNK_POSITIONS, end - first * layout.CHUNK_POSITIONS)
-        if end == begin:
-            within = slice(0, 0)
+        chunks = [self._chunk(number, chunk) for chunk in range(first, last + 1)] if end > begin else [self._nothing]
+        start = first * layout.CHUNK_POSITIONS if end > begin else begin
         text, supervised, image = (int(value) for value in part.digest[row])
-        return StoredSample(
-            int(part.status[row]), (text, supervised, image), ids[within], logits[within], stats[within]
-        )
+        payload = Payload.concatenate(chunks).slice(begin - start, end - start)
+        return StoredSample(int(part.status[row]), (text, supervised, image), payload)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "cache_bytes": self.cache_bytes}
@@ -138,15 +129,8 @@ class TeacherStore:
 
     def _forget(self) -> None:
         self._parts: dict[int, _Part] = {}
-        self._chunks: LRUCache[tuple[int, int], tuple[NDArray[Any], ...]] = LRUCache(
-            self.cache_bytes, getsizeof=lambda arrays: sum(array.nbytes for array in arrays)
-        )
-        k, columns = self.manifest.top_k, len(layout.STAT_COLUMNS)
-        self._no_position = (
-            np.empty((0, k), np.int32),
-            np.empty((0, k), np.float32),
-            np.empty((0, columns), np.float32),
-        )
+        self._chunks: LRUCache[tuple[int, int], Payload] = LRUCache(self.cache_bytes, getsizeof=_payload_bytes)
+        self._nothing = no_position(self.manifest)
 
     def _part(self, number: int) -> _Part:
         if number not in self._parts:
@@ -162,6 +146,8 @@ class TeacherStore:
         samples = len(self.manifest.part_samples(number))
         if not isinstance(entry, dict) or entry.get("part") != number or entry.get("samples") != samples:
             raise StoreError(f"{folder} is not part {number} of this store ({samples} samples); {_REWRITE}")
+        if entry.get("store") != self.manifest.identity:
+            raise StoreError(f"{folder} was written for another store; {_REWRITE}")
         if "files" not in entry:
             raise StoreError(f"{folder} does not list its files; {_REWRITE}")
         # A shard that is not there reads as fill values without an error, so the files are counted first.
@@ -171,45 +157,53 @@ class TeacherStore:
                 found = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
                 raise StoreError(f"{file} should have {expected.get('bytes')} bytes, found {found}; {_REWRITE}")
             # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
-            if file.name == "zarr.json" and _blake2b(file) != expected.get("blake2b"):
+            if file.name == "zarr.json" and layout.digest_bytes(file.read_bytes()) != expected.get("blake2b"):
                 raise StoreError(f"{file} is not what was written; {_REWRITE}")
         offset, status, digest = (self._read(group[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST))
         return _Part(group, offset, status, digest, int(offset[-1]))
 
-    def _chunk(self, part: int, chunk: int) -> tuple[NDArray[Any], ...]:
+    def _chunk(self, part: int, chunk: int) -> Payload:
         key = (part, chunk)
         if key in self._chunks:
             return self._chunks[key]
         rows = slice(chunk * layout.CHUNK_POSITIONS, (chunk + 1) * layout.CHUNK_POSITIONS)
-        group = self._part(part).group
-        rank, steps, stats = (self._read(group[name], rows) for name in (layout.RANK, layout.STEP, layout.STATS))
-        z_max = stats[:, layout.STAT_COLUMNS.index("z_max")]
-        ids, logits = decode_topk(rank, steps, z_max, self.id_of_rank, self.manifest.step)
-        if ids.nbytes + logits.nbytes + stats.nbytes <= self.cache_bytes:
-            self._chunks[key] = (ids, logits, stats)
-        return ids, logits, stats
+        payload = self._decode(self._part(part).group, rows)
+        for array in payload.arrays().values():
+            array.flags.writeable = False  # every later reader of this chunk sees these very arrays
+        if payload.nbytes <= self.cache_bytes:
+            self._chunks[key] = payload
+        return payload
 
-    def _open(self, folder: Path) -> Any:
+    def _decode(self, group: Any, rows: slice) -> Payload:
+        """Read and unpack a run of positions of one part."""
+        manifest = self.manifest
+        stats = self._read(group[layout.STATS], rows)
+        ids = logits = hidden = None
+        if manifest.has_topk:
+            rank, steps = self._read(group[layout.RANK], rows), self._read(group[layout.STEP], rows)
+            z_max = stats[:, layout.STAT_COLUMNS.index("z_max")]
+            ids, logits = decode_topk(rank, steps, z_max, self.id_of_rank, manifest.step)
+        if manifest.has_hidden:
+            scale = self._read(group[layout.SCALE], rows) if manifest.hidden_dtype == "int8" else None
+            hidden = decode_hidden(self._read(group[layout.STATE], rows), scale, manifest.hidden_dtype)
+        return Payload(stats, ids, logits, hidden)
+
+    def _open(self, folder: Path, remedy: str = _REWRITE) -> Any:
         try:
             return zarr.open(folder, mode="r", zarr_format=3)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"cannot open {folder}: {error}; {_REWRITE}") from error
+            raise StoreError(f"cannot open {folder}: {error}; {remedy}") from error
 
-    def _read(self, array: Any, rows: slice = slice(None)) -> Any:
+    def _read(self, array: Any, rows: slice = slice(None), remedy: str = _REWRITE) -> Any:
         try:
             return array[rows]
         # Each codec has its own way to say that bytes are damaged; there is nothing else to fail here.
         except Exception as error:
-            raise StoreError(f"{self.path}, array {array.path or array.store_path}: {error}; {_REWRITE}") from error
+            raise StoreError(f"{self.path}, array {array.path or array.store_path}: {error}; {remedy}") from error
 
 
-_REWRITE = (
-    "it was damaged after writing: delete its part's folder and run the same `switchkd cache-teacher` command again"
-)
-
-
-def _blake2b(file: Path) -> str:
-    return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+def _payload_bytes(payload: Payload) -> int:
+    return payload.nbytes
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -4,10 +4,8 @@ No lock and no coordinator: sample i belongs to part i // part_size, a part is w
 whoever comes second with the same part finds it there and drops its own. A killed writer loses its unfinished part only.
 """
 
-import hashlib
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +19,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from switchkd.errors import RunError, StoreError
 from switchkd.stores import layout
-from switchkd.stores.codec import encode_topk, invert
+from switchkd.stores.codec import encode_hidden, encode_topk, invert
 from switchkd.stores.manifest import Manifest
+from switchkd.stores.payload import Payload
 from switchkd.stores.reader import TeacherStore, read_manifest
 
 
@@ -33,9 +32,7 @@ class PartArrays:
     status: NDArray[np.uint8]  # [n]
     digest: NDArray[np.uint64]  # [n, 3]
     positions: NDArray[np.int64]  # [n], positions of each sample; 0 unless its status is 0
-    ids: NDArray[np.int32]  # [P, K]
-    logits: NDArray[np.float32]  # [P, K]
-    stats: NDArray[np.float32]  # [P, 5], columns of `layout.STAT_COLUMNS`
+    payload: Payload  # of all P positions, in sample order
 
 
 class StoreWriter:
@@ -73,11 +70,18 @@ class StoreWriter:
         """Write and commit one part; returns False if another writer committed it first.
 
         Raises:
-            RunError: the disk is full or the folder cannot be written; nothing committed is touched.
+            RunError: the disk is full, the folder cannot be written, or the payload holds what the codec cannot; nothing
+                committed is touched.
         """
-        unfinished = self.path / layout.WRITING / _writer_name(part)
+        if self.has_part(part):
+            return False
         try:
-            self._write_arrays(unfinished, part, arrays)
+            data = self._encode(arrays)
+        except ValueError as error:
+            raise RunError(f"part {part} cannot be stored: {error}") from error
+        unfinished = self.path / layout.WRITING / f"{layout.writer_prefix()}-{layout.part_name(part)}-{_random()}"
+        try:
+            self._write_arrays(unfinished, part, data)
             _sync_folder(unfinished)
             committed = _rename(unfinished, layout.part_path(self.path, part))
             _sync(self.path / layout.PARTS)
@@ -91,17 +95,27 @@ class StoreWriter:
             shutil.rmtree(unfinished, ignore_errors=True)
         return committed
 
-    def _write_arrays(self, folder: Path, part: int, arrays: PartArrays) -> None:
-        z_max = arrays.stats[:, layout.STAT_COLUMNS.index("z_max")]
-        rank, steps = encode_topk(arrays.ids, arrays.logits, z_max, self._rank_of_id, self.manifest.step)
+    def _encode(self, arrays: PartArrays) -> dict[str, NDArray[Any]]:
+        """Return a part's arrays by their names in the store."""
+        manifest, payload = self.manifest, arrays.payload
         data: dict[str, NDArray[Any]] = {
             layout.OFFSET: np.concatenate([[0], np.cumsum(arrays.positions)]).astype(np.int64),
             layout.DIGEST: arrays.digest,
             layout.STATUS: arrays.status,
-            layout.RANK: rank,
-            layout.STEP: steps,
-            layout.STATS: arrays.stats.astype(np.float32),
+            layout.STATS: payload.stats.astype(np.float32),
         }
+        if manifest.has_topk:
+            assert payload.ids is not None and payload.logits is not None
+            packed = encode_topk(payload.ids, payload.logits, payload.stat("z_max"), self._rank_of_id, manifest.step)
+            data[layout.RANK], data[layout.STEP] = packed
+        if manifest.has_hidden:
+            assert payload.hidden is not None
+            data[layout.STATE], scale = encode_hidden(payload.hidden, manifest.hidden_dtype)
+            if scale is not None:
+                data[layout.SCALE] = scale
+        return data
+
+    def _write_arrays(self, folder: Path, part: int, data: dict[str, NDArray[Any]]) -> None:
         group = zarr.create_group(folder)
         for name, values in data.items():
             array = group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape))
@@ -110,13 +124,14 @@ class StoreWriter:
         group[layout.DIGEST].attrs["columns"] = list(layout.DIGEST_COLUMNS)
         group.attrs[layout.PART_KEY] = {
             "part": part,
-            "samples": len(arrays.status),
-            "positions": len(arrays.ids),
+            "store": self.manifest.identity,
+            "samples": len(data[layout.STATUS]),
+            "positions": len(data[layout.STATS]),
             "files": {str(file): _file_entry(folder / file) for file in part_files(folder)},
         }
 
     def _create(self, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
-        beside = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
+        beside = self.path.with_name(f".{self.path.name}.{layout.writer_prefix()}-{_random()}")
         table = id_of_rank()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,9 +150,11 @@ class StoreWriter:
 
     def _sweep(self) -> None:
         """Remove what dead writers of this machine left unfinished; those of other machines may be alive."""
-        for leftover in (self.path / layout.WRITING).glob(f"{_host()}-*"):
-            process = int(leftover.name.removeprefix(f"{_host()}-").split("-")[0])
-            if not _is_alive(process):
+        started = dict.fromkeys(self.path.parent.glob(f".{self.path.name}.{layout.host()}-*"), f".{self.path.name}.")
+        unfinished = dict.fromkeys((self.path / layout.WRITING).glob(f"{layout.host()}-*"), "")
+        for leftover, prefix in (started | unfinished).items():
+            process = leftover.name.removeprefix(f"{prefix}{layout.host()}-").split("-")[0]
+            if process.isdecimal() and not _is_alive(int(process)):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -149,15 +166,11 @@ def part_files(folder: Path) -> list[Path]:
 
 def _file_entry(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
-    return {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=8).hexdigest()}
+    return {"bytes": len(data), "blake2b": layout.digest_bytes(data)}
 
 
-def _host() -> str:
-    return socket.gethostname().replace("-", "_")
-
-
-def _writer_name(part: int) -> str:
-    return f"{_host()}-{os.getpid()}-{layout.part_name(part)}-{uuid.uuid4().hex[:8]}"
+def _random() -> str:
+    return uuid.uuid4().hex[:8]
 
 
 def _is_alive(process: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
@@ -138,6 +139,23 @@ def load_model(
             f"{checkpoint.path} lacks lm_head.weight, and its config does not tie it to the embedding"
         )
     return model.eval()
+
+
+def load_lm_head(checkpoint: Checkpoint, dtype: str) -> Tensor:
+    """Read the LM head's weight alone, [V, d]; a tied one from the embedding.
+
+    Raises:
+        CheckpointError: no such weight.
+    """
+    endings = ("lm_head.weight",) + (("embed_tokens.weight",) if checkpoint.config.tie_word_embeddings else ())
+    for ending in endings:
+        for file in sorted(checkpoint.path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  not a dict
+                    if name.endswith(ending):
+                        head: Tensor = tensors.get_tensor(name).to(getattr(torch, dtype))
+                        return head
+    raise CheckpointError(f"{checkpoint.path} holds no {' or '.join(endings)}")
 
 
 def freeze(model: nn.Module) -> nn.Module:

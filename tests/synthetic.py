@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from switchkd.stores import Manifest, PartArrays, StoreWriter
+from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
 
 # Positions of a sample: none, one, some, and runs that end on, before and behind the border of a chunk of 256.
 LENGTHS = (0, 1, 3, 40, 216, 255, 256, 257, 600)
@@ -18,6 +18,8 @@ def manifest(**changed) -> Manifest:
         "payload": "topk",
         "top_k": 6,
         "step": 1 / 32,
+        "hidden_dtype": "",
+        "hidden_width": 0,
         "vocab_rows": 50,
         "samples": 18,
         "part_size": 4,
@@ -62,9 +64,12 @@ def part_arrays(of: Manifest, part: int, lengths=LENGTHS) -> PartArrays:
         status=status,
         digest=digest,
         positions=positions,
-        ids=ids[:, : of.top_k].astype(np.int32),
-        logits=ordered[:, : of.top_k].astype(np.float32),
-        stats=np.stack(list(columns.values()), -1).astype(np.float32),
+        payload=Payload(
+            stats=np.stack(list(columns.values()), -1).astype(np.float32),
+            ids=ids[:, : of.top_k].astype(np.int32) if of.has_topk else None,
+            logits=ordered[:, : of.top_k].astype(np.float32) if of.has_topk else None,
+            hidden=random.normal(size=(len(z), of.hidden_width)).astype(np.float32) if of.has_hidden else None,
+        ),
     )
 
 
@@ -77,9 +82,7 @@ def sample_arrays(of: Manifest, index: int, lengths=LENGTHS) -> dict:
     return {
         "status": int(arrays.status[row]),
         "digest": tuple(int(value) for value in arrays.digest[row]),
-        "ids": arrays.ids[rows],
-        "logits": arrays.logits[rows],
-        "stats": arrays.stats[rows],
+        **arrays.payload.slice(rows.start, rows.stop).arrays(),
     }
 
 

@@ -18,13 +18,13 @@ from switchkd.encoding import SampleEncoder, collate
 from switchkd.errors import ConfigError, DataError, RunError, StoreMismatch
 from switchkd.losses import kneedle
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
-from switchkd.pipelines.capture import pack_topk
+from switchkd.pipelines.capture import pack_logits
 from switchkd.pipelines.sharding import resolve_shard
 from switchkd.positions import predicting_rows
 from switchkd.samples import BadSample, SampleFile
 from switchkd.stores import TeacherStore
 from switchkd.templates import TEMPLATES
-from switchkd.vlm import load_model, open_checkpoint
+from switchkd.vlm import load_lm_head, load_model, open_checkpoint
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def live_logits(options, index):
 @pytest.mark.parametrize("index", (0, 3, 5, 10))
 def test_the_store_holds_what_the_teacher_says(options, index):
     cache_teacher(options)
-    stored, live = TeacherStore(options.out)[index], live_logits(options, index)
+    stored, live = TeacherStore(options.out)[index].payload, live_logits(options, index)
     dense = np.empty(live.shape, np.float32)
     np.put_along_axis(dense, stored.ids, stored.logits, -1)  # k covers this small vocabulary
     assert np.abs(dense - live.numpy()).max() < 1 / 2048 + 1e-5
@@ -71,7 +71,26 @@ def test_batches_do_not_change_what_is_stored(options):
     for index in range(11):
         a, b = TeacherStore(options.out)[index], TeacherStore(other.out)[index]
         assert a.digest == b.digest
-        np.testing.assert_allclose(np.sort(a.logits), np.sort(b.logits), atol=2 / 1024)
+        np.testing.assert_allclose(np.sort(a.payload.logits), np.sort(b.payload.logits), atol=2 / 1024)
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "int8"))
+def test_hidden_states_give_the_teachers_logits_back(options, dtype):
+    cache_teacher(replace(options, payload="hidden", hidden_dtype=dtype))
+    head = load_lm_head(open_checkpoint(options.teacher), "float32")
+    for index in (0, 3, 5):
+        stored, live = TeacherStore(options.out)[index].payload, live_logits(options, index)
+        assert stored.ids is None
+        error = (torch.from_numpy(stored.hidden.copy()) @ head.T - live).abs().max() / live.abs().max()
+        assert error < {"float16": 2e-3, "bfloat16": 1e-2, "int8": 3e-2}[dtype]
+        assert stored.stat("knee").tolist() == kneedle(live).tolist()
+
+
+def test_both_payloads_side_by_side(options):
+    cache_teacher(replace(options, payload="both"))
+    payload = TeacherStore(options.out)[5].payload
+    assert payload.ids.shape == (5, 15)
+    assert payload.hidden.shape == (5, 32)
 
 
 def test_running_again_writes_nothing(options):
@@ -112,7 +131,7 @@ def test_bad_samples_are_recorded_and_counted(options):
         image_unreadable=1,
     )
     store = TeacherStore(options.out)
-    assert [len(store[i].ids) > 0 for i in range(9)] == [True, *[False] * 7, True]
+    assert [len(store[i].payload) > 0 for i in range(9)] == [True, *[False] * 7, True]
 
 
 def test_strict_stops_at_the_first_bad_sample(options):
@@ -176,13 +195,13 @@ def test_images_without_a_folder_are_an_error(options):
 
 
 def test_logits_that_are_not_finite_name_the_sample(options, monkeypatch):
-    def poisoned(logits, top_k):
+    def poisoned(logits, top_k, hidden=None):
         logits = logits.clone()
         logits[:, 3] = torch.where(logits[:, 10] > logits[:, 11], logits[:, 3], torch.nan)
-        return pack_topk(logits, top_k)
+        return pack_logits(logits, top_k)
 
-    monkeypatch.setattr("switchkd.pipelines.backend_transformers.pack_topk", poisoned)
-    monkeypatch.setattr("switchkd.pipelines.cache_teacher._probe_ranks", lambda *_: np.arange(15, dtype=np.uint32))
+    monkeypatch.setattr("switchkd.pipelines.capture.pack_logits", poisoned)
+    monkeypatch.setattr("switchkd.pipelines.cache_teacher._id_of_rank", lambda *_: np.arange(15, dtype=np.uint32))
     bad = [i for i in range(11) if not (lambda z: (z[:, 10] > z[:, 11]).all())(live_logits(options, i))]
     assert bad
     with pytest.raises(
@@ -194,7 +213,7 @@ def test_logits_that_are_not_finite_name_the_sample(options, monkeypatch):
 
 def test_packing_keeps_statistics_of_the_whole_row():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 4
-    packed = pack_topk(logits, 8)
+    packed = pack_logits(logits, 8)
     ordered = logits.sort(descending=True).values
     np.testing.assert_array_equal(packed.logits, ordered[:, :8])
     np.testing.assert_array_equal(logits.gather(1, torch.from_numpy(packed.ids).long()), ordered[:, :8])
@@ -223,7 +242,7 @@ def test_interrupting_keeps_what_was_committed(options, tmp_path):
     assert 3 < there < 60
     again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert f"{60 - there} parts written, {there} were there" in again.stdout
-    assert len(TeacherStore(options.out)[119].ids) == 2
+    assert len(TeacherStore(options.out)[119].payload) == 2
 
 
 @pytest.mark.parametrize(

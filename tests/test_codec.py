@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchkd.stores.codec import LARGEST_Q, decode_topk, encode_topk, invert, ranks_by_frequency
+from switchkd.stores.codec import (
+    LARGEST_Q,
+    decode_hidden,
+    decode_topk,
+    encode_hidden,
+    encode_topk,
+    invert,
+    ranks_by_frequency,
+)
 from switchkd.stores.layout import rank_dtype
 
 unhurried = settings(deadline=None)
@@ -153,3 +161,54 @@ def test_invert_undoes(vocab_rows, seed):
     table = np.random.default_rng(seed).permutation(vocab_rows).astype(np.uint32)
     assert np.array_equal(invert(table)[table], np.arange(vocab_rows))
     assert np.array_equal(invert(invert(table)), table)
+
+
+# Hidden states
+
+DTYPES = ("float16", "bfloat16", "int8")
+# dtype → bound on the error of an entry: relative to itself, and to its block's largest
+BOUNDS = {"float16": (2**-11, 1e-7), "bfloat16": (2**-8, 1e-30), "int8": (0.0, 0.5 / 126)}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 5), st.integers(1, 70), st.sampled_from(DTYPES), st.floats(1e-3, 300), st.integers(0, 9))
+def test_hidden_states_come_back_within_the_dtypes_bound(positions, width, dtype, spread, seed):
+    states = np.random.default_rng(seed).normal(scale=spread, size=(positions, width)).astype(np.float32)
+    state, scale = encode_hidden(states, dtype)
+    assert state.shape == states.shape
+    found = decode_hidden(state, scale, dtype)
+    assert found.dtype == np.float32 and found.shape == states.shape
+    relative, of_block = BOUNDS[dtype]
+    padded = np.pad(np.abs(states), ((0, 0), (0, -width % 32))).reshape(positions, -(-width // 32), 32)
+    largest = np.repeat(padded.max(-1, initial=0), 32, axis=-1)[:, :width]
+    assert (np.abs(found - states) <= relative * np.abs(states) + of_block * largest + 1e-6 * (dtype == "int8")).all()
+
+
+def test_bfloat16_rounds_as_torch_does():
+    torch = pytest.importorskip("torch")
+    states = np.random.default_rng(0).normal(scale=50, size=(64, 33)).astype(np.float32)
+    expected = torch.from_numpy(states).bfloat16().float().numpy()
+    assert np.array_equal(decode_hidden(*encode_hidden(states, "bfloat16"), "bfloat16"), expected)
+
+
+def test_int8_keeps_zeros_and_uses_its_range():
+    states = np.zeros((2, 64), np.float32)
+    states[0, 3] = -12.7
+    state, scale = encode_hidden(states, "int8")
+    assert state[0, 3] == -127
+    assert scale.shape == (2, 2) and scale[1].tolist() == [0, 0]
+    assert (decode_hidden(state, scale, "int8")[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, "float16", "only finite hidden states"),
+        (np.inf, "int8", "only finite hidden states"),
+        (1e5, "float16", "a hidden state of 100000 does not fit float16; use bfloat16"),
+        (1e8, "int8", "does not fit an int8 block"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(value, dtype, message):
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match=message):
+        encode_hidden(np.full((1, 4), value, np.float32), dtype)

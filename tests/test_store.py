@@ -19,7 +19,6 @@ from switchkd.stores.layout import CHUNK_POSITIONS, STAT_COLUMNS, part_path
 from switchkd.stores.reader import pick_store, read_manifest
 
 README = Path(__file__).parents[1] / "stores/README.md"
-FIELDS = ("status", "digest", "ids", "logits", "stats")
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +38,24 @@ def by_id(ids, values):
 def assert_is(found, handed, step):
     """`found` is the sample that was handed over, logits within half a step."""
     assert (found.status, found.digest) == (handed["status"], handed["digest"])
-    assert (found.ids.dtype, found.logits.dtype, found.stats.dtype) == (np.int32, np.float32, np.float32)
-    assert found.ids.shape == found.logits.shape == handed["ids"].shape
-    assert np.array_equal(np.sort(found.ids, -1), np.sort(handed["ids"], -1))
-    difference = by_id(found.ids, found.logits) - by_id(handed["ids"], handed["logits"])
+    assert (found.payload.ids.dtype, found.payload.logits.dtype, found.payload.stats.dtype) == (
+        np.int32,
+        np.float32,
+        np.float32,
+    )
+    assert found.payload.ids.shape == found.payload.logits.shape == handed["ids"].shape
+    assert np.array_equal(np.sort(found.payload.ids, -1), np.sort(handed["ids"], -1))
+    difference = by_id(found.payload.ids, found.payload.logits) - by_id(handed["ids"], handed["logits"])
     assert (np.abs(difference) <= step / 2 + 1e-5).all()
-    assert (np.diff(found.logits, axis=-1) <= 0).all()
-    assert np.array_equal(found.stats, handed["stats"])
+    assert (np.diff(found.payload.logits, axis=-1) <= 0).all()
+    assert np.array_equal(found.payload.stats, handed["stats"])
 
 
 def assert_same(a, b):
-    for name in FIELDS:
-        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+    assert (a.status, a.digest) == (b.status, b.digest)
+    assert a.payload.arrays().keys() == b.payload.arrays().keys()
+    for name, array in a.payload.arrays().items():
+        assert np.array_equal(array, b.payload.arrays()[name]), name
 
 
 def edit_manifest(path, edit):
@@ -106,15 +111,15 @@ def test_other_settings_come_back(tmp_path, changed):
 def test_an_empty_tail_is_minus_infinity(tmp_path):
     of = synthetic.manifest(top_k=50, samples=1, part_size=1)
     store = TeacherStore(synthetic.fill(tmp_path / "s.zarr", of, lengths=(7,)))
-    assert store[0].stat("tail_logsumexp").tolist() == [-np.inf] * 7
+    assert store[0].payload.stat("tail_logsumexp").tolist() == [-np.inf] * 7
 
 
 def test_statistics_are_named(path):
     store = TeacherStore(path)
     index = lengths(store.manifest).index(600)
     for column, name in enumerate(STAT_COLUMNS):
-        assert np.array_equal(store[index].stat(name), store[index].stats[:, column])
-    assert np.array_equal(store[index].stat("z_max"), store[index].logits[:, 0])
+        assert np.array_equal(store[index].payload.stat(name), store[index].payload.stats[:, column])
+    assert np.array_equal(store[index].payload.stat("z_max"), store[index].payload.logits[:, 0])
 
 
 def test_a_bad_sample_has_a_status_and_no_position(path):
@@ -124,8 +129,8 @@ def test_a_bad_sample_has_a_status_and_no_position(path):
     for index in map(int, bad):
         found = store[index]
         assert str(found.status) in store.manifest.statuses
-        assert found.ids.shape == found.logits.shape == (0, 6)
-        assert found.stats.shape == (0, 5)
+        assert found.payload.ids.shape == found.payload.logits.shape == (0, 6)
+        assert found.payload.stats.shape == (0, 5)
 
 
 def test_a_part_without_any_position(tmp_path):
@@ -144,7 +149,7 @@ def test_parts_tell_statuses_positions_and_statistics(path):
     assert np.array_equal(store.statuses(), np.concatenate([arrays.status for arrays in handed]))
     for part, arrays in enumerate(handed):
         assert np.array_equal(store.part_statuses(part), arrays.status)
-        assert np.array_equal(store.part_stats(part), arrays.stats)
+        assert np.array_equal(store.part_stats(part), arrays.payload.stats)
         assert store.part_positions(part) == arrays.positions.sum()
 
 
@@ -156,6 +161,34 @@ def test_an_index_out_of_range_is_an_index_error(path, index):
 
 def test_a_numpy_index_is_an_index(path):
     assert_same(TeacherStore(path)[np.int64(7)], TeacherStore(path)[7])
+
+
+@pytest.mark.parametrize("payload", ("hidden", "both"))
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "int8"))
+def test_hidden_states_come_back(tmp_path, payload, dtype):
+    topk = {"top_k": 6, "step": 1 / 32} if payload == "both" else {"top_k": 0, "step": 0.0}
+    of = synthetic.manifest(payload=payload, hidden_dtype=dtype, hidden_width=40, samples=9, **topk)
+    store = TeacherStore(synthetic.fill(tmp_path / "s.zarr", of))
+    for index in range(len(store)):
+        found, handed = store[index].payload, synthetic.sample_arrays(of, index)
+        assert found.hidden.shape == handed["hidden"].shape
+        assert np.abs(found.hidden - handed["hidden"]).max(initial=0) < 0.03
+        assert (found.ids is None) == (payload == "hidden")
+
+
+def test_what_is_read_cannot_be_changed(path):
+    store = TeacherStore(path)
+    payload = store[lengths(store.manifest).index(3)].payload
+    for array in payload.arrays().values():
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_a_manifest_with_a_changed_value_is_refused(tmp_path):
+    path = synthetic.fill(tmp_path / "s.zarr", synthetic.manifest(samples=1))
+    edit_manifest(path, lambda manifest: manifest.update(step=0.25))
+    with pytest.raises(StoreError, match="is not what was written: its checksum differs"):
+        TeacherStore(path)
 
 
 # Caching and processes
@@ -221,7 +254,7 @@ def test_plain_zarr_reads_what_the_readme_says(path, tmp_path):
     with np.load(tmp_path / "out.npz") as found:
         assert len(found["ids"]) == lengths(store.manifest)[index] > 0
         for name in ("ids", "logits", "stats"):
-            assert np.array_equal(found[name], getattr(store[index], name)), name
+            assert np.array_equal(found[name], getattr(store[index].payload, name)), name
         assert found["logits"].dtype == np.float32
 
 
@@ -374,7 +407,7 @@ def test_describe_a_whole_store(path):
     of = synthetic.manifest()
     parts = [synthetic.part_arrays(of, part) for part in range(5)]
     status = np.concatenate([arrays.status for arrays in parts])
-    knee = np.concatenate([arrays.stats for arrays in parts])[:, STAT_COLUMNS.index("knee")]
+    knee = np.concatenate([arrays.payload.stats for arrays in parts])[:, STAT_COLUMNS.index("knee")]
     assert (found.path, found.manifest, found.parts, found.whole) == (path, of, 5, True)
     assert found.samples == (status == 0).sum()
     assert found.positions == len(knee) == sum(lengths(of))

@@ -60,7 +60,10 @@ def unfinished(path):
 def read_all(path):
     store = TeacherStore(path)
     samples = [store[index] for index in range(len(store))]
-    arrays = [(s.status, s.digest, *(a.tobytes() for a in (s.ids, s.logits, s.stats))) for s in samples]
+    arrays = [
+        (s.status, s.digest, *(a.tobytes() for a in (s.payload.ids, s.payload.logits, s.payload.stats)))
+        for s in samples
+    ]
     return store.manifest, arrays, [store.part_positions(part) for part in store.parts()]
 
 
@@ -168,12 +171,23 @@ def test_the_second_creator_takes_the_first_ones_table(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["s.zarr"]
 
 
+def test_a_part_of_another_store_is_refused(copied, tmp_path):
+    """Same number, same samples, another teacher."""
+    other = synthetic.fill(tmp_path / "other.zarr", synthetic.manifest(tokenizer="t1"))
+    shutil.rmtree(part_path(copied, 2))
+    shutil.copytree(part_path(other, 2), part_path(copied, 2))
+    with pytest.raises(StoreError, match="was written for another store"):
+        TeacherStore(copied)[8]
+
+
 def test_arrays_that_cannot_be_packed_leave_nothing(copied):
     shutil.rmtree(part_path(copied, 2))
     writer = synthetic.open_writer(copied, MANIFEST)
     arrays = synthetic.part_arrays(MANIFEST, 2)
-    with pytest.raises(ValueError, match="only finite logits can be stored"):
-        writer.write_part(2, replace(arrays, logits=arrays.logits * np.float32(np.nan)))
+    with pytest.raises(RunError, match="part 2 cannot be stored: only finite logits can be stored"):
+        writer.write_part(
+            2, replace(arrays, payload=replace(arrays.payload, logits=arrays.payload.logits * np.float32(np.nan)))
+        )
     assert writer.missing_parts() == [2]
     assert unfinished(copied) == []
 
@@ -395,7 +409,7 @@ def test_damage_in_one_part_leaves_the_others_readable(copied, undisturbed):
     flip(chunk_file(copied, RANK, part=1), 100)
     store, expected = TeacherStore(copied), TeacherStore(undisturbed)
     for index in (0, 3, 8, 17):
-        assert np.array_equal(store[index].ids, expected[index].ids)
+        assert np.array_equal(store[index].payload.ids, expected[index].payload.ids)
 
 
 def test_a_deleted_rank_table_is_found(copied):

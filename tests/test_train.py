@@ -228,6 +228,53 @@ def test_loader_workers_do_not_change_the_run(options, tmp_path):
     assert history(options.output) == history(parallel.output)
 
 
+@pytest.fixture(scope="module")
+def hidden(teacher, cached, tmp_path_factory):
+    """A store of the same data with payload `hidden`."""
+    store = tmp_path_factory.mktemp("hidden") / "h.zarr"
+    cache_teacher(
+        CacheOptions(
+            teacher=teacher,
+            data=cached / "data.json",
+            images=cached / "images",
+            out=store,
+            template="qa",
+            payload="hidden",
+        )
+    )
+    return store
+
+
+@pytest.mark.parametrize("switch", (True, False))
+def test_training_from_hidden_states_equals_the_live_teacher(options, hidden, tmp_path, switch):
+    common = replace(options, steps=20, save_every=100, switch=switch)
+    train(replace(common, cache=hidden))
+    live = replace(common, cache=None, teacher_mode="live", template="qa", output=tmp_path / "live")
+    train(live)
+    for a, b in zip(history(options.output), history(live.output), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_hidden_states_need_the_teachers_head(options, hidden):
+    with pytest.raises(ConfigError, match=r"holds payload hidden, this run reads topk; pass --teacher"):
+        train(replace(options, cache=hidden, teacher=None, switch=False))
+
+
+def test_a_payload_that_is_not_there_is_refused(options, hidden):
+    with pytest.raises(ConfigError, match="holds payload topk, this run reads hidden"):
+        train(replace(options, payload="hidden"))
+
+
+def test_live_needs_the_teacher_and_one_image_processor(options, student, tmp_path):
+    with pytest.raises(ConfigError, match="--teacher-mode live runs the teacher: pass --teacher"):
+        train(replace(options, teacher_mode="live", teacher=None, switch=False))
+    folder = shutil.copytree(student, tmp_path / "other")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"image_std": [0.4, 0.5, 0.5]}))
+    with pytest.raises(CheckpointError, match="image processors of .* differ; cache the teacher instead"):
+        train(replace(options, teacher_mode="live", student=folder))
+
+
 def test_align_is_the_distance_to_the_live_teacher(options, student, teacher, cached):
     """The first logged Align of the cached run equals DBiLD against the teacher run live (k covers this vocabulary)."""
     from switchkd.encoding import SampleEncoder, collate
