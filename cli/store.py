@@ -1,15 +1,19 @@
 """`switchkd store …`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, lines_of
+from switchkd.cli.common import PATH, default_device, lines_of, quiet_libraries
+
+if TYPE_CHECKING:
+    from switchkd.stores import Manifest
 
 
 @click.group("store")
 def command() -> None:
-    """Look at a teacher store."""
+    """Look at a teacher store, check it, compare it with its teacher, mend it."""
 
 
 @command.command("info")
@@ -27,7 +31,7 @@ def info(path: Path) -> None:
         "samples": f"{found.samples:,} of {manifest.samples:,}",
         "skipped": lines_of(found.skipped),
         "positions": f"{found.positions:,}",
-        "payload": f"{manifest.payload}, k = {manifest.top_k} of {manifest.vocab_rows:,} rows, step {manifest.step:g}",
+        "payload": _payload(manifest),
         "size": f"{found.store_bytes:,} bytes on disk, {found.bytes_per_position:.1f} a position in its arrays",
         "knee": ", ".join(f"{name} {value:,.0f}" for name, value in found.knee_quantiles.items()) or "no position",
         "teacher": ", ".join(f"{name} {value}" for name, value in manifest.teacher.items()),
@@ -40,3 +44,82 @@ def info(path: Path) -> None:
     }
     for name, value in rows.items():
         click.echo(f"{name:<12}{value}")
+
+
+def _payload(manifest: "Manifest") -> str:
+    words = [manifest.payload]
+    if manifest.has_topk:
+        words.append(f"k = {manifest.top_k} of {manifest.vocab_rows:,} rows, step {manifest.step:g}")
+    if manifest.has_hidden:
+        words.append(f"{manifest.hidden_width} wide states in {manifest.hidden_dtype}")
+    return ", ".join(words)
+
+
+@command.command("verify")
+@click.argument("path", type=PATH)
+@click.pass_context
+def verify(ctx: click.Context, path: Path) -> None:
+    """Check every file, checksum, shape and statistic of a store; exit 1 if something is wrong or missing."""
+    from switchkd.pipelines.progress import Progress
+    from switchkd.stores import TeacherStore
+    from switchkd.stores.verify import missing_parts, verify
+
+    store = TeacherStore.open(path)
+    bad = 0
+    with Progress("verifying", len(store.parts()), "parts") as progress:
+        for part, findings in verify(store):
+            bad += bool(findings)
+            for finding in findings:
+                click.echo(f"part {part}: {finding.message}")
+            progress.advance(1, positions=0 if findings else store.part_positions(part))
+    missing = missing_parts(store)
+    if missing:
+        click.echo(f"missing: {len(missing)} parts, the first is {missing[0]}; run cache-teacher again")
+    click.echo(f"{store.path}: {len(store.parts()) - bad} parts good, {bad} bad, {len(missing)} missing")
+    if bad:
+        click.echo("`switchkd store repair` drops the bad ones; cache-teacher then writes exactly these again")
+    if bad or missing:
+        ctx.exit(1)
+
+
+@command.command("repair")
+@click.argument("path", type=PATH)
+def repair(path: Path) -> None:
+    """Drop bad parts, so that running cache-teacher again writes exactly these."""
+    from switchkd.stores import TeacherStore
+    from switchkd.stores.verify import repair
+
+    store = TeacherStore.open(path)
+    dropped = repair(store)
+    names = ", ".join(map(str, dropped)) or "none"
+    click.echo(f"{store.path}: dropped parts: {names}" + ("; run cache-teacher again to write them" if dropped else ""))
+
+
+@command.command("audit")
+@click.argument("path", type=PATH)
+@click.option("--teacher", type=PATH, required=True, help="Checkpoint folder of the teacher.")
+@click.option("--data", type=PATH, required=True, help="The data file that was cached.")
+@click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
+@click.option("--student", type=PATH, help="Checkpoint folder of a student.  [default: the teacher with noise]")
+@click.option("-n", "--samples", type=click.IntRange(1), default=64, show_default=True, help="Random samples.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
+@click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
+def audit(path: Path, device: str | None, **options: Any) -> None:
+    """Run the teacher again on random samples and say how far the store is from it."""
+    quiet_libraries()
+    from switchkd.pipelines.audit import AuditOptions, audit, lines
+
+    for line in lines(audit(AuditOptions(store=path, device=device or default_device(), **options))):
+        click.echo(line)
+
+
+@command.command("plot")
+@click.argument("path", type=PATH)
+@click.option("--out", type=PATH, default=Path("store.png"), show_default=True, help="The picture.")
+def plot(path: Path, out: Path) -> None:
+    """Draw a store: knee histogram, tail mass, bytes per part."""
+    from switchkd.pipelines.plot_store import plot_store
+
+    click.echo(f"drawn: {plot_store(path, out)}")

@@ -49,7 +49,7 @@ class DemoOptions:
     workdir: Path
     train_teacher: bool = False
     seed: int = 0
-    student_steps: int = 1000
+    student_steps: int = 600
     student_samples: int = 12_800  # training samples that are cached and learned from
 
 
@@ -125,7 +125,7 @@ def _teacher(options: DemoOptions) -> Path:
         easy_vqa.write_checkpoint(blank, vision=TEACHER_VISION, language=TEACHER_LANGUAGE, seed=options.seed)
     pt, sft = work / "runs/teacher-pt", work / "runs/teacher-sft"
     train(_sft_options(work, blank, "captions", pt, steps=2000, batch_size=64, lr=1e-3, seed=options.seed))
-    train(_sft_options(work, pt, "train", sft, steps=3600, batch_size=32, lr=5e-4, seed=options.seed))
+    train(_sft_options(work, pt, "train", sft, steps=4000, batch_size=32, lr=1e-3, seed=options.seed))
     return sft
 
 

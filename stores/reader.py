@@ -34,6 +34,7 @@ class StoredSample:
 @dataclass(frozen=True)
 class _Part:
     group: Any
+    entry: dict[str, Any]
     offset: NDArray[np.int64]
     status: NDArray[np.uint8]
     digest: NDArray[np.uint64]
@@ -119,6 +120,18 @@ class TeacherStore:
         """Return the status of every sample of one part, [n] uint8."""
         return self._part(part).status
 
+    def part_offsets(self, part: int) -> NDArray[np.int64]:
+        """Return where each sample's positions of one part begin, [n + 1] int64."""
+        return self._part(part).offset
+
+    def part_entry(self, part: int) -> dict[str, Any]:
+        """Return what a part says about itself: its files with sizes and digests, its numbers."""
+        return self._part(part).entry
+
+    def part_payload(self, part: int) -> Payload:
+        """Return the payload of all positions of one part; not cached."""
+        return self._decode(self._part(part).group, slice(None))
+
     def part_positions(self, part: int) -> int:
         """Return the number of positions of one part."""
         return self._part(part).positions
@@ -160,7 +173,7 @@ class TeacherStore:
             if file.name == "zarr.json" and layout.digest_bytes(file.read_bytes()) != expected.get("blake2b"):
                 raise StoreError(f"{file} is not what was written; {_REWRITE}")
         offset, status, digest = (self._read(group[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST))
-        return _Part(group, offset, status, digest, int(offset[-1]))
+        return _Part(group, entry, offset, status, digest, int(offset[-1]))
 
     def _chunk(self, part: int, chunk: int) -> Payload:
         key = (part, chunk)

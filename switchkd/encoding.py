@@ -1,7 +1,8 @@
 """From a sample to what a model reads: token ids, supervised mask, pixels; and from several to a batch."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ class SampleEncoder:
         self.max_image_pixels = max_image_pixels
         self._pixel_cache: LRUCache[bytes, Tensor] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=_tensor_bytes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the pixels behind: they would be copied into every spawned DataLoader worker."""
+        return self.__dict__ | {"_pixel_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=_tensor_bytes)}
+
     def encode(self, sample: Sample, pixels: bool = True) -> EncodedSample:
         """Encode one sample.
 
@@ -90,24 +95,25 @@ class SampleEncoder:
             BadSample: names the row and why it cannot be used.
         """
         sample.require_ok()
-        try:
+        with _naming(sample):
             segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
             ids, supervised = self.tokenize(segments)
             if not supervised[1:].any():
                 raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
             data = self._image_bytes(sample)
             image = self._pixels(data, sample.image) if data is not None and pixels else None
-        except BadSample as bad:
-            raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
         return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data))
 
     def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
         """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
         sample.require_ok()
         turns = sample.turns[: turn + 1]
-        ids, _ = self.tokenize(self.template.prompt(turns, sample.image is not None, self.tokenizer.eos_token))
-        data = self._image_bytes(sample)
-        return ids, None if data is None else self._pixels(data, sample.image)
+        with _naming(sample):
+            ids, _ = self.tokenize(self.template.prompt(turns, sample.image is not None, self.tokenizer.eos_token))
+            if not len(ids):
+                raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {turn}")
+            data = self._image_bytes(sample)
+            return ids, None if data is None else self._pixels(data, sample.image)
 
     def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokenize segments one by one; returns (ids [L], supervised [L]). Raises BadSample if too long."""
@@ -141,6 +147,15 @@ class SampleEncoder:
         if pixels.nbytes <= PIXEL_CACHE_BYTES:
             self._pixel_cache[key] = pixels
         return pixels
+
+
+@contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Add the row to what is said of a bad sample."""
+    try:
+        yield
+    except BadSample as bad:
+        raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

@@ -125,4 +125,19 @@ def template_from_dict(data: object) -> Template:
         raise ConfigError(f"template lacks {', '.join(sorted(missing))}")
     if unknown := data.keys() - known:
         raise ConfigError(f"template has unknown keys {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    return Template(**data)
+    template = Template(**data)
+    _require_sound(template)
+    return template
+
+
+def _require_sound(template: Template) -> None:
+    """Raise ConfigError if samples made with this template could not be right."""
+    if "{text}" not in template.answer:
+        raise ConfigError(f"template {template.name!r}: 'answer' must hold {{text}}, or every answer would be the same")
+    if "{image}" not in template.user:
+        raise ConfigError(f"template {template.name!r}: 'user' must hold {{image}}, where the image goes")
+    if template.image.count(IMAGE_MARKER) != 1:
+        raise ConfigError(f"template {template.name!r}: 'image' must hold {IMAGE_MARKER} exactly once")
+    for name in ("system", "user", "assistant", "answer", "after"):
+        if IMAGE_MARKER in getattr(template, name):
+            raise ConfigError(f"template {template.name!r}: {IMAGE_MARKER} belongs into 'image', not into {name!r}")

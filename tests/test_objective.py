@@ -18,7 +18,11 @@ def normal(seed, columns):
 
 def parts(objective, switch=None):
     return objective.parts(
-        normal(1, V), torch.tensor([0, 3, 8, 2]), DenseSignal(normal(2, N)), switch, torch.tensor([True, True, False, True])
+        normal(1, V),
+        torch.tensor([0, 3, 8, 2]),
+        DenseSignal(normal(2, N)),
+        switch,
+        torch.tensor([True, True, False, True]),
     )
 
 

@@ -12,7 +12,12 @@ import pytest
 from switchkd.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"switchkd": "switchkd", "stores": "switchkd/stores", "pipelines": "switchkd/pipelines", "cli": "switchkd/cli"}
+FOLDERS = {
+    "switchkd": "switchkd",
+    "stores": "switchkd/stores",
+    "pipelines": "switchkd/pipelines",
+    "cli": "switchkd/cli",
+}
 SHIPPED = {".py", ".safetensors", ".yaml"}
 
 
@@ -21,12 +26,25 @@ def wheel(tmp_path_factory):
     """The wheel of a clean copy of the tracked tree, built with the setuptools of this environment."""
     pytest.importorskip("setuptools", "77", reason="building a wheel needs setuptools 77 or newer")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in files.stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        out,
+        source,
+    ]
     subprocess.run(build, check=True, capture_output=True)
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
@@ -47,9 +65,15 @@ def test_pins_satisfy_the_ranges():
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#")
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and line[0] != "#"
+    )
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"] + project["optional-dependencies"]["demo"]
+    wanted = (
+        project["dependencies"] + project["optional-dependencies"]["dev"] + project["optional-dependencies"]["demo"]
+    )
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
 

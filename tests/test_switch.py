@@ -53,7 +53,9 @@ def parts_of(batch, teacher, student_model, objective):
 
 
 def reached(model, prefix=""):
-    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0 and prefix in name}
+    return {
+        name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0 and prefix in name
+    }
 
 
 def trainable(model, prefix):

@@ -1,0 +1,114 @@
+"""Checking a whole store, and dropping what is bad so that the next run writes exactly that again."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.errors import StoreError
+from switchkd.stores import layout
+from switchkd.stores.manifest import Manifest
+from switchkd.stores.payload import Payload
+from switchkd.stores.reader import TeacherStore
+from switchkd.stores.writer import part_files
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one part."""
+
+    part: int
+    message: str
+
+
+def verify(store: TeacherStore) -> Iterator[tuple[int, list[Finding]]]:
+    """Check every part that is there, one after the other: (part number, findings).
+
+    Files: all listed ones there, with size and digest, and no other. Arrays: every chunk decodes (crc32c), shapes agree, offsets
+    rise. Statistics: finite, z_min ≤ k-th logit ≤ z_max, logsumexp ≥ z_max, tail ≤ logsumexp, 2 ≤ knee ≤ N, ids distinct.
+    """
+    for part in store.parts():
+        yield part, [Finding(part, message) for message in _problems(store, part)]
+
+
+def missing_parts(store: TeacherStore) -> list[int]:
+    """Return the parts that are not there."""
+    return sorted(set(range(store.manifest.part_count)) - set(store.parts()))
+
+
+def repair(store: TeacherStore) -> list[int]:
+    """Drop bad parts and return their numbers; running `cache-teacher` again then writes exactly these.
+
+    A part is moved out of sight by one rename before it is deleted, so that an interrupted repair leaves no half part.
+    """
+    dropped = []
+    for part, findings in verify(store):
+        if findings:
+            hidden = store.path / layout.WRITING / f"{layout.writer_prefix()}-{layout.part_name(part)}-dropped"
+            layout.part_path(store.path, part).rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+            dropped.append(part)
+    return dropped
+
+
+def _problems(store: TeacherStore, part: int) -> Iterator[str]:
+    folder = layout.part_path(store.path, part)
+    try:
+        entry = store.part_entry(part)
+        yield from _file_problems(folder, entry["files"])
+        yield from _table_problems(store, part)
+        yield from _payload_problems(store.part_payload(part), store.manifest)
+    except StoreError as error:
+        yield str(error)
+
+
+def _file_problems(folder: Path, listed: dict[str, dict[str, object]]) -> Iterator[str]:
+    for name, expected in listed.items():
+        if layout.digest_bytes((folder / name).read_bytes()) != expected["blake2b"]:
+            yield f"{folder / name} is not what was written: its digest differs"
+    for extra in sorted({str(file) for file in part_files(folder)} - listed.keys()):
+        yield f"{folder / extra} does not belong to the part"
+
+
+def _table_problems(store: TeacherStore, part: int) -> Iterator[str]:
+    offset, status = store.part_offsets(part), store.part_statuses(part)
+    if offset[0] != 0 or (np.diff(offset) < 0).any():
+        yield "samples/offset does not rise from 0"
+    if ((np.diff(offset) > 0) & (status != 0)).any():
+        yield "a skipped sample has positions"
+    if unknown := sorted({int(code) for code in status} - {int(code) for code in store.manifest.statuses}):
+        yield f"samples/status holds unknown codes {unknown}"
+
+
+def _payload_problems(payload: Payload, manifest: Manifest) -> Iterator[str]:
+    vocab_rows = manifest.vocab_rows
+    z_max, z_min, logsumexp, tail, knee = (payload.stat(name) for name in layout.STAT_COLUMNS)
+    checks: dict[str, Any] = {
+        "a statistic is not finite": ~np.isfinite(np.stack([z_max, z_min, logsumexp, knee])).all(0) | np.isnan(tail),
+        "logsumexp lies below z_max": logsumexp < z_max - _slack(z_max),
+        "z_min lies above z_max": z_min > z_max,
+        "tail_logsumexp lies above logsumexp": tail > logsumexp + _slack(logsumexp),
+        "the knee lies outside 2 … N": (knee < 2) | (knee > vocab_rows),
+    }
+    if payload.ids is not None and payload.logits is not None:
+        smallest = payload.logits[:, -1]
+        ordered = np.sort(payload.ids, axis=-1)
+        checks |= {
+            "an id occurs twice in a position": (np.diff(ordered, axis=-1) == 0).any(-1),
+            "an id lies outside the vocabulary": (ordered[:, 0] < 0) | (ordered[:, -1] >= vocab_rows),
+            "the k-th logit lies below z_min": smallest < z_min - _slack(z_min) - manifest.step,
+        }
+    if payload.hidden is not None:
+        checks["a hidden state is not finite"] = ~np.isfinite(payload.hidden).all(-1)
+    for what, wrong in checks.items():
+        if wrong.any():
+            yield f"{what} ({int(wrong.sum())} of {len(wrong)} positions)"
+
+
+def _slack(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return how far float32 sums may stray from exact ones of this size."""
+    return (1e-5 * np.abs(values) + 1e-5).astype(np.float32)
