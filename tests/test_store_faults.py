@@ -76,7 +76,7 @@ def samples_or_error(path):
 
 def run_processes(path, calls):
     """Fill a store by several processes at once, one for each of `calls`; return their exit codes."""
-    processes = [spawn.Process(target=synthetic.fill, args=(path, MANIFEST), kwargs=call) for call in calls]
+    processes = [spawn.Process(target=synthetic.fill, args=(path,), kwargs={"of": MANIFEST} | call) for call in calls]
     for process in processes:
         process.start()
     for process in processes:
@@ -281,10 +281,34 @@ def test_writers_killed_at_random_instants_end_in_the_undisturbed_store(tmp_path
     synthetic.assert_same_store(path, undisturbed)
 
 
-def read_what_is_there(path):
+def test_fifty_kills_lose_nothing(tmp_path):
+    """The same command again and again, each time killed at another instant, now and then with two or three workers."""
+    of = synthetic.manifest(samples=40, part_size=1)
+    lengths = (0, 1, 3, 40)
+    undisturbed = synthetic.fill(tmp_path / "u.zarr", of, lengths=lengths)
+    path = tmp_path / "s.zarr"
+    instants = random.Random(5)
+    kills = rounds = 0
+    while kills < 50:
+        workers = instants.choice((1, 1, 1, 2, 3))
+        calls = [
+            {"of": of, "shard": (index, workers), "die_at": instants.randint(1, 230), "lengths": lengths}
+            for index in range(workers)
+        ]
+        kills += run_processes(path, calls).count(-signal.SIGKILL)
+        rounds += 1
+        if path.exists():
+            read_what_is_there(path, of, lengths)
+        assert rounds < 100, "the store was whole before it was killed often enough"
+    synthetic.fill(path, of, lengths=lengths)
+    synthetic.assert_same_store(path, undisturbed)
+    assert unfinished(path) == []
+
+
+def read_what_is_there(path, of=MANIFEST, lengths=synthetic.LENGTHS):
     store = TeacherStore(path)
     for part in store.parts():
-        assert store.part_positions(part) == synthetic.part_arrays(MANIFEST, part).positions.sum()
+        assert store.part_positions(part) == synthetic.part_arrays(of, part, lengths).positions.sum()
 
 
 @pytest.mark.parametrize("act", (1, 40))
