@@ -1,12 +1,14 @@
 """`switchkd cache-teacher`: stage one."""
 
 import os
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from switchkd.cli.common import PATH, config_option, default_device, lines_of, quiet_libraries
+
+if TYPE_CHECKING:
+    from switchkd.pipelines.cache_teacher import CacheOptions
 
 
 @click.command("cache-teacher")
@@ -77,10 +79,13 @@ from switchkd.cli.common import PATH, config_option, default_device, lines_of, q
     "--shard", metavar="I/N", help="Write parts I, I+N, …; else Slurm's array variables, then RANK and WORLD_SIZE."
 )
 @click.option(
+    "--dry-run", is_flag=True, help="Tell size, free disk and time from a probe of random samples; write nothing."
+)
+@click.option(
     "--strict", is_flag=True, help="Stop at the first sample that cannot be used instead of recording a skip."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
-def command(shard: str | None, device: str | None, out: Path, **options: Any) -> None:
+def command(shard: str | None, device: str | None, dry_run: bool, **options: Any) -> None:
     """Store what a teacher says about every supervised position of a data file.
 
     Run it again to continue after an interruption, or on several machines at once; a part that is there is never written
@@ -92,9 +97,32 @@ def command(shard: str | None, device: str | None, out: Path, **options: Any) ->
     quiet_libraries()
     which, source = resolve_shard(shard, os.environ)
     click.echo(f"worker {which[0]} of {which[1]} (from {source})", err=True)
-    done = cache_teacher(CacheOptions(shard=which, device=device or default_device(), out=out, **options))
+    resolved = CacheOptions(shard=which, device=device or default_device(), **options)
+    if dry_run:
+        _print_plan(resolved)
+        return
+    done = cache_teacher(resolved)
     click.echo(
         f"{done.store}: {done.parts_written} parts written, {done.parts_already_there} were there, "
         f"{done.parts_missing} left to other workers\n"
         f"cached now: {done.samples:,} samples, {done.positions:,} positions; skipped: {lines_of(done.skipped)}"
     )
+
+
+def _print_plan(options: "CacheOptions") -> None:
+    from switchkd.pipelines.dry_run import plan
+
+    found = plan(options)
+    free = "unknown" if found.free_bytes is None else f"{found.free_bytes / 1e9:,.1f} GB"
+    rows = {
+        "samples": f"{found.samples:,}, about {found.usable_samples:,} usable",
+        "positions": f"about {found.positions:,}",
+        "size": f"about {found.store_bytes / 1e9:,.3f} GB, {found.bytes_per_position:,.0f} bytes a position",
+        "free disk": free,
+        "time": f"about {found.seconds / 3600:,.2f} hours for one worker, {found.samples_per_second:,.1f} samples/s",
+        "probe": f"{found.probed_samples} random samples on {options.device}; nothing was written",
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:<11}{value}")
+    if found.free_bytes is not None and found.store_bytes > found.free_bytes:
+        click.echo("The store would not fit.", err=True)

@@ -14,7 +14,7 @@ COMMANDS = {
     "cache-teacher": ("cache_teacher", "Store what a teacher says about every supervised position."),
     "train": ("train", "Train a student from a teacher store."),
     "eval": ("evaluate", "Score a model on a data file."),
-    "store": ("store", "Look at a teacher store, check it, compare it with its teacher, mend it."),
+    "store": ("store", "Look at a teacher store, check it, mend it."),
     "demo": ("demo", "See the whole method work on easy-VQA, on a laptop."),
 }
 INTERRUPTED = 130  # 128 + SIGINT, the shell's convention

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @click.group("store")
 def command() -> None:
-    """Look at a teacher store, check it, compare it with its teacher, mend it."""
+    """Look at a teacher store, check it, mend it."""
 
 
 @command.command("info")

@@ -75,7 +75,7 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
         InputError: something given cannot be used; nothing expensive has started.
         RunError: the teacher gave logits that are not finite, or the disk failed; committed parts are whole.
     """
-    _check(options)
+    check_options(options)
     checkpoint = open_checkpoint(options.teacher, options.trust_remote_code)
     samples = SampleFile(options.data)
     encoder = SampleEncoder(
@@ -105,7 +105,8 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
     )
 
 
-def _check(options: CacheOptions) -> None:
+def check_options(options: CacheOptions) -> None:
+    """Refuse options that cannot work, before anything is opened. Raises ConfigError."""
     index, count = options.shard
     if not 0 <= index < count:
         raise ConfigError(f"shard {index}/{count}: the first number runs from 0 to {count - 1}")
@@ -212,7 +213,7 @@ def _captured_parts(
         captured |= {index: (found, pack) for (index, found), pack in zip(usable, packed, strict=True)}
         progress.advance(len(batch), positions=sum(found.positions for _, found in usable))
         if len(captured) == len(manifest.part_samples(part)):
-            yield part, _assemble([captured[index] for index in manifest.part_samples(part)], manifest)
+            yield part, assemble([captured[index] for index in manifest.part_samples(part)], manifest)
             captured = {}
 
 
@@ -230,7 +231,8 @@ def _capture(
         raise
 
 
-def _assemble(found: list[tuple[EncodedSample, Payload] | BadSample], manifest: Manifest) -> PartArrays:
+def assemble(found: list[tuple[EncodedSample, Payload] | BadSample], manifest: Manifest) -> PartArrays:
+    """Join what was captured of a part's samples, in their order."""
     payloads = [item[1] for item in found if not isinstance(item, BadSample)]
     return PartArrays(
         status=np.array([item.status if isinstance(item, BadSample) else Status.OK for item in found], np.uint8),
