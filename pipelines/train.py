@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from switchkd.encoding import SampleEncoder, pad_id_of
-from switchkd.errors import CheckpointError, ConfigError
+from switchkd.errors import CheckpointError, ConfigError, RunError
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
 from switchkd.pipelines import config
@@ -92,7 +93,13 @@ def train(options: TrainOptions) -> TrainSummary:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Report())
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        good = last_checkpoint(options.output) or "none"
+        raise RunError(
+            f"cannot write a checkpoint: {error}. The last good one: {good}; make room and run the same command again"
+        ) from error
     return _finish(options, trainer, samples)
 
 
@@ -223,6 +230,7 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
         "save_total_limit": 2,
         "dataloader_num_workers": options.workers,
         "remove_unused_columns": False,  # the collator's teacher columns are no arguments of the model
+        "ddp_find_unused_parameters": False,  # every trainable parameter gets a gradient in every batch, see SwitchTrainer
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),

@@ -55,6 +55,8 @@ class SwitchTrainer(Trainer):
         positions = count_positions(inputs["labels"]).sum()
         self._record(parts, positions)
         total = self.objective.total(parts)
+        if self.args.world_size > 1 and "pixel_values" not in inputs:
+            total = total + 0.0 * self._idle_vision(model)
         if num_items_in_batch is None:
             return total / positions.clamp_min(1)
         # DistributedDataParallel averages gradients over processes; the division is by all processes' positions.
@@ -88,6 +90,19 @@ class SwitchTrainer(Trainer):
             )
         signal = None if self.source is None else self.source.signal(batch)
         return self.objective.parts(logits, targets(batch["labels"]), signal, switch, on_image)
+
+    def _idle_vision(self, model: nn.Module) -> Tensor:
+        """Show the student a blank image, for its graph only.
+
+        In a batch of text alone no gradient would reach the vision tower and the projector, and DistributedDataParallel would
+        wait for it while other processes have images.
+        """
+        student = self.accelerator.unwrap_model(model)
+        vision = student.config.vision_config
+        shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        blank = torch.zeros(shape, dtype=student.dtype, device=self.args.device)
+        features: Tensor = student.model.get_image_features(pixel_values=blank).pooler_output[0]
+        return features.sum()
 
     def _record(self, parts: LossParts, positions: Tensor) -> None:
         sums = [torch.zeros_like(parts.ce) if part is None else part.detach() for part in parts]

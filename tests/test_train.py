@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
@@ -431,15 +432,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(options, monkeypatch):
         train(options)
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(options, tmp_path):
-    """torchrun with gloo: the division is by the positions of all processes."""
+def test_a_full_disk_names_the_last_good_checkpoint(options, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    save = resume_state.save
+    monkeypatch.setattr(resume_state, "save", lambda f, *rest: save(f, *rest) if f.name == "checkpoint-2" else full())
+    with pytest.raises(RunError, match=r"No space left on device. The last good one: .*checkpoint-2; make room"):
+        train(options)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (1, 2)])
+def test_two_processes_equal_one_with_the_same_global_batch(options, tmp_path, batch_size, accumulation):
+    """torchrun with gloo: the division is by the positions of all processes; one sample at a time, a batch is text only."""
     train(replace(options, steps=3))
     words = {"student": options.student, "teacher": options.teacher, "data": options.data, "images": options.images}
     words |= {
         "cache": options.cache,
         "output": tmp_path / "two",
         "steps": 3,
-        "batch-size": 2,
+        "batch-size": batch_size,
+        "accumulation": accumulation,
         "lr": 5e-3,
         "log-every": 1,
     }
