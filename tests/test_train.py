@@ -442,15 +442,16 @@ def test_a_full_disk_names_the_last_good_checkpoint(options, monkeypatch):
         train(options)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (1, 2), (1, 1)])
 def test_two_processes_equal_one_with_the_same_global_batch(options, tmp_path, batch_size, accumulation):
     """torchrun with gloo: the division is by the positions of all processes; one sample at a time, a batch is text only."""
-    train(replace(options, steps=3))
+    steps = 12 // (2 * batch_size * accumulation)  # every sample once
+    train(replace(options, steps=steps, batch_size=2 * batch_size * accumulation))
     words = {"student": options.student, "teacher": options.teacher, "data": options.data, "images": options.images}
     words |= {
         "cache": options.cache,
         "output": tmp_path / "two",
-        "steps": 3,
+        "steps": steps,
         "batch-size": batch_size,
         "accumulation": accumulation,
         "lr": 5e-3,
