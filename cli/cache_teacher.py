@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, config_option, default_device, lines_of, quiet_libraries
+from switchkd.cli.common import PATH, STORE, config_option, default_device, lines_of, quiet_libraries
 
 if TYPE_CHECKING:
     from switchkd.pipelines.cache_teacher import CacheOptions
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 @click.option("--teacher", type=PATH, required=True, help="Checkpoint folder of the teacher (a Llava).")
 @click.option("--data", type=PATH, required=True, help="LLaVA-style JSON or JSON Lines.")
 @click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
-@click.option("--out", type=PATH, required=True, help="The store, NAME.zarr; an unfinished one is continued.")
+@click.option(
+    "--out",
+    type=STORE,
+    required=True,
+    help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued.",
+)
 @click.option(
     "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
 )

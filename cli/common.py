@@ -10,6 +10,19 @@ import click
 PATH = click.Path(path_type=Path)
 
 
+class _StorePath(click.ParamType):  # type: ignore[type-arg]
+    """A folder as a Path; the URL of an object store as text, since a Path would lose one of its slashes."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        text = str(value)
+        return text if "://" in text else Path(text)
+
+
+STORE = _StorePath()
+
+
 def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--config FILE.yaml`: its keys are option names; the command line wins over the file, the file over defaults."""
     return click.option(

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, default_device, lines_of, quiet_libraries
+from switchkd.cli.common import PATH, STORE, default_device, lines_of, quiet_libraries
 
 if TYPE_CHECKING:
     from switchkd.stores import Manifest
+    from switchkd.stores.place import Location
 
 
 @click.group("store")
@@ -17,8 +18,8 @@ def command() -> None:
 
 
 @command.command("info")
-@click.argument("path", type=PATH)
-def info(path: Path) -> None:
+@click.argument("path", type=STORE)
+def info(path: "Location") -> None:
     """Print a store's manifest, samples, positions, size, skipped samples and knee quantiles."""
     from switchkd.stores.info import describe
 
@@ -56,9 +57,9 @@ def _payload(manifest: "Manifest") -> str:
 
 
 @command.command("verify")
-@click.argument("path", type=PATH)
+@click.argument("path", type=STORE)
 @click.pass_context
-def verify(ctx: click.Context, path: Path) -> None:
+def verify(ctx: click.Context, path: "Location") -> None:
     """Check every file, checksum, shape and statistic of a store; exit 1 if something is wrong or missing."""
     from switchkd.pipelines.progress import Progress
     from switchkd.stores import TeacherStore
@@ -83,8 +84,8 @@ def verify(ctx: click.Context, path: Path) -> None:
 
 
 @command.command("repair")
-@click.argument("path", type=PATH)
-def repair(path: Path) -> None:
+@click.argument("path", type=STORE)
+def repair(path: "Location") -> None:
     """Drop bad parts, so that running cache-teacher again writes exactly these."""
     from switchkd.stores import TeacherStore
     from switchkd.stores.verify import repair
@@ -96,7 +97,7 @@ def repair(path: Path) -> None:
 
 
 @command.command("audit")
-@click.argument("path", type=PATH)
+@click.argument("path", type=STORE)
 @click.option("--teacher", type=PATH, required=True, help="Checkpoint folder of the teacher.")
 @click.option("--data", type=PATH, required=True, help="The data file that was cached.")
 @click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
@@ -106,7 +107,7 @@ def repair(path: Path) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
 @click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
-def audit(path: Path, device: str | None, **options: Any) -> None:
+def audit(path: "Location", device: str | None, **options: Any) -> None:
     """Run the teacher again on random samples and say how far the store is from it."""
     quiet_libraries()
     from switchkd.pipelines.audit import AuditOptions, audit, lines
@@ -116,9 +117,9 @@ def audit(path: Path, device: str | None, **options: Any) -> None:
 
 
 @command.command("plot")
-@click.argument("path", type=PATH)
+@click.argument("path", type=STORE)
 @click.option("--out", type=PATH, default=Path("store.png"), show_default=True, help="The picture.")
-def plot(path: Path, out: Path) -> None:
+def plot(path: "Location", out: Path) -> None:
     """Draw a store: knee histogram, tail mass, bytes per part."""
     from switchkd.pipelines.plot_store import plot_store
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import PATH, config_option, lines_of, quiet_libraries
+from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libraries
 
 
 @click.command("train")
@@ -13,7 +13,9 @@ from switchkd.cli.common import PATH, config_option, lines_of, quiet_libraries
 @click.option("--student", type=PATH, required=True, help="Checkpoint folder of the student (a Llava).")
 @click.option("--data", type=PATH, required=True, help="The data file that was cached.")
 @click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
-@click.option("--cache", type=PATH, help="A teacher store, or a folder of stores: the one that fits is taken.")
+@click.option(
+    "--cache", type=STORE, help="A teacher store, or a folder of stores (or s3://…): the one that fits is taken."
+)
 @click.option("--output", type=PATH, required=True, help="The run: checkpoints, options, losses, the trained student.")
 @click.option(
     "--objective",
@@ -43,10 +45,11 @@ from switchkd.cli.common import PATH, config_option, lines_of, quiet_libraries
 )
 @click.option(
     "--tail",
-    type=click.Choice(["uniform", "floor"]),
-    default="uniform",
+    type=click.Choice(["student", "uniform", "floor"]),
+    default="student",
     show_default=True,
-    help="Teacher logits that the store does not hold: the tail's mass spread evenly, or the smallest cached logit.",
+    help="Teacher logits that a topk store does not hold: in the student's order with the teacher's mass, that mass spread "
+    "evenly, or the smallest cached logit.",
 )
 @click.option("--template", help="Conversation template.  [default: the store's]")
 @click.option("--max-length", type=click.IntRange(2), help="In tokens with image tokens.  [default: the store's]")

@@ -25,6 +25,7 @@ from switchkd.positions import predicting_rows
 from switchkd.samples import SampleFile, Status
 from switchkd.signals import DenseSignal, SparseSignal, TailPolicy, TeacherSignal, lead_of_rows
 from switchkd.stores import Payload, TeacherStore
+from switchkd.stores.place import Location
 from switchkd.stores.reader import pick_store
 from switchkd.templates import template_from_dict
 from switchkd.vlm import Checkpoint, freeze, load_model, open_checkpoint, require_fit, teacher_identity
@@ -37,14 +38,14 @@ PERTURBATION = 0.2
 class AuditOptions:
     """What `switchkd store audit` was asked for; fields are its options."""
 
-    store: Path
+    store: Location
     teacher: Path
     data: Path
     images: Path | None = None
     student: Path | None = None
     samples: int = 64
     batch_size: int = 8
-    tail: TailPolicy = "uniform"
+    tail: TailPolicy = "student"
     seed: int = 0
     device: str = "cpu"
     trust_remote_code: bool = False
@@ -65,7 +66,7 @@ class Fidelity:
 class AuditReport:
     """What an audit found."""
 
-    store: Path
+    store: Location
     samples: int
     positions: int
     student: str
@@ -190,7 +191,7 @@ class _Sums:
 
     def add(self, student: Tensor, live: Tensor, signal: TeacherSignal) -> None:
         """Add one batch: student logits, live teacher logits [P, N], and the account to judge."""
-        account = signal.rows().float()
+        account = signal.rows(student).float()
         p, q = live.log_softmax(-1), account.log_softmax(-1)
         self.kl += float((p.exp() * (p - q)).sum())
         exact, found = _gradient(student, DenseSignal(live)), _gradient(student, signal)

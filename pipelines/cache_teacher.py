@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
 from switchkd.stores.codec import ranks_by_frequency
 from switchkd.stores.layout import HIDDEN_DTYPES, PAYLOADS
 from switchkd.stores.payload import no_position
+from switchkd.stores.place import Location
 from switchkd.templates import load_template
 from switchkd.vlm import Checkpoint, open_checkpoint, teacher_identity
 
@@ -36,7 +37,7 @@ class CacheOptions:
 
     teacher: Path
     data: Path
-    out: Path
+    out: Location
     images: Path | None = None
     template: str = "qwen2_base"
     payload: str = "topk"  # or "hidden", "both"
@@ -59,7 +60,7 @@ class CacheOptions:
 class CacheSummary:
     """What a run did."""
 
-    store: Path
+    store: Location
     parts_written: int
     parts_already_there: int
     parts_missing: int  # left to other workers
@@ -73,7 +74,7 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
 
     Raises:
         InputError: something given cannot be used; nothing expensive has started.
-        RunError: the teacher gave logits that are not finite, or the disk failed; committed parts are whole.
+        RunError: the teacher gave logits that are not finite, or disk or network failed; committed parts are whole.
     """
     check_options(options)
     checkpoint = open_checkpoint(options.teacher, options.trust_remote_code)
@@ -110,7 +111,7 @@ def check_options(options: CacheOptions) -> None:
     index, count = options.shard
     if not 0 <= index < count:
         raise ConfigError(f"shard {index}/{count}: the first number runs from 0 to {count - 1}")
-    if options.out.suffix != ".zarr":
+    if PurePosixPath(str(options.out)).suffix != ".zarr":
         raise ConfigError(f"a store's name ends in .zarr, got {options.out}")
     for name in ("k", "part_size", "batch_size", "max_length"):
         if getattr(options, name) < 2 - (name != "k"):

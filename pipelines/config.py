@@ -9,6 +9,7 @@ import yaml
 from switchkd.errors import ConfigError
 from switchkd.objective import Objective
 from switchkd.signals import TailPolicy
+from switchkd.stores.place import Location
 
 RECORD = "run.yaml"
 # Options that may change between two starts of one run: they do not change what is computed.
@@ -29,7 +30,7 @@ class TrainOptions:
     output: Path
     teacher: Path | None = None
     images: Path | None = None
-    cache: Path | None = None
+    cache: Location | None = None
     objective: str = "dbild-rkl"
     switch: bool = True
     align_weight: float = 1.0  # λ1
@@ -38,7 +39,7 @@ class TrainOptions:
     window: int | None = None
     teacher_mode: str = "cached"  # or live: the standard pathway online, without a store
     payload: str | None = None  # None: hidden if the store has it, else topk
-    tail: TailPolicy = "uniform"
+    tail: TailPolicy = "student"
     template: str | None = None  # None: the store's; without a store qwen2_base
     max_length: int | None = None  # None: the store's; without a store 2048
     epochs: float = 1.0

@@ -16,6 +16,7 @@ from switchkd.stores import Payload, StoreWriter
 from switchkd.stores.codec import ranks_by_frequency
 from switchkd.stores.info import describe
 from switchkd.stores.manifest import Manifest
+from switchkd.stores.place import Location
 from switchkd.templates import load_template
 from switchkd.vlm import open_checkpoint
 
@@ -93,7 +94,9 @@ def _probe(
     reading = time.monotonic() - start
     found: _Found = [item for item in encoded if isinstance(item, BadSample)]
     if usable:
-        backend.capture(usable[:1], manifest)  # the first pass allocates and compiles; it is not what the rest will cost
+        backend.capture(
+            usable[:1], manifest
+        )  # the first pass allocates and compiles; it is not what the rest will cost
     start = time.monotonic()
     for first in range(0, len(usable), batch_size):
         batch = usable[first : first + batch_size]
@@ -113,9 +116,9 @@ def _measure_bytes(found: _Found, manifest: Manifest) -> float:
         return describe(path).bytes_per_position
 
 
-def _free_bytes(out: Path) -> int | None:
+def _free_bytes(out: Location) -> int | None:
     """Return the free bytes of the file system that `out` will lie on."""
     if "://" in str(out):
         return None
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    there = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free

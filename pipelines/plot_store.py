@@ -6,10 +6,11 @@ import numpy as np
 
 from switchkd.errors import ConfigError
 from switchkd.stores import TeacherStore
-from switchkd.stores.layout import STAT_COLUMNS, part_path
+from switchkd.stores.layout import STAT_COLUMNS, part_key
+from switchkd.stores.place import Location
 
 
-def plot_store(path: Path, out: Path) -> Path:
+def plot_store(path: Location, out: Path) -> Path:
     """Draw the knees, the tail's share of the probability and the bytes per part; returns `out`.
 
     Raises:
@@ -34,8 +35,8 @@ def plot_store(path: Path, out: Path) -> Path:
     tails.set(
         title=f"Probability outside the top {store.manifest.top_k}", xlabel="log10 of the mass", ylabel="positions"
     )
-    files = [[f for f in part_path(store.path, part).rglob("*") if f.is_file()] for part in parts]
-    sizes.bar(parts, [sum(f.stat().st_size for f in found) / 1e6 for found in files], color="#117733")
+    part_mb = [sum(store.place.sizes(part_key(part)).values()) / 1e6 for part in parts]
+    sizes.bar(parts, part_mb, color="#117733")
     sizes.set(title="Size of the parts", xlabel="part", ylabel="MB")
     for axes in (knees, tails, sizes):
         axes.spines[["top", "right"]].set_visible(False)

@@ -73,7 +73,7 @@ def train(options: TrainOptions) -> TrainSummary:
     samples = TrainingSamples(SampleFile(options.data), encoder, store)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
-    arguments = _training_arguments(options)
+    arguments = _training_arguments(options, store)
     resume = last_checkpoint(options.output)
     config.record(options.output, config.plain(options))
 
@@ -210,7 +210,7 @@ def _load_teacher(
     return StoredHidden(head, store.manifest.vocab_rows), switch
 
 
-def _training_arguments(options: TrainOptions) -> TrainingArguments:
+def _training_arguments(options: TrainOptions, store: TeacherStore | None) -> TrainingArguments:
     """Translate the options; `trainer` entries go to transformers as they are. Raises ConfigError for an unknown one."""
     arguments: dict[str, Any] = {
         "output_dir": str(options.output),
@@ -237,8 +237,11 @@ def _training_arguments(options: TrainOptions) -> TrainingArguments:
     }
     if options.precision not in ("float32", "bfloat16"):
         raise ConfigError(f"precision is float32 or bfloat16, got {options.precision!r}")
+    arguments |= options.trainer
+    if store is not None and not store.place.survives_fork and arguments["dataloader_num_workers"]:
+        arguments.setdefault("dataloader_multiprocessing_context", "spawn")
     try:
-        return TrainingArguments(**(arguments | options.trainer))
+        return TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training arguments: {error}") from error
 

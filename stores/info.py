@@ -2,12 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from switchkd.stores.layout import STAT_COLUMNS, part_path
+from switchkd.stores.layout import PARTS, STAT_COLUMNS
 from switchkd.stores.manifest import Manifest
+from switchkd.stores.place import MARKER, Location
 from switchkd.stores.reader import TeacherStore
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
@@ -17,13 +17,13 @@ QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 class StoreInfo:
     """Facts about a store, whole or not."""
 
-    path: Path
+    path: Location
     manifest: Manifest
     parts: int
     samples: int  # usable ones in the parts that are there
     positions: int
     skipped: dict[str, int]  # by reason
-    store_bytes: int  # everything on disk
+    store_bytes: int  # everything that is stored
     bytes_per_position: float  # chunks of the parts' arrays, without metadata files
     knee_quantiles: dict[str, float]
 
@@ -33,7 +33,7 @@ class StoreInfo:
         return self.parts == self.manifest.part_count
 
 
-def describe(path: str | Path) -> StoreInfo:
+def describe(path: Location) -> StoreInfo:
     """Gather the facts. Raises StoreError: no store there, or a damaged part."""
     store = TeacherStore.open(path)
     parts = store.parts()
@@ -42,11 +42,9 @@ def describe(path: str | Path) -> StoreInfo:
     positions = sum(store.part_positions(part) for part in parts)
     knees = [store.part_stats(part)[:, STAT_COLUMNS.index("knee")] for part in parts]
     knee = np.concatenate(knees) if knees else np.empty(0)
+    sizes = store.place.sizes()
     chunk_bytes = sum(
-        file.stat().st_size
-        for part in parts
-        for file in part_path(store.path, part).rglob("*")
-        if file.is_file() and file.name != "zarr.json"
+        size for name, size in sizes.items() if name.startswith(f"{PARTS}/") and name.rpartition("/")[2] != MARKER
     )
     return StoreInfo(
         path=store.path,
@@ -55,7 +53,7 @@ def describe(path: str | Path) -> StoreInfo:
         samples=statuses.pop(0, 0),
         positions=positions,
         skipped={names[str(code)]: count for code, count in statuses.items()},
-        store_bytes=sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        store_bytes=sum(sizes.values()),
         bytes_per_position=chunk_bytes / positions if positions else 0.0,
         knee_quantiles={name: float(np.quantile(knee, q)) for name, q in QUANTILES.items()} if len(knee) else {},
     )

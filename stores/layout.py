@@ -40,6 +40,11 @@ def part_name(part: int) -> str:
     return f"{part:05d}"
 
 
+def part_key(part: int) -> str:
+    """Return where part number `part` lies inside a store."""
+    return f"{PARTS}/{part_name(part)}"
+
+
 def part_path(store: Path, part: int) -> Path:
     """Return the folder of part number `part`."""
     return store / PARTS / part_name(part)

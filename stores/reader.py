@@ -2,19 +2,18 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
-from switchkd.errors import StoreError, StoreMismatch
+from switchkd.errors import RunError, StoreError, StoreMismatch
 from switchkd.stores import layout
 from switchkd.stores.codec import decode_hidden, decode_topk
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload, no_position
+from switchkd.stores.place import MARKER, Location, Place, place_of
 
 _REWRITE = (
     "it was damaged after writing: delete its part's folder and run the same `switchkd cache-teacher` command again"
@@ -31,9 +30,23 @@ class StoredSample:
     payload: Payload  # read-only arrays; copy before changing them
 
 
+class _Arrays:
+    """The arrays of a part by name, each opened once: opening one costs a request."""
+
+    def __init__(self, place: Place, group: Any) -> None:
+        self.place, self.group = place, group
+        self._opened: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._opened:
+            with self.place.reaching():
+                self._opened[name] = self.group[name]
+        return self._opened[name]
+
+
 @dataclass(frozen=True)
 class _Part:
-    group: Any
+    group: _Arrays
     entry: dict[str, Any]
     offset: NDArray[np.int64]
     status: NDArray[np.uint8]
@@ -45,19 +58,22 @@ class TeacherStore:
     """A store opened for reading: `len(store)`, `store[i]`.
 
     Keeps decoded chunks up to `cache_bytes`, so that samples that are read again, or lie beside each other, cost nothing.
-    May be sent to DataLoader workers, forked or spawned; each opens the files anew.
+    May be sent to DataLoader workers, forked or spawned; each opens the files anew. On an object store: spawned ones only.
+
+    Args:
+        path: the store's folder, or its URL on an object store.
 
     Raises:
         StoreError: no store at `path`, a newer format, or damage; raised when it is touched, naming the file and what to do.
+        RunError: an object store cannot be reached, at any touch.
     """
 
-    def __init__(self, path: str | Path, cache_bytes: int = 256 << 20) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Location, cache_bytes: int = 256 << 20) -> None:
+        self.place = place_of(path)
+        self.path = self.place.path
         self.cache_bytes = cache_bytes
         self.manifest = read_manifest(self.path)
-        self.id_of_rank: NDArray[np.uint32] = self._read(
-            self._open(self.path / layout.ID_OF_RANK, _RECREATE), remedy=_RECREATE
-        )
+        self.id_of_rank: NDArray[np.uint32] = self._read(self._open(layout.ID_OF_RANK, _RECREATE), remedy=_RECREATE)
         # A chunk that is not there reads as zeros without an error.
         if not np.array_equal(np.sort(self.id_of_rank), np.arange(self.manifest.vocab_rows)):
             raise StoreError(
@@ -66,13 +82,13 @@ class TeacherStore:
         self._forget()
 
     @classmethod
-    def open(cls, path: str | Path) -> "TeacherStore":
-        """Open a store, or the only one in a folder of stores.
+    def open(cls, path: Location) -> "TeacherStore":
+        """Open a store, or the only one in a folder (or below a URL) of stores.
 
         Raises:
             StoreError: nothing there, or several stores (all are named).
         """
-        found = _stores_at(Path(path))
+        found = _stores_at(path)
         if len(found) > 1:
             raise StoreError(f"{path} holds {len(found)} stores, name one: " + ", ".join(map(str, found)))
         return cls(found[0])
@@ -101,7 +117,8 @@ class TeacherStore:
 
     def parts(self) -> list[int]:
         """Return the numbers of the parts that are there."""
-        return [part for part in range(self.manifest.part_count) if layout.part_path(self.path, part).exists()]
+        there = self.place.parts()
+        return [part for part in range(self.manifest.part_count) if layout.part_name(part) in there]
 
     def require_whole(self) -> None:
         """Raise StoreError unless every part is there."""
@@ -114,7 +131,7 @@ class TeacherStore:
 
     def statuses(self) -> NDArray[np.uint8]:
         """Return the status of every sample of a whole store, [samples] uint8."""
-        return np.concatenate([self.part_statuses(part) for part in range(self.manifest.part_count)])
+        return np.concatenate(self.place.each(self.part_statuses, range(self.manifest.part_count)))
 
     def part_statuses(self, part: int) -> NDArray[np.uint8]:
         """Return the status of every sample of one part, [n] uint8."""
@@ -151,29 +168,37 @@ class TeacherStore:
         return self._parts[number]
 
     def _open_part(self, number: int) -> _Part:
-        folder = layout.part_path(self.path, number)
-        if not folder.exists():
+        if not self.place.has_part(number):
             raise StoreError(f"{self.path} has no part {number}; run the same `switchkd cache-teacher` command again")
-        group = self._open(folder)
+        key = layout.part_key(number)
+        group, where = self._open(key), self.place.at(key)
         entry = group.attrs.get(layout.PART_KEY)
         samples = len(self.manifest.part_samples(number))
         if not isinstance(entry, dict) or entry.get("part") != number or entry.get("samples") != samples:
-            raise StoreError(f"{folder} is not part {number} of this store ({samples} samples); {_REWRITE}")
+            raise StoreError(f"{where} is not part {number} of this store ({samples} samples); {_REWRITE}")
         if entry.get("store") != self.manifest.identity:
-            raise StoreError(f"{folder} was written for another store; {_REWRITE}")
+            raise StoreError(f"{where} was written for another store; {_REWRITE}")
         if "files" not in entry:
-            raise StoreError(f"{folder} does not list its files; {_REWRITE}")
+            raise StoreError(f"{where} does not list its files; {_REWRITE}")
+        self._check_files(key, entry["files"])
+        arrays = _Arrays(self.place, group)
+        offset, status, digest = (self._read(arrays[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST))
+        return _Part(arrays, entry, offset, status, digest, int(offset[-1]))
+
+    def _check_files(self, part_key: str, listed: dict[str, dict[str, Any]]) -> None:
         # A shard that is not there reads as fill values without an error, so the files are counted first.
-        for name, expected in entry["files"].items():
-            file = folder / name
-            if not file.is_file() or file.stat().st_size != expected.get("bytes"):
-                found = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
-                raise StoreError(f"{file} should have {expected.get('bytes')} bytes, found {found}; {_REWRITE}")
-            # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
-            if file.name == "zarr.json" and layout.digest_bytes(file.read_bytes()) != expected.get("blake2b"):
-                raise StoreError(f"{file} is not what was written; {_REWRITE}")
-        offset, status, digest = (self._read(group[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST))
-        return _Part(group, entry, offset, status, digest, int(offset[-1]))
+        sizes = self.place.sizes(part_key)
+        for name, expected in listed.items():
+            if sizes.get(name) != expected.get("bytes"):
+                found = f"{sizes[name]} bytes" if name in sizes else "nothing"
+                where = self.place.at(f"{part_key}/{name}")
+                raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {_REWRITE}")
+        # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
+        metadata = [name for name in listed if name.rpartition("/")[2] == "zarr.json"]
+        contents = self.place.each(self.place.read, [f"{part_key}/{name}" for name in metadata])
+        for name, content in zip(metadata, contents, strict=True):
+            if layout.digest_bytes(content) != listed[name].get("blake2b"):
+                raise StoreError(f"{self.place.at(f'{part_key}/{name}')} is not what was written; {_REWRITE}")
 
     def _chunk(self, part: int, chunk: int) -> Payload:
         key = (part, chunk)
@@ -201,15 +226,18 @@ class TeacherStore:
             hidden = decode_hidden(self._read(group[layout.STATE], rows), scale, manifest.hidden_dtype)
         return Payload(stats, ids, logits, hidden)
 
-    def _open(self, folder: Path, remedy: str = _REWRITE) -> Any:
+    def _open(self, key: str, remedy: str = _REWRITE) -> Any:
         try:
-            return zarr.open(folder, mode="r", zarr_format=3)
+            return self.place.open(key)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"cannot open {folder}: {error}; {remedy}") from error
+            raise StoreError(f"cannot open {self.place.at(key)}: {error}; {remedy}") from error
 
     def _read(self, array: Any, rows: slice = slice(None), remedy: str = _REWRITE) -> Any:
         try:
-            return array[rows]
+            with self.place.reaching():
+                return array[rows]
+        except RunError:
+            raise
         # Each codec has its own way to say that bytes are damaged; there is nothing else to fail here.
         except Exception as error:
             raise StoreError(f"{self.path}, array {array.path or array.store_path}: {error}; {remedy}") from error
@@ -219,18 +247,22 @@ def _payload_bytes(payload: Payload) -> int:
     return payload.nbytes
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read a store's manifest. Raises StoreError: no store there, not a store, or a newer format."""
+def read_manifest(path: Location) -> Manifest:
+    """Read a store's manifest.
+
+    Raises:
+        StoreError: no store there, not a store, or a newer format. RunError: an object store cannot be reached.
+    """
     try:
-        attributes = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+        attributes = json.loads(place_of(path).read(MARKER).decode())["attributes"]
         data = attributes.get(layout.MANIFEST_KEY)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is not a teacher store: {error}") from None
     return Manifest.from_attributes(data, str(path))
 
 
-def pick_store(path: str | Path, wanted: dict[str, Any]) -> TeacherStore:
-    """Open the store at `path`, or the one in that folder whose manifest fits.
+def pick_store(path: Location, wanted: dict[str, Any]) -> TeacherStore:
+    """Open the store at `path`, or the one in that folder, or below that URL, whose manifest fits.
 
     Args:
         wanted: manifest field → what the run needs it to be.
@@ -239,7 +271,7 @@ def pick_store(path: str | Path, wanted: dict[str, Any]) -> TeacherStore:
         StoreMismatch: the store does not fit, none of them fits, or several do; lists what was seen.
         StoreError: no store there.
     """
-    misfits = {store: read_manifest(store).misfits(wanted) for store in _stores_at(Path(path))}
+    misfits = {store: read_manifest(store).misfits(wanted) for store in _stores_at(path)}
     fitting = [store for store, lines in misfits.items() if not lines]
     if len(fitting) == 1:
         return TeacherStore(fitting[0])
@@ -249,9 +281,9 @@ def pick_store(path: str | Path, wanted: dict[str, Any]) -> TeacherStore:
     raise StoreMismatch(f"no store fits this run:\n{seen}\nTrain with what the store was made with, or cache again")
 
 
-def _stores_at(path: Path) -> list[Path]:
+def _stores_at(path: Location) -> list[Location]:
     """Return `path` itself if it is a store, else the stores directly inside it; StoreError if there is none."""
-    found = [path] if (path / "zarr.json").is_file() else sorted(file.parent for file in path.glob("*.zarr/zarr.json"))
+    found = place_of(path).stores()
     if not found:
         raise StoreError(f"no teacher store at {path}; `switchkd cache-teacher --out {path}/NAME.zarr` makes one")
     return found

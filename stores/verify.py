@@ -1,9 +1,7 @@
 """Checking a whole store, and dropping what is bad so that the next run writes exactly that again."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,8 @@ from switchkd.errors import StoreError
 from switchkd.stores import layout
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
+from switchkd.stores.place import MARKER, Place
 from switchkd.stores.reader import TeacherStore
-from switchkd.stores.writer import part_files
 
 
 @dataclass(frozen=True)
@@ -43,35 +41,32 @@ def missing_parts(store: TeacherStore) -> list[int]:
 def repair(store: TeacherStore) -> list[int]:
     """Drop bad parts and return their numbers; running `cache-teacher` again then writes exactly these.
 
-    A part is moved out of sight by one rename before it is deleted, so that an interrupted repair leaves no half part.
+    A part is made invisible by one act before it is deleted, so that an interrupted repair leaves no half part.
     """
     dropped = []
     for part, findings in verify(store):
         if findings:
-            hidden = store.path / layout.WRITING / f"{layout.writer_prefix()}-{layout.part_name(part)}-dropped"
-            layout.part_path(store.path, part).rename(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+            store.place.remove_part(part)
             dropped.append(part)
     return dropped
 
 
 def _problems(store: TeacherStore, part: int) -> Iterator[str]:
-    folder = layout.part_path(store.path, part)
     try:
         entry = store.part_entry(part)
-        yield from _file_problems(folder, entry["files"])
+        yield from _file_problems(store.place, layout.part_key(part), entry["files"])
         yield from _table_problems(store, part)
         yield from _payload_problems(store.part_payload(part), store.manifest)
     except StoreError as error:
         yield str(error)
 
 
-def _file_problems(folder: Path, listed: dict[str, dict[str, object]]) -> Iterator[str]:
+def _file_problems(place: Place, part_key: str, listed: dict[str, dict[str, object]]) -> Iterator[str]:
     for name, expected in listed.items():
-        if layout.digest_bytes((folder / name).read_bytes()) != expected["blake2b"]:
-            yield f"{folder / name} is not what was written: its digest differs"
-    for extra in sorted({str(file) for file in part_files(folder)} - listed.keys()):
-        yield f"{folder / extra} does not belong to the part"
+        if layout.digest_bytes(place.read(f"{part_key}/{name}")) != expected["blake2b"]:
+            yield f"{place.at(f'{part_key}/{name}')} is not what was written: its digest differs"
+    for extra in sorted(place.sizes(part_key).keys() - listed.keys() - {MARKER}):
+        yield f"{place.at(f'{part_key}/{extra}')} does not belong to the part"
 
 
 def _table_problems(store: TeacherStore, part: int) -> Iterator[str]:

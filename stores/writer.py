@@ -1,12 +1,9 @@
-"""Writing a store: created once, filled part by part, each part visible by one rename.
+"""Writing a store: created once, filled part by part, each part visible by one act of its place: a rename, or a last object.
 
-No lock and no coordinator: sample i belongs to part i // part_size, a part is written beside its place and renamed into it, and
+No lock and no coordinator: sample i belongs to part i // part_size, a part is written beside its place and committed to it, and
 whoever comes second with the same part finds it there and drops its own. A killed writer loses its unfinished part only.
 """
 
-import os
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from switchkd.stores import layout
 from switchkd.stores.codec import encode_hidden, encode_topk, invert
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
+from switchkd.stores.place import Location, place_of
 from switchkd.stores.reader import TeacherStore, read_manifest
 
 
@@ -39,39 +37,42 @@ class StoreWriter:
     """Fills a store; any number of writers on any number of machines may do so at once.
 
     Args:
-        path: the store's folder, `NAME.zarr`.
+        path: the store's folder, `NAME.zarr`, or its URL on an object store.
         manifest: what this run would write; an existing store must have the same identity.
         id_of_rank: called only if the store does not exist yet; returns the rank table [N].
 
     Raises:
         StoreMismatch: the store at `path` was begun with other settings.
         StoreError: something else lies at `path`, or it cannot be written.
+        RunError: an object store cannot be reached.
     """
 
-    def __init__(self, path: str | Path, manifest: Manifest, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Location, manifest: Manifest, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
+        self._place = place_of(path)
+        self.path = self._place.path
         self.manifest = manifest
-        if not self.path.exists():
+        if not self._place.exists():
             self._create(id_of_rank)
         read_manifest(self.path).require_same(manifest, str(self.path))
         self._rank_of_id = invert(TeacherStore(self.path).id_of_rank)
-        self._sweep()
+        self._place.sweep()
 
     def missing_parts(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
         """Return the parts still to be written by worker i of n: i, i + n, … without those that are there."""
         index, count = shard
-        return [part for part in range(index, self.manifest.part_count, count) if not self.has_part(part)]
+        there = self._place.parts()
+        return [part for part in range(index, self.manifest.part_count, count) if layout.part_name(part) not in there]
 
     def has_part(self, part: int) -> bool:
         """Whether a part has been committed."""
-        return layout.part_path(self.path, part).exists()
+        return self._place.has_part(part)
 
     def write_part(self, part: int, arrays: PartArrays) -> bool:
         """Write and commit one part; returns False if another writer committed it first.
 
         Raises:
-            RunError: the disk is full, the folder cannot be written, or the payload holds what the codec cannot; nothing
-                committed is touched.
+            RunError: the disk is full, the place cannot be written or reached, or the payload holds what the codec cannot;
+                nothing committed is touched.
         """
         if self.has_part(part):
             return False
@@ -79,20 +80,16 @@ class StoreWriter:
             data = self._encode(arrays)
         except ValueError as error:
             raise RunError(f"part {part} cannot be stored: {error}") from error
-        unfinished = self.path / layout.WRITING / f"{layout.writer_prefix()}-{layout.part_name(part)}-{_random()}"
         try:
-            self._write_arrays(unfinished, part, data)
-            _sync_folder(unfinished)
-            committed = _rename(unfinished, layout.part_path(self.path, part))
-            _sync(self.path / layout.PARTS)
+            with self._place.staged_part(part) as staged:
+                self._write_arrays(staged, part, data)
+                committed = self._place.commit_part(staged, part)
         except OSError as error:
             done = self.manifest.part_count - len(self.missing_parts())
             raise RunError(
                 f"cannot write part {part} of {self.path}: {error}. The {done} parts written so far are whole; "
                 "make room or mend the folder and run the same command again"
             ) from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         return committed
 
     def _encode(self, arrays: PartArrays) -> dict[str, NDArray[Any]]:
@@ -131,31 +128,16 @@ class StoreWriter:
         }
 
     def _create(self, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
-        beside = self.path.with_name(f".{self.path.name}.{layout.writer_prefix()}-{_random()}")
         table = id_of_rank()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            root = zarr.create_group(beside, attributes={layout.MANIFEST_KEY: self.manifest.as_attributes()})
-            root.create_group(layout.PARTS)
-            codecs: dict[str, Any] = {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
-            root.create_array(layout.ID_OF_RANK, data=table.astype(np.uint32), chunks=table.shape, **codecs)
-            (beside / layout.WRITING).mkdir()
-            _sync_folder(beside)
-            _rename(beside, self.path)
-            _sync(self.path.parent)
+            with self._place.staged_store() as staged:
+                root = zarr.create_group(staged, attributes={layout.MANIFEST_KEY: self.manifest.as_attributes()})
+                root.create_group(layout.PARTS)
+                codecs: dict[str, Any] = {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
+                root.create_array(layout.ID_OF_RANK, data=table.astype(np.uint32), chunks=table.shape, **codecs)
+                self._place.commit_store(staged)
         except OSError as error:
             raise StoreError(f"cannot create {self.path}: {error}") from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-    def _sweep(self) -> None:
-        """Remove what dead writers of this machine left unfinished; those of other machines may be alive."""
-        started = dict.fromkeys(self.path.parent.glob(f".{self.path.name}.{layout.host()}-*"), f".{self.path.name}.")
-        unfinished = dict.fromkeys((self.path / layout.WRITING).glob(f"{layout.host()}-*"), "")
-        for leftover, prefix in (started | unfinished).items():
-            process = leftover.name.removeprefix(f"{prefix}{layout.host()}-").split("-")[0]
-            if process.isdecimal() and not _is_alive(int(process)):
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def part_files(folder: Path) -> list[Path]:
@@ -167,42 +149,3 @@ def part_files(folder: Path) -> list[Path]:
 def _file_entry(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
     return {"bytes": len(data), "blake2b": layout.digest_bytes(data)}
-
-
-def _random() -> str:
-    return uuid.uuid4().hex[:8]
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _rename(source: Path, target: Path) -> bool:
-    """Rename a folder into place; False if the target was there first."""
-    try:
-        source.rename(target)
-    except OSError:
-        if target.exists():  # a folder that is not empty cannot be renamed over: somebody else committed it
-            return False
-        raise
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a folder's files and folders to disk, so that a rename never outlives what it names."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

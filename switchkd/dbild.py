@@ -46,9 +46,9 @@ def dbild_loss(
         ValueError: shapes disagree, an unknown divergence or reduction, or a temperature that is not positive.
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature, divergence)
-    teacher_led = teacher.lead(window)
-    student_led = lead_of_rows(student, window)
-    per_position = _both_branches(student, teacher, teacher_led, student_led, temperature, divergence)
+    teacher_rows = teacher.rows(student).to(student.dtype)
+    leads = teacher.lead(teacher_rows, window), lead_of_rows(student, window)
+    per_position = _both_branches(student, teacher_rows, leads, temperature, divergence)
     return reduce_positions(per_position, reduction)
 
 
@@ -72,8 +72,8 @@ def bild_loss(
     if not 2 <= top_k <= teacher.vocab_rows:
         raise ValueError(f"top_k must lie between 2 and the {teacher.vocab_rows} vocabulary rows, got {top_k}")
     k = torch.full((len(student),), top_k, device=student.device)
-    teacher_led, student_led = (teacher.top(top_k), k), (top_of_rows(student, top_k), k)
-    per_position = _both_branches(student, teacher, teacher_led, student_led, temperature, divergence)
+    leads = (teacher.top(top_k), k), (top_of_rows(student, top_k), k)
+    per_position = _both_branches(student, teacher.rows(student).to(student.dtype), leads, temperature, divergence)
     return reduce_positions(per_position, reduction)
 
 
@@ -113,19 +113,17 @@ def _prepare(
 
 def _both_branches(
     student: Tensor,
-    teacher: TeacherSignal,
-    teacher_led: tuple[Tensor, Tensor],
-    student_led: tuple[Tensor, Tensor],
+    teacher: Tensor,
+    leads: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
     temperature: float,
     divergence: str,
 ) -> Tensor:
-    """L_t + L_s of eq. 7 for every position, [T]."""
-    teacher_rows = teacher.rows().to(student.dtype)
+    """L_t + L_s of eq. 7 for every position, [T]: teacher-led, then student-led (ids [T, k_max], k [T])."""
     total = student.new_zeros(len(student))
-    for ids, k in (teacher_led, student_led):
+    for ids, k in leads:
         keep = torch.arange(ids.shape[-1], device=ids.device) < k.unsqueeze(-1)  # [T, k_max]
         of_student = student.gather(-1, ids) / temperature
-        of_teacher = teacher_rows.gather(-1, ids) / temperature
+        of_teacher = teacher.gather(-1, ids) / temperature
         pair = (of_student, of_teacher) if divergence == "reverse_kl" else (of_teacher, of_student)
         total = total + pair_kl(*pair, keep)
     return total

@@ -35,7 +35,8 @@ def kl_loss(
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     signal = as_signal(student_logits, teacher_logits)
-    student = (at_least_float32(student_logits) / temperature).log_softmax(-1)
-    teacher = (signal.rows().to(student.dtype) / temperature).log_softmax(-1)
+    raised = at_least_float32(student_logits)
+    student = (raised / temperature).log_softmax(-1)
+    teacher = (signal.rows(raised).to(student.dtype) / temperature).log_softmax(-1)
     p, q = (teacher, student) if direction == "forward" else (student, teacher)
     return reduce_positions((p.exp() * (p - q)).sum(-1), reduction)

@@ -1,0 +1,229 @@
+"""A store on an object store (S3, GCS, Azure) through obstore: visible by one object that is written last.
+
+A part's objects are uploaded one by one and its own zarr.json last, with `create`, which the object store grants once. That
+object is the marker: a prefix without it is no part, whatever lies there. The store's own zarr.json is the store's marker.
+Credentials and endpoint come from the environment, as obstore reads it: AWS_ENDPOINT_URL, AWS_REGION, AWS_ALLOW_HTTP, ….
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zarr
+
+from switchkd.errors import RunError, StoreError
+from switchkd.stores import layout
+from switchkd.stores.place import MARKER, Location, staged, sweep
+
+try:
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, BaseError
+    from obstore.store import from_url
+    from zarr.storage import ObjectStore
+except ImportError:
+    raise StoreError("a store at a URL needs obstore: pip install 'switchkd[s3]'") from None
+
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+AT_ONCE = 8  # requests in flight; each waits tens of milliseconds for its answer
+TEMPORARY = ".switchkd."  # how the names of staged folders begin
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Bucket:
+    """A prefix of a bucket.
+
+    Args:
+        url: `s3://BUCKET/PREFIX`, or another of `SCHEMES`.
+
+    Raises:
+        StoreError: obstore cannot make anything of the URL.
+    """
+
+    survives_fork = False
+
+    def __init__(self, url: str) -> None:
+        self.path: Location = url.rstrip("/")
+        if url.split("://")[0] not in SCHEMES:
+            raise StoreError(f"{url}: a store lies in a folder or at {', '.join(f'{name}://' for name in SCHEMES)}")
+        try:
+            self._store = from_url(str(self.path))
+        except (BaseError, ValueError) as error:
+            raise StoreError(f"{url} cannot be used: {_first_line(error)}") from error
+
+    def at(self, key: str) -> str:
+        """Return the URL of `key`."""
+        return f"{self.path}/{key}" if key else str(self.path)
+
+    def exists(self) -> bool:
+        """Whether a store's marker is there; other objects below the prefix are none of ours and stay."""
+        return self._has(MARKER)
+
+    def stores(self) -> list[Location]:
+        """Return this prefix, or those directly below it that end in .zarr."""
+        if self.exists():
+            return [self.path]
+        with self.reaching():
+            below = obstore.list_with_delimiter(self._store)["common_prefixes"]
+        names = sorted(name for name in below if name.endswith(".zarr"))
+        there = self.each(lambda name: self._has(f"{name}/{MARKER}"), names)
+        return [self.at(name) for name, is_store in zip(names, there, strict=True) if is_store]
+
+    def read(self, key: str) -> bytes:
+        """Return an object's bytes."""
+        with self.reaching(key):
+            return bytes(obstore.get(self._store, key).bytes())
+
+    def sizes(self, key: str = "") -> dict[str, int]:
+        """Return the size of every object below `key`, from one listing."""
+        begin = f"{key}/" if key else ""
+        with self.reaching(key):
+            found = [meta for chunk in obstore.list(self._store, begin or None) for meta in chunk]
+        return {meta["path"].removeprefix(begin): meta["size"] for meta in found}
+
+    def parts(self) -> set[str]:
+        """Return the names of the parts whose marker is there, from one listing."""
+        split = (name.split("/") for name in self.sizes(layout.PARTS))
+        return {words[0] for words in split if len(words) == 2 and words[1] == MARKER}
+
+    def has_part(self, part: int) -> bool:
+        """Whether a part's marker is there."""
+        return self._has(f"{layout.part_key(part)}/{MARKER}")
+
+    def open(self, key: str) -> Any:
+        """Open with zarr through obstore."""
+        with self.reaching(key):
+            return zarr.open(ObjectStore(self._store, read_only=True), path=key, mode="r", zarr_format=3)
+
+    @contextmanager
+    def reaching(self, key: str = "") -> Iterator[None]:
+        """Turn obstore's errors into ours. Raises FileNotFoundError: no object at `key`. RunError: all else."""
+        _refuse_fork(self.at(key))
+        try:
+            yield
+        except FileNotFoundError:
+            raise FileNotFoundError(f"nothing at {self.at(key)}: no such object or bucket") from None
+        except BaseError as error:
+            raise RunError(
+                f"cannot reach {self.at(key)}: {_first_line(error)}. Check network, endpoint and credentials (http needs "
+                "AWS_ALLOW_HTTP=true) and run the same command again; what is committed is whole"
+            ) from error
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Take several items at once."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(function, items))
+
+    def staged_store(self) -> AbstractContextManager[Path]:
+        """Stage in this machine's folder for temporary files (TMPDIR)."""
+        return staged(Path(tempfile.gettempdir()), TEMPORARY)
+
+    def staged_part(self, part: int) -> AbstractContextManager[Path]:
+        """Stage as `staged_store` does; the folder needs room for one part."""
+        return staged(Path(tempfile.gettempdir()), TEMPORARY, layout.part_name(part))
+
+    def commit_store(self, folder: Path) -> bool:
+        """Upload a store without parts, its marker last.
+
+        Two creators may be at it with different rank tables. The table is one object and never written over, so both, and
+        every writer after them, read the table of whoever came first.
+        """
+        for name in _files(folder):
+            self._create(folder / name, name)
+        return self._create(folder / MARKER, MARKER)
+
+    def commit_part(self, folder: Path, part: int) -> bool:
+        """Upload a part, its marker last.
+
+        Two writers of one part, which run the same teacher on the same samples, write the same bytes to the same keys, so
+        it does no harm if their uploads cross. Objects that a dead writer left without a marker are written over.
+        """
+        key, files = layout.part_key(part), _files(folder)
+        there = self.sizes(key)
+        if MARKER in there:
+            return False
+        self._delete(f"{key}/{name}" for name in there.keys() - set(files))
+        if not all(self.each(lambda name: self._upload(folder / name, f"{key}/{name}", part), files)):
+            return False
+        return self._create(folder / MARKER, f"{key}/{MARKER}")
+
+    def remove_part(self, part: int) -> None:
+        """Delete the marker, then the rest."""
+        key = layout.part_key(part)
+        self._delete([f"{key}/{MARKER}"])
+        self._delete(f"{key}/{name}" for name in self.sizes(key))
+
+    def sweep(self) -> None:
+        """Look into the folder for temporary files; objects without a marker may be those of a living writer."""
+        sweep(Path(tempfile.gettempdir()), TEMPORARY)
+
+    def _has(self, key: str) -> bool:
+        try:
+            with self.reaching(key):
+                obstore.head(self._store, key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _create(self, file: Path, key: str) -> bool:
+        """Upload a file to a key that must be free; False, and nothing changed, if it is not.
+
+        A retry inside obstore may find the object that its first try made. It has our bytes, so False is no loss then.
+        """
+        with self.reaching(key):
+            try:
+                obstore.put(self._store, key, file, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def _upload(self, file: Path, key: str, part: int) -> bool:
+        """Upload a file of an uncommitted part; False if the part has been committed meanwhile."""
+        if self._create(file, key):
+            return True
+        if self.has_part(part):
+            return False
+        with self.reaching(key):
+            obstore.put(self._store, key, file)
+        return True
+
+    def _delete(self, keys: Iterable[str]) -> None:
+        names = list(keys)
+        with self.reaching():
+            if names:
+                obstore.delete(self._store, names)
+
+
+def _files(folder: Path) -> list[str]:
+    """Return a staged folder's files but its marker."""
+    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in found if name != MARKER)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")
+
+
+# obstore's threads do not survive a fork: the child would wait for ever, and may take the parent down with it.
+_FORKED = False
+
+
+def _mark_forked() -> None:
+    global _FORKED
+    _FORKED = True
+
+
+os.register_at_fork(after_in_child=_mark_forked)
+
+
+def _refuse_fork(where: str) -> None:
+    if _FORKED:
+        raise RunError(
+            f"{where} cannot be read in a forked process: start workers with spawn, "
+            "as in DataLoader(…, multiprocessing_context='spawn')"
+        )

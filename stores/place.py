@@ -1,0 +1,245 @@
+"""Where a store lies, a folder or a prefix of an object store, and what writing and reading need of either.
+
+Nothing else in `stores/` knows which of the two it is. A key is a path inside the store, with `/`; "" is the store itself.
+"""
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import zarr
+
+from switchkd.errors import StoreError
+from switchkd.stores import layout
+
+Location = Path | str  # a folder, or the URL of a prefix
+MARKER = "zarr.json"  # a part or a store on an object store is there if its own group's metadata are
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Place(Protocol):
+    """One store's place, there or not yet.
+
+    Raises:
+        OSError: from a folder; FileNotFoundError from either.
+        RunError: an object store cannot be reached, or refuses; says what to do.
+    """
+
+    survives_fork: bool  # else DataLoader workers must be spawned
+
+    @property
+    def path(self) -> Location:
+        """The folder or URL."""
+
+    def at(self, key: str) -> Location:
+        """Return the name of what lies at `key`, for messages."""
+
+    def exists(self) -> bool:
+        """Whether anything lies here that keeps a store from being made."""
+
+    def stores(self) -> list[Location]:
+        """Return this place if it is a store, else the stores directly inside it, sorted."""
+
+    def read(self, key: str) -> bytes:
+        """Return the bytes of one file. Raises FileNotFoundError."""
+
+    def sizes(self, key: str = "") -> dict[str, int]:
+        """Return the bytes of every file below `key`, by its path from there."""
+
+    def parts(self) -> set[str]:
+        """Return the names of the committed parts."""
+
+    def has_part(self, part: int) -> bool:
+        """Whether a part is committed."""
+
+    def open(self, key: str) -> Any:
+        """Open the Zarr group or array at `key` for reading."""
+
+    def reaching(self) -> AbstractContextManager[None]:
+        """Return a context in which reading a Zarr array fails with this place's errors, not its library's."""
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Return `function` of every item, in order; several at once where that hides latency."""
+
+    def staged_store(self) -> AbstractContextManager[Path]:
+        """Return a context with a folder for a new store, which is not there yet; removed at the end if it is still there."""
+
+    def staged_part(self, part: int) -> AbstractContextManager[Path]:
+        """Return a context with a folder for a new part, as `staged_store`."""
+
+    def commit_store(self, folder: Path) -> bool:
+        """Make a staged store visible by one act; False, and nothing changed, if another was first."""
+
+    def commit_part(self, folder: Path, part: int) -> bool:
+        """Make a staged part visible by one act; False, and nothing changed, if another was first."""
+
+    def remove_part(self, part: int) -> None:
+        """Make a part invisible by one act, then delete it."""
+
+    def sweep(self) -> None:
+        """Remove what dead writers of this machine left unfinished; those of other machines may be alive."""
+
+
+def place_of(path: Location) -> Place:
+    """Return the place that a path or URL names; nothing is opened.
+
+    Raises:
+        StoreError: a URL that no store can lie at, or the extra `s3` is not installed.
+    """
+    if "://" in str(path):
+        from switchkd.stores.bucket import Bucket
+
+        return Bucket(str(path))
+    if re.match(r"(s3a?|gs|az|abfss?):/", str(path)):
+        raise StoreError(f"{path} was a URL and lost a slash as a Path: give it as text")
+    return Folder(Path(path))
+
+
+class Folder:
+    """A store in a folder: visible by a rename, which fails if another writer's folder is there."""
+
+    survives_fork = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def at(self, key: str) -> Path:
+        """Return the path of `key`."""
+        return self.path / key
+
+    def exists(self) -> bool:
+        """Whether there is a file or folder."""
+        return self.path.exists()
+
+    def stores(self) -> list[Location]:
+        """Return this folder, or those in it that end in .zarr."""
+        if (self.path / MARKER).is_file():
+            return [self.path]
+        return sorted(file.parent for file in self.path.glob(f"*.zarr/{MARKER}"))
+
+    def read(self, key: str) -> bytes:
+        """Return a file's bytes."""
+        return (self.path / key).read_bytes()
+
+    def sizes(self, key: str = "") -> dict[str, int]:
+        """Return the size of every file below a folder."""
+        folder = self.path / key
+        files = (file for file in folder.rglob("*") if file.is_file())
+        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+    def parts(self) -> set[str]:
+        """Return the names in `parts/`."""
+        folder = self.path / layout.PARTS
+        return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+
+    def has_part(self, part: int) -> bool:
+        """Whether the part's folder is there."""
+        return layout.part_path(self.path, part).exists()
+
+    def open(self, key: str) -> Any:
+        """Open with zarr."""
+        return zarr.open(self.path / key, mode="r", zarr_format=3)
+
+    def reaching(self) -> AbstractContextManager[None]:
+        """Change nothing: reading files fails with OSError."""
+        return nullcontext()
+
+    def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Take one after the other."""
+        return [function(item) for item in items]
+
+    @contextmanager
+    def staged_store(self) -> Iterator[Path]:
+        """Stage beside the store, so that the rename stays on one file system."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with staged(self.path.parent, f".{self.path.name}.") as folder:
+            yield folder
+
+    def staged_part(self, part: int) -> AbstractContextManager[Path]:
+        """Stage in `.writing/`."""
+        return staged(self.path / layout.WRITING, "", layout.part_name(part))
+
+    def commit_store(self, folder: Path) -> bool:
+        """Rename the staged store into place."""
+        (folder / layout.WRITING).mkdir()
+        return _rename(folder, self.path)
+
+    def commit_part(self, folder: Path, part: int) -> bool:
+        """Rename the staged part into place."""
+        return _rename(folder, layout.part_path(self.path, part))
+
+    def remove_part(self, part: int) -> None:
+        """Move the part out of sight by one rename, then delete it: an interrupted removal leaves no half part."""
+        hidden = self.path / layout.WRITING / f"{layout.writer_prefix()}-{layout.part_name(part)}-dropped"
+        layout.part_path(self.path, part).rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Look beside the store and into `.writing/`."""
+        sweep(self.path.parent, f".{self.path.name}.")
+        sweep(self.path / layout.WRITING, "")
+
+
+@contextmanager
+def staged(place: Path, prefix: str, name: str = "") -> Iterator[Path]:
+    """Yield a path for an unfinished folder, named so that `sweep` knows whose it is; delete what is there at the end."""
+    words = [layout.writer_prefix(), name, uuid.uuid4().hex[:8]]
+    folder = place / (prefix + "-".join(filter(None, words)))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(place: Path, prefix: str) -> None:
+    """Delete the unfinished folders in `place` that dead processes of this machine made."""
+    begin = f"{prefix}{layout.host()}-"
+    for leftover in list(place.glob(f"{begin}*")):
+        process = leftover.name.removeprefix(begin).split("-")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _rename(source: Path, target: Path) -> bool:
+    """Force a folder to disk and rename it into place; False if the target was there first."""
+    _sync_folder(source)
+    committed = True
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.exists():  # else a folder that is not empty, which cannot be renamed over: somebody was first
+            raise
+        committed = False
+    _sync(target.parent)
+    return committed
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's files and folders to disk, so that a rename never outlives what it names."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
