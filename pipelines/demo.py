@@ -14,7 +14,7 @@ from typing import Any
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines import easy_vqa
-from switchkd.pipelines.cache_teacher import CacheOptions, CacheSummary, cache_teacher
+from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
 from switchkd.pipelines.config import TrainOptions, write_whole
 from switchkd.pipelines.evaluate import EvalOptions, Scores, evaluate
 from switchkd.pipelines.train import SUMMARY, train
@@ -78,7 +78,7 @@ def demo(options: DemoOptions) -> DemoResult:
     with _timed("teacher", seconds, work):
         teacher = _teacher(options)
     with _timed("cache", seconds, work):
-        cached = cache_teacher(_cache_options(work, teacher))
+        cache_teacher(_cache_options(work, teacher))
     student = work / "student"
     if not student.exists():
         easy_vqa.write_checkpoint(student, vision=STUDENT_VISION, language=STUDENT_LANGUAGE, seed=options.seed)
@@ -90,7 +90,7 @@ def demo(options: DemoOptions) -> DemoResult:
     for name, model in {"teacher": teacher, **runs}.items():
         with _timed(f"eval {name}", seconds, work):
             scores[name] = evaluate(_eval_options(work, name, model))
-    return _report(options, runs, scores, cached, describe(work / "stores"), seconds)
+    return _report(options, runs, scores, describe(work / "stores"), seconds)
 
 
 def _require_packages() -> None:
@@ -218,7 +218,6 @@ def _report(
     options: DemoOptions,
     runs: dict[str, Path],
     scores: dict[str, Scores],
-    cached: CacheSummary,
     store: StoreInfo,
     seconds: dict[str, float],
 ) -> DemoResult:
@@ -284,7 +283,7 @@ def _draw(path: Path, runs: dict[str, Path], scores: dict[str, Scores]) -> None:
             for part, word, style in (("align", "Align", "--"), ("vsd", "VSD", ":")):
                 values = [entry[f"loss_{part}"] for entry in history]
                 losses.plot(steps, values, style, color=colors[name], label=f"{NAMES[name]}: {word}")
-    losses.set(xlabel="step", ylabel="nats per position", yscale="log", title="Losses")
+    losses.set(xlabel="step", ylabel="nats per position", ylim=(0, None), title="Losses")
     losses.legend(frameon=False)
     names = list(scores)
     values = [scores[name].accuracy for name in names]
@@ -293,7 +292,7 @@ def _draw(path: Path, runs: dict[str, Path], scores: dict[str, Scores]) -> None:
     )
     bars.bar_label(drawn, [f"{value:.3f}" for value in values])
     bars.axhline(easy_vqa.BLIND_ACCURACY, color="black", linewidth=0.8, linestyle="--", label="question alone")
-    bars.set(ylim=(0, 1), ylabel="exact match", title=f"Accuracy on {scores['teacher'].questions:,} test questions")
+    bars.set(ylim=(0, 1.1), ylabel="exact match", title=f"Accuracy on {scores['teacher'].questions:,} test questions")
     bars.legend(frameon=False)
     for axes in (losses, bars):
         axes.spines[["top", "right"]].set_visible(False)

@@ -21,7 +21,7 @@ class Progress:
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = self._before = done
-        self.positions = 0
+        self.positions = self.written_bytes = 0
         self._start = self._last_line = time.monotonic()
         console = Console(file=sys.stderr)
         self._bar = None
@@ -49,7 +49,7 @@ class Progress:
             self._line()
 
     def advance(self, count: int, positions: int = 0, note: str = "") -> None:
-        """Count `count` more things, and the positions they held."""
+        """Count `count` more things, and the positions they held; `written_bytes` may be set at any time."""
         self.done += count
         self.positions += positions
         if self._bar is not None:
@@ -60,7 +60,8 @@ class Progress:
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = f"{(self.done - self._before) / seconds:,.1f} {self.unit}/s"
-        return rate + (f", {self.positions / seconds:,.0f} positions/s" if self.positions else "")
+        rate += f", {self.positions / seconds:,.0f} positions/s" if self.positions else ""
+        return rate + (f", {self.written_bytes / 1e9:,.3f} GB written" if self.written_bytes else "")
 
     def _line(self, note: str = "") -> None:
         self._last_line = time.monotonic()

@@ -1,8 +1,13 @@
-"""Packing of top-k logits (ids as frequency ranks, logits as whole steps below the row's maximum) and of hidden states.
+"""Packing of top-k logits (ids as gaps between ranks, logits as levels of a ladder) and of hidden states.
 
-A logit is stored as q = round((z_max - z) / step), so its error is at most step / 2. Entries are ordered by q, and entries of
-equal q by rank: their order inside half a step is noise, and sorted ranks compress better. q is kept as differences, which are
-small and never negative.
+Ids are replaced by their rank in a table of frequencies and each position is sorted by rank: the gaps between neighbours are
+small and alike, and no order has to be stored beside them. A logit z becomes a level, counted from its row's deepest one, on a
+ladder of depths d = logsumexp - z whose steps are fine where the probability p = e^{-d} is: an error e costs p·e²/2 of KL.
+
+    step(d)  = fine · e^{d/2}, at most coarse
+    level(d) = (2/fine)(1 - e^{-d/2}) up to d* = 2 ln(coarse/fine), from there on level(d*) + (d - d*)/coarse
+
+The error of a logit is at most coarse / 2. fine = coarse gives even steps.
 """
 
 from typing import Any
@@ -10,45 +15,105 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from switchkd.stores.layout import rank_dtype
+from switchkd.stores.layout import STAT_COLUMNS, rank_dtype
 
-LARGEST_Q = np.iinfo(np.uint16).max
+LARGEST_LEVEL = np.iinfo(np.uint16).max
+STAT_STEPS = 1024  # statistics, all but the knee, are rounded to whole 1/1024
 
 
 def encode_topk(
-    ids: NDArray[Any], logits: NDArray[Any], z_max: NDArray[Any], rank_of_id: NDArray[Any], step: float
-) -> tuple[NDArray[Any], NDArray[np.uint16]]:
+    ids: NDArray[Any],
+    logits: NDArray[Any],
+    logsumexp: NDArray[Any],
+    rank_of_id: NDArray[Any],
+    fine: float,
+    coarse: float,
+) -> tuple[NDArray[Any], NDArray[np.uint16], NDArray[np.uint16]]:
     """Pack the top-k entries of P positions.
 
     Args:
-        ids: [P, K] integer, distinct in a row. logits: [P, K] float, finite, any order. z_max: [P] float, the rows' maxima.
-        rank_of_id: [N], each id's place by frequency. step: logits per quantisation step.
+        ids: [P, K] integer, distinct in a row. logits: [P, K] float, finite, any order. logsumexp: [P] float, exactly as it will
+            be given to `decode_topk`. rank_of_id: [N], each id's place by frequency. fine, coarse: 0 < fine ≤ coarse, logits.
 
     Returns:
-        (rank [P, K] uint16 or uint32, step differences [P, K] uint16).
+        (gap [P, K] uint16 or uint32, height [P, K] uint16, bottom [P] uint16): the first rank of a row and the ranks skipped
+        between neighbours; how far each level lies above the row's deepest; that deepest level.
 
     Raises:
-        ValueError: a logit that is not finite, or further than 65,535 steps below the maximum.
+        ValueError: a logit that is not finite, above its row's logsumexp, or below the ladder's 65,536 levels.
     """
-    if not (np.isfinite(logits).all() and np.isfinite(z_max).all()):
+    if not (np.isfinite(logits).all() and np.isfinite(logsumexp).all()):
         raise ValueError("only finite logits can be stored")
-    q = np.rint((z_max[:, None].astype(np.float64) - logits) / step)
-    if q.size and (q.min() < 0 or q.max() > LARGEST_Q):
-        raise ValueError(
-            f"logits lie {q.min() * step:g} to {q.max() * step:g} below the maximum, outside 0 … {LARGEST_Q * step:g}"
-        )
-    q, rank = q.astype(np.int64), rank_of_id[ids].astype(np.int64)
-    order = np.argsort(q * len(rank_of_id) + rank, axis=-1)
-    q, rank = np.take_along_axis(q, order, -1), np.take_along_axis(rank, order, -1)
-    return rank.astype(rank_dtype(len(rank_of_id))), np.diff(q, axis=-1, prepend=0).astype(np.uint16)
+    depth = logsumexp[:, None].astype(np.float64) - logits
+    # A logsumexp that was rounded may lie a little below a largest logit that holds all the mass.
+    if depth.size and depth.min() < -max(coarse, 1 / STAT_STEPS):
+        raise ValueError(f"a logit lies {-depth.min():g} above its row's logsumexp")
+    level = _level_of_depth(np.maximum(depth, 0, out=depth), fine, coarse)
+    if level.size and level.max() > LARGEST_LEVEL:
+        raise ValueError(f"logits lie {depth.max():g} below the row's logsumexp, more than {LARGEST_LEVEL} levels")
+    bits = max(int(level.max(initial=0)), 1).bit_length()
+    key: Any = _key_type(len(rank_of_id), bits)
+    keys: NDArray[Any] = (rank_of_id.astype(key) << key(bits))[ids] | level.astype(
+        key
+    )  # one sort carries ranks and levels
+    keys.sort(axis=-1)
+    rank = keys >> key(bits)
+    levels = (keys & key((1 << bits) - 1)).astype(np.uint16)
+    gap = rank.astype(rank_dtype(len(rank_of_id)))
+    gap[:, 1:] = rank[:, 1:] - rank[:, :-1] - key(1)
+    bottom = levels.max(axis=-1, initial=0)
+    return gap, bottom[:, None] - levels, bottom
 
 
 def decode_topk(
-    rank: NDArray[Any], steps: NDArray[Any], z_max: NDArray[Any], id_of_rank: NDArray[Any], step: float
+    gap: NDArray[Any],
+    height: NDArray[np.uint16],
+    bottom: NDArray[np.uint16],
+    logsumexp: NDArray[Any],
+    id_of_rank: NDArray[Any],
+    fine: float,
+    coarse: float,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Unpack what `encode_topk` packed: (ids [P, K] int32, logits [P, K] float32), in descending order of logits."""
-    below = np.cumsum(steps, axis=-1, dtype=np.uint32).astype(np.float32) * np.float32(step)
-    return id_of_rank[rank].astype(np.int32), z_max[:, None].astype(np.float32) - below
+    """Unpack what `encode_topk` packed: (ids [P, K] int32, logits [P, K] float32), descending, equal levels by rank."""
+    largest = int(bottom.max(initial=0))
+    bits = max(len(id_of_rank) - 1, 1).bit_length()
+    key: Any = _key_type(largest + 1, bits)
+    rank: NDArray[Any] = gap.astype(key)
+    rank[:, 1:] += key(1)
+    keys: NDArray[Any] = np.cumsum(rank, axis=-1, dtype=key, out=rank)
+    keys |= (bottom[:, None] - height).astype(key) << key(bits)
+    keys.sort(axis=-1)
+    depth = _depth_of_level(np.arange(largest + 1), fine, coarse).astype(np.float32)[keys >> key(bits)]
+    keys &= key((1 << bits) - 1)
+    return id_of_rank.astype(np.int32)[keys], logsumexp[:, None].astype(np.float32) - depth
+
+
+def round_stats(stats: NDArray[Any]) -> NDArray[np.float32]:
+    """Round statistics [P, 5] to what a store keeps: whole 1/1024, the knee as it is."""
+    rounded = np.rint(stats.astype(np.float64) * STAT_STEPS) / STAT_STEPS
+    knee = STAT_COLUMNS.index("knee")
+    rounded[:, knee] = stats[:, knee]
+    return rounded.astype(np.float32)
+
+
+def _key_type(values: int, bits: int) -> Any:
+    """Return the smaller type that holds `values` numbers above `bits` more bits; 32 bits sort faster."""
+    return np.uint32 if values << bits <= 1 << 32 else np.uint64
+
+
+def _level_of_depth(depth: NDArray[np.float64], fine: float, coarse: float) -> NDArray[np.int64]:
+    turn = 2 * np.log(coarse / fine)
+    curved = np.expm1(np.minimum(depth, turn) * -0.5) * (-2 / fine)
+    straight = np.maximum(depth - turn, 0) / coarse
+    level: NDArray[np.int64] = np.rint(np.minimum(curved + straight, LARGEST_LEVEL + 1)).astype(np.int64)
+    return level
+
+
+def _depth_of_level(level: NDArray[Any], fine: float, coarse: float) -> NDArray[np.float64]:
+    turn, level_at_turn = 2 * np.log(coarse / fine), 2 / fine - 2 / coarse
+    curved = -2 * np.log1p(-np.minimum(level, level_at_turn) * (fine / 2))
+    depth: NDArray[np.float64] = np.where(level <= level_at_turn, curved, turn + (level - level_at_turn) * coarse)
+    return depth
 
 
 BLOCK = 32  # int8 states share a scale per this many entries

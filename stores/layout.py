@@ -20,7 +20,7 @@ ID_OF_RANK = "vocab/id_of_rank"
 WRITING = ".writing"  # unfinished parts; never read
 
 OFFSET, DIGEST, STATUS = "samples/offset", "samples/digest", "samples/status"
-RANK, STEP = "topk/rank", "topk/step"
+GAP, HEIGHT, BOTTOM = "topk/gap", "topk/height", "topk/bottom"
 STATE, SCALE = "hidden/state", "hidden/scale"
 STATS = "stats"
 PAYLOADS = ("topk", "hidden", "both")
@@ -70,7 +70,7 @@ def rank_dtype(vocab_rows: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_rows <= 1 << 16 else np.uint32)
 
 
-def array_options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def array_options(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:
     """Return the keyword arguments of `zarr.Group.create_array` for one array of a part.
 
     Position arrays are cut into chunks of whole positions, all inside one shard, so that a part is one file an array and
@@ -78,11 +78,20 @@ def array_options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """
     from zarr.codecs.numcodecs import PCodec
 
-    positional = name in (RANK, STEP, STATE, SCALE, STATS)
+    positional = name in (GAP, HEIGHT, BOTTOM, STATE, SCALE, STATS)
     rows = CHUNK_POSITIONS if positional else max(shape[0], 1)
-    chunks = (rows, *shape[1:])
-    shards = (max(-(-shape[0] // rows), 1) * rows, *shape[1:])
+    # Columns that are distributed alike share a chunk: each statistic has its own, gaps grow along a row.
+    columns = [1 if name == STATS else _gap_columns(shape[1]) if name == GAP else size for size in shape[1:]]
+    chunks = (rows, *columns)
+    shards = tuple(max(-(-size // chunk), 1) * chunk for size, chunk in zip(shape, chunks, strict=True))
     options: dict[str, Any] = {"shape": shape, "chunks": chunks, "shards": shards, "filters": []}
-    if name in (RANK, STEP, STATS, OFFSET):
+    if name in (GAP, HEIGHT):  # gaps and heights are differences already
+        pcodec = PCodec(level=8, delta_spec="try_consecutive", delta_encoding_order=0)
+        return options | {"serializer": pcodec, "compressors": [Crc32cCodec()]}
+    if name in (BOTTOM, STATS, SCALE, OFFSET) or (name == STATE and dtype != np.int8):
         return options | {"serializer": PCodec(level=8), "compressors": [Crc32cCodec()]}
     return options | {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
+
+
+def _gap_columns(top_k: int) -> int:
+    return min(top_k, max(32, top_k // 8))

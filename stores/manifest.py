@@ -16,7 +16,8 @@ def _checksum(data: dict[str, Any]) -> str:
 _WORDS = {
     "payload": "payload",
     "top_k": "k",
-    "step": "quantisation step",
+    "fine": "finest step",
+    "coarse": "coarsest step",
     "hidden_dtype": "dtype of hidden states",
     "hidden_width": "width of hidden states",
     "vocab_rows": "vocabulary rows",
@@ -40,7 +41,8 @@ class Manifest:
 
     payload: str  # "topk", "hidden" or "both"
     top_k: int  # K; 0 without topk
-    step: float  # logits per quantisation step; 0 without topk
+    fine: float  # the ladder of logits, see codec.py; 0 without topk
+    coarse: float
     hidden_dtype: str  # "" without hidden
     hidden_width: int  # d; 0 without hidden
     vocab_rows: int  # N

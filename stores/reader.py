@@ -218,9 +218,9 @@ class TeacherStore:
         stats = self._read(group[layout.STATS], rows)
         ids = logits = hidden = None
         if manifest.has_topk:
-            rank, steps = self._read(group[layout.RANK], rows), self._read(group[layout.STEP], rows)
-            z_max = stats[:, layout.STAT_COLUMNS.index("z_max")]
-            ids, logits = decode_topk(rank, steps, z_max, self.id_of_rank, manifest.step)
+            gap, height, bottom = (self._read(group[name], rows) for name in (layout.GAP, layout.HEIGHT, layout.BOTTOM))
+            logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
+            ids, logits = decode_topk(gap, height, bottom, logsumexp, self.id_of_rank, manifest.fine, manifest.coarse)
         if manifest.has_hidden:
             scale = self._read(group[layout.SCALE], rows) if manifest.hidden_dtype == "int8" else None
             hidden = decode_hidden(self._read(group[layout.STATE], rows), scale, manifest.hidden_dtype)

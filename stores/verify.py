@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from switchkd.errors import StoreError
 from switchkd.stores import layout
+from switchkd.stores.codec import STAT_STEPS
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
 from switchkd.stores.place import MARKER, Place
@@ -95,7 +96,7 @@ def _payload_problems(payload: Payload, manifest: Manifest) -> Iterator[str]:
         checks |= {
             "an id occurs twice in a position": (np.diff(ordered, axis=-1) == 0).any(-1),
             "an id lies outside the vocabulary": (ordered[:, 0] < 0) | (ordered[:, -1] >= vocab_rows),
-            "the k-th logit lies below z_min": smallest < z_min - _slack(z_min) - manifest.step,
+            "the k-th logit lies below z_min": smallest < z_min - _slack(z_min) - manifest.coarse,
         }
     if payload.hidden is not None:
         checks["a hidden state is not finite"] = ~np.isfinite(payload.hidden).all(-1)
@@ -105,5 +106,5 @@ def _payload_problems(payload: Payload, manifest: Manifest) -> Iterator[str]:
 
 
 def _slack(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return how far float32 sums may stray from exact ones of this size."""
-    return (1e-5 * np.abs(values) + 1e-5).astype(np.float32)
+    """Return how far float32 sums may stray from exact ones of this size, and both from the truth by rounding."""
+    return (1e-5 * np.abs(values) + 2 / STAT_STEPS).astype(np.float32)

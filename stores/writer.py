@@ -16,7 +16,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from switchkd.errors import RunError, StoreError
 from switchkd.stores import layout
-from switchkd.stores.codec import encode_hidden, encode_topk, invert
+from switchkd.stores.codec import encode_hidden, encode_topk, invert, round_stats
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
 from switchkd.stores.place import Location, place_of
@@ -51,6 +51,7 @@ class StoreWriter:
         self._place = place_of(path)
         self.path = self._place.path
         self.manifest = manifest
+        self.written_bytes = 0  # by this writer, in committed parts
         if not self._place.exists():
             self._create(id_of_rank)
         read_manifest(self.path).require_same(manifest, str(self.path))
@@ -82,7 +83,7 @@ class StoreWriter:
             raise RunError(f"part {part} cannot be stored: {error}") from error
         try:
             with self._place.staged_part(part) as staged:
-                self._write_arrays(staged, part, data)
+                files = self._write_arrays(staged, part, data)
                 committed = self._place.commit_part(staged, part)
         except OSError as error:
             done = self.manifest.part_count - len(self.missing_parts())
@@ -90,21 +91,26 @@ class StoreWriter:
                 f"cannot write part {part} of {self.path}: {error}. The {done} parts written so far are whole; "
                 "make room or mend the folder and run the same command again"
             ) from error
+        self.written_bytes += sum(entry["bytes"] for entry in files.values()) if committed else 0
         return committed
 
     def _encode(self, arrays: PartArrays) -> dict[str, NDArray[Any]]:
         """Return a part's arrays by their names in the store."""
         manifest, payload = self.manifest, arrays.payload
+        stats = round_stats(payload.stats)
         data: dict[str, NDArray[Any]] = {
             layout.OFFSET: np.concatenate([[0], np.cumsum(arrays.positions)]).astype(np.int64),
             layout.DIGEST: arrays.digest,
             layout.STATUS: arrays.status,
-            layout.STATS: payload.stats.astype(np.float32),
+            layout.STATS: stats,
         }
         if manifest.has_topk:
             assert payload.ids is not None and payload.logits is not None
-            packed = encode_topk(payload.ids, payload.logits, payload.stat("z_max"), self._rank_of_id, manifest.step)
-            data[layout.RANK], data[layout.STEP] = packed
+            # Levels count from the logsumexp that a reader will see, the rounded one.
+            logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
+            data[layout.GAP], data[layout.HEIGHT], data[layout.BOTTOM] = encode_topk(
+                payload.ids, payload.logits, logsumexp, self._rank_of_id, manifest.fine, manifest.coarse
+            )
         if manifest.has_hidden:
             assert payload.hidden is not None
             data[layout.STATE], scale = encode_hidden(payload.hidden, manifest.hidden_dtype)
@@ -112,20 +118,25 @@ class StoreWriter:
                 data[layout.SCALE] = scale
         return data
 
-    def _write_arrays(self, folder: Path, part: int, data: dict[str, NDArray[Any]]) -> None:
+    def _write_arrays(self, folder: Path, part: int, data: dict[str, NDArray[Any]]) -> dict[str, dict[str, Any]]:
+        """Write a part's arrays and what it says about itself; returns its list of files."""
         group = zarr.create_group(folder)
         for name, values in data.items():
-            array = group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape))
+            array = group.create_array(
+                name, dtype=values.dtype, **layout.array_options(name, values.shape, values.dtype)
+            )
             array[...] = values
         group[layout.STATS].attrs["columns"] = list(layout.STAT_COLUMNS)
         group[layout.DIGEST].attrs["columns"] = list(layout.DIGEST_COLUMNS)
+        files = {str(file): _file_entry(folder / file) for file in part_files(folder)}
         group.attrs[layout.PART_KEY] = {
             "part": part,
             "store": self.manifest.identity,
             "samples": len(data[layout.STATUS]),
             "positions": len(data[layout.STATS]),
-            "files": {str(file): _file_entry(folder / file) for file in part_files(folder)},
+            "files": files,
         }
+        return files
 
     def _create(self, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
         table = id_of_rank()

@@ -157,7 +157,9 @@ class SparseSignal:
         largest = _largest(k)
         if largest <= cached:
             return self.ids[:, :largest], k
-        others = rows.scatter(-1, self.ids, -torch.inf)  # guesses may equal the smallest cached logit; they come after it
+        others = rows.scatter(
+            -1, self.ids, -torch.inf
+        )  # guesses may equal the smallest cached logit; they come after it
         return torch.cat([self.ids, others.topk(largest - cached, dim=-1).indices], dim=-1), k
 
     def top(self, count: int) -> Tensor:

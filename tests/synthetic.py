@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
+from switchkd.stores.codec import round_stats
 
 # Positions of a sample: none, one, some, and runs that end on, before and behind the border of a chunk of 256.
 LENGTHS = (0, 1, 3, 40, 216, 255, 256, 257, 600)
@@ -17,7 +18,8 @@ def manifest(**changed) -> Manifest:
     fields = {
         "payload": "topk",
         "top_k": 6,
-        "step": 1 / 32,
+        "fine": 1 / 64,
+        "coarse": 1 / 16,
         "hidden_dtype": "",
         "hidden_width": 0,
         "vocab_rows": 50,
@@ -60,12 +62,13 @@ def part_arrays(of: Manifest, part: int, lengths=LENGTHS) -> PartArrays:
         "tail_logsumexp": tail,
         "knee": random.integers(2, of.vocab_rows + 1, len(z)),
     }
+    stats = round_stats(np.stack(list(columns.values()), -1))  # so that what is read equals what was handed over
     return PartArrays(
         status=status,
         digest=digest,
         positions=positions,
         payload=Payload(
-            stats=np.stack(list(columns.values()), -1).astype(np.float32),
+            stats=stats,
             ids=ids[:, : of.top_k].astype(np.int32) if of.has_topk else None,
             logits=ordered[:, : of.top_k].astype(np.float32) if of.has_topk else None,
             hidden=random.normal(size=(len(z), of.hidden_width)).astype(np.float32) if of.has_hidden else None,

@@ -49,7 +49,7 @@ def test_hidden_states_are_nearly_exact_and_top_k_is_not(place):
     assert hidden.kl_nats < 1e-6 < topk.kl_nats
     assert hidden.student_led_recall == 1.0
     assert topk.student_led_recall < 1.0
-    assert topk.largest_logit_error <= 1 / 64 + 1e-4
+    assert topk.largest_logit_error <= 1 / 16 + 1e-4  # half the coarse step
     assert control.gradient_error < 1e-3
     assert control.kl_nats < 1e-8
 

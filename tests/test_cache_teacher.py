@@ -38,7 +38,8 @@ def options(teacher, tmp_path):
         template="qa",
         part_size=4,
         batch_size=3,
-        step=1 / 1024,
+        fine=1 / 1024,
+        coarse=1 / 1024,
     )
 
 
@@ -61,7 +62,7 @@ def test_the_store_holds_what_the_teacher_says(options, index):
     np.put_along_axis(dense, stored.ids, stored.logits, -1)  # k covers this small vocabulary
     assert np.abs(dense - live.numpy()).max() < 1 / 2048 + 1e-5
     assert stored.stat("knee").tolist() == kneedle(live).tolist()
-    np.testing.assert_allclose(stored.stat("logsumexp"), live.logsumexp(-1), rtol=1e-5)
+    np.testing.assert_allclose(stored.stat("logsumexp"), live.logsumexp(-1), atol=1 / 2048 + 1e-5)
 
 
 def test_batches_do_not_change_what_is_stored(options):
@@ -145,7 +146,7 @@ def test_strict_stops_at_the_first_bad_sample(options):
     [
         ({"k": 6}, "k: store 15, here 6"),
         ({"template": "plain"}, "template name: store 'qa', here 'plain'"),
-        ({"step": 0.5}, "quantisation step: store 0.0009765625, here 0.5"),
+        ({"coarse": 0.5}, "coarsest step: store 0.0009765625, here 0.5"),
         ({"part_size": 5}, "part size: store 4, here 5"),
     ],
 )
@@ -172,6 +173,7 @@ def test_an_edited_data_file_is_refused(options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"fine": 0.5}, "0 < fine <= coarse is needed, got fine = 0.5"),
         ({"out": "s.zip"}, "a store's name ends in .zarr"),
         ({"shard": (2, 2)}, "shard 2/2"),
         ({"device": "cuda:9"}, "device 'cuda:9' cannot be used"),

@@ -54,7 +54,7 @@ def test_the_whole_way(place):
     cached = cache(place)
     assert cached.exit_code == 0, cached.output
     assert "2 parts written, 0 were there, 0 left to other workers" in cached.stdout
-    assert "6 samples, 12 positions; skipped: none" in cached.stdout
+    assert "6 samples, 12 positions, 0.000 GB; skipped: none" in cached.stdout
     trained = train(place)
     assert trained.exit_code == 0, trained.output
     assert "trained for 2 steps on 6 samples; skipped: none" in trained.stdout

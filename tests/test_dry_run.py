@@ -43,6 +43,13 @@ def test_the_command_tells_all_of_it_and_writes_nothing(options):
     words = ["cache-teacher", "--teacher", options.teacher, "--data", options.data, "--images", options.images]
     done = CliRunner().invoke(main, [*map(str, words), "--out", str(options.out), "--template", "qa", "--dry-run"])
     assert done.exit_code == 0, done.output
-    for text in ("60, about 59 usable", "positions  about", "bytes a position", "free disk", "samples/s", "nothing was written"):
+    for text in (
+        "60, about 59 usable",
+        "positions  about",
+        "bytes a position",
+        "free disk",
+        "samples/s",
+        "nothing was written",
+    ):
         assert text in done.stdout
     assert not options.out.exists()

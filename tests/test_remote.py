@@ -23,7 +23,7 @@ from switchkd.cli.main import main
 from switchkd.errors import RunError, StoreError, StoreMismatch
 from switchkd.stores import TeacherStore
 from switchkd.stores.info import describe
-from switchkd.stores.layout import ID_OF_RANK, PARTS, RANK, part_key
+from switchkd.stores.layout import GAP, ID_OF_RANK, PARTS, part_key
 from switchkd.stores.place import place_of
 from switchkd.stores.reader import pick_store
 from switchkd.stores.verify import missing_parts, repair, verify
@@ -214,7 +214,7 @@ def test_what_a_killed_writer_staged_is_swept(url, tmp_path, monkeypatch):
 def test_objects_without_a_marker_are_no_part(url, local):
     """Those of a dead writer are written over, and what does not belong to the part is removed."""
     synthetic.fill(url, MANIFEST, shard=(0, 2))
-    put(url, f"{part_key(1)}/{RANK}/c/0/0", b"half")
+    put(url, f"{part_key(1)}/{GAP}/c/0/0", b"half")
     put(url, f"{part_key(1)}/old/c/0", b"older")
     assert TeacherStore(url).parts() == [0, 2, 4]
     with pytest.raises(StoreError, match=r"s\.zarr has no part 1; run the same"):
@@ -306,13 +306,13 @@ def test_no_store_says_how_to_make_one(folder):
 
 
 def test_a_deleted_object_is_found(filled):
-    delete(filled, f"{part_key(3)}/{RANK}/c/0/0")
-    with pytest.raises(StoreError, match=rf"{filled}/{part_key(3)}/{RANK}/c/0/0 should have \d+ bytes, found nothing"):
+    delete(filled, f"{part_key(3)}/{GAP}/c/0/0")
+    with pytest.raises(StoreError, match=rf"{filled}/{part_key(3)}/{GAP}/c/0/0 should have \d+ bytes, found nothing"):
         TeacherStore(filled)[12]
 
 
 def test_a_changed_object_is_found(filled):
-    for key, message in ((f"{RANK}/c/0/0", RANK), ("stats/zarr.json", r"stats/zarr\.json is not what was written")):
+    for key, message in ((f"{GAP}/c/0/0", GAP), ("stats/zarr.json", r"stats/zarr\.json is not what was written")):
         name = f"{part_key(3)}/{key}"
         kept = objects(filled)[name]
         put(filled, name, bytes([kept[0] ^ 1, *kept[1:]]))
@@ -330,8 +330,8 @@ def test_a_deleted_rank_table_is_found(filled):
 
 def test_repair_drops_the_bad_parts_and_the_next_run_writes_exactly_these(filled, local):
     assert [part for part, findings in verify(TeacherStore(filled)) if findings] == []
-    kept = objects(filled)[f"{part_key(2)}/{RANK}/c/0/0"]
-    put(filled, f"{part_key(2)}/{RANK}/c/0/0", bytes([*kept[:-1], kept[-1] ^ 1]))
+    kept = objects(filled)[f"{part_key(2)}/{GAP}/c/0/0"]
+    put(filled, f"{part_key(2)}/{GAP}/c/0/0", bytes([*kept[:-1], kept[-1] ^ 1]))
     delete(filled, f"{part_key(4)}/stats/c/0/0")
     put(filled, f"{part_key(0)}/notes.txt", b"mine")
     assert repair(TeacherStore(filled)) == [0, 2, 4]

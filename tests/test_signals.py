@@ -99,7 +99,9 @@ def test_kl_with_the_students_tail_is_the_bucket_kl():
     signal, student = sparse(teacher, 8), normal(1)
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
     inside = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, signal.ids, True)
-    buckets = [torch.cat([x.gather(-1, signal.ids), x.masked_fill(inside, -torch.inf).logsumexp(-1, True)], -1) for x in (p, q)]
+    buckets = [
+        torch.cat([x.gather(-1, signal.ids), x.masked_fill(inside, -torch.inf).logsumexp(-1, True)], -1) for x in (p, q)
+    ]
     expected = (buckets[0].exp() * (buckets[0] - buckets[1])).sum(-1).mean()
     torch.testing.assert_close(kl_loss(student, signal), expected)
 
@@ -114,7 +116,9 @@ def test_the_guess_of_the_student_is_nearer_than_the_others():
         return torch.autograd.grad(dbild_loss(student, signal, reduction="sum"), student)[0]
 
     exact = gradient(DenseSignal(teacher))
-    errors = {tail: ((gradient(sparse(teacher, 20, tail)) - exact).norm() / exact.norm()).item() for tail in TAIL_POLICIES}
+    errors = {
+        tail: ((gradient(sparse(teacher, 20, tail)) - exact).norm() / exact.norm()).item() for tail in TAIL_POLICIES
+    }
     assert errors["student"] < 0.9 * min(errors["uniform"], errors["floor"])
 
 

@@ -21,7 +21,19 @@ import zarr
 
 from switchkd.errors import RunError, StoreError, StoreMismatch
 from switchkd.stores import TeacherStore
-from switchkd.stores.layout import DIGEST, ID_OF_RANK, OFFSET, PART_KEY, RANK, STATS, STATUS, STEP, WRITING, part_path
+from switchkd.stores.layout import (
+    BOTTOM,
+    DIGEST,
+    GAP,
+    HEIGHT,
+    ID_OF_RANK,
+    OFFSET,
+    PART_KEY,
+    STATS,
+    STATUS,
+    WRITING,
+    part_path,
+)
 
 MANIFEST = synthetic.manifest()
 SMALL_DISK = 1 << 20
@@ -200,7 +212,7 @@ def test_arrays_that_cannot_be_packed_leave_nothing(copied):
     [
         ({"payload": "hidden"}, "payload: store 'topk', here 'hidden'"),
         ({"top_k": 8}, "k: store 6, here 8"),
-        ({"step": 0.5}, "quantisation step: store 0.03125, here 0.5"),
+        ({"coarse": 0.5}, "coarsest step: store 0.0625, here 0.5"),
         ({"vocab_rows": 51}, "vocabulary rows: store 50, here 51"),
         ({"samples": 19}, "number of samples: store 18, here 19"),
         ({"part_size": 5}, "part size: store 4, here 5"),
@@ -334,7 +346,7 @@ def test_leftovers_of_dead_writers_of_this_machine_are_removed(copied):
 # Damage, found on reading
 
 
-@pytest.mark.parametrize("array", (RANK, STEP, STATS, OFFSET, DIGEST, STATUS))
+@pytest.mark.parametrize("array", (GAP, HEIGHT, BOTTOM, STATS, OFFSET, DIGEST, STATUS))
 def test_a_flipped_bit_in_a_chunk_is_found(copied, array):
     file = chunk_file(copied, array)
     for bit in some_bits(file, 4):
@@ -345,7 +357,7 @@ def test_a_flipped_bit_in_a_chunk_is_found(copied, array):
     read_all(copied)
 
 
-@pytest.mark.parametrize("array", (RANK, STEP, STATS, OFFSET, DIGEST, STATUS))
+@pytest.mark.parametrize("array", (GAP, HEIGHT, BOTTOM, STATS, OFFSET, DIGEST, STATUS))
 def test_a_file_cut_short_is_found(copied, array):
     file = chunk_file(copied, array)
     size = file.stat().st_size
@@ -355,7 +367,7 @@ def test_a_file_cut_short_is_found(copied, array):
         read_all(copied)
 
 
-@pytest.mark.parametrize("array", (RANK, STEP, STATS, OFFSET, DIGEST, STATUS))
+@pytest.mark.parametrize("array", (GAP, HEIGHT, BOTTOM, STATS, OFFSET, DIGEST, STATUS))
 def test_a_deleted_shard_is_found(copied, array):
     file = chunk_file(copied, array)
     size = file.stat().st_size
@@ -364,7 +376,7 @@ def test_a_deleted_shard_is_found(copied, array):
         read_all(copied)
 
 
-@pytest.mark.parametrize("array", (RANK, STEP, STATS, OFFSET, DIGEST, STATUS))
+@pytest.mark.parametrize("array", (GAP, HEIGHT, BOTTOM, STATS, OFFSET, DIGEST, STATUS))
 def test_a_flipped_bit_in_array_metadata_is_found(copied, array):
     """Checksums do not cover zarr.json, and `"fill_value": 1` or another shape would read without an error."""
     file = part_path(copied, 1) / array / "zarr.json"
@@ -421,7 +433,7 @@ def test_a_folder_that_is_no_part_is_refused(copied, content):
 
 
 def test_following_the_advice_mends_the_store(copied, undisturbed):
-    flip(chunk_file(copied, RANK), 100)
+    flip(chunk_file(copied, GAP), 100)
     with pytest.raises(StoreError, match=re.escape(REWRITE)):
         read_all(copied)
     shutil.rmtree(part_path(copied, 3))
@@ -430,7 +442,7 @@ def test_following_the_advice_mends_the_store(copied, undisturbed):
 
 
 def test_damage_in_one_part_leaves_the_others_readable(copied, undisturbed):
-    flip(chunk_file(copied, RANK, part=1), 100)
+    flip(chunk_file(copied, GAP, part=1), 100)
     store, expected = TeacherStore(copied), TeacherStore(undisturbed)
     for index in (0, 3, 8, 17):
         assert np.array_equal(store[index].payload.ids, expected[index].payload.ids)

@@ -39,7 +39,8 @@ def cached(teacher, tmp_path_factory):
             out=folder / "stores/s.zarr",
             template="qa",
             part_size=5,
-            step=1 / 4096,
+            fine=1 / 4096,
+            coarse=1 / 4096,
         )
     )
     return folder

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from switchkd.cli.main import main
 from switchkd.stores import TeacherStore
-from switchkd.stores.layout import RANK, STAT_COLUMNS, part_path
+from switchkd.stores.layout import GAP, STAT_COLUMNS, part_path
 from switchkd.stores.payload import Payload
 from switchkd.stores.verify import _payload_problems, missing_parts, repair, verify
 
@@ -57,7 +57,7 @@ def test_a_flipped_bit_in_any_file_of_a_part_is_found(whole, path):
 
 
 def test_a_deleted_file_and_an_added_one_are_found(path):
-    (part_path(path, 1) / RANK / "c/0/0").unlink()
+    (part_path(path, 1) / GAP / "c/0/0").unlink()
     (part_path(path, 3) / "notes.txt").write_text("mine")
     found = {part: findings for part, findings in verify(TeacherStore(path)) if findings}
     assert "should have" in found[1][0].message
@@ -96,7 +96,7 @@ def test_values_that_contradict_each_other_are_named(name, change, message):
 
 
 def test_repair_drops_the_bad_parts_and_the_next_run_writes_exactly_these(whole, path):
-    flip(part_path(path, 2) / RANK / "c/0/0")
+    flip(part_path(path, 2) / GAP / "c/0/0")
     flip(part_path(path, 4) / "stats/zarr.json")
     kept = {part: part_path(path, part).stat().st_ino for part in (0, 1, 3)}
     assert repair(TeacherStore(path)) == [2, 4]
@@ -115,7 +115,7 @@ def test_the_commands_say_what_is_bad_and_what_to_do(path):
     assert good.exit_code == 0, good.output
     assert "5 parts good, 0 bad, 0 missing" in good.output
     shutil.rmtree(part_path(path, 0))
-    flip(part_path(path, 2) / RANK / "c/0/0")
+    flip(part_path(path, 2) / GAP / "c/0/0")
     bad = run("store", "verify", path)
     assert bad.exit_code == 1
     assert "part 2: " in bad.output
