@@ -28,7 +28,9 @@ def make_payload(random: np.random.Generator, positions: int) -> Payload:
     for row in ids:
         drawn = np.unique((VOCAB_ROWS * random.random(3 * TOP_K) ** 4).astype(np.int32))
         row[:] = random.permutation(drawn)[:TOP_K]
-    logits = (18 - 2.2 * np.log1p(np.arange(TOP_K)) + random.normal(scale=0.3, size=(positions, TOP_K))).astype(np.float32)
+    logits = (18 - 2.2 * np.log1p(np.arange(TOP_K)) + random.normal(scale=0.3, size=(positions, TOP_K))).astype(
+        np.float32
+    )
     logits = -np.sort(-logits, axis=-1)
     logsumexp = np.log(np.exp(logits.astype(np.float64)).sum(-1)) + 0.05
     knee = random.integers(1500, 4500, positions)
@@ -90,7 +92,9 @@ def main() -> None:
 
         raw_bytes = sum(array.nbytes for array in payload.arrays().values()) / len(payload)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / len(payload)
-        print(f"{SAMPLES:,} samples, {len(payload):,} positions; {size:.0f} bytes a position against {raw_bytes:.0f} raw")
+        print(
+            f"{SAMPLES:,} samples, {len(payload):,} positions; {size:.0f} bytes a position against {raw_bytes:.0f} raw"
+        )
         measure("raw memory map, first", from_maps, order)
         raw = measure("raw memory map, again", from_maps, order)
         cold, warm = TeacherStore(path, cache_bytes=0), TeacherStore(path, cache_bytes=1 << 30)
