@@ -1,5 +1,6 @@
 """The trainer of stage two: transformers' Trainer with the objective of eq. 1 and a resume that is exact."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from switchkd.switch import switch_logits
 from switchkd.vlm import capture_vision_features
 
 PARTS = ("ce", "align", "vsd")
+NO_DISTANCE = 1e-6  # nats per position; what rounding leaves of a VSD that is 0
+log = logging.getLogger(__name__)
 
 
 class SwitchTrainer(Trainer):
@@ -122,6 +125,12 @@ class SwitchTrainer(Trainer):
                 means["ce"] + self.objective.align_weight * means["align"] + self.objective.vsd_weight * means["vsd"]
             )
             logs["positions"] = positions
+            if self.objective.switch and self.state.log_history == [] and means["vsd"] < NO_DISTANCE:
+                log.warning(
+                    "VSD is %.1e at the start: the student sees as the teacher does, so the switch pathway teaches it nothing. "
+                    "That is right if both have the same vision tower",
+                    means["vsd"],
+                )
             if not math.isfinite(logs["loss"]):
                 raise RunError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}; the last checkpoint is good"

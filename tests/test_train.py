@@ -5,8 +5,10 @@ import math
 import os
 import pickletools
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -171,14 +173,36 @@ def test_a_resumed_run_equals_an_undisturbed_one(options, monkeypatch, tmp_path)
     )
 
 
+RUN = "from switchkd.cli.main import main; main()"
+
+
+def flags_of(options, **changed):
+    """The command line of some options."""
+    words = {"student": options.student, "teacher": options.teacher, "data": options.data, "images": options.images}
+    words |= {"cache": options.cache, "output": options.output, "steps": 6, "batch_size": 4, "lr": 5e-3}
+    words |= {"log_every": 1, "save_every": 2} | changed
+    return [text for name, value in words.items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+@pytest.mark.parametrize("signal_sent", (signal.SIGINT, signal.SIGTERM))
+def test_interrupted_training_says_how_to_go_on(options, signal_sent):
+    """Ctrl-C, or a scheduler that takes the machine back."""
+    command = [sys.executable, "-c", RUN, "train", *flags_of(options, steps=100_000)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while process.poll() is None and resume_state.last_checkpoint(options.output) is None:
+        time.sleep(0.05)
+    process.send_signal(signal_sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    assert errors.splitlines()[-1] == "Error: interrupted; run the same command again to go on where it stopped"
+    assert "Traceback" not in errors
+
+
 def test_killed_training_goes_on(options, tmp_path):
     """SIGKILL in the middle of a real process, then the same command."""
     whole = replace(options, output=tmp_path / "whole", steps=8)
     train(whole)
-    words = {"student": options.student, "teacher": options.teacher, "data": options.data, "images": options.images}
-    words |= {"cache": options.cache, "output": options.output, "steps": 8, "batch-size": 4, "lr": 5e-3}
-    words |= {"log-every": 1, "save-every": 2}
-    flags = [text for name, value in words.items() for text in (f"--{name}", str(value))]
+    flags = flags_of(options, steps=8)
     kill = (
         "import os, signal\n"
         "from switchkd.pipelines import resume_state\n"
@@ -188,11 +212,10 @@ def test_killed_training_goes_on(options, tmp_path):
         "    save(folder, *rest)\n"
         "resume_state.save = dying\n"
     )
-    run = "from switchkd.cli.main import main; main()"
-    killed = subprocess.run([sys.executable, "-c", kill + run, "train", *flags], capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, "-c", kill + RUN, "train", *flags], capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert resume_state.last_checkpoint(options.output).name == "checkpoint-4"
-    again = subprocess.run([sys.executable, "-c", run, "train", *flags], capture_output=True, text=True)
+    again = subprocess.run([sys.executable, "-c", RUN, "train", *flags], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "checkpoint-4" in again.stderr
     assert history(options.output) == history(whole.output)
@@ -294,6 +317,20 @@ def test_align_is_the_distance_to_the_live_teacher(options, student, teacher, ca
         of_student, of_teacher = (load_model(open_checkpoint(c))(**batch).logits[rows] for c in (student, teacher))
     expected = dbild_loss(of_student, of_teacher).item()
     assert history(options.output)[0][2] == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_student_with_the_teachers_own_eyes_is_told_so(options, teacher, tmp_path, caplog):
+    own = LlavaForConditionalGeneration.from_pretrained(options.student)
+    whole = LlavaForConditionalGeneration.from_pretrained(teacher)
+    own.model.vision_tower.load_state_dict(whole.model.vision_tower.state_dict())
+    folder = shutil.copytree(options.student, tmp_path / "eyes")
+    own.save_pretrained(folder)
+    with caplog.at_level("WARNING", logger="switchkd"):
+        train(replace(options, steps=1))
+        assert "VSD is" not in caplog.text
+        # Every logit is in this store, in steps of 1/4096: the distance to it is rounding, squared.
+        train(replace(options, steps=1, student=folder, output=tmp_path / "eyes-run"))
+    assert caplog.text.count("the student sees as the teacher does") == 1
 
 
 def test_sft_needs_no_teacher_and_skips_bad_samples(options, tmp_path):
@@ -448,17 +485,9 @@ def test_two_processes_equal_one_with_the_same_global_batch(options, tmp_path, b
     """torchrun with gloo: the division is by the positions of all processes; one sample at a time, a batch is text only."""
     steps = 12 // (2 * batch_size * accumulation)  # every sample once
     train(replace(options, steps=steps, batch_size=2 * batch_size * accumulation))
-    words = {"student": options.student, "teacher": options.teacher, "data": options.data, "images": options.images}
-    words |= {
-        "cache": options.cache,
-        "output": tmp_path / "two",
-        "steps": steps,
-        "batch-size": batch_size,
-        "accumulation": accumulation,
-        "lr": 5e-3,
-        "log-every": 1,
-    }
-    flags = [text for name, value in words.items() for text in (f"--{name}", str(value))]
+    flags = flags_of(
+        options, output=tmp_path / "two", steps=steps, batch_size=batch_size, accumulation=accumulation, save_every=500
+    )
     main = tmp_path / "main.py"
     main.write_text("from switchkd.cli.main import main\nif __name__ == '__main__':\n    main()\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
