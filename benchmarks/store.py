@@ -4,9 +4,9 @@
 
 Teacher: SmolLM2-135M-Instruct, V = 49,152, on prose (real_teacher.py). The rank table comes from the first quarter of the
 positions, everything is measured on the rest. Bytes are those of a part's chunk files as the writer makes them, statistics
-included; KL is over the top k, KL(true ‖ decoded); rates are one thread, median of several repetitions, compression included.
-The gradient's error is that of full-vocabulary DBiLD against the live teacher, ‖g - g_live‖ / ‖g_live‖, for two students: the LM
-head on noisy states, close (KL about 0.05) and far (about 1.5).
+included; KL is over the top k, KL(true ‖ decoded); rates are one thread, median of several repetitions, through zarr and its
+codecs in memory. The gradient's error is that of full-vocabulary DBiLD against the live teacher, ‖g - g_live‖ / ‖g_live‖, for two
+students: the LM head on noisy states, close (KL about 0.05) and far (about 1.5).
 """
 
 import argparse
