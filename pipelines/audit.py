@@ -32,6 +32,7 @@ from switchkd.vlm import Checkpoint, freeze, load_model, open_checkpoint, requir
 
 # Without a student, its logits are the teacher's LM head on states with this much noise, in standard deviations of the states.
 PERTURBATION = 0.2
+CONTROL = "control: teacher against itself"
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,8 @@ def audit(options: AuditOptions) -> AuditReport:
     chosen = _choose(store, options)
     samples = SampleFile(options.data)
     model: Any = freeze(load_model(teacher, dtype=manifest.teacher["dtype"])).to(options.device)
-    sums = {
-        name: _Sums() for name in [*_sources(store, model.lm_head.weight, options), "control: teacher against itself"]
-    }
+    sources = _sources(store, model.lm_head.weight, options)
+    sums = {name: _Sums() for name in [*sources, CONTROL]}
     student_logits = _student(student, model, options)
     positions = 0
     with Progress("auditing", len(chosen), "samples") as progress:
@@ -108,10 +108,8 @@ def audit(options: AuditOptions) -> AuditReport:
             columns = teacher_columns(Payload.concatenate([store[index].payload for index in indices]))
             columns = {name: column.to(options.device) for name, column in columns.items()}
             s = student_logits(batch, states)[:, : manifest.vocab_rows].float()
-            signals: dict[str, TeacherSignal] = {
-                name: source.signal(columns) for name, source in _sources(store, model.lm_head.weight, options).items()
-            }
-            for name, signal in (signals | {"control: teacher against itself": DenseSignal(control)}).items():
+            signals: dict[str, TeacherSignal] = {name: source.signal(columns) for name, source in sources.items()}
+            for name, signal in (signals | {CONTROL: DenseSignal(control)}).items():
                 sums[name].add(s, live, signal)
             positions += len(live)
             progress.advance(len(batch), positions=len(live))

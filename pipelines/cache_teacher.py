@@ -92,26 +92,24 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
     )
     missing = writer.missing_parts(options.shard)
     already = len(range(options.shard[0], manifest.part_count, options.shard[1])) - len(missing)
-    counts: Counter[str] = Counter()
-    written = 0
+    skipped: Counter[str] = Counter()
+    written = usable = positions = 0
     total = sum(len(manifest.part_samples(part)) for part in missing)
     with Progress("caching", total, "samples") as progress:
         for part, arrays in _captured_parts(missing, manifest, encoder, samples, backend, options, progress):
             written += writer.write_part(part, arrays)
             progress.written_bytes = writer.written_bytes
-            counts["samples"] += int((arrays.status == Status.OK).sum())
-            counts["positions"] += len(arrays.payload)
-            for code in arrays.status[arrays.status != Status.OK]:
-                counts[f"skipped {Status(code).label}"] += 1
-    skipped = {name.removeprefix("skipped "): n for name, n in counts.items() if name.startswith("skipped ")}
+            positions += len(arrays.payload)
+            usable += int((arrays.status == Status.OK).sum())
+            skipped += Counter(Status(code).label for code in arrays.status[arrays.status != Status.OK])
     return CacheSummary(
         options.out,
         written,
         already,
         len(writer.missing_parts()),
-        counts["samples"],
-        counts["positions"],
-        skipped,
+        usable,
+        positions,
+        dict(skipped),
         writer.written_bytes,
     )
 

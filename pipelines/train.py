@@ -89,7 +89,7 @@ def train(options: TrainOptions) -> TrainSummary:
         args=arguments,
         train_dataset=samples,
         data_collator=Collator(pad_id_of(student.tokenizer)),
-        processing_class=_Processors(student),
+        processing_class=[student.tokenizer, student.image_processor],  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Report())
@@ -114,8 +114,9 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
         return None
     teacher = open_checkpoint(options.teacher, options.trust_remote_code)
     require_fit(teacher, student, objective.switch)
-    processors = [hash_image_processor(checkpoint.image_processor) for checkpoint in (teacher, student)]
-    if options.teacher_mode == "live" and processors[0] != processors[1]:
+    if options.teacher_mode == "live" and (
+        hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor)
+    ):
         raise CheckpointError(
             f"--teacher-mode live shows both models the same pixels, but the image processors of {teacher.path} and "
             f"{student.path} differ; cache the teacher instead"
@@ -244,13 +245,6 @@ def _training_arguments(options: TrainOptions, store: TeacherStore | None) -> Tr
         return TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training arguments: {error}") from error
-
-
-class _Processors(list[Any]):
-    """Tokenizer and image processor, saved with every checkpoint so that `from_pretrained` opens it anywhere."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__([checkpoint.tokenizer, checkpoint.image_processor])
 
 
 class _Report(TrainerCallback):

@@ -16,7 +16,7 @@ from switchkd.pipelines import resume_state
 from switchkd.pipelines.teacher_source import TeacherSource
 from switchkd.positions import count_positions, predicting_rows, targets
 from switchkd.switch import switch_logits
-from switchkd.vlm import capture_vision_features
+from switchkd.vlm import blank_image, capture_vision_features
 
 PARTS = ("ce", "align", "vsd")
 NO_DISTANCE = 1e-6  # nats per position; what rounding leaves of a VSD that is 0
@@ -101,9 +101,7 @@ class SwitchTrainer(Trainer):
         wait for it while other processes have images.
         """
         student = self.accelerator.unwrap_model(model)
-        vision = student.config.vision_config
-        shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
-        blank = torch.zeros(shape, dtype=student.dtype, device=self.args.device)
+        blank = blank_image(student.config).to(self.args.device, student.dtype)
         features: Tensor = student.model.get_image_features(pixel_values=blank).pooler_output[0]
         return features.sum()
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,6 @@ class _Part:
     offset: NDArray[np.int64]
     status: NDArray[np.uint8]
     digest: NDArray[np.uint64]
-    positions: int
 
 
 class TeacherStore:
@@ -79,7 +79,9 @@ class TeacherStore:
             raise StoreError(
                 f"{self.path}, array {layout.ID_OF_RANK}: not each of {self.manifest.vocab_rows} ids once; {_RECREATE}"
             )
-        self._forget()
+        self._parts: dict[int, _Part] = {}
+        self._chunks: LRUCache[tuple[int, int], Payload] = LRUCache(cache_bytes, getsizeof=attrgetter("nbytes"))
+        self._nothing = no_position(self.manifest)
 
     @classmethod
     def open(cls, path: Location) -> "TeacherStore":
@@ -151,16 +153,11 @@ class TeacherStore:
 
     def part_positions(self, part: int) -> int:
         """Return the number of positions of one part."""
-        return self._part(part).positions
+        return int(self._part(part).offset[-1])
 
     def part_stats(self, part: int) -> NDArray[np.float32]:
         """Return the statistics of all positions of one part, [P, 5]."""
         return np.asarray(self._read(self._part(part).group[layout.STATS]))
-
-    def _forget(self) -> None:
-        self._parts: dict[int, _Part] = {}
-        self._chunks: LRUCache[tuple[int, int], Payload] = LRUCache(self.cache_bytes, getsizeof=_payload_bytes)
-        self._nothing = no_position(self.manifest)
 
     def _part(self, number: int) -> _Part:
         if number not in self._parts:
@@ -183,7 +180,7 @@ class TeacherStore:
         self._check_files(key, entry["files"])
         arrays = _Arrays(self.place, group)
         offset, status, digest = (self._read(arrays[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST))
-        return _Part(arrays, entry, offset, status, digest, int(offset[-1]))
+        return _Part(arrays, entry, offset, status, digest)
 
     def _check_files(self, part_key: str, listed: dict[str, dict[str, Any]]) -> None:
         # A shard that is not there reads as fill values without an error, so the files are counted first.
@@ -241,10 +238,6 @@ class TeacherStore:
         # Each codec has its own way to say that bytes are damaged; there is nothing else to fail here.
         except Exception as error:
             raise StoreError(f"{self.path}, array {array.path or array.store_path}: {error}; {remedy}") from error
-
-
-def _payload_bytes(payload: Payload) -> int:
-    return payload.nbytes
 
 
 def read_manifest(path: Location) -> Manifest:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,11 @@ class SampleEncoder:
         self.images = images
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
-        self._pixel_cache: LRUCache[bytes, Tensor] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=_tensor_bytes)
+        self._pixel_cache: LRUCache[bytes, Tensor] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the pixels behind: they would be copied into every spawned DataLoader worker."""
-        return self.__dict__ | {"_pixel_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=_tensor_bytes)}
+        return self.__dict__ | {"_pixel_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))}
 
     def encode(self, sample: Sample, pixels: bool = True) -> EncodedSample:
         """Encode one sample.
@@ -156,10 +157,6 @@ def _naming(sample: Sample) -> Iterator[None]:
         yield
     except BadSample as bad:
         raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
-
-
-def _tensor_bytes(tensor: Tensor) -> int:
-    return tensor.nbytes
 
 
 def collate(samples: Sequence[EncodedSample], pad_id: int) -> dict[str, Any]:

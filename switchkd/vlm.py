@@ -104,12 +104,9 @@ def probe_vision(config: LlavaConfig) -> tuple[int, int]:
 
     The tower runs on the meta device, so any tower that transformers knows is measured rather than guessed.
     """
-    vision = config.vision_config
     with torch.device("meta"), torch.no_grad():
-        tower = AutoModel.from_config(vision).eval()
-        channels = getattr(vision, "num_channels", 3)
-        pixels = torch.empty(1, channels, vision.image_size, vision.image_size, dtype=tower.dtype)
-        states = tower(pixels, output_hidden_states=True).hidden_states
+        tower = AutoModel.from_config(config.vision_config).eval()
+        states = tower(blank_image(config).to(tower.dtype), output_hidden_states=True).hidden_states
     layers = config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else layers
     tokens = states[layers[0]].shape[1] - (config.vision_feature_select_strategy == "default")
@@ -170,10 +167,8 @@ def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:
     without a gradient stops DistributedDataParallel. One backward pass over a blank image finds them.
     """
     tower = model.model.vision_tower
-    vision = model.config.vision_config
     reached = [p for p in tower.parameters() if p.requires_grad]
-    pixels = torch.zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size, dtype=tower.dtype)
-    features = vision_features(model, pixels.to(tower.device))
+    features = vision_features(model, blank_image(model.config).to(tower.device, tower.dtype))
     gradients = torch.autograd.grad(features.float().sum(), reached, allow_unused=True)
     unused = {id(p) for p, g in zip(reached, gradients, strict=True) if g is None}
     names = [name for name, p in tower.named_parameters() if id(p) in unused]
@@ -181,6 +176,12 @@ def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:
         if id(parameter) in unused:
             parameter.requires_grad_(False)
     return names
+
+
+def blank_image(config: LlavaConfig) -> Tensor:
+    """Return one image of zeros in the size that a Llava's vision tower takes, [1, 3, H, W] float32."""
+    vision = config.vision_config
+    return torch.zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
 
 
 def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
