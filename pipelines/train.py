@@ -25,7 +25,7 @@ from switchkd.pipelines.training_data import Collator, TrainingSamples
 from switchkd.samples import SampleFile
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
-from switchkd.templates import Template, load_template, template_from_dict
+from switchkd.templates import load_template, template_from_dict
 from switchkd.vlm import (
     Checkpoint,
     freeze,
@@ -69,8 +69,7 @@ def train(options: TrainOptions) -> TrainSummary:
     teacher = _open_teacher(options, objective, student)
     store = _open_store(options, objective, teacher, student)
     payload = _payload(options, store, teacher)
-    encoder = SampleEncoder(student, _template(options, store), options.images, _max_length(options, store))
-    samples = TrainingSamples(SampleFile(options.data), encoder, store)
+    samples = TrainingSamples(SampleFile(options.data), _encoder(options, student, store), store)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
     arguments = _training_arguments(options, store)
@@ -173,14 +172,14 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
     return payload
 
 
-def _template(options: TrainOptions, store: TeacherStore | None) -> Template:
-    if store is not None:
-        return template_from_dict(store.manifest.template)
-    return load_template(options.template or "qwen2_base")
-
-
-def _max_length(options: TrainOptions, store: TeacherStore | None) -> int:
-    return store.manifest.max_length if store is not None else options.max_length or 2048
+def _encoder(options: TrainOptions, student: Checkpoint, store: TeacherStore | None) -> SampleEncoder:
+    """Encode as the store says that its samples were; without a store as the options say."""
+    if store is None:
+        template = load_template(options.template or "qwen2_base")
+        return SampleEncoder(student, template, options.images, options.max_length or 2048)
+    manifest = store.manifest
+    template = template_from_dict(manifest.template)
+    return SampleEncoder(student, template, options.images, manifest.max_length, manifest.max_image_pixels)
 
 
 def _load_teacher(

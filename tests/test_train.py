@@ -333,6 +333,29 @@ def test_a_student_with_the_teachers_own_eyes_is_told_so(options, teacher, tmp_p
     assert caplog.text.count("the student sees as the teacher does") == 1
 
 
+def test_samples_are_encoded_within_the_bounds_of_the_store(options, cached, tmp_path, monkeypatch):
+    made = CacheOptions(
+        teacher=options.teacher,
+        data=options.data,
+        images=options.images,
+        out=tmp_path / "s.zarr",
+        template="qa",
+        max_length=77,
+        max_image_pixels=1 << 30,
+    )
+    cache_teacher(made)
+    used = []
+
+    def stop(samples, encoder, store):
+        used.append((encoder.template.name, encoder.max_length, encoder.max_image_pixels))
+        raise Stop
+
+    monkeypatch.setattr("switchkd.pipelines.train.TrainingSamples", stop)
+    with pytest.raises(Stop):
+        train(replace(options, cache=made.out))
+    assert used == [("qa", 77, 1 << 30)]
+
+
 def test_sft_needs_no_teacher_and_skips_bad_samples(options, tmp_path):
     rows = tiny.rows(8)
     rows[2]["image"] = "nowhere.png"
