@@ -4,6 +4,7 @@ Every VLM here is an ordinary `transformers.LlavaForConditionalGeneration` check
 its vision tower, and says what must agree between a teacher and a student.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from switchkd.errors import CheckpointError
 from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
@@ -27,6 +29,12 @@ class LlavaWithoutVision(LlavaForConditionalGeneration):
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)  # from_pretrained builds on the meta device, so the tower costs nothing here
         self.model.vision_tower = None
+
+
+# transformers translates a Llava's saved names for its own classes only; without this an untied LM head is not found.
+register_checkpoint_conversion_mapping(
+    LlavaWithoutVision.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True
+)
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,9 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
         llava = LlavaConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **_PIL_BACKEND)
+        image_tokens, feature_width = probe_vision(llava)
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
-    image_tokens, feature_width = probe_vision(llava)
     return Checkpoint(folder, llava, tokenizer, processor, image_tokens, feature_width, trust_remote_code)
 
 
@@ -103,9 +111,17 @@ def probe_vision(config: LlavaConfig) -> tuple[int, int]:
     """Return (tokens an image becomes, width of the features) of a Llava's vision tower, without its weights.
 
     The tower runs on the meta device, so any tower that transformers knows is measured rather than guessed.
+
+    Raises:
+        ValueError: the tower takes something else than images (SigLIP2 NaFlex).
     """
     with torch.device("meta"), torch.no_grad():
         tower = AutoModel.from_config(config.vision_config).eval()
+        if "spatial_shapes" in inspect.signature(tower.forward).parameters:
+            raise ValueError(
+                f"a {config.vision_config.model_type} takes patches and their grid; Llava hands it plain images. Take a tower "
+                "of fixed resolution (SigLIP2's are of type siglip_vision_model)"
+            )
         states = tower(blank_image(config).to(tower.dtype), output_hidden_states=True).hidden_states
     layers = config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else layers

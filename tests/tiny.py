@@ -8,10 +8,12 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -59,23 +61,13 @@ def vision_config(kind="siglip", width=32, layers=2, size=16, patch=8):
     return SiglipVisionConfig(vision_use_head=False, **options) if kind == "siglip" else CLIPVisionConfig(**options)
 
 
-def checkpoint(
-    folder: Path,
-    seed: int,
-    *,
-    width=32,
-    layers=2,
-    vision=None,
-    rows=None,
-    words=WORDS,
-    layer=-1,
-    strategy="full",
-    tied=True,
-) -> Path:
-    """Save a tiny Llava with tokenizer and image processor, and return its folder."""
-    torch.manual_seed(seed)
-    text = Qwen2Config(
-        vocab_size=rows or len(words),
+LANGUAGES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+
+
+def text_config(kind="qwen2", width=32, layers=2, rows=15, tied=True):
+    options = {"head_dim": width // 2} if kind == "qwen3" else {}
+    return LANGUAGES[kind](
+        vocab_size=rows,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -84,8 +76,29 @@ def checkpoint(
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         pad_token_id=0,
+        bos_token_id=None,
         eos_token_id=1,
+        **options,
     )
+
+
+def checkpoint(
+    folder: Path,
+    seed: int,
+    *,
+    width=32,
+    layers=2,
+    vision=None,
+    language="qwen2",
+    rows=None,
+    words=WORDS,
+    layer=-1,
+    strategy="full",
+    tied=True,
+) -> Path:
+    """Save a tiny Llava with tokenizer and image processor, and return its folder."""
+    torch.manual_seed(seed)
+    text = text_config(language, width, layers, rows or len(words), tied)
     vision = vision or vision_config()
     config = LlavaConfig(
         vision_config=vision,
