@@ -6,18 +6,16 @@ Credentials and endpoint come from the environment, as obstore reads it: AWS_END
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import zarr
 
 from switchkd.errors import RunError, StoreError
 from switchkd.stores import layout
-from switchkd.stores.place import MARKER, Location, staged, sweep
+from switchkd.stores.place import MARKER, Files, Location
 
 try:
     import obstore
@@ -29,7 +27,6 @@ except ImportError:
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 AT_ONCE = 8  # requests in flight; each waits tens of milliseconds for its answer
-TEMPORARY = ".switchkd."  # how the names of staged folders begin
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -119,38 +116,30 @@ class Bucket:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(function, items))
 
-    def staged_store(self) -> AbstractContextManager[Path]:
-        """Stage in this machine's folder for temporary files (TMPDIR)."""
-        return staged(Path(tempfile.gettempdir()), TEMPORARY)
-
-    def staged_part(self, part: int) -> AbstractContextManager[Path]:
-        """Stage as `staged_store` does; the folder needs room for one part."""
-        return staged(Path(tempfile.gettempdir()), TEMPORARY, layout.part_name(part))
-
-    def commit_store(self, folder: Path) -> bool:
+    def commit_store(self, files: Files) -> bool:
         """Upload a store without parts, its marker last.
 
         Two creators may be at it with different rank tables. The table is one object and never written over, so both, and
         every writer after them, read the table of whoever came first.
         """
-        for name in _files(folder):
-            self._create(folder / name, name)
-        return self._create(folder / MARKER, MARKER)
+        for name in sorted(files.keys() - {MARKER}):
+            self._create(name, files[name])
+        return self._create(MARKER, files[MARKER])
 
-    def commit_part(self, folder: Path, part: int) -> bool:
+    def commit_part(self, part: int, files: Files) -> bool:
         """Upload a part, its marker last.
 
         Two writers of one part, which run the same teacher on the same samples, write the same bytes to the same keys, so
         it does no harm if their uploads cross. Objects that a dead writer left without a marker are written over.
         """
-        key, files = layout.part_key(part), _files(folder)
+        key, names = layout.part_key(part), sorted(files.keys() - {MARKER})
         there = self.sizes(key)
         if MARKER in there:
             return False
-        self._delete(f"{key}/{name}" for name in there.keys() - set(files))
-        if not all(self.each(lambda name: self._upload(folder / name, f"{key}/{name}", part), files)):
+        self._delete(f"{key}/{name}" for name in there.keys() - set(names))
+        if not all(self.each(lambda name: self._upload(f"{key}/{name}", files[name], part), names)):
             return False
-        return self._create(folder / MARKER, f"{key}/{MARKER}")
+        return self._create(f"{key}/{MARKER}", files[MARKER])
 
     def remove_part(self, part: int) -> None:
         """Delete the marker, then the rest."""
@@ -159,8 +148,7 @@ class Bucket:
         self._delete(f"{key}/{name}" for name in self.sizes(key))
 
     def sweep(self) -> None:
-        """Look into the folder for temporary files; objects without a marker may be those of a living writer."""
-        sweep(Path(tempfile.gettempdir()), TEMPORARY)
+        """Do nothing: objects without a marker may be those of a living writer, and the next commit clears them."""
 
     def _has(self, key: str) -> bool:
         try:
@@ -170,26 +158,26 @@ class Bucket:
             return False
         return True
 
-    def _create(self, file: Path, key: str) -> bool:
-        """Upload a file to a key that must be free; False, and nothing changed, if it is not.
+    def _create(self, key: str, data: bytes) -> bool:
+        """Upload to a key that must be free; False, and nothing changed, if it is not.
 
         A retry inside obstore may find the object that its first try made. It has our bytes, so False is no loss then.
         """
         with self.reaching(key):
             try:
-                obstore.put(self._store, key, file, mode="create")
+                obstore.put(self._store, key, data, mode="create")
             except AlreadyExistsError:
                 return False
         return True
 
-    def _upload(self, file: Path, key: str, part: int) -> bool:
+    def _upload(self, key: str, data: bytes, part: int) -> bool:
         """Upload a file of an uncommitted part; False if the part has been committed meanwhile."""
-        if self._create(file, key):
+        if self._create(key, data):
             return True
         if self.has_part(part):
             return False
         with self.reaching(key):
-            obstore.put(self._store, key, file)
+            obstore.put(self._store, key, data)
         return True
 
     def _delete(self, keys: Iterable[str]) -> None:
@@ -197,12 +185,6 @@ class Bucket:
         with self.reaching():
             if names:
                 obstore.delete(self._store, names)
-
-
-def _files(folder: Path) -> list[str]:
-    """Return a staged folder's files but its marker."""
-    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return sorted(name for name in found if name != MARKER)
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ from switchkd.errors import StoreError
 from switchkd.stores import layout
 
 Location = Path | str  # a folder, or the URL of a prefix
+Files = dict[str, bytes]  # by their paths inside a store or part
 MARKER = "zarr.json"  # a part or a store on an object store is there if its own group's metadata are
 
 T = TypeVar("T")
@@ -68,17 +69,11 @@ class Place(Protocol):
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Return `function` of every item, in order; several at once where that hides latency."""
 
-    def staged_store(self) -> AbstractContextManager[Path]:
-        """Return a context with a folder for a new store, which is not there yet; removed at the end if it is still there."""
+    def commit_store(self, files: Files) -> bool:
+        """Write a new store and make it visible by one act; False, and nothing changed, if another was first."""
 
-    def staged_part(self, part: int) -> AbstractContextManager[Path]:
-        """Return a context with a folder for a new part, as `staged_store`."""
-
-    def commit_store(self, folder: Path) -> bool:
-        """Make a staged store visible by one act; False, and nothing changed, if another was first."""
-
-    def commit_part(self, folder: Path, part: int) -> bool:
-        """Make a staged part visible by one act; False, and nothing changed, if another was first."""
+    def commit_part(self, part: int, files: Files) -> bool:
+        """Write a part and make it visible by one act; False, and nothing changed, if another was first."""
 
     def remove_part(self, part: int) -> None:
         """Make a part invisible by one act, then delete it."""
@@ -155,25 +150,17 @@ class Folder:
         """Take one after the other."""
         return [function(item) for item in items]
 
-    @contextmanager
-    def staged_store(self) -> Iterator[Path]:
-        """Stage beside the store, so that the rename stays on one file system."""
+    def commit_store(self, files: Files) -> bool:
+        """Write beside the store, so that the rename stays on one file system."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with staged(self.path.parent, f".{self.path.name}.") as folder:
-            yield folder
+        with _staged(self.path.parent, f".{self.path.name}.", files) as folder:
+            (folder / layout.WRITING).mkdir()
+            return _rename(folder, self.path)
 
-    def staged_part(self, part: int) -> AbstractContextManager[Path]:
-        """Stage in `.writing/`."""
-        return staged(self.path / layout.WRITING, "", layout.part_name(part))
-
-    def commit_store(self, folder: Path) -> bool:
-        """Rename the staged store into place."""
-        (folder / layout.WRITING).mkdir()
-        return _rename(folder, self.path)
-
-    def commit_part(self, folder: Path, part: int) -> bool:
-        """Rename the staged part into place."""
-        return _rename(folder, layout.part_path(self.path, part))
+    def commit_part(self, part: int, files: Files) -> bool:
+        """Write into `.writing/` and rename."""
+        with _staged(self.path / layout.WRITING, "", files, layout.part_name(part)) as folder:
+            return _rename(folder, layout.part_path(self.path, part))
 
     def remove_part(self, part: int) -> None:
         """Move the part out of sight by one rename, then delete it: an interrupted removal leaves no half part."""
@@ -183,22 +170,26 @@ class Folder:
 
     def sweep(self) -> None:
         """Look beside the store and into `.writing/`."""
-        sweep(self.path.parent, f".{self.path.name}.")
-        sweep(self.path / layout.WRITING, "")
+        _sweep(self.path.parent, f".{self.path.name}.")
+        _sweep(self.path / layout.WRITING, "")
 
 
 @contextmanager
-def staged(place: Path, prefix: str, name: str = "") -> Iterator[Path]:
-    """Yield a path for an unfinished folder, named so that `sweep` knows whose it is; delete what is there at the end."""
+def _staged(place: Path, prefix: str, files: Files, name: str = "") -> Iterator[Path]:
+    """Write files to an unfinished folder, named so that `_sweep` knows whose it is; delete what is there at the end."""
     words = [layout.writer_prefix(), name, uuid.uuid4().hex[:8]]
     folder = place / (prefix + "-".join(filter(None, words)))
     try:
+        for key, data in files.items():
+            file = folder / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(place: Path, prefix: str) -> None:
+def _sweep(place: Path, prefix: str) -> None:
     """Delete the unfinished folders in `place` that dead processes of this machine made."""
     begin = f"{prefix}{layout.host()}-"
     for leftover in list(place.glob(f"{begin}*")):

@@ -4,22 +4,26 @@ No lock and no coordinator: sample i belongs to part i // part_size, a part is w
 whoever comes second with the same part finds it there and drops its own. A killed writer loses its unfinished part only.
 """
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from switchkd.errors import RunError, StoreError
 from switchkd.stores import layout
 from switchkd.stores.codec import encode_hidden, encode_topk, invert, round_stats
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
-from switchkd.stores.place import Location, place_of
+from switchkd.stores.place import MARKER, Files, Location, place_of
 from switchkd.stores.reader import TeacherStore, read_manifest
 
 
@@ -82,16 +86,16 @@ class StoreWriter:
         except ValueError as error:
             raise RunError(f"part {part} cannot be stored: {error}") from error
         try:
-            with self._place.staged_part(part) as staged:
-                files = self._write_arrays(staged, part, data)
-                committed = self._place.commit_part(staged, part)
+            with _interruptions_held():
+                files = self._part_files(part, data)
+                committed = self._place.commit_part(part, files)
         except OSError as error:
             done = self.manifest.part_count - len(self.missing_parts())
             raise RunError(
                 f"cannot write part {part} of {self.path}: {error}. The {done} parts written so far are whole; "
                 "make room or mend the folder and run the same command again"
             ) from error
-        self.written_bytes += sum(entry["bytes"] for entry in files.values()) if committed else 0
+        self.written_bytes += sum(map(len, files.values())) if committed else 0
         return committed
 
     def _encode(self, arrays: PartArrays) -> dict[str, NDArray[Any]]:
@@ -118,9 +122,14 @@ class StoreWriter:
                 data[layout.SCALE] = scale
         return data
 
-    def _write_arrays(self, folder: Path, part: int, data: dict[str, NDArray[Any]]) -> dict[str, dict[str, Any]]:
-        """Write a part's arrays and what it says about itself; returns its list of files."""
-        group = zarr.create_group(folder)
+    def _part_files(self, part: int, data: dict[str, NDArray[Any]]) -> Files:
+        """Encode a part's arrays and what it says about itself.
+
+        In memory: zarr writes with several threads, and some of them go on after one has failed; no folder could be removed
+        under them.
+        """
+        buffers: dict[str, Buffer] = {}
+        group = zarr.create_group(MemoryStore(buffers))
         for name, values in data.items():
             array = group.create_array(
                 name, dtype=values.dtype, **layout.array_options(name, values.shape, values.dtype)
@@ -128,35 +137,50 @@ class StoreWriter:
             array[...] = values
         group[layout.STATS].attrs["columns"] = list(layout.STAT_COLUMNS)
         group[layout.DIGEST].attrs["columns"] = list(layout.DIGEST_COLUMNS)
-        files = {str(file): _file_entry(folder / file) for file in part_files(folder)}
+        files = _contents(buffers)
+        del files[MARKER]  # which holds this list
         group.attrs[layout.PART_KEY] = {
             "part": part,
             "store": self.manifest.identity,
             "samples": len(data[layout.STATUS]),
             "positions": len(data[layout.STATS]),
-            "files": files,
+            "files": {
+                name: {"bytes": len(content), "blake2b": layout.digest_bytes(content)}
+                for name, content in sorted(files.items())
+            },
         }
-        return files
+        return files | {MARKER: buffers[MARKER].to_bytes()}
 
     def _create(self, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
-        table = id_of_rank()
+        table, buffers = id_of_rank().astype(np.uint32), dict[str, Buffer]()
+        root = zarr.create_group(MemoryStore(buffers), attributes={layout.MANIFEST_KEY: self.manifest.as_attributes()})
+        root.create_group(layout.PARTS)
+        codecs: dict[str, Any] = {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
+        root.create_array(layout.ID_OF_RANK, data=table, chunks=table.shape, **codecs)
         try:
-            with self._place.staged_store() as staged:
-                root = zarr.create_group(staged, attributes={layout.MANIFEST_KEY: self.manifest.as_attributes()})
-                root.create_group(layout.PARTS)
-                codecs: dict[str, Any] = {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
-                root.create_array(layout.ID_OF_RANK, data=table.astype(np.uint32), chunks=table.shape, **codecs)
-                self._place.commit_store(staged)
+            self._place.commit_store(_contents(buffers))
         except OSError as error:
             raise StoreError(f"cannot create {self.path}: {error}") from error
 
 
-def part_files(folder: Path) -> list[Path]:
-    """Return a part's files relative to its folder, sorted, without the part's own zarr.json, which lists them."""
-    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    return sorted(file for file in files if file != Path("zarr.json"))
+def _contents(buffers: dict[str, Buffer]) -> Files:
+    return {name: buffer.to_bytes() for name, buffer in buffers.items()}
 
 
-def _file_entry(file: Path) -> dict[str, Any]:
-    data = file.read_bytes()
-    return {"bytes": len(data), "blake2b": layout.digest_bytes(data)}
+@contextmanager
+def _interruptions_held() -> Iterator[None]:
+    """Finish a part first: what zarr's threads have in hand cannot be called off, and would fail noisily at exit."""
+    caught: list[int] = []
+    held = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):  # else nothing in Python reacts to it
+                held[number] = handler
+                signal.signal(number, lambda received, _: caught.append(received))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])

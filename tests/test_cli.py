@@ -163,7 +163,7 @@ def test_a_full_disk_is_a_failed_run(place, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("switchkd.stores.writer.StoreWriter._write_arrays", full)
+        patch.setattr("switchkd.stores.place.Folder.commit_part", full)
         done = cache(place)
     assert done.exit_code == 1
     assert "No space left on device. The 0 parts written so far are whole" in done.output
