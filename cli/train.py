@@ -3,12 +3,19 @@
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libraries
 
 
 @click.command("train")
 @config_option
+@click.option(
+    "--stage",
+    type=click.Choice(["pt", "dpt", "sft", "dft"]),
+    help="Take the paper's settings of a stage for whatever is not given: pre-training on captions (pt; dpt: distilled), which "
+    "moves the projector alone, or fine-tuning of the whole student (sft; dft: distilled).",
+)
 @click.option("--teacher", type=PATH, help="Checkpoint folder of the teacher; its vision tower is not read.")
 @click.option("--student", type=PATH, required=True, help="Checkpoint folder of the student (a Llava).")
 @click.option("--data", type=PATH, required=True, help="The data file that was cached.")
@@ -30,6 +37,13 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
 @click.option("--temperature", type=float, help="τ.  [default: 3 for (d)bild, 1 for fkl and rkl]")
 @click.option(
     "--window", type=click.IntRange(2), help="Look for DBiLD's knee among this many leading logits.  [default: all]"
+)
+@click.option(
+    "--mean",
+    type=click.Choice(["position", "sample"]),
+    default="position",
+    show_default=True,
+    help="Over all positions of the global batch, or over each sample's positions first and then over the samples.",
 )
 @click.option(
     "--teacher-mode",
@@ -59,11 +73,23 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
     "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Samples per device and forward pass."
 )
 @click.option(
-    "--accumulation", type=click.IntRange(1), default=1, show_default=True, help="Forward passes per optimizer step."
+    "--accumulation",
+    type=click.IntRange(1),
+    help="Forward passes per optimizer step.  [default: 1, or as --global-batch asks]",
+)
+@click.option("--global-batch", type=click.IntRange(1), help="Samples per optimizer step over all devices.")
+@click.option(
+    "--train-parts",
+    default="vision,projector,language",
+    show_default=True,
+    help="Parts of the student that train; the others stay as they are.",
 )
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=2e-5, show_default=True, help="Peak learning rate."
 )
+@click.option("--lr-vision", type=click.FloatRange(0, min_open=True), help="Of the vision tower.  [default: --lr]")
+@click.option("--lr-projector", type=click.FloatRange(0, min_open=True), help="Of the projector.  [default: --lr]")
+@click.option("--lr-language", type=click.FloatRange(0, min_open=True), help="Of the LLM.  [default: --lr]")
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.03, show_default=True, help="Share of the steps.")
 @click.option("--schedule", default="cosine", show_default=True, help="A scheduler of transformers.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
@@ -93,8 +119,12 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     """
     quiet_libraries()
     from switchkd.pipelines.config import TrainOptions
+    from switchkd.pipelines.stages import with_stage
     from switchkd.pipelines.train import train
 
+    if options["stage"] is not None:
+        given = {n: v for n, v in options.items() if ctx.get_parameter_source(n) is not ParameterSource.DEFAULT}
+        options |= with_stage(options["stage"], given)
     trainer = ctx.obj["trainer"] if ctx.obj else {}
     done = train(TrainOptions(trainer=trainer, **options))
     losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in done.losses.items())

@@ -9,6 +9,7 @@ import yaml
 
 from switchkd.errors import ConfigError
 from switchkd.objective import Objective
+from switchkd.pipelines.stages import PARTS, parts_of
 from switchkd.signals import TailPolicy
 from switchkd.stores.place import Location
 
@@ -38,6 +39,7 @@ class TrainOptions:
     vsd_weight: float = 1.0  # λ2
     temperature: float | None = None
     window: int | None = None
+    mean: str = "position"  # or sample: of each sample first
     teacher_mode: str = "cached"  # or live: the standard pathway online, without a store
     payload: str | None = None  # None: hidden if the store has it, else topk
     tail: TailPolicy = "student"
@@ -46,8 +48,14 @@ class TrainOptions:
     epochs: float = 1.0
     steps: int | None = None  # overrides epochs
     batch_size: int = 16  # samples per device
-    accumulation: int = 1
+    accumulation: int | None = None  # None: what global_batch asks for, else 1
+    global_batch: int | None = None  # samples per optimizer step over all devices
+    stage: str | None = None  # whose defaults these options were made from, see stages.py
+    train_parts: str = "vision,projector,language"
     lr: float = 2e-5
+    lr_vision: float | None = None  # of a part; None: lr
+    lr_projector: float | None = None
+    lr_language: float | None = None
     warmup: float = 0.03  # share of the steps
     schedule: str = "cosine"
     weight_decay: float = 0.0
@@ -63,7 +71,43 @@ class TrainOptions:
 
     def as_objective(self) -> Objective:
         """Return the objective; raises ConfigError if its parts contradict each other."""
-        return Objective(self.objective, self.switch, self.align_weight, self.vsd_weight, self.temperature, self.window)
+        return Objective(
+            self.objective, self.switch, self.align_weight, self.vsd_weight, self.temperature, self.window, self.mean
+        )
+
+    def as_parts(self) -> frozenset[str]:
+        """Return the parts of the student that train.
+
+        Raises:
+            ConfigError: an unknown part, a learning rate of a part that does not train, or a switch pathway that teaches nothing.
+        """
+        parts = parts_of(self.train_parts)
+        if idle := [part for part in self.part_rates() if part not in parts]:
+            raise ConfigError(f"--lr-{idle[0]} is given, but --train-parts {self.train_parts} leaves {idle[0]} frozen")
+        if self.switch and "vision" not in parts:
+            raise ConfigError(
+                "the switch pathway teaches the vision tower alone: add vision to --train-parts, or pass --no-switch"
+            )
+        return parts
+
+    def part_rates(self) -> dict[str, float]:
+        """Return the peak learning rates of the parts that have their own."""
+        rates = {part: getattr(self, f"lr_{part}") for part in PARTS}
+        return {part: rate for part, rate in rates.items() if rate is not None}
+
+    def accumulated(self, processes: int) -> int:
+        """Return the forward passes per optimizer step of `processes` devices. Raises ConfigError if the batches do not fit."""
+        if self.global_batch is None:
+            return 1 if self.accumulation is None else self.accumulation
+        if self.accumulation is not None:
+            raise ConfigError("--global-batch and --accumulation say the same thing twice: pass one of them")
+        at_once = self.batch_size * processes
+        if self.global_batch % at_once:
+            raise ConfigError(
+                f"a global batch of {self.global_batch} samples cannot be made of {processes} devices x {self.batch_size} "
+                "samples: choose a --batch-size that divides it, or pass --accumulation"
+            )
+        return self.global_batch // at_once
 
 
 def record(folder: Path, plain: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from switchkd.pipelines import config
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.resume_state import last_checkpoint
+from switchkd.pipelines.stages import freeze_other_parts
 from switchkd.pipelines.teacher_source import LiveTeacher, StoredHidden, StoredTopK, TeacherSource
 from switchkd.pipelines.trainer import SwitchTrainer
 from switchkd.pipelines.training_data import Collator, TrainingSamples
@@ -61,7 +63,7 @@ def train(options: TrainOptions) -> TrainSummary:
         StoreMismatch: during the run, a sample that is not the one that was cached.
         RunError: the loss is not finite.
     """
-    objective = options.as_objective()
+    objective, parts = options.as_objective(), options.as_parts()
     if (options.output / SUMMARY).is_file():
         config.record(options.output, config.plain(options))
         return _finished(options)
@@ -77,13 +79,15 @@ def train(options: TrainOptions) -> TrainSummary:
     config.record(options.output, config.plain(options))
 
     model = load_model(student, dtype="float32")
-    unused = freeze_unused_vision(model)
+    freeze_other_parts(model, parts)
+    unused = freeze_unused_vision(model) if "vision" in parts else []
     source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
     _report(options, samples, model, unused, resume)
     trainer = SwitchTrainer(
         objective=objective,
         source=source,
         teacher=switch_teacher,
+        part_rates=options.part_rates(),
         model=model,
         args=arguments,
         train_dataset=samples,
@@ -215,7 +219,7 @@ def _training_arguments(options: TrainOptions, store: TeacherStore | None) -> Tr
     arguments: dict[str, Any] = {
         "output_dir": str(options.output),
         "per_device_train_batch_size": options.batch_size,
-        "gradient_accumulation_steps": options.accumulation,
+        "gradient_accumulation_steps": options.accumulated(int(os.environ.get("WORLD_SIZE", "1"))),
         "num_train_epochs": options.epochs,
         "max_steps": -1 if options.steps is None else options.steps,
         "learning_rate": options.lr,
@@ -269,7 +273,8 @@ def _report(
     resume: Path | None,
 ) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("student: %s of %s parameters train", f"{trained:,}", f"{sum(p.numel() for p in model.parameters()):,}")
+    every = sum(p.numel() for p in model.parameters())
+    log.info("student: %s of %s parameters train (%s)", f"{trained:,}", f"{every:,}", options.train_parts)
     if unused:
         log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
     log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlavaForConditionalGeneration, Trainer
 from switchkd.errors import CheckpointError, RunError
 from switchkd.objective import LossParts, Objective
 from switchkd.pipelines import resume_state
+from switchkd.pipelines.stages import set_part_rates
 from switchkd.pipelines.teacher_source import TeacherSource
 from switchkd.positions import count_positions, predicting_rows, targets
 from switchkd.switch import switch_logits
@@ -24,10 +26,11 @@ log = logging.getLogger(__name__)
 
 
 class SwitchTrainer(Trainer):
-    """Minimises CE + λ1·Align + λ2·VSD; each a mean over the supervised positions of the global batch.
+    """Minimises CE + λ1·Align + λ2·VSD; each the objective's mean over the global batch (all devices and micro-batches).
 
     Args:
         objective: what is minimised.
+        part_rates: peak learning rates of parts of the student that have their own, see `stages.set_part_rates`.
         source: where Align and VSD have the teacher's word from; None for "sft".
         teacher: frozen, for the switch pathway; None if VSD is off.
         arguments: those of `transformers.Trainer`.
@@ -39,6 +42,7 @@ class SwitchTrainer(Trainer):
         objective: Objective,
         source: TeacherSource | None,
         teacher: LlavaForConditionalGeneration | None,
+        part_rates: dict[str, float] | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -47,24 +51,47 @@ class SwitchTrainer(Trainer):
         self.source = source
         if source is not None:
             source.to(self.args.device)
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the positions of the whole accumulated batch
-        self._logged = torch.zeros(len(PARTS) + 1, dtype=torch.float64)  # sums since the last log, and positions
+        self.part_rates = part_rates or {}
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole accumulated batch
+        self._logged = torch.zeros(
+            len(PARTS) + 2, dtype=torch.float64
+        )  # sums since the last log; their count; positions
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of one micro-batch: a sum over its positions, divided by those of the global batch."""
+        """Return the loss of one micro-batch: a sum over its positions, divided by the count of the global batch."""
         parts = self.loss_parts(model, inputs)
-        positions = count_positions(inputs["labels"]).sum()
-        self._record(parts, positions)
+        count = self.objective.count(inputs["labels"])
+        self._record(parts, count, count_positions(inputs["labels"]).sum())
         total = self.objective.total(parts)
-        if self.args.world_size > 1 and "pixel_values" not in inputs:
+        if "pixel_values" not in inputs and (self.args.world_size > 1 or not total.requires_grad):
             total = total + 0.0 * self._idle_vision(model)
         if num_items_in_batch is None:
-            return total / positions.clamp_min(1)
-        # DistributedDataParallel averages gradients over processes; the division is by all processes' positions.
+            return total / count.clamp_min(1)
+        # DistributedDataParallel averages gradients over processes; the division is by all processes' count.
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * scale / num_items_in_batch
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return the micro-batches of one step and what the objective's mean divides by: the Trainer counts positions only."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.objective.mean == "position" or count is None:
+            return batches, count
+        here = torch.stack([self.objective.count(batch["labels"]) for batch in batches]).sum().to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            here = self.accelerator.gather(here).sum()
+        return batches, here
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the Trainer's optimizer, with a learning rate of its own for each part that has one."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.part_rates:
+            set_part_rates(optimizer, self.model if model is None else model, self.part_rates)
+        return optimizer
 
     def loss_parts(self, model: nn.Module, batch: dict[str, Any]) -> LossParts:
         """Run the student, the switch pathway and the objective over one batch; see `Objective.parts`."""
@@ -92,33 +119,34 @@ class SwitchTrainer(Trainer):
                 rows[has_image],
             )
         signal = None if self.source is None else self.source.signal(batch)
-        return self.objective.parts(logits, targets(batch["labels"]), signal, switch, on_image)
+        weights = self.objective.weights(batch["labels"])
+        return self.objective.parts(logits, targets(batch["labels"]), signal, switch, on_image, weights)
 
     def _idle_vision(self, model: nn.Module) -> Tensor:
         """Show the student a blank image, for its graph only.
 
-        In a batch of text alone no gradient would reach the vision tower and the projector, and DistributedDataParallel would
-        wait for it while other processes have images.
+        In a batch of text alone no gradient would reach the vision tower and the projector: DistributedDataParallel would wait
+        for it while other processes have images, and a stage that trains the projector alone would have nothing to go back through.
         """
         student = self.accelerator.unwrap_model(model)
         blank = blank_image(student.config).to(self.args.device, student.dtype)
         features: Tensor = student.model.get_image_features(pixel_values=blank).pooler_output[0]
         return features.sum()
 
-    def _record(self, parts: LossParts, positions: Tensor) -> None:
+    def _record(self, parts: LossParts, count: Tensor, positions: Tensor) -> None:
         sums = [torch.zeros_like(parts.ce) if part is None else part.detach() for part in parts]
         self._logged = self._logged.to(positions.device)
-        self._logged += torch.stack([*(s.double() for s in sums), positions.double()])
+        self._logged += torch.stack([*(s.double() for s in sums), count.double(), positions.double()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss, nats per position over the global batch since the last log."""
+        """Add the parts of the loss, nats, each the objective's mean over the global batches since the last log."""
         if "loss" in logs:
             sums = self.accelerator.reduce(self._logged.clone(), reduction="sum")
-            *values, positions = sums.tolist()
+            *values, count, positions = sums.tolist()
             self._logged.zero_()
-            means = dict(zip(PARTS, (value / max(positions, 1) for value in values), strict=True))
+            means = dict(zip(PARTS, (value / max(count, 1) for value in values), strict=True))
             logs |= {f"loss_{name}": mean for name, mean in means.items()}
-            # The Trainer averages over steps, whatever their length; this is the mean over positions, as the parts are.
+            # The Trainer averages over steps, whatever their length; this is the objective's mean, as the parts are.
             logs["loss"] = (
                 means["ce"] + self.objective.align_weight * means["align"] + self.objective.vsd_weight * means["vsd"]
             )

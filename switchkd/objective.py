@@ -10,6 +10,7 @@ from torch import Tensor
 
 from switchkd.errors import ConfigError
 from switchkd.losses import bild_loss, dbild_loss, kl_loss
+from switchkd.positions import count_positions, per_sample_weights
 from switchkd.signals import TeacherSignal
 
 _Distance = Callable[..., Tensor]
@@ -25,8 +26,11 @@ OBJECTIVES: dict[str, _Distance | None] = {
 }
 
 
+MEANS = ("position", "sample")
+
+
 class LossParts(NamedTuple):
-    """Sums over positions, nats; divide by the positions of the global batch. A part that is off is None."""
+    """Weighted sums over positions, nats; divide by what `Objective.mean` counts. A part that is off is None."""
 
     ce: Tensor
     align: Tensor | None
@@ -43,6 +47,8 @@ class Objective:
         align_weight, vsd_weight: λ1, λ2.
         temperature: τ; None takes 3 for (D)BiLD, as the paper, and 1 for plain KL.
         window: restricts DBiLD's knee search, see `kneedle`; None is the paper.
+        mean: "position" is the mean over all supervised positions of the global batch; "sample" takes each sample's mean over
+            its positions first and then the mean over the samples of the global batch, so that long answers weigh no more.
 
     Raises:
         ConfigError: unknown name, switch or window with an objective that has none, a temperature that is not positive.
@@ -54,6 +60,7 @@ class Objective:
     vsd_weight: float = 1.0
     temperature: float | None = None
     window: int | None = None
+    mean: str = "position"
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -66,14 +73,25 @@ class Objective:
             raise ConfigError(f"a knee window has at least 2 logits, got {self.window}")
         if self.temperature is not None and not self.temperature > 0:
             raise ConfigError(f"the temperature must be positive, got {self.temperature}")
+        if self.mean not in MEANS:
+            raise ConfigError(f"the mean is one over {'s or over '.join(MEANS)}s, got {self.mean!r}")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether anything but CE is computed."""
         return self.name != "sft"
 
-    def distance(self, logits: Tensor, teacher: TeacherSignal) -> Tensor:
-        """Return the named loss between `logits` [T, N] and the teacher, summed over positions."""
+    def count(self, labels: Tensor) -> Tensor:
+        """Return how many things the mean runs over, positions or samples with a position: [B, L] labels → scalar int64."""
+        positions = count_positions(labels)
+        return positions.sum() if self.mean == "position" else (positions > 0).sum()
+
+    def weights(self, labels: Tensor) -> Tensor | None:
+        """Return the weight of each position, [P] float32; None where all weigh 1."""
+        return None if self.mean == "position" else per_sample_weights(labels)
+
+    def distance(self, logits: Tensor, teacher: TeacherSignal, weights: Tensor | None = None) -> Tensor:
+        """Return the named loss between `logits` [T, N] and the teacher, summed over positions with `weights` [T]."""
         loss = OBJECTIVES[self.name]
         assert loss is not None
         options: dict[str, float] = {}
@@ -81,7 +99,7 @@ class Objective:
             options["temperature"] = self.temperature
         if self.window is not None:
             options["window"] = self.window
-        return loss(logits, teacher, reduction="sum", **options)
+        return _weighted_sum(loss(logits, teacher, reduction="none", **options), weights)
 
     def parts(
         self,
@@ -90,6 +108,7 @@ class Objective:
         teacher: TeacherSignal | None,
         switch: Tensor | None,
         on_image: Tensor,
+        weights: Tensor | None = None,
     ) -> LossParts:
         """Compute CE, Align (eq. 4) and VSD (eq. 6), each summed over positions.
 
@@ -100,13 +119,17 @@ class Objective:
             teacher: signal over the same P positions and N ≤ V_S rows; None for "sft".
             switch: z_switch at the positions of image samples, [P_image, V_T]; None if there are none or VSD is off.
             on_image: [P] bool, which positions belong to image samples.
+            weights: [P], of each position; see `Objective.weights`. VSD's are those of image samples.
         """
-        ce = F.cross_entropy(student_logits.float(), targets, reduction="sum")
+        ce = _weighted_sum(F.cross_entropy(student_logits.float(), targets, reduction="none"), weights)
         if not self.needs_teacher or teacher is None:
             return LossParts(ce, None, None)
         rows = teacher.vocab_rows
-        align = self.distance(student_logits[:, :rows], teacher)
-        vsd = None if switch is None else self.distance(switch[:, :rows], teacher.select(on_image))
+        align = self.distance(student_logits[:, :rows], teacher, weights)
+        vsd = None
+        if switch is not None:
+            on_image_weights = None if weights is None else weights[on_image]
+            vsd = self.distance(switch[:, :rows], teacher.select(on_image), on_image_weights)
         return LossParts(ce, align, vsd)
 
     def total(self, parts: LossParts) -> Tensor:
@@ -117,3 +140,7 @@ class Objective:
         if parts.vsd is not None:
             total = total + self.vsd_weight * parts.vsd
         return total
+
+
+def _weighted_sum(per_position: Tensor, weights: Tensor | None) -> Tensor:
+    return per_position.sum() if weights is None else (per_position * weights.to(per_position.dtype)).sum()

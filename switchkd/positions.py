@@ -31,3 +31,9 @@ def targets(labels: Tensor) -> Tensor:
 def count_positions(labels: Tensor) -> Tensor:
     """Return the number of positions of each sample, [B, L] → [B] int64."""
     return (labels[:, 1:] != IGNORED).sum(-1)
+
+
+def per_sample_weights(labels: Tensor) -> Tensor:
+    """Return the weight of each position in a mean over samples: 1 / the positions of its sample, [P] float32."""
+    counts = count_positions(labels)
+    return (1 / counts.clamp_min(1)).repeat_interleave(counts)

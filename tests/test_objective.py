@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from switchkd.errors import ConfigError
 from switchkd.losses import dbild_loss, kl_loss
 from switchkd.objective import OBJECTIVES, LossParts, Objective
+from switchkd.positions import targets
 from switchkd.signals import DenseSignal
 
 P, N, V = 4, 9, 12
@@ -72,8 +73,41 @@ def test_the_total_weighs_the_parts():
         ({"name": "fkl", "window": 8}, "window belongs to dbild-fkl and dbild-rkl"),
         ({"window": 1}, "at least 2 logits, got 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"mean": "token"}, "mean is one over positions or over samples, got 'token'"),
     ],
 )
 def test_contradictions_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         Objective(**options)
+
+
+def labels_of(*counts):
+    """Labels of samples with so many positions each."""
+    width = max(counts) + 1
+    return torch.tensor([[-100, *range(n), *[-100] * (width - 1 - n)] for n in counts])
+
+
+def test_the_mean_over_samples_is_a_loop_over_samples():
+    labels, switch = labels_of(3, 1), normal(3, V)[:3]
+    objective = Objective("rkl", mean="sample")
+    logits = normal(1, V).requires_grad_()
+    on_image = torch.tensor([True, True, True, False])
+    found = objective.parts(
+        logits, targets(labels), DenseSignal(normal(2, N)), switch, on_image, objective.weights(labels)
+    )
+    expected = {"ce": 0.0, "align": 0.0, "vsd": 0.0}
+    again = normal(1, V).requires_grad_()
+    for of_sample in (slice(0, 3), slice(3, 4)):
+        teacher = normal(2, N)[of_sample]
+        expected["ce"] += F.cross_entropy(again[of_sample], targets(labels)[of_sample])
+        expected["align"] += kl_loss(again[of_sample, :N], teacher, direction="reverse")
+        if of_sample.stop <= len(switch):
+            expected["vsd"] += kl_loss(switch[of_sample, :N], teacher, direction="reverse")
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found, name), value)
+    objective.total(found).backward()
+    sum(expected.values()).backward()
+    torch.testing.assert_close(logits.grad, again.grad)
+    assert objective.count(labels) == 2
+    assert Objective("rkl").count(labels) == 4
+    assert Objective("rkl").weights(labels) is None

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchkd.positions import IGNORED, count_positions, predicting_rows, targets
+from switchkd.positions import IGNORED, count_positions, per_sample_weights, predicting_rows, targets
 
 # Two samples of one batch, token by token: (token, supervised?, does its logits row predict a supervised token?).
 ONE_TURN = [
@@ -109,3 +109,10 @@ def test_padding_on_the_right_changes_no_position(labels):
     assert torch.equal(predicting_rows(padded)[:, : labels.shape[1]], predicting_rows(labels))
     assert torch.equal(targets(padded), targets(labels))
     assert torch.equal(count_positions(padded), count_positions(labels))
+
+
+def test_weights_give_the_mean_over_samples_of_means_over_positions():
+    labels = torch.tensor([[-100, 3, 4, 5], [-100, -100, -100, -100], [-100, -100, -100, 7]])
+    weights = per_sample_weights(labels)
+    values = torch.tensor([1.0, 2.0, 6.0, 10.0])  # of the positions: 3 of sample 0, 1 of sample 2
+    assert (weights * values).sum() / 2 == ((1 + 2 + 6) / 3 + 10) / 2

@@ -488,7 +488,7 @@ def test_an_image_that_vanished_is_named(options, cached, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(options, monkeypatch):
     monkeypatch.setattr("switchkd.objective.Objective.total", lambda self, parts: parts.ce * math.nan)
-    monkeypatch.setattr("switchkd.objective.Objective.distance", lambda self, logits, teacher: logits.sum() * math.nan)
+    monkeypatch.setattr("switchkd.objective.Objective.distance", lambda self, logits, *_: logits.sum() * math.nan)
     with pytest.raises(RunError, match="the loss is nan at step 1"):
         train(options)
 
@@ -503,23 +503,26 @@ def test_a_full_disk_names_the_last_good_checkpoint(options, monkeypatch):
         train(options)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (1, 2), (1, 1)])
-def test_two_processes_equal_one_with_the_same_global_batch(options, tmp_path, batch_size, accumulation):
-    """torchrun with gloo: the division is by the positions of all processes; one sample at a time, a batch is text only."""
-    steps = 12 // (2 * batch_size * accumulation)  # every sample once
-    train(replace(options, steps=steps, batch_size=2 * batch_size * accumulation))
-    flags = flags_of(
-        options, output=tmp_path / "two", steps=steps, batch_size=batch_size, accumulation=accumulation, save_every=500
-    )
+def two_processes(options, tmp_path, **changed):
+    """Train under torchrun with gloo; the run is in `tmp_path / "two"`."""
+    flags = flags_of(options, output=tmp_path / "two", save_every=500, **changed)
     main = tmp_path / "main.py"
     main.write_text("from switchkd.cli.main import main\nif __name__ == '__main__':\n    main()\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    return subprocess.run(
         [*launcher, str(main), "train", *flags],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (1, 2), (1, 1)])
+def test_two_processes_equal_one_with_the_same_global_batch(options, tmp_path, batch_size, accumulation):
+    """torchrun with gloo: the division is by the positions of all processes; one sample at a time, a batch is text only."""
+    steps = 12 // (2 * batch_size * accumulation)  # every sample once
+    train(replace(options, steps=steps, batch_size=2 * batch_size * accumulation))
+    done = two_processes(options, tmp_path, steps=steps, batch_size=batch_size, accumulation=accumulation)
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(history(options.output), history(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
