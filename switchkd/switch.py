@@ -19,20 +19,20 @@ def switch_logits(
     Args:
         teacher: the frozen teacher; its vision tower is not used and need not exist.
         features: V_S(x), [B, n, d_v], with graph.
-        input_ids: [B, L], n image tokens a sample. attention_mask: [B, L].
+        input_ids: [B, L], as many image tokens a sample as the projector makes of its features. attention_mask: [B, L].
         rows: [B, L] bool, the rows that predict supervised tokens (`positions.predicting_rows`).
 
     Returns:
         [P, V], in row-major order of `rows`; the LM head runs at these rows only.
 
     Raises:
-        ValueError: the number of image tokens is not that of the features.
+        ValueError: the number of image tokens is not that of the projected features.
     """
     embeds = teacher.get_input_embeddings()(input_ids)
     is_image = input_ids == teacher.config.image_token_id
-    if int(is_image.sum()) != features.shape[0] * features.shape[1]:
-        raise ValueError(f"{int(is_image.sum())} image tokens for features of shape {tuple(features.shape)}")
-    image_embeds = teacher.model.multi_modal_projector(features.to(embeds.dtype))  # P_T(V_S(x)), [B, n, d]
+    image_embeds = teacher.model.multi_modal_projector(features.to(embeds.dtype))  # P_T(V_S(x)), [B, tokens, d]
+    if int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
+        raise ValueError(f"{int(is_image.sum())} image tokens for projected features of {tuple(image_embeds.shape)}")
     embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds)
     states = teacher.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
     logits: Tensor = teacher.lm_head(states.last_hidden_state[rows])

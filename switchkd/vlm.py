@@ -1,7 +1,8 @@
 """A VLM in three parts: vision tower V, projector P, language model L (paper, section 3.1).
 
-Every VLM here is an ordinary `transformers.LlavaForConditionalGeneration` checkpoint. This module loads one, whole or without
-its vision tower, and says what must agree between a teacher and a student.
+Every VLM here is an ordinary `transformers.LlavaForConditionalGeneration` checkpoint, or one whose projector is LDPv2
+(`projectors.py`). This module loads one, whole or without its vision tower, and says what must agree between a teacher and a
+student.
 """
 
 import inspect
@@ -15,10 +16,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from switchkd.errors import CheckpointError
 from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
+from switchkd.projectors import (
+    SwitchLlavaConfig,
+    SwitchLlavaForConditionalGeneration,
+    model_class,
+    tokens_of,
+    translate_names_of,
+)
+
+CONFIGS = {kind.model_type: kind for kind in (LlavaConfig, SwitchLlavaConfig)}
 
 
 class LlavaWithoutVision(LlavaForConditionalGeneration):
@@ -31,10 +40,14 @@ class LlavaWithoutVision(LlavaForConditionalGeneration):
         self.model.vision_tower = None
 
 
-# transformers translates a Llava's saved names for its own classes only; without this an untied LM head is not found.
-register_checkpoint_conversion_mapping(
-    LlavaWithoutVision.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True
-)
+class SwitchLlavaWithoutVision(LlavaWithoutVision, SwitchLlavaForConditionalGeneration):
+    """The same with LDPv2."""
+
+    config_class = SwitchLlavaConfig
+
+
+for _kind in (LlavaWithoutVision, SwitchLlavaWithoutVision):
+    translate_names_of(_kind)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,8 @@ class Checkpoint:
     tokenizer: Any
     image_processor: Any
     image_tokens: int  # tokens an image becomes
-    feature_width: int  # d_v, width of the features that enter the projector
+    feature_tokens: int  # n, features that enter the projector; more than image_tokens if it pools them
+    feature_width: int  # d_v, their width
     trust_remote_code: bool = False
 
     @property
@@ -80,17 +94,22 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
         raise CheckpointError(f"no checkpoint at {folder}: expected a folder with a config.json")
     with _as_checkpoint_error(folder):
         config = LlavaConfig.get_config_dict(folder)[0]
-        if config.get("model_type") != "llava":
+        kind = CONFIGS.get(config.get("model_type", ""))
+        if kind is None:
             raise CheckpointError(
-                f"{folder} is a {config.get('model_type')!r} model; expected a LlavaForConditionalGeneration (model_type 'llava')"
+                f"{folder} is a {config.get('model_type')!r} model; expected a LlavaForConditionalGeneration "
+                f"(model_type {' or '.join(CONFIGS)})"
             )
-        llava = LlavaConfig.from_pretrained(folder)
+        llava = kind.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **_PIL_BACKEND)
-        image_tokens, feature_width = probe_vision(llava)
+        feature_tokens, feature_width = probe_vision(llava)
+        image_tokens = tokens_of(llava, feature_tokens)
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
-    return Checkpoint(folder, llava, tokenizer, processor, image_tokens, feature_width, trust_remote_code)
+    return Checkpoint(
+        folder, llava, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
+    )
 
 
 def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, str]:
@@ -108,7 +127,7 @@ _PIL_BACKEND = {"backend": "pil"}
 
 
 def probe_vision(config: LlavaConfig) -> tuple[int, int]:
-    """Return (tokens an image becomes, width of the features) of a Llava's vision tower, without its weights.
+    """Return (number, width) of the features that a Llava's vision tower hands to the projector, without its weights.
 
     The tower runs on the meta device, so any tower that transformers knows is measured rather than guessed.
 
@@ -140,7 +159,9 @@ def load_model(
     Raises:
         CheckpointError: weights missing, of another shape, or not safetensors.
     """
-    kind = LlavaForConditionalGeneration if vision else LlavaWithoutVision
+    kind = model_class(checkpoint.config)
+    if not vision:
+        kind = LlavaWithoutVision if kind is LlavaForConditionalGeneration else SwitchLlavaWithoutVision
     with _as_checkpoint_error(checkpoint.path):
         model, report = kind.from_pretrained(
             checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
@@ -226,8 +247,8 @@ def capture_vision_features(model: nn.Module) -> Iterator[list[Tensor]]:
 def require_fit(teacher: Checkpoint, student: Checkpoint, switch: bool) -> None:
     """Check that a student can learn from a teacher.
 
-    Both pathways need one tokenizer, image token id and image token count; the switch pathway also needs one feature width,
-    since the teacher's projector reads the student's features.
+    Both pathways need one tokenizer, image token id and image token count; the switch pathway also needs features of one
+    width and number, since the teacher's projector reads the student's.
 
     Raises:
         CheckpointError: names both sides of the first thing that does not fit.
@@ -246,6 +267,11 @@ def require_fit(teacher: Checkpoint, student: Checkpoint, switch: bool) -> None:
         raise CheckpointError(
             f"an image becomes {teacher.image_tokens} tokens for the teacher and {student.image_tokens} for the student: "
             f"{sides}. Choose towers with the same number of patches"
+        )
+    if switch and teacher.feature_tokens != student.feature_tokens:
+        raise CheckpointError(
+            f"the switch pathway feeds the student's {student.feature_tokens} vision features to the teacher's projector, which "
+            f"takes {teacher.feature_tokens}: {sides}. Choose a vision tower with the teacher's number of patches, or --no-switch"
         )
     if switch and teacher.feature_width != student.feature_width:
         raise CheckpointError(

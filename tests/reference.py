@@ -1,4 +1,6 @@
-"""Naive oracles, written from the equations of arXiv 2604.14629 with loops in float64. They share no code with the package."""
+"""Naive oracles, written from the equations of arXiv 2604.14629 with loops in float64. They share no code with the package.
+
+`ldpv2` follows MobileVLM V2 (arXiv 2402.03766, section 3.3)."""
 
 import math
 
@@ -62,4 +64,34 @@ def bild(student: Tensor, teacher: Tensor, top_k: int, temperature: float, diver
     for s, t in zip(student, teacher, strict=True):
         branches = (ranking(t)[:top_k], ranking(s)[:top_k])
         out.append(sum(logits_difference(s, t, ids, temperature, divergence) for ids in branches))
+    return torch.stack(out)
+
+
+def ldpv2(features: Tensor, weights: dict[str, Tensor], grid: int) -> Tensor:
+    """LDPv2 on one image, [n, d_v] → [grid², d]: two pointwise layers, average pooling, depthwise 3×3 with a residual."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    side = round(len(features) ** 0.5)
+    tokens = []
+    for feature in features.double():
+        inner = w["linear_1.weight"] @ feature + w["linear_1.bias"]
+        inner = 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
+        tokens.append(w["linear_2.weight"] @ inner + w["linear_2.bias"])
+    width = len(tokens[0])
+    pooled = {}
+    for i in range(grid):
+        for j in range(grid):  # a cell averages every token that its part of the square touches
+            rows = range(i * side // grid, -(-(i + 1) * side // grid))
+            columns = range(j * side // grid, -(-(j + 1) * side // grid))
+            cell = [tokens[r * side + c] for r in rows for c in columns]
+            pooled[i, j] = sum(cell) / len(cell)
+    out = []
+    for i in range(grid):
+        for j in range(grid):
+            value = pooled[i, j] + w["position.bias"]
+            for r in (-1, 0, 1):
+                for c in (-1, 0, 1):
+                    if (i + r, j + c) in pooled:
+                        value = value + w["position.weight"][:, 0, r + 1, c + 1] * pooled[i + r, j + c]
+            assert len(value) == width
+            out.append(value)
     return torch.stack(out)

@@ -133,5 +133,5 @@ def test_z_switch_is_the_teacher_run_on_the_students_features(batch, teacher, st
 def test_the_number_of_image_tokens_is_checked(batch, teacher):
     blind = load_model(open_checkpoint(teacher), vision=False)
     rows = predicting_rows(batch["labels"])
-    with pytest.raises(ValueError, match=r"12 image tokens for features of shape \(1, 4, 32\)"):
+    with pytest.raises(ValueError, match=r"12 image tokens for projected features of \(1, 4, 32\)"):
         switch_logits(blind, torch.zeros(1, 4, 32), batch["input_ids"], batch["attention_mask"], rows)

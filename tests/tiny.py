@@ -1,6 +1,7 @@
 """Tiny checkpoints, images and data files for tests; everything is made on the spot from fixed seeds."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,13 +11,14 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from switchkd.projectors import SwitchLlavaConfig, model_class
 
 WORDS = [
     "<pad>",
@@ -95,12 +97,14 @@ def checkpoint(
     layer=-1,
     strategy="full",
     tied=True,
+    grid=None,
 ) -> Path:
-    """Save a tiny Llava with tokenizer and image processor, and return its folder."""
+    """Save a tiny Llava with tokenizer and image processor, and return its folder; with `grid` its projector is LDPv2."""
     torch.manual_seed(seed)
     text = text_config(language, width, layers, rows or len(words), tied)
     vision = vision or vision_config()
-    config = LlavaConfig(
+    kind = LlavaConfig if grid is None else partial(SwitchLlavaConfig, projector_grid=grid)
+    config = kind(
         vision_config=vision,
         text_config=text,
         image_token_index=words.index("<image>"),
@@ -108,7 +112,7 @@ def checkpoint(
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=tied,
     )
-    model = LlavaForConditionalGeneration(config)
+    model = model_class(config)(config)
     with torch.no_grad():  # wider than the usual initialisation, so that tiny models say different things
         for parameter in model.parameters():
             if parameter.ndim > 1:
