@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-s3 bench-store lint types check clean
+.PHONY: help install demo test test-slow test-s3 bench-store lint types check docs commands clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,13 @@ types: install  ## mypy over the package as it is installed
 	$(BIN)/mypy
 
 check: lint types test  ## everything that must pass before a change is proposed
+
+docs: install commands  ## the documents as a site (build/site/index.html)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+
+commands: install  ## rewrite docs/commands.md from the commands themselves
+	$(BIN)/python docs/site/commands.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build demo-run

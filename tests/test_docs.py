@@ -1,0 +1,71 @@
+"""The documents as a whole: the site builds without a warning, shows every page, fetches nothing; generated pages are current."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from docs_pages import ROOT
+
+DOCS = ROOT / "docs"
+MADE_AT_BUILD = {"store-format.md"}  # docs/site/hooks.py adds stores/README.md under this name
+
+
+def nav_pages(entry):
+    """The files of a `nav` of mkdocs.yml."""
+    if isinstance(entry, str):
+        yield entry
+    for child in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
+        yield from nav_pages(child)
+
+
+def test_the_nav_shows_every_page_once():
+    nav = list(nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    pages = {path.name for path in DOCS.glob("*.md")} | MADE_AT_BUILD
+    assert set(nav) - pages == set(), "mkdocs.yml shows pages that are not in docs/"
+    assert pages - set(nav) == set(), "add these pages of docs/ to `nav` in mkdocs.yml"
+    assert len(nav) == len(set(nav))
+
+
+def test_the_page_of_commands_is_current():
+    code = "import runpy; print(runpy.run_path('docs/site/commands.py')['page'](), end='')"
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert made == (DOCS / "commands.md").read_text(encoding="utf-8"), "docs/commands.md is old: run `make commands`"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; a warning of MkDocs is an error."""
+    for package in ("mkdocs", "material", "latex2mathml"):
+        pytest.importorskip(package, reason="building the site needs the packages of the extra `docs`")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_the_site_has_every_page_and_the_specification(site):
+    for page in nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]):
+        assert (site / page).with_suffix(".html").is_file()
+    text = (site / "store-format.html").read_text(encoding="utf-8")
+    assert "What a reader must check" in text
+    assert not list(site.rglob("*.py"))
+
+
+def test_the_site_fetches_nothing(site):
+    """Scripts, styles, fonts and pictures are the site's own; only links that a reader clicks go elsewhere."""
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        fetched = re.findall(r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(https?:[^"]*)"', text)
+        fetched += re.findall(
+            r'<link\b[^>]*\brel="(?:stylesheet|preconnect|preload)"[^>]*\bhref="(https?:[^"]*)"', text
+        )
+        assert not fetched, f"{page.name}: {fetched}"
+
+
+def test_formulas_became_mathml(site):
+    for page in DOCS.glob("*.md"):
+        if "```math" in page.read_text(encoding="utf-8"):
+            assert "<math" in (site / page.name).with_suffix(".html").read_text(encoding="utf-8")
