@@ -11,6 +11,7 @@ from switchkd.errors import SwitchKDError
 
 # name → (module of switchkd.cli, short help)
 COMMANDS = {
+    "data": ("data", "Look at a data file before a model is run over it."),
     "cache-teacher": ("cache_teacher", "Store what a teacher says about every supervised position."),
     "train": ("train", "Train a student from a teacher store."),
     "eval": ("evaluate", "Score a model on a data file."),

@@ -71,7 +71,7 @@ def train(options: TrainOptions) -> TrainSummary:
     teacher = _open_teacher(options, objective, student)
     store = _open_store(options, objective, teacher, student)
     payload = _payload(options, store, teacher)
-    samples = TrainingSamples(SampleFile(options.data), _encoder(options, student, store), store)
+    samples = TrainingSamples(SampleFile(options.data), _encoder(options, student, store), store, options.workers)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
     arguments = _training_arguments(options, store)

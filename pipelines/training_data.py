@@ -12,6 +12,7 @@ from switchkd.encoding import EncodedSample, SampleEncoder, collate
 from switchkd.errors import DataError, StoreMismatch
 from switchkd.fingerprints import SampleDigest
 from switchkd.pipelines.progress import Progress
+from switchkd.pipelines.survey import Looker, survey
 from switchkd.samples import BadSample, SampleFile, Status
 from switchkd.stores import Payload, StoredSample, TeacherStore
 
@@ -20,17 +21,21 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
     """The usable samples of a data file, each with what the teacher said about it.
 
     Args:
-        store: a whole store of this data file; None trains without a teacher (`sft`).
+        store: a whole store of this data file; None trains without a store (`sft`, a live teacher), for which
+            every sample is looked at first, images decoded.
+        workers: processes for that.
 
     Raises:
         StoreMismatch: the store has another number of samples; on access: a sample's text, mask or image is not the cached one.
         DataError: no usable sample.
     """
 
-    def __init__(self, samples: SampleFile, encoder: SampleEncoder, store: TeacherStore | None) -> None:
+    def __init__(
+        self, samples: SampleFile, encoder: SampleEncoder, store: TeacherStore | None, workers: int = 0
+    ) -> None:
         self.samples, self.encoder, self.store = samples, encoder, store
         if store is None:
-            statuses = _check_all(samples, encoder)
+            statuses = survey(samples, Looker(encoder), workers).status
         elif len(store) != len(samples):
             raise StoreMismatch(
                 f"{store.path} was made from {len(store)} samples, {samples.path} has {len(samples)}; "
@@ -86,19 +91,6 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
                 + ("\n  …" if len(wrong) > 5 else "")
                 + "\nRestore the data file, or cache again"
             )
-
-
-def _check_all(samples: SampleFile, encoder: SampleEncoder) -> Any:
-    """Return each sample's status without decoding images: what a store would have recorded, short of broken pixels."""
-    statuses = np.zeros(len(samples), np.uint8)
-    with Progress("checking samples", len(samples), "samples") as progress:
-        for index, sample in enumerate(samples):
-            try:
-                encoder.encode(sample, pixels=False)
-            except BadSample as bad:
-                statuses[index] = bad.status
-            progress.advance(1)
-    return statuses
 
 
 class Collator:

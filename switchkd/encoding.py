@@ -129,7 +129,7 @@ class SampleEncoder:
                 ids += new
                 supervised += [is_supervised] * len(new)
         if len(ids) > self.max_length:
-            raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}")
+            raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}", len(ids))
         return np.array(ids, np.int32), np.array(supervised, np.bool_)
 
     def _image_bytes(self, sample: Sample) -> bytes | None:
@@ -156,7 +156,7 @@ def _naming(sample: Sample) -> Iterator[None]:
     try:
         yield
     except BadSample as bad:
-        raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
+        raise BadSample(bad.status, f"row {sample.index}: {bad.detail}", bad.tokens) from None
 
 
 def collate(samples: Sequence[EncodedSample], pad_id: int) -> dict[str, Any]:

@@ -57,3 +57,19 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> 
     # Pillow's decoders raise many kinds of error on broken input; none of them may stop a run over thousands of images.
     except Exception as error:
         raise BadSample(Status.IMAGE_UNREADABLE, f"{name!r}: {error}") from None
+
+
+def disguise(data: bytes, name: str) -> str:
+    """Return what an image's bytes are where its name says something else, as "GIF behind .jpg"; "" where both agree.
+
+    Decoders go by the bytes, so this does no harm; data sets that were gathered from the web are full of it.
+
+    Args:
+        data: bytes that `decode_image` takes. name: the file's name.
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = Image.open(io.BytesIO(data)).format or ""
+    named = Image.registered_extensions().get(suffix, found)
+    return "" if found in (named, "MPO") else f"{found} behind {suffix}"  # MPO: JPEG with more pictures behind it

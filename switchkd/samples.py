@@ -40,12 +40,17 @@ class Status(IntEnum):
 
 
 class BadSample(DataError):
-    """A sample that cannot be used; says why (`status`) and which (`detail`)."""
+    """A sample that cannot be used; says why (`status`) and which (`detail`), and how long it is where that is known."""
 
-    def __init__(self, status: Status, detail: str) -> None:
+    def __init__(self, status: Status, detail: str, tokens: int | None = None) -> None:
         super().__init__(f"{status.label}: {detail}")
         self.status = status
         self.detail = detail
+        self.tokens = tokens
+
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[Status, str, int | None]]:
+        """Pickle the arguments and not the message; worker processes hand these errors over."""
+        return BadSample, (self.status, self.detail, self.tokens)
 
 
 @dataclass(frozen=True)

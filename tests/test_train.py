@@ -346,7 +346,7 @@ def test_samples_are_encoded_within_the_bounds_of_the_store(options, cached, tmp
     cache_teacher(made)
     used = []
 
-    def stop(samples, encoder, store):
+    def stop(samples, encoder, *_):
         used.append((encoder.template.name, encoder.max_length, encoder.max_image_pixels))
         raise Stop
 

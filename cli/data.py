@@ -1,0 +1,44 @@
+"""`switchkd data …`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from switchkd.cli.common import PATH, quiet_libraries
+
+
+@click.group("data")
+def command() -> None:
+    """Look at a data file before a model is run over it."""
+
+
+@command.command("check")
+@click.argument("data", type=PATH)
+@click.option("--images", type=PATH, help="Folder that the data file's image paths start from; each image is decoded.")
+@click.option(
+    "--model", type=PATH, help="Checkpoint folder: its tokenizer tells lengths.  [default: words are counted]"
+)
+@click.option(
+    "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
+)
+@click.option(
+    "--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens with image tokens."
+)
+@click.option(
+    "--max-image-pixels", type=click.IntRange(1), default=1 << 26, show_default=True, help="Larger images are skipped."
+)
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that look at samples.")
+@click.option("--report", type=PATH, help="Write a JSON line for each row that would be skipped.")
+@click.option("--strict", is_flag=True, help="Exit 1 if a row would be skipped.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
+@click.pass_context
+def check(ctx: click.Context, strict: bool, data: Path, **options: Any) -> None:
+    """Tell what a data file holds: kinds, lengths, and what would be skipped and why."""
+    quiet_libraries()
+    from switchkd.pipelines.data_check import CheckOptions, check_data, lines
+
+    found = check_data(CheckOptions(data=data, **options))
+    click.echo(f"{data}: " + "\n".join(lines(found)))
+    if strict and found.skipped:
+        ctx.exit(1)

@@ -1,0 +1,161 @@
+"""`switchkd data check`: what a data file holds, what would be skipped and why, before a teacher is run over it."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.encoding import SampleEncoder
+from switchkd.errors import DataError
+from switchkd.images import MAX_IMAGE_PIXELS
+from switchkd.pipelines.config import write_whole
+from switchkd.pipelines.survey import Looker, Survey, survey
+from switchkd.samples import Sample, SampleFile, Status
+from switchkd.templates import load_template
+from switchkd.vlm import open_checkpoint
+
+FIRST_ROWS = 5  # named of each reason
+BINS = 16
+BAR_WIDTH = 40  # characters of the longest bar
+QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What `switchkd data check` was asked for; fields are its options."""
+
+    data: Path
+    images: Path | None = None
+    model: Path | None = None
+    template: str = "qwen2_base"
+    max_length: int = 2048
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    workers: int = 0
+    report: Path | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What a data file holds."""
+
+    rows: int
+    kinds: dict[str, int]  # "one image, several turns" → rows that can be read
+    survey: Survey
+    lengths: NDArray[np.int64]  # of usable and over-long samples; tokens, or words where there is no model
+    unit: str  # "tokens" or "words"
+    limit: int | None  # max_length, where tokens are known
+    images_read: bool
+
+    @property
+    def skipped(self) -> int:
+        """Rows that would be skipped."""
+        return int((self.survey.status != Status.OK).sum())
+
+
+def check_data(options: CheckOptions) -> DataCheck:
+    """Look at every row of a data file and every image that it names.
+
+    With a model its tokenizer, template and image token count tell lengths and masks; without one, words are counted.
+    `options.report` gets one JSON line for each row that would be skipped.
+
+    Raises:
+        DataError: no such file or image folder, no usable row.
+        CheckpointError: the model folder cannot be used.
+    """
+    samples = SampleFile(options.data)
+    if options.model is not None:
+        checkpoint = open_checkpoint(options.model, options.trust_remote_code)
+        if options.images is None and any(sample.image is not None for sample in samples):
+            raise DataError(f"{options.data} names images: pass --images, the folder that their paths start from")
+        template = load_template(options.template)
+        encoder = SampleEncoder(checkpoint, template, options.images, options.max_length, options.max_image_pixels)
+        looker = Looker(encoder)
+    else:
+        if options.images is not None and not options.images.is_dir():
+            raise DataError(f"no image folder {options.images}")
+        looker = Looker(None, options.images, options.max_image_pixels)
+    found = survey(samples, looker, options.workers)
+    if options.report is not None:
+        _write_report(options.report, samples, found)
+    if options.model is not None:
+        lengths, unit = found.tokens[np.isin(found.status, (Status.OK, Status.TOO_LONG))], "tokens"
+    else:
+        usable = np.flatnonzero(found.status == Status.OK)
+        lengths, unit = np.array([_words(samples[int(row)]) for row in usable], np.int64), "words"
+    return DataCheck(
+        rows=len(samples),
+        kinds=dict(Counter(_kind(sample) for sample in samples if sample.status is Status.OK)),
+        survey=found,
+        lengths=lengths,
+        unit=unit,
+        limit=options.max_length if options.model is not None else None,
+        images_read=options.images is not None,
+    )
+
+
+def _kind(sample: Sample) -> str:
+    return f"{'text only' if sample.image is None else 'one image'}, {'several turns' if len(sample.turns) > 1 else 'one turn'}"
+
+
+def _words(sample: Sample) -> int:
+    return sum(len(text.split()) for turn in sample.turns for text in turn)
+
+
+def _write_report(path: Path, samples: SampleFile, found: Survey) -> None:
+    rows = [
+        {"row": row, "id": samples[row].id, "reason": Status(int(found.status[row])).label, "detail": detail}
+        for row, detail in found.details.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines(check: DataCheck) -> list[str]:
+    """Return a check as lines of text."""
+    out = [f"{check.rows:,} rows", "", "rows that can be read"]
+    out += [f"  {kind:<28}{count:>10,}" for kind, count in sorted(check.kinds.items())]
+    out += ["", f"would be skipped: {check.skipped:,} ({check.skipped / check.rows:.2%})"]
+    for status in Status:
+        rows = np.flatnonzero(check.survey.status == status)
+        if status is not Status.OK and len(rows):
+            first = next(iter(rows))
+            out.append(f"  {status.label:<28}{len(rows):>10,}  {_rows(rows)}; {check.survey.details[int(first)]}")
+    if check.survey.notes:
+        out += ["", "odd, and used"]
+        out += [
+            f"  {note:<28}{len(rows):>10,}  {_rows(np.array(rows))}"
+            for note, rows in sorted(check.survey.notes.items())
+        ]
+    if not check.images_read:
+        out += ["", "images were not read: pass --images"]
+    return [*out, "", *histogram(check.lengths, check.unit, check.limit)]
+
+
+def _rows(rows: NDArray[np.int64]) -> str:
+    return "rows " + ", ".join(map(str, rows[:FIRST_ROWS])) + (", …" if len(rows) > FIRST_ROWS else "")
+
+
+def histogram(lengths: NDArray[np.int64], unit: str, limit: int | None) -> list[str]:
+    """Draw lengths as bars of text.
+
+    Args:
+        lengths: [n]. unit: what they count. limit: the bins end there and what is longer has a line of its own; None bins up to
+            the longest.
+    """
+    if not len(lengths):
+        return [f"{unit} a sample: none is known"]
+    marks = ", ".join(f"{name} {np.quantile(lengths, share, method='higher'):,}" for name, share in QUANTILES.items())
+    end = limit or int(lengths.max())
+    step = max(1, -(-end // BINS))
+    counts = [int(((lengths > low) & (lengths <= min(low + step, end))).sum()) for low in range(0, end, step)]
+    names = [f"{low + 1:,} to {min(low + step, end):,}" for low in range(0, end, step)]
+    out = [f"{unit} a sample: {marks}"]
+    longer = int((lengths > end).sum())
+    for name, count in [*zip(names, counts, strict=True), *([(f"over {end:,}", longer)] if longer else [])]:
+        bar = "█" * -(-count * BAR_WIDTH // max(*counts, longer, 1))
+        out.append(f"  {name:>16} {count:>9,} {bar}".rstrip())
+    return out
