@@ -85,6 +85,13 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
     help="Parts of the student that train; the others stay as they are.",
 )
 @click.option(
+    "--group-by",
+    type=click.Choice(["none", "length", "modality-length"]),
+    default="none",
+    show_default=True,
+    help="Which samples share a batch: any, those of similar length, or so apart for image samples and text alone.",
+)
+@click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=2e-5, show_default=True, help="Peak learning rate."
 )
 @click.option("--lr-vision", type=click.FloatRange(0, min_open=True), help="Of the vision tower.  [default: --lr]")

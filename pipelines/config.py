@@ -52,6 +52,7 @@ class TrainOptions:
     global_batch: int | None = None  # samples per optimizer step over all devices
     stage: str | None = None  # whose defaults these options were made from, see stages.py
     train_parts: str = "vision,projector,language"
+    group_by: str = "none"  # or "length", "modality-length": which samples share a batch
     lr: float = 2e-5
     lr_vision: float | None = None  # of a part; None: lr
     lr_projector: float | None = None

@@ -87,6 +87,7 @@ def train(options: TrainOptions) -> TrainSummary:
         objective=objective,
         source=source,
         teacher=switch_teacher,
+        group_by=options.group_by,
         part_rates=options.part_rates(),
         model=model,
         args=arguments,

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, Trainer
 
-from switchkd.errors import CheckpointError, RunError
+from switchkd.errors import CheckpointError, ConfigError, RunError
 from switchkd.objective import LossParts, Objective
 from switchkd.pipelines import resume_state
+from switchkd.pipelines.sample_order import EpochSampler
 from switchkd.pipelines.stages import set_part_rates
 from switchkd.pipelines.teacher_source import TeacherSource
 from switchkd.positions import count_positions, predicting_rows, targets
@@ -33,6 +34,7 @@ class SwitchTrainer(Trainer):
         part_rates: peak learning rates of parts of the student that have their own, see `stages.set_part_rates`.
         source: where Align and VSD have the teacher's word from; None for "sft".
         teacher: frozen, for the switch pathway; None if VSD is off.
+        group_by: which samples share a batch, see `SampleOrder`.
         arguments: those of `transformers.Trainer`.
     """
 
@@ -43,12 +45,14 @@ class SwitchTrainer(Trainer):
         source: TeacherSource | None,
         teacher: LlavaForConditionalGeneration | None,
         part_rates: dict[str, float] | None = None,
+        group_by: str = "none",
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.objective = objective
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.source = source
+        self.group_by = group_by
         if source is not None:
             source.to(self.args.device)
         self.part_rates = part_rates or {}
@@ -56,6 +60,16 @@ class SwitchTrainer(Trainer):
         self._logged = torch.zeros(
             len(PARTS) + 2, dtype=torch.float64
         )  # sums since the last log; their count; positions
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        """Return the order of the samples: a function of seed, epoch and global batch, the same after a resume."""
+        if self.args.train_sampling_strategy != "random":
+            raise ConfigError("samples are ordered by --group-by; leave train_sampling_strategy out")
+        args = self.args
+        global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = self.train_dataset.order(self.group_by, seed, global_batch)
+        return EpochSampler(order, epoch=lambda: int(self.state.epoch or 0))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -65,7 +79,7 @@ class SwitchTrainer(Trainer):
         count = self.objective.count(inputs["labels"])
         self._record(parts, count, count_positions(inputs["labels"]).sum())
         total = self.objective.total(parts)
-        if "pixel_values" not in inputs and (self.args.world_size > 1 or not total.requires_grad):
+        if "pixel_values" not in inputs:
             total = total + 0.0 * self._idle_vision(model)
         if num_items_in_batch is None:
             return total / count.clamp_min(1)
@@ -127,6 +141,7 @@ class SwitchTrainer(Trainer):
 
         In a batch of text alone no gradient would reach the vision tower and the projector: DistributedDataParallel would wait
         for it while other processes have images, and a stage that trains the projector alone would have nothing to go back through.
+        One process does it too: Adam moves a weight whose gradient is 0 and leaves one without, so runs would differ.
         """
         student = self.accelerator.unwrap_model(model)
         blank = blank_image(student.config).to(self.args.device, student.dtype)

@@ -12,9 +12,13 @@ from switchkd.encoding import EncodedSample, SampleEncoder, collate
 from switchkd.errors import DataError, StoreMismatch
 from switchkd.fingerprints import SampleDigest
 from switchkd.pipelines.progress import Progress
+from switchkd.pipelines.sample_order import SampleOrder
 from switchkd.pipelines.survey import Looker, survey
 from switchkd.samples import BadSample, SampleFile, Status
 from switchkd.stores import Payload, StoredSample, TeacherStore
+
+# English in the usual vocabularies. It weighs text against image tokens where lengths are compared; nothing else needs it.
+CHARACTERS_PER_TOKEN = 4
 
 
 class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
@@ -67,6 +71,15 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
                 f"{self.store.path} was made; restore it, or cache again"
             )
         return encoded, stored
+
+    def order(self, grouping: str, seed: int, global_batch: int) -> SampleOrder:
+        """Return the order in which epochs take the samples; see `SampleOrder`.
+
+        Lengths are estimated from characters, so that no text need be tokenized before the first step.
+        """
+        has_image = self.samples.has_image()[self.usable]
+        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * self.encoder.image_tokens
+        return SampleOrder(grouping, seed, len(self), lengths, has_image, global_batch)
 
     def require_same_texts(self) -> None:
         """Compare every sample with the store without decoding images; for a data file whose bytes changed.

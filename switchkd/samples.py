@@ -12,6 +12,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from switchkd.errors import DataError
 from switchkd.templates import IMAGE_MARKER
 
@@ -128,6 +131,22 @@ class SampleFile:
         for code in self._table.data.column("status").to_pylist():
             counts[Status(code)] = counts.get(Status(code), 0) + 1
         return counts
+
+    def characters(self) -> NDArray[np.int64]:
+        """Return the characters of each row's turns, [n]; from the Arrow column, without building samples."""
+        import pyarrow.compute as arrow
+
+        counts = []
+        for chunk in self._table.data.column("texts").chunks:
+            ends = np.concatenate([[0], np.cumsum(arrow.utf8_length(chunk.flatten()).to_numpy())])
+            borders = np.concatenate([[0], np.cumsum(arrow.list_value_length(chunk).to_numpy())])
+            counts.append(np.diff(ends[borders]))
+        return np.concatenate(counts).astype(np.int64)
+
+    def has_image(self) -> NDArray[np.bool_]:
+        """Return which rows name an image, [n]."""
+        named: NDArray[np.bool_] = np.asarray(self._table.data.column("image").is_valid())
+        return named
 
 
 def read_row(row: Any, index: int) -> Sample:
