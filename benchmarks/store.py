@@ -26,7 +26,7 @@ from torch import Tensor
 from zarr.storage import MemoryStore
 
 from switchkd.losses import dbild_loss
-from switchkd.pipelines.capture import pack_logits
+from switchkd.pipelines.capture import pack_logits, unpack
 from switchkd.signals import TAIL_POLICIES, DenseSignal, SparseSignal, TeacherSignal
 from switchkd.stores import Payload, layout
 from switchkd.stores.codec import (
@@ -112,7 +112,7 @@ class Bench:
         """Return the top-k payload of some positions, computed in pieces."""
         start, stop = positions.start, positions.stop
         pieces = [slice(i, min(i + 256, stop)) for i in range(start, stop, 256)]
-        return Payload.concatenate([pack_logits(self.teacher.logits(piece), top_k) for piece in pieces])
+        return Payload.concatenate([unpack(pack_logits(self.teacher.logits(piece), top_k), top_k) for piece in pieces])
 
     @staticmethod
     def gradient(student: Tensor, signal: TeacherSignal) -> Tensor:

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
 )
 @click.option(
+    "--backend",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What runs the teacher; vllm needs an environment of its own.",
+)
+@click.option(
     "--payload",
     type=click.Choice(["topk", "hidden", "both"]),
     default="topk",
@@ -61,7 +68,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Samples per part, the unit of work and resume.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Samples per forward pass.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Samples per forward pass, or handed to vLLM at a time, which makes its own batches.  [default: 16; 128]",
+)
 @click.option(
     "--max-length",
     type=click.IntRange(2),
@@ -76,7 +87,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="Larger images are skipped undecoded.",
 )
-@click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
+@click.option("--device", help="cpu, cuda, cuda:1, …; not for vllm.  [default: cuda if there is one]")
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Devices that share one teacher; vllm only.",
+)
+@click.option(
+    "--vllm-option",
+    "vllm_options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="Further argument of vLLM's engine, as in gpu_memory_utilization=0.8; may be repeated.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -97,19 +122,38 @@ if TYPE_CHECKING:
     "--strict", is_flag=True, help="Stop at the first sample that cannot be used instead of recording a skip."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
-def command(shard: str | None, device: str | None, dry_run: bool, **options: Any) -> None:
+def command(
+    shard: str | None,
+    device: str | None,
+    dry_run: bool,
+    batch_size: int | None,
+    vllm_options: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Store what a teacher says about every supervised position of a data file.
 
     Run it again to continue after an interruption, or on several machines at once; a part that is there is never written
     twice.
     """
+    from switchkd.pipelines.backend import BATCH_SIZES
     from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
     from switchkd.pipelines.sharding import resolve_shard
+
+    vllm = options["backend"] == "vllm"
+    if vllm and device is not None:
+        raise click.UsageError("--device is not for vllm, which takes the devices it sees: set CUDA_VISIBLE_DEVICES")
 
     quiet_libraries()
     which, source = resolve_shard(shard, os.environ)
     click.echo(f"worker {which[0]} of {which[1]} (from {source})", err=True)
-    resolved = CacheOptions(shard=which, device=device or default_device(), **options)
+    resolved = CacheOptions(
+        shard=which,
+        # Asking for CUDA here would keep vLLM's processes from forking.
+        device=device or ("cpu" if vllm else default_device()),
+        batch_size=batch_size or BATCH_SIZES[options["backend"]],
+        vllm_options=tuple(_name_and_value(text) for text in vllm_options),
+        **options,
+    )
     if dry_run:
         _print_plan(resolved)
         return
@@ -120,6 +164,16 @@ def command(shard: str | None, device: str | None, dry_run: bool, **options: Any
         f"cached now: {done.samples:,} samples, {done.positions:,} positions, "
         f"{done.written_bytes / 1e9:,.3f} GB; skipped: {lines_of(done.skipped)}"
     )
+
+
+def _name_and_value(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE, the value as YAML has it."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"--vllm-option takes NAME=VALUE, got {text!r}")
+    return name.strip().replace("-", "_"), yaml.safe_load(value)
 
 
 def _print_plan(options: "CacheOptions") -> None:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from switchkd.encoding import EncodedSample, collate, pad_id_of
-from switchkd.errors import RunError
-from switchkd.pipelines.capture import pack
+from switchkd.pipelines.backend import Backend
+from switchkd.pipelines.capture import pack, unpack
 from switchkd.positions import predicting_rows
 from switchkd.stores import Manifest, Payload
 from switchkd.vlm import Checkpoint, freeze, load_model
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """A teacher on one device.
 
     Args:
@@ -21,8 +21,6 @@ class TransformersBackend:
     Raises:
         CheckpointError: the weights cannot be loaded.
     """
-
-    name = "transformers"
 
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: str) -> None:
         self.model = load_model(checkpoint, dtype=dtype).to(device)
@@ -44,14 +42,5 @@ class TransformersBackend:
         if has_image.any():
             batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
         states = self.model.model(**batch, use_cache=False).last_hidden_state[rows.to(self.device)]  # [P, d]
-        return pack(states, self.model.lm_head, manifest).split([sample.positions for sample in samples])
-
-    def capture_each(self, samples: Sequence[EncodedSample], manifest: Manifest) -> list[Payload | RunError]:
-        """Like `capture`, sample by sample: used to find the one that fails."""
-        found: list[Payload | RunError] = []
-        for sample in samples:
-            try:
-                found += self.capture([sample], manifest)
-            except RunError as error:
-                found.append(error)
-        return found
+        packed = pack(states, self.model.lm_head, manifest.vocab_rows, manifest.top_k, manifest.has_hidden)
+        return unpack(packed, manifest.top_k).split([sample.positions for sample in samples])

@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from switchkd.encoding import EncodedSample, SampleEncoder
-from switchkd.pipelines.backend_transformers import TransformersBackend
-from switchkd.pipelines.cache_teacher import CacheOptions, assemble, build_manifest, check_options
+from switchkd.pipelines.backend import Backend
+from switchkd.pipelines.capture_options import CacheOptions, check_options
+from switchkd.pipelines.capture_worker import CaptureWorker, assemble
 from switchkd.samples import BadSample, SampleFile
 from switchkd.stores import Payload, StoreWriter
 from switchkd.stores.codec import ranks_by_frequency
 from switchkd.stores.info import describe
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.place import Location
-from switchkd.templates import load_template
-from switchkd.vlm import open_checkpoint
 
 PROBE_SAMPLES = 64
 
@@ -45,14 +44,12 @@ def plan(options: CacheOptions) -> Plan:
         InputError: whatever would stop the capture itself.
     """
     check_options(options)
-    checkpoint = open_checkpoint(options.teacher, options.trust_remote_code)
-    samples = SampleFile(options.data)
-    template = load_template(options.template)
-    encoder = SampleEncoder(checkpoint, template, options.images, options.max_length, options.max_image_pixels)
-    manifest = build_manifest(options, checkpoint, encoder, samples)
+    worker = CaptureWorker(options)
+    samples, manifest = worker.samples, worker.manifest
     chosen = np.random.default_rng(0).choice(len(samples), min(PROBE_SAMPLES, len(samples)), replace=False)
-    backend = TransformersBackend(checkpoint, options.device, manifest.teacher["dtype"])
-    found, seconds = _probe(backend, encoder, samples, sorted(chosen.tolist()), manifest, options.batch_size)
+    found, seconds = _probe(
+        worker.backend, worker.encoder, samples, sorted(chosen.tolist()), manifest, options.batch_size
+    )
     payloads = [item[1] for item in found if not isinstance(item, BadSample)]
     positions_per_sample = sum(map(len, payloads)) / len(found)
     bytes_per_position = _measure_bytes(found, manifest)
@@ -75,7 +72,7 @@ _Found = list[tuple[EncodedSample, Payload] | BadSample]
 
 
 def _probe(
-    backend: TransformersBackend,
+    backend: Backend,
     encoder: SampleEncoder,
     samples: SampleFile,
     chosen: list[int],

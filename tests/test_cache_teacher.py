@@ -18,7 +18,7 @@ from switchkd.encoding import SampleEncoder, collate
 from switchkd.errors import ConfigError, DataError, RunError, StoreMismatch
 from switchkd.losses import kneedle
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
-from switchkd.pipelines.capture import pack_logits
+from switchkd.pipelines.capture import pack_logits, unpack
 from switchkd.pipelines.sharding import resolve_shard
 from switchkd.positions import predicting_rows
 from switchkd.samples import BadSample, SampleFile
@@ -203,7 +203,7 @@ def test_logits_that_are_not_finite_name_the_sample(options, monkeypatch):
         return pack_logits(logits, top_k)
 
     monkeypatch.setattr("switchkd.pipelines.capture.pack_logits", poisoned)
-    monkeypatch.setattr("switchkd.pipelines.cache_teacher._id_of_rank", lambda *_: np.arange(15, dtype=np.uint32))
+    monkeypatch.setattr("switchkd.pipelines.capture_worker._id_of_rank", lambda *_: np.arange(15, dtype=np.uint32))
     bad = [i for i in range(11) if not (lambda z: (z[:, 10] > z[:, 11]).all())(live_logits(options, i))]
     assert bad
     with pytest.raises(
@@ -215,7 +215,7 @@ def test_logits_that_are_not_finite_name_the_sample(options, monkeypatch):
 
 def test_packing_keeps_statistics_of_the_whole_row():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 4
-    packed = pack_logits(logits, 8)
+    packed = unpack(pack_logits(logits, 8), 8)
     ordered = logits.sort(descending=True).values
     np.testing.assert_array_equal(packed.logits, ordered[:, :8])
     np.testing.assert_array_equal(logits.gather(1, torch.from_numpy(packed.ids).long()), ordered[:, :8])

@@ -1,0 +1,111 @@
+"""What stage one was asked for, and what follows from it: the store's manifest and the backend."""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from switchkd.encoding import SampleEncoder
+from switchkd.errors import ConfigError
+from switchkd.fingerprints import hash_image_processor, hash_tokenizer
+from switchkd.images import MAX_IMAGE_PIXELS
+from switchkd.pipelines.backend import Backend, require_backend, software_of
+from switchkd.pipelines.backend_transformers import TransformersBackend
+from switchkd.samples import SampleFile, Status
+from switchkd.stores import Manifest
+from switchkd.stores.layout import HIDDEN_DTYPES, PAYLOADS
+from switchkd.stores.place import Location
+from switchkd.vlm import Checkpoint, teacher_identity
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What `switchkd cache-teacher` was asked for; fields are its options."""
+
+    teacher: Path
+    data: Path
+    out: Location
+    images: Path | None = None
+    template: str = "qwen2_base"
+    backend: str = "transformers"  # or "vllm"
+    payload: str = "topk"  # or "hidden", "both"
+    k: int = 128
+    fine: float = 0.004  # steps of the stored logits, see stores/codec.py
+    coarse: float = 0.125
+    hidden_dtype: str = "float16"  # or "bfloat16", "int8"
+    part_size: int = 512
+    batch_size: int = 16
+    max_length: int = 2048
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    device: str = "cpu"  # of the transformers backend; vLLM finds its own
+    tensor_parallel: int = 1  # devices that share one teacher; vLLM only
+    vllm_options: tuple[tuple[str, Any], ...] = ()  # further arguments of vLLM's engine, by name
+    dtype: str = "auto"
+    workers: int = 0
+    shard: tuple[int, int] = (0, 1)
+    strict: bool = False
+    trust_remote_code: bool = False
+
+
+def check_options(options: CacheOptions) -> None:
+    """Refuse options that cannot work, before anything is opened. Raises ConfigError."""
+    index, count = options.shard
+    if not 0 <= index < count:
+        raise ConfigError(f"shard {index}/{count}: the first number runs from 0 to {count - 1}")
+    if PurePosixPath(str(options.out)).suffix != ".zarr":
+        raise ConfigError(f"a store's name ends in .zarr, got {options.out}")
+    for name in ("k", "part_size", "batch_size", "max_length", "tensor_parallel"):
+        if getattr(options, name) < 2 - (name != "k"):
+            raise ConfigError(f"{name} is too small: {getattr(options, name)}")
+    if not 0 < options.fine <= options.coarse:
+        raise ConfigError(f"0 < fine <= coarse is needed, got fine = {options.fine:g}, coarse = {options.coarse:g}")
+    for name, words in (("payload", PAYLOADS), ("hidden_dtype", HIDDEN_DTYPES)):
+        if getattr(options, name) not in words:
+            raise ConfigError(f"{name} is one of {', '.join(words)}, got {getattr(options, name)!r}")
+    require_backend(options.backend)
+    if options.backend == "vllm":
+        return  # touching a device here would keep vLLM's processes from forking
+    if options.tensor_parallel != 1 or options.vllm_options:
+        raise ConfigError("--tensor-parallel and --vllm-option are vLLM's: add --backend vllm")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def build_manifest(
+    options: CacheOptions, checkpoint: Checkpoint, encoder: SampleEncoder, samples: SampleFile
+) -> Manifest:
+    """Describe the store that a run with these options writes."""
+    topk, hidden = options.payload in ("topk", "both"), options.payload in ("hidden", "both")
+    return Manifest(
+        payload=options.payload,
+        top_k=min(options.k, checkpoint.vocab_rows) if topk else 0,
+        fine=options.fine if topk else 0.0,
+        coarse=options.coarse if topk else 0.0,
+        hidden_dtype=options.hidden_dtype if hidden else "",
+        hidden_width=checkpoint.config.text_config.hidden_size if hidden else 0,
+        vocab_rows=checkpoint.vocab_rows,
+        samples=len(samples),
+        part_size=options.part_size,
+        teacher=teacher_identity(checkpoint) | {"dtype": checkpoint.resolve_dtype(options.dtype)},
+        tokenizer=hash_tokenizer(checkpoint.tokenizer),
+        template=encoder.template.as_dict(),
+        image_processor=hash_image_processor(checkpoint.image_processor),
+        image_tokens=checkpoint.image_tokens,
+        max_length=options.max_length,
+        max_image_pixels=options.max_image_pixels,
+        data=samples.fingerprint,
+        statuses={str(int(status)): status.label for status in Status},
+        written_by=software_of(options.backend),
+    )
+
+
+def open_backend(options: CacheOptions, checkpoint: Checkpoint, dtype: str) -> Backend:
+    """Load the teacher. Raises CheckpointError or RunError."""
+    if options.backend == "vllm":
+        from switchkd.pipelines.backend_vllm import VllmBackend
+
+        return VllmBackend(checkpoint, dtype, options.max_length, options.tensor_parallel, dict(options.vllm_options))
+    return TransformersBackend(checkpoint, options.device, dtype)
