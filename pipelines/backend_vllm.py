@@ -49,9 +49,11 @@ class VllmBackend(Backend):
         tensor_parallel: int = 1,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if not isinstance(checkpoint.config.vision_feature_layer, int):
+        kind, layer = checkpoint.config.model_type, checkpoint.config.vision_feature_layer
+        if kind != "llava" or not isinstance(layer, int):
             raise CheckpointError(
-                f"{checkpoint.path} joins several layers of its vision tower, which vLLM does not do; use --backend transformers"
+                f"{checkpoint.path} is a {kind!r} with vision feature layer {layer}; vLLM takes a 'llava' with one layer: "
+                "use --backend transformers"
             )
         self.checkpoint = checkpoint
         self.dtype = getattr(torch, dtype)

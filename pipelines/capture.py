@@ -71,7 +71,7 @@ def unpack(rows: Tensor, top_k: int) -> Payload:
         RunError: a logit was not finite.
     """
     widths = [len(STAT_COLUMNS), top_k, top_k, rows.shape[1] - len(STAT_COLUMNS) - 2 * top_k]
-    stats, ids, logits, hidden = (part.contiguous().numpy() for part in rows.cpu().split(widths, dim=1))
+    stats, ids, logits, hidden = (part.contiguous().numpy() for part in torch.split(rows.cpu(), widths, dim=1))
     payload = Payload(
         stats=stats,
         ids=ids.view(np.int32) if top_k else None,

@@ -69,7 +69,8 @@ class CaptureLlava(LlavaForConditionalGeneration):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint as transformers names it, whether or not it has the level `vision_model` that vLLM expects."""
-        return super().load_weights((_with_vision_model(name), tensor) for name, tensor in weights)
+        loaded: set[str] = super().load_weights((_with_vision_model(name), tensor) for name, tensor in weights)
+        return loaded
 
 
 def _with_vision_model(name: str) -> str:

@@ -63,7 +63,7 @@ class RowsPooler(nn.Module):
         for how, members in alike.items():
             kept = [torch.cat([hidden_states[:0], *states[index].hidden_states_cache]) for index in members]
             packed = self._pack(torch.cat(kept), *how)
-            for index, rows in zip(members, packed.split([len(rows) for rows in kept]), strict=True):
+            for index, rows in zip(members, torch.split(packed, [len(rows) for rows in kept]), strict=True):
                 outputs[index] = rows
                 states[index].clean()
         return outputs

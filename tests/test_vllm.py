@@ -240,22 +240,22 @@ def environment(python):
     return kept | {"HF_HUB_OFFLINE": "1"}
 
 
-def switchkd(python, *words):
+def switchkd(python, *words, **variables):
     done = subprocess.run(
         [python, "-c", "from switchkd.cli.main import main; main()", *map(str, words)],
         capture_output=True,
         text=True,
-        env=environment(python),
+        env=environment(python) | variables,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def cache(python, teacher, data, out, *more):
+def cache(python, teacher, data, out, *more, **variables):
     words = ("--teacher", teacher, "--data", data, "--images", data.parent / "images", "--out", out, "--template", "qa")
     sizes = ("--payload", "both", "--k", 32, "--max-length", 256, "--part-size", 8)
     fine = ("--fine", 1 / 4096, "--coarse", 1 / 4096, "--hidden-dtype", "float16")
-    return switchkd(python, "cache-teacher", *words, *sizes, *fine, *more)
+    return switchkd(python, "cache-teacher", *words, *sizes, *fine, *more, **variables)
 
 
 ENGINE = ("--backend", "vllm", "--vllm-option", "enforce_eager=true", "--batch-size", 5)
@@ -316,6 +316,15 @@ def test_tensor_parallel_workers_share_the_teacher(teachers, data, tmp_path):
     store, whole = tmp_path / "s.zarr", tmp_path / "t.zarr"
     cache(TRAINER, teachers["siglip"], data, store, "--shard", "1/3")
     cache(TRAINER, teachers["siglip"], data, whole)
-    said = cache(sys.executable, teachers["siglip"], data, store, *ENGINE, "--tensor-parallel", 2)
+    said = cache(
+        sys.executable,
+        teachers["siglip"],
+        data,
+        store,
+        *ENGINE,
+        "--tensor-parallel",
+        2,
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+    )
     assert "2 parts written, 1 were there" in said
     assert_stores_agree(store, whole, "transformers")
