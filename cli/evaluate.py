@@ -6,37 +6,103 @@ import click
 
 from switchkd.cli.common import PATH, config_option, default_device, lines_of, quiet_libraries
 
+EXACT_MATCH = "exact-match"
+# Options of one kind of task only.
+_FILE_ONLY = ("data", "images")
+_BENCHMARK_ONLY = ("benchmarks", "score_only", "retry_failed", "baseline")
+
+
+def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from switchkd.pipelines.benchmarks.registry import describe
+
+        click.echo(describe())
+        ctx.exit()
+
 
 @click.command("eval")
 @config_option
-@click.option("--model", type=PATH, required=True, help="Checkpoint folder.")
+@click.option("--model", type=PATH, help="Checkpoint folder.")
 @click.option(
-    "--data", type=PATH, required=True, help="LLaVA-style JSON; every answer in it is a question to the model."
+    "--task",
+    "tasks",
+    multiple=True,
+    default=(EXACT_MATCH,),
+    show_default=True,
+    help="A benchmark as NAME or NAME:SPLIT (repeatable), `all` for the paper's ten, or exact-match on --data.",
 )
-@click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
-@click.option("--output", type=PATH, required=True, help="Folder for predictions.jsonl and scores.json.")
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_benchmarks,
+    help="List the benchmarks, where their data can be had and which files they need, and exit.",
+)
+@click.option("--benchmarks", type=PATH, help="Folder with one folder for each benchmark, as --list shows them.")
+@click.option("--data", type=PATH, help="exact-match: LLaVA-style JSON; every answer in it is a question to the model.")
+@click.option("--images", type=PATH, help="exact-match: folder that the data file's image paths start from.")
+@click.option("--output", type=PATH, required=True, help="Folder for predictions and scores.")
 @click.option(
     "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Answers are cut there.  [default: 32; benchmarks 128]")
 @click.option(
-    "--max-length", type=click.IntRange(2), default=2048, show_default=True, help="Longer prompts are skipped."
+    "--max-length",
+    type=click.IntRange(2),
+    default=2048,
+    show_default=True,
+    help="Longer prompts are not asked, and counted.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
+@click.option("--score-only", is_flag=True, help="Benchmarks: score the answers in --output again, without a model.")
+@click.option("--retry-failed", is_flag=True, help="Benchmarks: ask again what could not be asked before.")
+@click.option("--baseline", type=PATH, help="Benchmarks: --output of another model's run, to show differences from.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
-def command(device: str | None, **options: Any) -> None:
-    """Score a model on a data file: greedy decoding, exact match, by question type."""
+def command(tasks: tuple[str, ...], **options: Any) -> None:
+    """Score a model: on the ten benchmarks of the paper, or by exact match on a data file.
+
+    Decoding is greedy. Answers are kept; after an interruption the same command goes on and asks nothing twice.
+    """
+    exact = EXACT_MATCH in tasks
+    if exact and len(tasks) > 1:
+        raise click.UsageError(f"{EXACT_MATCH} is a task of its own: run the benchmarks in another command")
+    needed = ("model", "data") if exact else ("benchmarks",) if options["score_only"] else ("model", "benchmarks")
+    if missing := [name for name in needed if options[name] is None]:
+        raise click.UsageError(f"--task {tasks[0]} needs --{missing[0]}")
+    other = _BENCHMARK_ONLY if exact else _FILE_ONLY
+    if given := [name for name in other if options[name]]:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} does not go with --task {tasks[0]}")
+    options = {name: value for name, value in options.items() if name not in other}
+    if options["max_new_tokens"] is None:
+        del options["max_new_tokens"]
     quiet_libraries()
+    options["device"] = options["device"] or default_device()
+    if exact:
+        _exact_match(options)
+    else:
+        _benchmarks(tasks, options)
+
+
+def _exact_match(options: dict[str, Any]) -> None:
     from switchkd.pipelines.evaluate import EvalOptions, evaluate
 
-    scores = evaluate(EvalOptions(device=device or default_device(), **options))
+    scores = evaluate(EvalOptions(**options))
     click.echo(
         f"exact match {scores.accuracy:.4f} over {scores.questions:,} questions; skipped: {lines_of(scores.skipped)}"
     )
     for kind, share in scores.by_type.items():
         click.echo(f"  {kind:<16} {share:.4f}")
     click.echo(f"predictions: {scores.predictions}")
+
+
+def _benchmarks(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
+    from switchkd.pipelines.benchmarks.run import BenchmarkOptions, run_benchmarks
+    from switchkd.pipelines.benchmarks.scoreboard import SCORES, TABLE
+
+    click.echo(run_benchmarks(BenchmarkOptions(tasks=tasks, **options)))
+    click.echo(f"scores: {options['output'] / SCORES}, {options['output'] / TABLE}")

@@ -1,20 +1,19 @@
-"""Judge a model on a data file: greedy decoding, exact-match accuracy by question type, predictions kept."""
+"""Judge a model on a LLaVA-style data file: greedy decoding, exact-match accuracy by question type, predictions kept."""
 
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlavaForConditionalGeneration
-
-from switchkd.encoding import SampleEncoder, pad_id_of
+from switchkd.encoding import SampleEncoder
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.pipelines import config
+from switchkd.pipelines.answering import Answerer, read_lines
 from switchkd.pipelines.progress import Progress
 from switchkd.samples import BadSample, Sample, SampleFile
-from switchkd.templates import Template, load_template
+from switchkd.templates import load_template
 from switchkd.vlm import load_model, open_checkpoint
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
@@ -65,18 +64,19 @@ def evaluate(options: EvalOptions) -> Scores:
     config.record(options.output, config.plain(options) | identity)
 
     path = options.output / PREDICTIONS
-    done = _read_predictions(path)
+    done = read_lines(path, "row", "turn")
     asked = [(s, turn) for s in samples for turn in range(len(s.turns)) if (s.index, turn) not in done]
     # Questions of similar length share a batch, so that little is padded.
     asked.sort(key=lambda question: (question[0].image is None, len(question[0].turns[question[1]][0])))
     skipped = Counter(s.status.label for s in samples if s.status)
     if asked:
         model = load_model(checkpoint, dtype=options.dtype).to(options.device)
-        answerer = _Answerer(model, encoder, template, options)
+        answerer = Answerer(model, encoder, template, options.max_new_tokens)
         with path.open("a", encoding="utf-8") as file, Progress("answering", len(asked), "questions") as progress:
             for start in range(0, len(asked), options.batch_size):
                 batch = asked[start : start + options.batch_size]
-                for (sample, turn), prediction in answerer.answer(batch):
+                predictions = answerer.answer([partial(encoder.encode_prompt, *question) for question in batch])
+                for (sample, turn), prediction in zip(batch, predictions, strict=True):
                     done[sample.index, turn] = line = _line(sample, turn, prediction)
                     file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -91,59 +91,6 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
-class _Answerer:
-    """Greedy decoding of batches."""
-
-    def __init__(
-        self, model: LlavaForConditionalGeneration, encoder: SampleEncoder, template: Template, options: EvalOptions
-    ) -> None:
-        self.model, self.encoder, self.options = model, encoder, options
-        self.tokenizer = encoder.tokenizer
-        self.pad_id = pad_id_of(self.tokenizer)
-        self.stop_ids = _stop_ids(template, self.tokenizer)
-
-    @torch.inference_mode()
-    def answer(self, questions: list[tuple[Sample, int]]) -> list[tuple[tuple[Sample, int], str | BadSample]]:
-        """Return each question with its answer, or with why it could not be asked."""
-        results: list[tuple[tuple[Sample, int], str | BadSample]] = []
-        prompts = []
-        for question in questions:
-            try:
-                prompts.append((question, *self.encoder.encode_prompt(*question)))
-            except BadSample as bad:
-                results.append((question, bad))
-        if not prompts:
-            return results
-        length = max(len(ids) for _, ids, _ in prompts)
-        input_ids = torch.full((len(prompts), length), self.pad_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (_, ids, _) in enumerate(prompts):  # padded on the left: generation goes on at the right
-            input_ids[row, length - len(ids) :] = torch.from_numpy(ids).long()
-            attention_mask[row, length - len(ids) :] = 1
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        pixels = [p for _, _, p in prompts if p is not None]
-        if pixels:
-            inputs["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
-        generated = self.model.generate(
-            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
-            do_sample=False,
-            max_new_tokens=self.options.max_new_tokens,
-            eos_token_id=self.stop_ids,
-            pad_token_id=self.pad_id,
-        )
-        for (question, _, _), ids in zip(prompts, generated[:, length:].tolist(), strict=True):
-            cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-            results.append((question, self.tokenizer.decode(ids[:cut], skip_special_tokens=True).strip()))
-        return results
-
-
-def _stop_ids(template: Template, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's end token, and what the template puts after the text."""
-    end = template.answer.split("{text}")[-1].replace("{eos}", tokenizer.eos_token or "")
-    ids = tokenizer.encode(end, add_special_tokens=False) if end else []
-    return sorted({*ids[:1], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
-
-
 def _line(sample: Sample, turn: int, prediction: str | BadSample) -> dict[str, Any]:
     question, answer = sample.turns[turn]
     line = {"row": sample.index, "turn": turn, "id": sample.id, "question_type": sample.question_type}
@@ -151,23 +98,6 @@ def _line(sample: Sample, turn: int, prediction: str | BadSample) -> dict[str, A
     if isinstance(prediction, BadSample):
         return line | {"skipped": prediction.status.label}
     return line | {"prediction": prediction, "correct": normalise(prediction) == normalise(answer)}
-
-
-def _read_predictions(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """Read what an earlier run answered; a last line that was cut short is dropped from the file."""
-    found: dict[tuple[int, int], dict[str, Any]] = {}
-    if not path.is_file():
-        return found
-    whole = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            found[line["row"], line["turn"]] = line
-        except (ValueError, KeyError):
-            continue
-        whole.append(text + "\n")
-    config.write_whole(path, "".join(whole))
-    return found
 
 
 def _score(lines: list[dict[str, Any]], skipped: Counter[str], path: Path) -> Scores:

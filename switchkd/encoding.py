@@ -108,13 +108,27 @@ class SampleEncoder:
     def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
         """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
         sample.require_ok()
-        turns = sample.turns[: turn + 1]
         with _naming(sample):
-            ids, _ = self.tokenize(self.template.prompt(turns, sample.image is not None, self.tokenizer.eos_token))
-            if not len(ids):
-                raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {turn}")
-            data = self._image_bytes(sample)
-            return ids, None if data is None else self._pixels(data, sample.image)
+            return self.encode_turns(sample.turns[: turn + 1], self._image_bytes(sample), str(sample.image))
+
+    def encode_turns(
+        self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str
+    ) -> tuple[NDArray[np.int32], Tensor | None]:
+        """Encode turns up to where the last one's answer begins.
+
+        Args:
+            turns: (question, answer) pairs; the last answer is not read. image: an image file's bytes. name: its name in errors.
+
+        Returns:
+            input_ids [L], and pixels [3, H, W] if there is an image.
+
+        Raises:
+            BadSample: too long, nothing to read, or an image that cannot be used.
+        """
+        ids, _ = self.tokenize(self.template.prompt(turns, image is not None, self.tokenizer.eos_token))
+        if not len(ids):
+            raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
+        return ids, None if image is None else self._pixels(image, name)
 
     def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokenize segments one by one; returns (ids [L], supervised [L]). Raises BadSample if too long."""

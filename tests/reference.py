@@ -95,3 +95,15 @@ def ldpv2(features: Tensor, weights: dict[str, Tensor], grid: int) -> Tensor:
             assert len(value) == width
             out.append(value)
     return torch.stack(out)
+
+
+def vqa_consensus(prediction, people):
+    """VQA accuracy by its definition: for every person left out, min(1, equal answers among the others / 3); their mean."""
+    total = 0.0
+    for left_out in range(len(people)):
+        equal = 0
+        for place, answer in enumerate(people):
+            if place != left_out and answer == prediction:
+                equal += 1
+        total += min(1.0, equal / 3)
+    return total / len(people)

@@ -59,8 +59,8 @@ def test_predictions_are_greedy_whatever_the_batch(options):
 
 def test_accuracy_counts_exact_matches_by_type(options, monkeypatch):
     monkeypatch.setattr(
-        "switchkd.pipelines.evaluate._Answerer.answer",
-        lambda self, questions: [(q, "Red." if q[0].index % 2 == 0 else "green") for q in questions],
+        "switchkd.pipelines.answering.Answerer.answer",
+        lambda self, prompts: ["Red." if prompt.args[0].index % 2 == 0 else "green" for prompt in prompts],
     )
     scores = evaluate(options)
     # Rows 0, 2, 4, 6 answer "red"; row 4's second turn asks for "a circle"; row 2 is text only and has no type.

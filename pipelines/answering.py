@@ -1,0 +1,97 @@
+"""Greedy answers in batches, and the file that keeps them, so that an interrupted evaluation goes on where it stopped."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from switchkd.encoding import SampleEncoder, pad_id_of
+from switchkd.pipelines import config
+from switchkd.samples import BadSample
+from switchkd.templates import Template
+
+# Encodes one prompt when its turn comes: (input_ids [L], pixels [3, H, W] or None); raises BadSample.
+Prompt = Callable[[], tuple[NDArray[np.int32], Tensor | None]]
+
+
+class Answerer:
+    """Greedy decoding of batches.
+
+    Args:
+        model: on its device. encoder: gives the tokenizer. template: says what ends an answer.
+        max_new_tokens: an answer is cut there.
+    """
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, encoder: SampleEncoder, template: Template, max_new_tokens: int
+    ) -> None:
+        self.model, self.max_new_tokens = model, max_new_tokens
+        self.tokenizer = encoder.tokenizer
+        self.pad_id = pad_id_of(self.tokenizer)
+        self.stop_ids = _stop_ids(template, self.tokenizer)
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[Prompt]) -> list[str | BadSample]:
+        """Return for each prompt its answer, or why it could not be asked."""
+        results: list[str | BadSample] = [""] * len(prompts)
+        rows: list[tuple[int, NDArray[np.int32], Tensor | None]] = []
+        for place, encode in enumerate(prompts):
+            try:
+                rows.append((place, *encode()))
+            except BadSample as bad:
+                results[place] = bad
+        if not rows:
+            return results
+        length = max(len(ids) for _, ids, _ in rows)
+        input_ids = torch.full((len(rows), length), self.pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (_, ids, _) in enumerate(rows):  # padded on the left: generation goes on at the right
+            input_ids[row, length - len(ids) :] = torch.from_numpy(ids).long()
+            attention_mask[row, length - len(ids) :] = 1
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        pixels = [p for _, _, p in rows if p is not None]
+        if pixels:
+            inputs["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
+        generated = self.model.generate(
+            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.pad_id,
+        )
+        for (place, _, _), ids in zip(rows, generated[:, length:].tolist(), strict=True):
+            cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+            results[place] = self.tokenizer.decode(ids[:cut], skip_special_tokens=True).strip()
+        return results
+
+
+def _stop_ids(template: Template, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end token, and what the template puts after the text."""
+    end = template.answer.split("{text}")[-1].replace("{eos}", tokenizer.eos_token or "")
+    ids = tokenizer.encode(end, add_special_tokens=False) if end else []
+    return sorted({*ids[:1], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def read_lines(path: Path, *key: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Read what an earlier run wrote, by the fields `key`; a last line that was cut short is dropped from the file."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if not path.is_file():
+        return found
+    text = path.read_text(encoding="utf-8")
+    whole = []
+    for line in text.splitlines(keepends=True):
+        try:
+            content = json.loads(line)
+            found[tuple(content[name] for name in key)] = content
+        except (ValueError, KeyError):
+            continue
+        whole.append(line if line.endswith("\n") else line + "\n")
+    if (kept := "".join(whole)) != text:
+        config.write_whole(path, kept)
+    return found
