@@ -201,7 +201,7 @@ def problems(words: list[str], whole: bool = True) -> list[str]:
     open_ended = "config" in values or any(
         _PLACEHOLDER.search(w) and w in ("…", "...", "$@", "[OPTIONS]") for w in words
     )
-    if not open_ended and "help" not in values:
+    if not open_ended and not {"help", "list"} & values.keys():  # these print and exit
         missing = [p.opts[-1] for p in command.params if p.required and values.get(p.name) in (None, ())]
         found += [f"{context.command_path} lacks {name}" for name in missing]
     found += [f"{context.command_path} takes no {word}" for word in rest if not _PLACEHOLDER.search(word)]
