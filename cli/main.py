@@ -15,6 +15,7 @@ COMMANDS = {
     "cache-teacher": ("cache_teacher", "Store what a teacher says about every supervised position."),
     "train": ("train", "Train a student from a teacher store."),
     "eval": ("evaluate", "Score a model on a data file."),
+    "init-student": ("init_student", "Assemble a student from a vision tower and a language model."),
     "store": ("store", "Look at a teacher store, check it, mend it."),
     "demo": ("demo", "See the whole method work on easy-VQA, on a laptop."),
 }

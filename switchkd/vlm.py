@@ -92,7 +92,7 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"no checkpoint at {folder}: expected a folder with a config.json")
-    with _as_checkpoint_error(folder):
+    with as_checkpoint_error(folder):
         config = LlavaConfig.get_config_dict(folder)[0]
         kind = CONFIGS.get(config.get("model_type", ""))
         if kind is None:
@@ -102,7 +102,7 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
             )
         llava = kind.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **_PIL_BACKEND)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **PIL_BACKEND)
         feature_tokens, feature_width = probe_vision(llava)
         image_tokens = tokens_of(llava, feature_tokens)
     if not getattr(tokenizer, "is_fast", False):
@@ -123,7 +123,7 @@ def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, s
 
 
 # torchvision may be missing or broken, and its pixels differ from Pillow's in the last bits: one backend everywhere.
-_PIL_BACKEND = {"backend": "pil"}
+PIL_BACKEND = {"backend": "pil"}
 
 
 def probe_vision(config: LlavaConfig) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def load_model(
     kind = model_class(checkpoint.config)
     if not vision:
         kind = LlavaWithoutVision if kind is LlavaForConditionalGeneration else SwitchLlavaWithoutVision
-    with _as_checkpoint_error(checkpoint.path):
+    with as_checkpoint_error(checkpoint.path):
         model, report = kind.from_pretrained(
             checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
         )
@@ -281,7 +281,7 @@ def require_fit(teacher: Checkpoint, student: Checkpoint, switch: bool) -> None:
 
 
 @contextmanager
-def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+def as_checkpoint_error(folder: Path) -> Iterator[None]:
     """Turn what transformers raises about a folder's content into a CheckpointError that names the folder."""
     try:
         yield

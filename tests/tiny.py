@@ -47,7 +47,7 @@ def tokenizer(words=WORDS):
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        extra_special_tokens=["<image>"],
+        extra_special_tokens=["<image>"] if "<image>" in words else [],
     )
 
 
