@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @click.command("cache-teacher")
 @config_option
 @click.option("--teacher", type=PATH, required=True, help="Checkpoint folder of the teacher (a Llava).")
-@click.option("--data", type=PATH, required=True, help="LLaVA-style JSON or JSON Lines.")
+@click.option("--data", type=PATH, required=True, help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow.")
 @click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
 @click.option(
     "--out",

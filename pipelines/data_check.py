@@ -69,7 +69,7 @@ def check_data(options: CheckOptions) -> DataCheck:
     samples = SampleFile(options.data)
     if options.model is not None:
         checkpoint = open_checkpoint(options.model, options.trust_remote_code)
-        if options.images is None and any(sample.image is not None for sample in samples):
+        if options.images is None and samples.needs_folder():
             raise DataError(f"{options.data} names images: pass --images, the folder that their paths start from")
         template = load_template(options.template)
         encoder = SampleEncoder(checkpoint, template, options.images, options.max_length, options.max_image_pixels)
@@ -93,7 +93,7 @@ def check_data(options: CheckOptions) -> DataCheck:
         lengths=lengths,
         unit=unit,
         limit=options.max_length if options.model is not None else None,
-        images_read=options.images is not None,
+        images_read=options.images is not None or not samples.needs_folder(),
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from switchkd.encoding import SampleEncoder
-from switchkd.images import MAX_IMAGE_PIXELS, decode_image, disguise, read_image_bytes
+from switchkd.images import MAX_IMAGE_PIXELS, decode_image, disguise, image_bytes_of
 from switchkd.pipelines.progress import Progress
 from switchkd.samples import BadSample, Sample, SampleFile, Status
 
@@ -75,10 +75,11 @@ class Looker:
 
     def _image_note(self, sample: Sample) -> str:
         """Decode the image, and tell if it is of another kind than its name says. Raises BadSample."""
-        if sample.image is None or self.images is None:
+        if sample.image is None or (self.images is None and sample.embedded is None):
             return ""
         try:
-            data = read_image_bytes(self.images, sample.image)
+            data = image_bytes_of(sample, self.images)
+            assert data is not None
             decode_image(data, sample.image, self.max_image_pixels)
         except BadSample as bad:
             raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from switchkd.errors import CheckpointError, DataError
 from switchkd.fingerprints import SampleDigest, digest_sample
-from switchkd.images import MAX_IMAGE_PIXELS, decode_image, read_image_bytes
+from switchkd.images import MAX_IMAGE_PIXELS, decode_image, image_bytes_of
 from switchkd.positions import IGNORED
 from switchkd.samples import BadSample, Sample, Status
 from switchkd.templates import IMAGE_MARKER, Template
@@ -101,7 +101,7 @@ class SampleEncoder:
             ids, supervised = self.tokenize(segments)
             if not supervised[1:].any():
                 raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
-            data = self._image_bytes(sample)
+            data = image_bytes_of(sample, self.images)
             image = self._pixels(data, sample.image) if data is not None and pixels else None
         return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data))
 
@@ -109,7 +109,7 @@ class SampleEncoder:
         """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
         sample.require_ok()
         with _naming(sample):
-            return self.encode_turns(sample.turns[: turn + 1], self._image_bytes(sample), str(sample.image))
+            return self.encode_turns(sample.turns[: turn + 1], image_bytes_of(sample, self.images), str(sample.image))
 
     def encode_turns(
         self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str
@@ -145,13 +145,6 @@ class SampleEncoder:
         if len(ids) > self.max_length:
             raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}", len(ids))
         return np.array(ids, np.int32), np.array(supervised, np.bool_)
-
-    def _image_bytes(self, sample: Sample) -> bytes | None:
-        if sample.image is None:
-            return None
-        if self.images is None:
-            raise DataError(f"row {sample.index} has the image {sample.image!r}: --images must name the image folder")
-        return read_image_bytes(self.images, sample.image)
 
     def _pixels(self, data: bytes, name: str | None) -> Tensor:
         key = hashlib.blake2b(data, digest_size=16).digest()

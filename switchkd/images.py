@@ -6,23 +6,43 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from switchkd.samples import BadSample, Status
+from switchkd.errors import DataError
+from switchkd.samples import BadSample, Sample, Status
 
 # 64 million pixels: above any photograph of the usual data sets, far below a decompression bomb.
 MAX_IMAGE_PIXELS = 1 << 26
+
+
+def image_bytes_of(sample: Sample, folder: Path | None) -> bytes | None:
+    """Return the bytes of a sample's image, from the data set or from the image folder; None for a sample of text alone.
+
+    Raises:
+        BadSample: see `read_image_bytes`.
+        DataError: the image lies in a folder and none was given.
+    """
+    if sample.image is None:
+        return None
+    if sample.embedded is not None:
+        return sample.embedded()
+    if folder is None:
+        raise DataError(f"row {sample.index} has the image {sample.image!r}: --images must name the image folder")
+    return read_image_bytes(folder, sample.image)
 
 
 def read_image_bytes(folder: Path, relative: str) -> bytes:
     """Return an image file's bytes.
 
     Args:
-        folder: the image folder. relative: the path in the data file, which must stay below it (no absolute path, no `..`;
-            links that the folder's owner placed inside it are followed).
+        folder: the image folder. relative: the path in the data file, which must stay below it (no `..`; an absolute one must lead
+            into it; links that the folder's owner placed inside it are followed).
 
     Raises:
         BadSample: the path leaves the folder, or there is no such file.
     """
     path = PurePosixPath(relative.replace("\\", "/"))
+    base = PurePosixPath(folder.absolute().as_posix())
+    if path.is_relative_to(base):
+        path = path.relative_to(base)
     if path.is_absolute() or ".." in path.parts or Path(relative).drive:
         raise BadSample(Status.IMAGE_OUTSIDE_FOLDER, f"{relative!r} leaves the image folder")
     try:

@@ -1,20 +1,21 @@
-"""Samples: one conversation with zero or one image, read from LLaVA-style JSON and kept in memory-mapped Arrow.
+"""Samples: one conversation with zero or one image, read from a container and kept in memory-mapped Arrow.
 
 A file-level mistake (no such file, not JSON, not a list) is an error. A bad row is not: it becomes a sample with a `Status`
 that says why it cannot be used, so that row numbers never shift and every skip is counted.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from switchkd.containers import IMAGE_COLUMNS, ROWS_PER_BATCH, Container, Embedded, JsonRows, open_container
 from switchkd.errors import DataError
 from switchkd.templates import IMAGE_MARKER
 
@@ -62,11 +63,12 @@ class Sample:
 
     index: int  # row number, from 0
     id: str
-    image: str | None  # path below the image folder
+    image: str | None  # path below the image folder; a name if the data set holds the image itself
     turns: list[tuple[str, str]]  # (question, answer), image markers removed
     question_type: str
     status: Status
     detail: str
+    embedded: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)  # the data set's own image
 
     def require_ok(self) -> None:
         """Raise BadSample if the row could not be read."""
@@ -74,31 +76,33 @@ class Sample:
             raise BadSample(self.status, f"row {self.index}: {self.detail}")
 
 
+_IMAGE_PARTS = ("image", "image_url")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # Arrow column → type; `turns` alternates questions and answers.
 _COLUMNS = {"id": "string", "image": "string", "question_type": "string", "status": "int32", "detail": "string"}
+_COLUMNS_OF_TABLE = _COLUMNS | {"embedded": "bool"}
 
 
 class SampleFile:
     """The samples of one data file, memory-mapped: `len`, `[i]`, iteration.
 
-    The JSON is read once and kept as Arrow in the `datasets` cache (HF_DATASETS_CACHE); later runs and DataLoader workers
-    map that file instead of holding rows.
+    Rows are read once and kept as Arrow in the `datasets` cache (HF_DATASETS_CACHE), without the images that a data set may hold;
+    later runs and DataLoader workers map that file instead of holding rows.
 
     Args:
-        path: a JSON list of rows, or JSON Lines. A row holds `conversations` ([{"from": "human"|"gpt", "value": …}, …]), and
-            may hold `image` (path below the image folder), `id`, `question_type`.
+        path: see `containers.open_container`. A row holds `conversations` ([{"from": "human"|"gpt", "value": …}, …]) or `messages`
+            ([{"role": "user"|"assistant", "content": text or parts}, …]), and may hold `image` (path below the image folder, or the
+            image itself), `id`, `question_type`.
 
     Raises:
-        DataError: no such file, not JSON, not a list of rows, no row, or no usable row.
+        DataError: no such file, not to be read, no row, or no usable row.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise DataError(f"no data file {self.path}: --data takes a LLaVA-style JSON or JSON Lines file")
-        self.fingerprint = _hash_file(self.path)
-        self._table = _arrow_table(self.path, self.fingerprint)
+        self._container = open_container(self.path)
+        self._table = _arrow_table(self._container)
+        self.fingerprint = self._container.sha256 if isinstance(self._container, JsonRows) else _hash_table(self._table)
         counts = self.counts_by_status()
         if not counts.get(Status.OK):
             first = self[0]
@@ -120,6 +124,7 @@ class SampleFile:
             question_type=row["question_type"],
             status=Status(row["status"]),
             detail=row["detail"],
+            embedded=partial(self._container.image_bytes, index) if row["embedded"] else None,
         )
 
     def __iter__(self) -> Iterator[Sample]:
@@ -148,22 +153,34 @@ class SampleFile:
         named: NDArray[np.bool_] = np.asarray(self._table.data.column("image").is_valid())
         return named
 
+    def needs_folder(self) -> bool:
+        """Return whether a row names an image that lies in an image folder."""
+        embedded = np.asarray(self._table.data.column("embedded"))
+        return bool((self.has_image() & ~embedded).any())
+
 
 def read_row(row: Any, index: int) -> Sample:
-    """Read one row of a data file; whatever is wrong with it becomes its status and detail."""
+    """Read one row of a data file; whatever is wrong with it becomes its status and detail.
+
+    The image's bytes are not read: where `embedded` is set, `SampleFile` replaces it by what reads them.
+    """
+    image: str | Embedded | None
     try:
         if not isinstance(row, dict):
             raise BadSample(Status.NO_CONVERSATION, f"expected an object, found {type(row).__name__}")
-        image = _image_of(row)
-        turns = _turns_of(row, image)
+        conversation = _conversation_of(row)
+        image = _image_of(row, conversation)
+        turns = _turns_of(conversation, image is not None)
         status, detail = Status.OK, ""
     except BadSample as bad:
         image, turns, status, detail = None, [], bad.status, bad.detail
     named = row if isinstance(row, dict) else {}
     name = index if named.get("id") is None else named["id"]
-    return Sample(
-        index, _writable(str(name)), image, turns, _writable(str(named.get("question_type") or "")), status, detail
-    )
+    embedded = None
+    if isinstance(image, Embedded):
+        image, embedded = image.name or f"image of row {index}", bytes
+    question_type = _writable(str(named.get("question_type") or ""))
+    return Sample(index, _writable(str(name)), image, turns, question_type, status, detail, embedded)
 
 
 def _writable(text: str) -> str:
@@ -171,97 +188,125 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _image_of(row: dict[str, Any]) -> str | None:
-    image = row.get("image")
+def _conversation_of(row: dict[str, Any]) -> list[Any]:
+    """Return the turns as they stand, in LLaVA's or OpenAI's words."""
+    found = next((row[name] for name in ("conversations", "messages") if row.get(name) is not None), None)
+    if not isinstance(found, list) or not found:
+        raise BadSample(Status.NO_CONVERSATION, "no list 'conversations' or 'messages' with at least one turn")
+    return found
+
+
+def _image_of(row: dict[str, Any], conversation: list[Any]) -> str | Embedded | None:
+    image = next((row[name] for name in IMAGE_COLUMNS if row.get(name) is not None), None)
+    if image is None:
+        image = [path for turn in conversation for path in _paths_in_parts(turn)]
     if isinstance(image, list):
         if len(image) > 1:
             raise BadSample(Status.SEVERAL_IMAGES, f"{len(image)} images; a sample has at most one")
         image = image[0] if image else None
-    if image is not None and not isinstance(image, str):
+    if isinstance(image, dict) and isinstance(image.get("path"), str):
+        image = image["path"]
+    if image is not None and not isinstance(image, str | Embedded):
         raise BadSample(Status.IMAGE_MISSING, f"image should be a path, found {type(image).__name__}")
+    if isinstance(image, Embedded):
+        return Embedded(_writable(image.name))
+    if image and image.startswith("data:"):
+        raise BadSample(Status.IMAGE_UNREADABLE, "the image is a data URL; keep it as a file or as bytes")
     return _writable(image) if image else None
 
 
-def _turns_of(row: dict[str, Any], image: str | None) -> list[tuple[str, str]]:
-    conversation = row.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
-        raise BadSample(Status.NO_CONVERSATION, "no list 'conversations' with at least one turn")
+def _paths_in_parts(turn: Any) -> Iterator[str]:
+    """Yield what a turn's content parts name as images: {"type": "image", "path": …} and its variants."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and part.get("type") in _IMAGE_PARTS:
+            named = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None)
+            named = named.get("url") if isinstance(named, dict) else named
+            if isinstance(named, str):
+                yield named
+
+
+def _turns_of(conversation: list[Any], has_image: bool) -> list[tuple[str, str]]:
     texts: list[str] = []
     markers = 0
     for number, turn in enumerate(conversation):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            raise BadSample(Status.BAD_TURN, f"turn {number} needs 'from' and a text 'value'")
-        if _writable(turn["value"]) != turn["value"]:
+        speaker, spoken = _words_of(turn, number)
+        if _writable(spoken) != spoken:
             raise BadSample(Status.BAD_TURN, f"turn {number} holds half of a surrogate pair")
-        role = ROLES.get(str(turn["from"]))
+        role = ROLES.get(str(speaker))
         if role is None:
-            raise BadSample(Status.UNKNOWN_ROLE, f"turn {number} is from {turn['from']!r}; known: {', '.join(ROLES)}")
+            raise BadSample(Status.UNKNOWN_ROLE, f"turn {number} is from {speaker!r}; known: {', '.join(ROLES)}")
         if role != ("user", "assistant")[number % 2]:
-            raise BadSample(Status.ROLES_OUT_OF_ORDER, f"turn {number} is from {turn['from']!r}")
-        if role == "assistant" and IMAGE_MARKER in turn["value"]:
+            raise BadSample(Status.ROLES_OUT_OF_ORDER, f"turn {number} is from {speaker!r}")
+        if role == "assistant" and IMAGE_MARKER in spoken:
             raise BadSample(Status.MARKER_WITHOUT_IMAGE, f"turn {number}, an answer, holds {IMAGE_MARKER}")
-        text = turn["value"].replace(IMAGE_MARKER, "").strip()
-        markers += turn["value"].count(IMAGE_MARKER) + text.count(IMAGE_MARKER)  # "<im<image>age>" leaves another
+        text = spoken.replace(IMAGE_MARKER, "").strip()
+        markers += spoken.count(IMAGE_MARKER) + text.count(IMAGE_MARKER)  # "<im<image>age>" leaves another
         texts.append(text)
     if len(texts) % 2:
         raise BadSample(Status.ROLES_OUT_OF_ORDER, "the last turn is a question without an answer")
     if markers > 1:
         raise BadSample(Status.SEVERAL_IMAGES, f"{markers} markers {IMAGE_MARKER}; a sample has at most one image")
-    if markers and image is None:
+    if markers and not has_image:
         raise BadSample(Status.MARKER_WITHOUT_IMAGE, f"{IMAGE_MARKER} in a row that names no image")
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _rows_of(path: Path) -> Iterator[Any]:
-    """Yield a data file's rows: one JSON list, or one object a line."""
-    where = str(path)
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            start = file.read(64).lstrip()[:1]
-            file.seek(0)
-            if start == "{":
-                for number, line in enumerate(file, 1):
-                    where = f"{path}, line {number},"
-                    if line.strip():
-                        yield json.loads(line)
-                return
-            rows = json.load(file)
-    except UnicodeDecodeError as error:  # raised for a block of the file, so no line is known
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}; expected a list of rows or one JSON object a line") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} should hold a list with at least one row, found {type(rows).__name__}")
-    yield from rows
+def _words_of(turn: Any, number: int) -> tuple[Any, str]:
+    """Return (who speaks, text) of a turn; of content parts the texts as they follow, with a marker for an image."""
+    for speaker, spoken in (("from", "value"), ("role", "content")):
+        if isinstance(turn, dict) and speaker in turn:
+            content = turn.get(spoken)
+            if isinstance(content, list):
+                content = "".join(_text_of_part(part, number) for part in content)
+            if isinstance(content, str):
+                return turn[speaker], content
+    raise BadSample(Status.BAD_TURN, f"turn {number} needs 'from' and a text 'value', or 'role' and 'content'")
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _text_of_part(part: Any, number: int) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in _IMAGE_PARTS:
+        return IMAGE_MARKER
+    if kind == "text" and isinstance(part.get("text"), str):
+        text: str = part["text"]
+        return text
+    raise BadSample(
+        Status.BAD_TURN, f"turn {number} has a part of type {kind!r}; known: text, {', '.join(_IMAGE_PARTS)}"
+    )
 
 
-def _arrow_table(path: Path, fingerprint: str) -> Any:
+def _hash_table(table: Any) -> str:
+    """Hash rows by what they say, without the images, whose bytes enter each sample's digest."""
+    digest = hashlib.sha256()
+    for batch in table.data.table.to_batches(max_chunksize=ROWS_PER_BATCH):
+        digest.update(batch.serialize())
+    return digest.hexdigest()
+
+
+def _arrow_table(container: Container) -> Any:
     import datasets
 
     features = datasets.Features(
         {"texts": datasets.List(datasets.Value("string"))}
-        | {name: datasets.Value(kind) for name, kind in _COLUMNS.items()}
+        | {name: datasets.Value(kind) for name, kind in _COLUMNS_OF_TABLE.items()}
     )
 
     def generate() -> Iterator[dict[str, Any]]:
-        for index, row in enumerate(_rows_of(path)):
+        for index, row in enumerate(container.rows()):
             sample = read_row(row, index)
             yield {
                 "texts": [text for turn in sample.turns for text in turn],
+                "embedded": sample.embedded is not None,
                 **{name: getattr(sample, name) for name in _COLUMNS},
             }
 
     # Version of the row format above: raise it with any change, so that older Arrow files are not taken for current ones.
-    row_format = 1
+    row_format = 2
     datasets.disable_progress_bars()
     try:
         return datasets.Dataset.from_generator(
-            generate, features=features, fingerprint=f"switchkd-{row_format}-{fingerprint[:40]}"
+            generate, features=features, fingerprint=f"switchkd-{row_format}-{container.key}"
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):

@@ -173,7 +173,7 @@ def test_too_many_pixels(make):
 
 def test_a_row_that_could_not_be_read_is_refused_with_its_own_reason(make):
     broken = read_row({"conversations": []}, 4)
-    expected = (Status.NO_CONVERSATION, "row 4: no list 'conversations' with at least one turn")
+    expected = (Status.NO_CONVERSATION, "row 4: no list 'conversations' or 'messages' with at least one turn")
     assert refusal(make(), broken) == expected
     with pytest.raises(BadSample, match="no_conversation: row 4: "):
         make().encode_prompt(broken, 0)
