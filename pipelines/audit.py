@@ -23,7 +23,8 @@ from switchkd.pipelines.teacher_source import StoredHidden, StoredTopK, TeacherS
 from switchkd.pipelines.training_data import teacher_columns
 from switchkd.positions import predicting_rows
 from switchkd.samples import SampleFile, Status
-from switchkd.signals import DenseSignal, SparseSignal, TailPolicy, TeacherSignal, lead_of_rows
+from switchkd.selection import lead_of_rows
+from switchkd.signals import DenseSignal, SparseSignal, TailPolicy, TeacherSignal
 from switchkd.stores import Payload, TeacherStore
 from switchkd.stores.place import Location
 from switchkd.stores.reader import pick_store

@@ -3,12 +3,11 @@
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.positions import predicting_rows
-from switchkd.signals import DenseSignal, SparseSignal, TailPolicy, TeacherSignal
+from switchkd.signals import HiddenSignal, SparseSignal, TailPolicy, TeacherSignal
 
 
 class TeacherSource(Protocol):
@@ -56,7 +55,7 @@ class StoredHidden:
 
     def signal(self, batch: dict[str, Any]) -> TeacherSignal:
         """See `TeacherSource.signal`."""
-        return DenseSignal(F.linear(batch["teacher_hidden"].to(self.head.dtype), self.head))
+        return HiddenSignal(batch["teacher_hidden"], self.head)
 
     def to(self, device: torch.device) -> None:
         """Move the LM head."""
@@ -79,8 +78,8 @@ class LiveTeacher:
             pixel_values=None if pixels is None else pixels.to(self.teacher.dtype),
             use_cache=False,
         ).last_hidden_state
-        logits = self.teacher.lm_head(states[predicting_rows(batch["labels"])])  # [P, V]
-        return DenseSignal(logits[:, : self.vocab_rows])
+        head = self.teacher.lm_head.weight[: self.vocab_rows]
+        return HiddenSignal(states[predicting_rows(batch["labels"])], head)
 
     def to(self, device: torch.device) -> None:
         """Move the teacher."""

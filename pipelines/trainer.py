@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, Trainer
 
 from switchkd.errors import CheckpointError, ConfigError, RunError
-from switchkd.objective import LossParts, Objective
+from switchkd.fused import LMHead
+from switchkd.objective import FusedLoss, LossParts, Objective
 from switchkd.pipelines import resume_state
 from switchkd.pipelines.sample_order import EpochSampler
 from switchkd.pipelines.stages import set_part_rates
 from switchkd.pipelines.teacher_source import TeacherSource
 from switchkd.positions import count_positions, predicting_rows, targets
-from switchkd.switch import switch_logits
-from switchkd.vlm import blank_image, capture_vision_features
+from switchkd.switch import switch_states
+from switchkd.vlm import blank_image, capture_vision_features, in_place_of_lm_head
 
 PARTS = ("ce", "align", "vsd")
 NO_DISTANCE = 1e-6  # nats per position; what rounding leaves of a VSD that is 0
@@ -75,10 +76,9 @@ class SwitchTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of one micro-batch: a sum over its positions, divided by the count of the global batch."""
-        parts = self.loss_parts(model, inputs)
+        total, parts = self.loss_parts(model, inputs)
         count = self.objective.count(inputs["labels"])
         self._record(parts, count, count_positions(inputs["labels"]).sum())
-        total = self.objective.total(parts)
         if "pixel_values" not in inputs:
             total = total + 0.0 * self._idle_vision(model)
         if num_items_in_batch is None:
@@ -107,34 +107,56 @@ class SwitchTrainer(Trainer):
             set_part_rates(optimizer, self.model if model is None else model, self.part_rates)
         return optimizer
 
-    def loss_parts(self, model: nn.Module, batch: dict[str, Any]) -> LossParts:
-        """Run the student, the switch pathway and the objective over one batch; see `Objective.parts`."""
+    def loss_parts(self, model: nn.Module, batch: dict[str, Any]) -> FusedLoss:
+        """Run the student, the switch pathway and the objective over one batch; see `Objective.fused`.
+
+        All of it happens inside the student's forward, where its LM head would run.
+        """
         student = self.accelerator.unwrap_model(model)
         rows = predicting_rows(batch["labels"])
         pixels = batch.get("pixel_values")
-        with capture_vision_features(student) as features:
-            logits = model(
+        found: list[FusedLoss] = []
+
+        def loss_of_states(states: Tensor) -> Tensor:
+            found.append(self._loss_of_states(student, states, features, batch, rows))
+            return found[0].total
+
+        with capture_vision_features(student) as features, in_place_of_lm_head(student, loss_of_states):
+            total = model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 pixel_values=None if pixels is None else pixels.to(student.dtype),
                 logits_to_keep=rows,
                 use_cache=False,
             ).logits
+        return FusedLoss(total, found[0].parts)
+
+    def _loss_of_states(
+        self, student: Any, states: Tensor, features: list[Tensor], batch: dict[str, Any], rows: Tensor
+    ) -> FusedLoss:
+        """The objective at the student's final hidden states, [P, d]; `features` holds V_S(x) if there is an image."""
         has_image = batch["has_image"]
-        on_image = has_image.repeat_interleave(rows.sum(-1))  # [P]
-        switch = None
+        switch = switch_head = None
         if self.objective.switch and features:
             assert self.teacher is not None
-            switch = switch_logits(
+            switch = switch_states(
                 self.teacher,
                 features[0],
                 batch["input_ids"][has_image],
                 batch["attention_mask"][has_image],
                 rows[has_image],
             )
-        signal = None if self.source is None else self.source.signal(batch)
-        weights = self.objective.weights(batch["labels"])
-        return self.objective.parts(logits, targets(batch["labels"]), signal, switch, on_image, weights)
+            switch_head = LMHead(self.teacher.lm_head.weight)
+        return self.objective.fused(
+            states,
+            LMHead(student.lm_head.weight),
+            targets(batch["labels"]),
+            None if self.source is None else self.source.signal(batch),
+            switch,
+            switch_head,
+            on_image=has_image.repeat_interleave(rows.sum(-1)),
+            weights=self.objective.weights(batch["labels"]),
+        )
 
     def _idle_vision(self, model: nn.Module) -> Tensor:
         """Show the student a blank image, for its graph only.

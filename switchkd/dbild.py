@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from switchkd.fused import at_least_float32
 from switchkd.pairs import pair_kl
-from switchkd.signals import DenseSignal, TeacherSignal, lead_of_rows, top_of_rows
+from switchkd.selection import lead_of_rows, top_of_rows
+from switchkd.signals import DenseSignal, TeacherSignal
 
 Divergence = Literal["reverse_kl", "forward_kl"]
 Reduction = Literal["mean", "sum", "none"]
@@ -94,11 +96,6 @@ def as_signal(student_logits: Tensor, teacher: Tensor | TeacherSignal) -> Teache
     if expected != found:
         raise ValueError(f"student logits are {expected} (positions, rows) but the teacher speaks of {found}")
     return signal
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Raise half precisions to float32, leave float64 alone."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _prepare(

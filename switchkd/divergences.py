@@ -4,7 +4,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from switchkd.dbild import Reduction, as_signal, at_least_float32, reduce_positions
+from switchkd.dbild import Reduction, as_signal, reduce_positions
+from switchkd.fused import at_least_float32
 from switchkd.signals import TeacherSignal
 
 

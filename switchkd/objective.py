@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switchkd.dbild import Divergence, bild_loss, dbild_loss
+from switchkd.divergences import kl_loss
 from switchkd.errors import ConfigError
-from switchkd.losses import bild_loss, dbild_loss, kl_loss
+from switchkd.fused import Chunk, LMHead, at_least_float32, loss_in_chunks
 from switchkd.positions import count_positions, per_sample_weights
 from switchkd.signals import TeacherSignal
 
@@ -35,6 +38,13 @@ class LossParts(NamedTuple):
     ce: Tensor
     align: Tensor | None
     vsd: Tensor | None
+
+
+class FusedLoss(NamedTuple):
+    """What is minimised, with graph, and its parts, without; sums over positions, nats."""
+
+    total: Tensor
+    parts: LossParts
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ class Objective:
             on_image: [P] bool, which positions belong to image samples.
             weights: [P], of each position; see `Objective.weights`. VSD's are those of image samples.
         """
-        ce = _weighted_sum(F.cross_entropy(student_logits.float(), targets, reduction="none"), weights)
+        ce = _weighted_sum(F.cross_entropy(at_least_float32(student_logits), targets, reduction="none"), weights)
         if not self.needs_teacher or teacher is None:
             return LossParts(ce, None, None)
         rows = teacher.vocab_rows
@@ -141,6 +151,100 @@ class Objective:
             total = total + self.vsd_weight * parts.vsd
         return total
 
+    def fused(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        targets: Tensor,
+        teacher: TeacherSignal | None,
+        switch_hidden: Tensor | None = None,
+        switch_head: LMHead | None = None,
+        on_image: Tensor | None = None,
+        weights: Tensor | None = None,
+        chunk_positions: int | None = None,
+    ) -> FusedLoss:
+        """Compute `total(parts(…))` from hidden states; no more than a chunk of logits exists at a time.
+
+        The student's LM head runs once for all three terms. A chunk of the teacher's logits, their order and their knee serve
+        both Align and VSD. Memory and dtypes: see `fused.loss_in_chunks`.
+
+        Args:
+            hidden: the student's final hidden states at the P positions, [P, d]. head: its LM head.
+            targets: [P] int64. teacher: see `parts`.
+            switch_hidden: the teacher's final hidden states on the switch pathway at the positions of image samples,
+                [P_image, d_T]; None if there are none or VSD is off. switch_head: the teacher's LM head, frozen.
+            on_image: [P] bool, which positions belong to image samples; wanted with `switch_hidden`.
+            weights: [P], see `parts`.
+            chunk_positions: positions at a time.
+        """
+
+        def loss_of_chunk(chunk: Chunk) -> tuple[Tensor, Tensor]:
+            rows = chunk.rows
+            word = None if teacher is None else teacher.part(rows)
+            keep = targets.new_zeros(len(chunk.logits), dtype=torch.bool) if on_image is None else on_image[rows]
+            weight = None if weights is None else weights[rows]
+            parts = self.parts(chunk.logits, targets[rows], word, chunk.switch, keep, weight)
+            return self.total(parts), torch.stack([parts.ce.new_zeros(()) if part is None else part for part in parts])
+
+        total, sums = loss_in_chunks(
+            hidden,
+            head,
+            loss_of_chunk,
+            switch_hidden=switch_hidden,
+            switch_head=switch_head,
+            on_image=on_image,
+            chunk_positions=chunk_positions,
+        )
+        ce, align, vsd = sums if len(sums) else total.detach().expand(3)
+        there = self.needs_teacher and teacher is not None
+        return FusedLoss(total, LossParts(ce, align if there else None, None if switch_hidden is None else vsd))
+
 
 def _weighted_sum(per_position: Tensor, weights: Tensor | None) -> Tensor:
     return per_position.sum() if weights is None else (per_position * weights.to(per_position.dtype)).sum()
+
+
+def fused_dbild(
+    student_hidden: Tensor,
+    student_head: LMHead,
+    targets: Tensor,
+    teacher: TeacherSignal,
+    *,
+    switch_hidden: Tensor | None = None,
+    switch_head: LMHead | None = None,
+    on_image: Tensor | None = None,
+    temperature: float = 3.0,
+    divergence: Divergence = "reverse_kl",
+    window: int | None = None,
+    align_weight: float = 1.0,
+    vsd_weight: float = 1.0,
+    chunk_positions: int | None = None,
+) -> FusedLoss:
+    """CE + λ1·Align + λ2·VSD with DBiLD (eq. 1) from hidden states and LM heads, without [P, V] logits.
+
+    Equal to `dbild_loss` on whole logits. The gradient is computed with the value, so backward can run once.
+
+    Args: see `Objective.fused`, `Objective` and `dbild_loss`. Without `switch_hidden` there is no VSD.
+
+    Returns:
+        (total, parts), sums over positions, nats; divide by their number for a mean.
+
+    Raises:
+        ConfigError: a temperature that is not positive, a window below 2.
+        ValueError: the switch pathway's arguments do not go together, or an unknown divergence.
+    """
+    names = {"reverse_kl": "dbild-rkl", "forward_kl": "dbild-fkl"}
+    if divergence not in names:
+        raise ValueError(f"divergence must be 'reverse_kl' or 'forward_kl', got {divergence!r}")
+    switch = switch_hidden is not None
+    objective = Objective(names[divergence], switch, align_weight, vsd_weight, temperature, window)
+    return objective.fused(
+        student_hidden,
+        student_head,
+        targets,
+        teacher,
+        switch_hidden,
+        switch_head,
+        on_image,
+        chunk_positions=chunk_positions,
+    )

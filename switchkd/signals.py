@@ -1,22 +1,25 @@
 """What a teacher says about T supervised positions, whether it was cached or is live: `TeacherSignal`.
 
-Losses read a signal through three methods and never know where it came from:
+Losses read a signal through these methods and never know where it came from:
 
 * `rows(student)`        its logits over all N vocabulary rows;
 * `lead(rows, window)`   the teacher-led selection: its leading ids in descending order, and how many of them (the knee);
-* `top(count)`           a fixed number of leading ids.
+* `top(count)`           a fixed number of leading ids;
+* `part(rows)`            the same for a run of positions, so that a loss can go through them chunk by chunk.
 
-`DenseSignal` knows every logit. `SparseSignal` knows K of them and the tail's mass; what it answers for the others is a
-named policy, one of `TAIL_POLICIES`, which may look at the student.
+`DenseSignal` knows every logit, `HiddenSignal` the hidden states that they are made from. `SparseSignal` knows K of them and the
+tail's mass; what it answers for the others is a named policy, one of `TAIL_POLICIES`, which may look at the student.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from switchkd.kneedle import knee_of_sorted
+from switchkd.selection import lead_of_rows, top_of_rows
 
 TailPolicy = Literal["student", "uniform", "floor"]
 TAIL_POLICIES: dict[str, str] = {
@@ -63,27 +66,9 @@ class TeacherSignal(Protocol):
         """Return the signal of the positions where `keep` [T] bool is True."""
         ...
 
-
-def top_of_rows(logits: Tensor, count: int) -> Tensor:
-    """Return the ids of each row's `count` largest logits in descending order, [T, N] → [T, count] int64.
-
-    Equal logits come in the order of their ids, so that the order of eq. 12's pairs is defined.
-    """
-    return logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :count]
-
-
-def lead_of_rows(logits: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-    """Select each row's leading entries up to its knee, in the order of `top_of_rows`.
-
-    Args:
-        logits: [T, N]. window: see `kneedle`.
-
-    Returns:
-        (ids [T, k_max] int64, k [T] int64), where k_max is the largest k of the batch (2 if T = 0).
-    """
-    ordered, ids = logits.detach().sort(dim=-1, descending=True, stable=True)
-    k = knee_of_sorted(ordered, window)
-    return ids[:, : _largest(k)], k
+    def part(self, rows: slice) -> "TeacherSignal":
+        """Return the signal of consecutive positions, ready to be read; a signal that makes its logits makes them here, once."""
+        ...
 
 
 def _largest(k: Tensor) -> int:
@@ -95,6 +80,7 @@ class DenseSignal:
     """A teacher whose logits are all at hand: live, or made from its final hidden states."""
 
     logits: Tensor  # [T, N]
+    leads: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # window → what was found
 
     @property
     def vocab_rows(self) -> int:
@@ -105,8 +91,10 @@ class DenseSignal:
         return len(self.logits)
 
     def lead(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """See `TeacherSignal.lead`."""
-        return lead_of_rows(rows, window)
+        """See `TeacherSignal.lead`. Found once: Align and VSD share the teacher's order and knee."""
+        if window not in self.leads:
+            self.leads[window] = lead_of_rows(rows, window)
+        return self.leads[window]
 
     def top(self, count: int) -> Tensor:
         """See `TeacherSignal.top`."""
@@ -118,7 +106,48 @@ class DenseSignal:
 
     def select(self, keep: Tensor) -> "DenseSignal":
         """See `TeacherSignal.select`."""
-        return DenseSignal(self.logits[keep])
+        return DenseSignal(self.logits[keep], {window: (ids[keep], k[keep]) for window, (ids, k) in self.leads.items()})
+
+    def part(self, rows: slice) -> "DenseSignal":
+        """See `TeacherSignal.part`."""
+        return DenseSignal(self.logits[rows])
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """A teacher known by its final hidden states: stored, or just computed. Its LM head makes the logits of what is read."""
+
+    hidden: Tensor  # [T, d]
+    head: Tensor  # [N, d], the LM head's rows in use; logits are computed in its dtype
+
+    @property
+    def vocab_rows(self) -> int:
+        """N."""
+        return len(self.head)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def lead(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """See `TeacherSignal.lead`."""
+        return lead_of_rows(rows, window)
+
+    def top(self, count: int) -> Tensor:
+        """See `TeacherSignal.top`."""
+        return self.part(slice(None)).top(count)
+
+    def rows(self, student: Tensor) -> Tensor:
+        """See `TeacherSignal.rows`."""
+        return self.part(slice(None)).logits
+
+    def select(self, keep: Tensor) -> "HiddenSignal":
+        """See `TeacherSignal.select`."""
+        return HiddenSignal(self.hidden[keep], self.head)
+
+    def part(self, rows: slice) -> DenseSignal:
+        """See `TeacherSignal.part`."""
+        with torch.no_grad():
+            return DenseSignal(F.linear(self.hidden[rows].to(self.head.dtype), self.head))
 
 
 @dataclass(frozen=True)
@@ -197,5 +226,12 @@ class SparseSignal:
 
     def select(self, keep: Tensor) -> "SparseSignal":
         """See `TeacherSignal.select`."""
+        return self._take(keep)
+
+    def part(self, rows: slice) -> "SparseSignal":
+        """See `TeacherSignal.part`."""
+        return self._take(rows)
+
+    def _take(self, keep: Tensor | slice) -> "SparseSignal":
         tensors = {f.name: getattr(self, f.name)[keep] for f in fields(self) if f.name not in ("vocab_rows", "tail")}
         return replace(self, **tensors)

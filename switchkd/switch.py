@@ -4,14 +4,14 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 
-def switch_logits(
+def switch_states(
     teacher: LlavaForConditionalGeneration,
     features: Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
     rows: Tensor,
 ) -> Tensor:
-    """Return z_switch = L_T(P_T(V_S(x)), text) at the rows asked for.
+    """Return the final hidden states behind z_switch = L_T(P_T(V_S(x)), text) at the rows asked for.
 
     The teacher is frozen, its activations are not: the gradient flows through L_T and P_T into `features` and on into the
     student's vision tower.
@@ -23,7 +23,7 @@ def switch_logits(
         rows: [B, L] bool, the rows that predict supervised tokens (`positions.predicting_rows`).
 
     Returns:
-        [P, V], in row-major order of `rows`; the LM head runs at these rows only.
+        [P, d], in row-major order of `rows`; the teacher's LM head turns them into z_switch.
 
     Raises:
         ValueError: the number of image tokens is not that of the projected features.
@@ -35,5 +35,5 @@ def switch_logits(
         raise ValueError(f"{int(is_image.sum())} image tokens for projected features of {tuple(image_embeds.shape)}")
     embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds)
     states = teacher.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
-    logits: Tensor = teacher.lm_head(states.last_hidden_state[rows])
-    return logits
+    found: Tensor = states.last_hidden_state[rows]
+    return found

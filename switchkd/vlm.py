@@ -6,7 +6,7 @@ student.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +242,25 @@ def capture_vision_features(model: nn.Module) -> Iterator[list[Tensor]]:
         yield captured
     finally:
         hook.remove()
+
+
+@contextmanager
+def in_place_of_lm_head(model: nn.Module, head: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `model`'s forward give its final hidden states to `head` and return what that returns as its logits.
+
+    The LM head is still called as a module, inside the forward of whatever wraps the model. So its parameters are gathered as
+    ever (FSDP, DeepSpeed ZeRO-3), and their gradient comes from the graph that the wrapper knows of (DistributedDataParallel).
+    """
+    module = model.get_submodule("lm_head")
+    before = module.__dict__.get("forward")
+    module.forward = head  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]
 
 
 def require_fit(teacher: Checkpoint, student: Checkpoint, switch: bool) -> None:

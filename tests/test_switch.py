@@ -9,7 +9,7 @@ from switchkd.objective import Objective
 from switchkd.positions import predicting_rows, targets
 from switchkd.samples import SampleFile
 from switchkd.signals import DenseSignal
-from switchkd.switch import switch_logits
+from switchkd.switch import switch_states
 from switchkd.templates import TEMPLATES
 from switchkd.vlm import capture_vision_features, freeze, freeze_unused_vision, load_model, open_checkpoint
 
@@ -46,7 +46,9 @@ def parts_of(batch, teacher, student_model, objective):
             logits_to_keep=rows,
         ).logits
     on = batch["has_image"]
-    switch = switch_logits(blind, features[0], batch["input_ids"][on], batch["attention_mask"][on], rows[on])
+    switch = blind.lm_head(
+        switch_states(blind, features[0], batch["input_ids"][on], batch["attention_mask"][on], rows[on])
+    )
     signal = DenseSignal(teacher_logits(load_model(opened), batch))
     parts = objective.parts(logits, targets(batch["labels"]), signal, switch, on.repeat_interleave(rows.sum(-1)))
     return parts, blind
@@ -126,7 +128,9 @@ def test_z_switch_is_the_teacher_run_on_the_students_features(batch, teacher, st
     with capture_vision_features(student_model) as features:
         student_model.model.get_image_features(pixel_values=batch["pixel_values"])
     blind = load_model(opened, vision=False)
-    found = switch_logits(blind, features[0], batch["input_ids"][on], batch["attention_mask"][on], rows[on])
+    found = blind.lm_head(
+        switch_states(blind, features[0], batch["input_ids"][on], batch["attention_mask"][on], rows[on])
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -134,4 +138,4 @@ def test_the_number_of_image_tokens_is_checked(batch, teacher):
     blind = load_model(open_checkpoint(teacher), vision=False)
     rows = predicting_rows(batch["labels"])
     with pytest.raises(ValueError, match=r"12 image tokens for projected features of \(1, 4, 32\)"):
-        switch_logits(blind, torch.zeros(1, 4, 32), batch["input_ids"], batch["attention_mask"], rows)
+        switch_states(blind, torch.zeros(1, 4, 32), batch["input_ids"], batch["attention_mask"], rows)
