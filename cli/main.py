@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": ("evaluate", "Score a model on a data file."),
     "init-student": ("init_student", "Assemble a student from a vision tower and a language model."),
     "store": ("store", "Look at a teacher store, check it, mend it."),
+    "report": ("report", "Write a page about runs, evaluations and stores."),
     "demo": ("demo", "See the whole method work on easy-VQA, on a laptop."),
 }
 INTERRUPTED = 130  # 128 + SIGINT, the shell's convention

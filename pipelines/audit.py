@@ -92,7 +92,7 @@ def audit(options: AuditOptions) -> AuditReport:
     encoder = SampleEncoder(
         teacher, template_from_dict(manifest.template), options.images, manifest.max_length, manifest.max_image_pixels
     )
-    chosen = _choose(store, options)
+    chosen = choose_samples(store, options.samples, options.seed)
     samples = SampleFile(options.data)
     model: Any = freeze(load_model(teacher, dtype=manifest.teacher["dtype"])).to(options.device)
     sources = _sources(store, model.lm_head.weight, options)
@@ -102,9 +102,9 @@ def audit(options: AuditOptions) -> AuditReport:
     with Progress("auditing", len(chosen), "samples") as progress:
         for start in range(0, len(chosen), options.batch_size):
             indices = chosen[start : start + options.batch_size]
-            batch = [_encode(encoder, samples, store, index) for index in indices]
-            states = _states(model, batch, teacher)
-            alone = torch.cat([_states(model, [sample], teacher) for sample in batch])
+            batch = [encode_as_cached(encoder, samples, store, index) for index in indices]
+            states = final_states(model, batch, teacher)
+            alone = torch.cat([final_states(model, [sample], teacher) for sample in batch])
             live, control = (model.lm_head(x)[:, : manifest.vocab_rows].float() for x in (states, alone))
             columns = teacher_columns(Payload.concatenate([store[index].payload for index in indices]))
             columns = {name: column.to(options.device) for name, column in columns.items()}
@@ -122,8 +122,8 @@ def audit(options: AuditOptions) -> AuditReport:
     return AuditReport(store.path, len(chosen), positions, words, [total.result(name) for name, total in sums.items()])
 
 
-def _choose(store: TeacherStore, options: AuditOptions) -> list[int]:
-    """Return random usable samples of the parts that are there, in ascending order."""
+def choose_samples(store: TeacherStore, count: int, seed: int) -> list[int]:
+    """Return at most `count` random usable samples of the parts that are there, in ascending order."""
     usable = np.concatenate(
         [
             np.flatnonzero(store.part_statuses(part) == Status.OK) + store.manifest.part_samples(part)[0]
@@ -131,11 +131,12 @@ def _choose(store: TeacherStore, options: AuditOptions) -> list[int]:
         ]
         or [np.empty(0, np.int64)]
     )
-    count = min(options.samples, len(usable))
-    return sorted(np.random.default_rng(options.seed).choice(usable, count, replace=False).tolist())
+    count = min(count, len(usable))
+    return sorted(np.random.default_rng(seed).choice(usable, count, replace=False).tolist())
 
 
-def _encode(encoder: SampleEncoder, samples: SampleFile, store: TeacherStore, index: int) -> EncodedSample:
+def encode_as_cached(encoder: SampleEncoder, samples: SampleFile, store: TeacherStore, index: int) -> EncodedSample:
+    """Encode a sample. Raises StoreMismatch if it is not the one that was cached."""
     encoded = encoder.encode(samples[index])
     if changed := encoded.digest.differing(SampleDigest(*store[index].digest)):
         raise StoreMismatch(f"row {index}: its {' and '.join(changed)} changed since {store.path} was made")
@@ -153,7 +154,7 @@ def _sources(store: TeacherStore, head: Tensor, options: AuditOptions) -> dict[s
 
 
 @torch.no_grad()
-def _states(model, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:  # type: ignore[no-untyped-def]
+def final_states(model, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:  # type: ignore[no-untyped-def]
     """Return the final states at a batch's positions, [P, d]."""
     inputs = collate(batch, pad_id_of(checkpoint.tokenizer))
     inputs.pop("has_image")
@@ -169,7 +170,7 @@ def _student(student: Checkpoint | None, teacher_model, options: AuditOptions): 
     """Return a function (batch, teacher states) → student logits [P, V]."""
     if student is not None:
         model: Any = freeze(load_model(student, dtype="float32")).to(options.device)
-        return lambda batch, states: model.lm_head(_states(model, batch, student))
+        return lambda batch, states: model.lm_head(final_states(model, batch, student))
     generator = torch.Generator().manual_seed(options.seed)
 
     def perturbed(batch: list[EncodedSample], states: Tensor) -> Tensor:

@@ -137,8 +137,8 @@ def record(folder: Path, plain: dict[str, Any]) -> None:
     write_whole(path, yaml.safe_dump(plain, sort_keys=False))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is either there as a whole or not at all; several processes may write the same at once."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either there as a whole or not at all; several processes may write the same at once."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     unfinished.rename(path)

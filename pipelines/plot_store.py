@@ -1,13 +1,42 @@
 """`switchkd store plot`: a store in three pictures."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from switchkd.errors import ConfigError
+from switchkd.pipelines.figures import color, matplotlib_ready
 from switchkd.stores import TeacherStore
 from switchkd.stores.layout import STAT_COLUMNS, part_key
 from switchkd.stores.place import Location
+
+LEAST_MASS = 1e-8  # smaller tails count as this
+
+
+@dataclass(frozen=True)
+class StoreStatistics:
+    """What the pictures of a store show."""
+
+    knees: NDArray[Any]  # [P], of the teacher
+    tail_masses: NDArray[Any]  # [P], log10 of the probability outside the top k
+    parts: list[int]
+    part_mb: list[float]  # size of each part, 10^6 bytes
+
+
+def store_statistics(store: TeacherStore) -> StoreStatistics:
+    """Gather them from the parts that are there. Raises StoreError: a damaged part."""
+    parts = store.parts()
+    stats = np.concatenate([store.part_stats(part) for part in parts] or [np.empty((0, len(STAT_COLUMNS)), np.float32)])
+    columns = dict(zip(STAT_COLUMNS, stats.T, strict=True))
+    mass = np.exp(columns["tail_logsumexp"] - columns["logsumexp"])
+    return StoreStatistics(
+        columns["knee"],
+        np.log10(np.maximum(mass, LEAST_MASS)),
+        parts,
+        [sum(store.place.sizes(part_key(part)).values()) / 1e6 for part in parts],
+    )
 
 
 def plot_store(path: Location, out: Path) -> Path:
@@ -16,30 +45,18 @@ def plot_store(path: Location, out: Path) -> Path:
     Raises:
         ConfigError: matplotlib is missing. StoreError: no store, or a damaged one.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("store plot draws with matplotlib: pip install 'switchkd[viz]'") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    store = TeacherStore.open(path)
-    parts = store.parts()
-    stats = np.concatenate([store.part_stats(part) for part in parts] or [np.empty((0, len(STAT_COLUMNS)), np.float32)])
-    columns = dict(zip(STAT_COLUMNS, stats.T, strict=True))
-    figure, (knees, tails, sizes) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    knees.hist(columns["knee"], bins=60, color="#4477aa")
-    knees.set(title="Knee of the teacher", xlabel="k", ylabel="positions")
-    mass = np.exp(columns["tail_logsumexp"] - columns["logsumexp"])
-    tails.hist(np.log10(np.maximum(mass, 1e-8)), bins=60, color="#cc6677")
-    tails.set(
-        title=f"Probability outside the top {store.manifest.top_k}", xlabel="log10 of the mass", ylabel="positions"
-    )
-    part_mb = [sum(store.place.sizes(part_key(part)).values()) / 1e6 for part in parts]
-    sizes.bar(parts, part_mb, color="#117733")
-    sizes.set(title="Size of the parts", xlabel="part", ylabel="MB")
-    for axes in (knees, tails, sizes):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=150)
-    pyplot.close(figure)
+    with matplotlib_ready("store plot") as pyplot:
+        store = TeacherStore.open(path)
+        found = store_statistics(store)
+        figure, (knees, tails, sizes) = pyplot.subplots(1, 3, figsize=(13, 3.8))
+        knees.hist(found.knees, bins=60, color=color(0))
+        knees.set(title="Knee of the teacher", xlabel="k", ylabel="positions")
+        tails.hist(found.tail_masses, bins=60, color=color(1))
+        tails.set(
+            title=f"Probability outside the top {store.manifest.top_k}", xlabel="log10 of the mass", ylabel="positions"
+        )
+        sizes.bar(found.parts, found.part_mb, color=color(2))
+        sizes.set(title="Size of the parts", xlabel="part", ylabel="MB")
+        figure.savefig(out, dpi=150)
+        pyplot.close(figure)
     return out

@@ -18,7 +18,7 @@ FOLDERS = {
     "pipelines": "switchkd/pipelines",
     "cli": "switchkd/cli",
 }
-SHIPPED = {".py", ".safetensors", ".yaml"}
+SHIPPED = {".py", ".safetensors", ".yaml", ".html"}
 
 
 @pytest.fixture(scope="module")

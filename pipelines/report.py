@@ -1,0 +1,308 @@
+"""`switchkd report`: what runs came to, as one HTML file that needs nothing else, and its pictures as PNG.
+
+Runs, evaluations and stores are recognised by their files (report_inputs.py). What the given ones do not hold is left out, with a
+line that says what would bring it. All text comes from data files and models, so the page escapes all of it, and its content
+security policy forbids scripts altogether.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import switchkd
+from switchkd.errors import ConfigError
+from switchkd.pipelines import figures
+from switchkd.pipelines.config import write_whole
+from switchkd.pipelines.figures import Figure
+from switchkd.pipelines.plot_store import store_statistics
+from switchkd.pipelines.report_inputs import EvalRun, Inputs, TrainRun, find_inputs
+from switchkd.pipelines.report_samples import Chosen, choose_samples
+from switchkd.pipelines.student_knees import knees_beside
+from switchkd.stores.info import describe
+from switchkd.stores.place import Location
+
+PAGE = "report.html"
+TEMPLATES = Path(__file__).parent / "assets"
+# The five competencies of the paper's Figure 1 and Table 1 → benchmarks by name.
+COMPETENCIES = {
+    "Perception & understanding": ("mme", "mmbench", "mmbench-cn"),
+    "Cognition & reasoning": ("vqav2", "gqa", "scienceqa", "mmmu"),
+    "OCR": ("textvqa",),
+    "Domain-specific": ("vizwiz",),
+    "Hallucination": ("pope",),
+}
+LOSSES = {"loss_ce": "CE", "loss_align": "Align", "loss_vsd": "VSD"}
+# Further entries of a history → title, unit.
+CURVES = {
+    "learning_rate": ("Learning rate", "learning rate"),
+    "positions_per_second": ("Speed", "positions / s"),
+    "grad_norm": ("Gradient norm", "norm before clipping"),
+}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What `switchkd report` was asked for; fields are its options."""
+
+    runs: Sequence[tuple[str | None, Location]]  # (label or None, place)
+    out: Path = Path("report")
+    samples: int = 8  # questions side by side
+    knees: int = 0  # random samples on which students are run for their knees; 0: not at all
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page."""
+
+    title: str
+    figures: list[Figure] = field(default_factory=list)
+    tables: list["Table"] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # what would bring what is left out
+    chosen: Chosen | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the rows."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    page: Path
+    pictures: list[Path]
+    missing: list[str]
+
+
+def report(options: ReportOptions) -> Report:
+    """Write a report into a folder, PAGE and its PNGs; what an earlier report wrote there is replaced.
+
+    Raises:
+        ConfigError: matplotlib or jinja2 is missing. DataError, StoreError: nothing to report on, or something damaged.
+    """
+    with figures.matplotlib_ready("report"):
+        pass
+    inputs = find_inputs(options.runs)
+    sections = [_training(inputs), _store(inputs, options), _scores(inputs), _samples(inputs, options)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    pictures = [figure.write_png(options.out) for section in sections for figure in section.figures]
+    made_of = [str(run.path) for runs in (inputs.trains, inputs.evals) for run in runs]
+    made_of += [str(store.path) for _, store in inputs.stores]
+    write_page(options.out / PAGE, "report.html", title="Switch-KD report", sections=sections, made_of=made_of)
+    return Report(options.out / PAGE, pictures, [line for section in sections for line in section.missing])
+
+
+def write_page(path: Path, template: str, **content: Any) -> None:
+    """Fill one of the package's page templates, everything escaped, and write it. Raises ConfigError if jinja2 is missing."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise ConfigError("pages are made with jinja2: pip install 'switchkd[viz]'") from None
+    places = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    places.globals |= {"palette": figures.PALETTE, "version": switchkd.__version__}
+    write_whole(path, places.get_template(template).render(**content))
+
+
+def _training(inputs: Inputs) -> Section:
+    """Losses, learning rate and speed of the training runs."""
+    section = Section("Training")
+    if not inputs.trains:
+        section.missing.append("No training run was given: name a folder that `switchkd train --output` wrote.")
+        return section
+    section.tables.append(_train_table(inputs.trains))
+    for key, word in LOSSES.items():
+        runs = [run for run in inputs.trains if any(entry.get(key) for entry in run.history)]
+        if runs:
+            title = f"{word}, nats per position"
+            section.figures.append(_curve(inputs, runs, key, f"loss-{word.lower()}", title, "nats per position"))
+        else:
+            section.missing.append(f"No run has {word}: train with a teacher to have Align, with --switch to have VSD.")
+    for key, (title, unit) in CURVES.items():
+        runs = [run for run in inputs.trains if any(key in entry for entry in run.history)]
+        if runs:
+            section.figures.append(_curve(inputs, runs, key, key.replace("_", "-"), title, unit))
+        else:
+            section.missing.append(f"No run has logged {title.lower()}: `switchkd train` of this version does.")
+    return section
+
+
+def _curve(inputs: Inputs, runs: list[TrainRun], key: str, name: str, title: str, unit: str) -> Figure:
+    curves = {}
+    for run in runs:
+        entries = [entry for entry in run.history if key in entry]
+        curves[run.label] = ([entry["step"] for entry in entries], [entry[key] for entry in entries])
+    return figures.lines(name, title, curves, "step", unit, inputs.series)
+
+
+def _train_table(runs: list[TrainRun]) -> Table:
+    head = ["run", "objective", "teacher", "steps", "samples", "skipped", "CE", "Align", "VSD"]
+    rows = []
+    for run in runs:
+        options, last = run.options, run.history[-1] if run.history else {}
+        objective = f"{options.get('objective')}{' + switch' if options.get('switch') else ''}"
+        summary = run.summary or {}
+        steps = f"{summary['steps']:,}" if summary else f"{last.get('step', 0):,}, not finished"
+        losses = [f"{last[key]:.4f}" if last.get(key) else "" for key in LOSSES]
+        skipped = f"{sum(summary['skipped'].values()):,}" if summary else ""
+        samples = f"{summary['samples']:,}" if summary else ""
+        teacher = "" if options.get("teacher") is None else f"{options['teacher']} ({options.get('teacher_mode')})"
+        rows.append([run.label, objective, teacher, steps, samples, skipped, *losses])
+    return Table(head, rows)
+
+
+def _store(inputs: Inputs, options: ReportOptions) -> Section:
+    """Knees, tail and bytes of the stores."""
+    section = Section("Teacher store")
+    if not inputs.stores:
+        section.missing.append("No store was given: name a folder that `switchkd cache-teacher --out` wrote.")
+        return section
+    rows = []
+    for number, (label, store) in enumerate(inputs.stores):
+        found, manifest, about = store_statistics(store), store.manifest, describe(store.path)
+        end = f"-{number}" if number else ""
+        rows.append(
+            [
+                label,
+                manifest.payload + (f", k = {manifest.top_k}" if manifest.has_topk else ""),
+                f"{about.samples:,} of {manifest.samples:,}",
+                f"{about.positions:,}",
+                f"{about.store_bytes / 1e9:,.3f} GB",
+                f"{about.bytes_per_position:,.1f}",
+                f"{about.parts} of {manifest.part_count}",
+            ]
+        )
+        if not about.positions:
+            section.missing.append(f"{label} has no position yet: run cache-teacher again.")
+            continue
+        knees = {"teacher": found.knees}
+        section.figures.append(figures.histogram(f"knees{end}", f"Knee of the teacher, {label}", knees, "k"))
+        if manifest.has_topk and manifest.top_k < manifest.vocab_rows:
+            title = f"Probability outside the top {manifest.top_k}, {label}"
+            mass = {"teacher": found.tail_masses}
+            section.figures.append(figures.histogram(f"tail{end}", title, mass, "log10 of the mass"))
+        else:
+            section.missing.append(f"{label} cuts no tail off: its payload holds every logit.")
+        title = f"Size of the parts, {label}"
+        section.figures.append(figures.bars(f"parts{end}", title, found.parts, found.part_mb, "part", "MB"))
+    head = ["store", "payload", "samples", "positions", "size", "bytes / position", "parts"]
+    section.tables.append(Table(head, rows))
+    _student_knees(section, inputs, options)
+    return section
+
+
+def _student_knees(section: Section, inputs: Inputs, options: ReportOptions) -> None:
+    finished = [run for run in inputs.trains if run.summary is not None]
+    if not options.knees or len(inputs.stores) != 1 or not finished:
+        section.missing.append(
+            "The knees of students are left out: give one store, finished runs that learned from it, and --knees N, the number of "
+            "samples to run them on."
+        )
+        return
+    for number, run in enumerate(finished):
+        student, teacher = knees_beside(run, inputs.stores[0][1], options.knees, options.device)
+        title = f"Knees of {run.label} and its teacher"
+        groups = {run.label: student, "teacher, same positions": teacher}
+        section.figures.append(figures.histogram(f"knees-student-{number}", title, groups, "k"))
+        section.notes.append(
+            f"{title}: {len(student):,} positions of {options.knees} random samples; medians {np.median(student):,.0f} and "
+            f"{np.median(teacher):,.0f}."
+        )
+
+
+def _scores(inputs: Inputs) -> Section:
+    """Tables of scores, and the radar of the paper's Figure 1."""
+    section = Section("Scores")
+    if not inputs.evals:
+        section.missing.append("No evaluation was given: name a folder that `switchkd eval --output` wrote.")
+        return section
+    plain = [run for run in inputs.evals if not run.on_benchmarks]
+    if plain:
+        section.tables.append(_exact_match_table(plain))
+    judged = [run for run in inputs.evals if run.on_benchmarks]
+    if judged:
+        section.tables.append(_benchmark_table(judged))
+        section.notes.append(
+            "Benchmark scores are percent with a 95 % interval; MME is percent of 2,000 perception points."
+        )
+    shapes = {run.label: shape for run in judged if (shape := _competencies(run)) is not None}
+    if shapes:
+        title = "Five competencies, mean score in percent"
+        names = [name.replace(" & ", " &\n") for name in COMPETENCIES]
+        section.figures.append(figures.radar("radar", title, names, shapes, inputs.series))
+    else:
+        section.missing.append(
+            "The radar of five competencies (the paper's Figure 1) is left out: it needs scores on all ten benchmarks, "
+            "`switchkd eval --task all`."
+        )
+    return section
+
+
+def _exact_match_table(runs: list[EvalRun]) -> Table:
+    kinds = sorted({kind for run in runs for kind in run.scores["by_type"]})
+    rows = []
+    for run in runs:
+        by_type = [f"{run.scores['by_type'][k]:.4f}" if k in run.scores["by_type"] else "" for k in kinds]
+        skipped = f"{sum(run.scores['skipped'].values()):,}"
+        rows.append([run.label, f"{run.scores['accuracy']:.4f}", *by_type, f"{run.scores['questions']:,}", skipped])
+    return Table(["model", "exact match", *kinds, "questions", "skipped"], rows)
+
+
+def _benchmark_table(runs: list[EvalRun]) -> Table:
+    columns = dict.fromkeys((row["title"], row["split"]) for run in runs for row in run.scores["benchmarks"])
+    averages = dict.fromkeys(name for run in runs for name in run.scores["averages"])
+    rows = []
+    for run in runs:
+        found = {(row["title"], row["split"]): row for row in run.scores["benchmarks"]}
+        means = [run.scores["averages"].get(name, {}).get("score") for name in averages]
+        cells = [_score_cell(found.get(column)) for column in columns]
+        rows.append([run.label, *cells, *("" if mean is None else f"{mean:.1f}" for mean in means)])
+    return Table(["model", *(f"{t} ({s})" for t, s in columns), *(name.capitalize() for name in averages)], rows)
+
+
+def _score_cell(row: dict[str, Any] | None) -> str:
+    if row is None or row["score"] is None:
+        return ""
+    low, high = row["interval"] or (None, None)
+    return f"{row['score']:.1f}" + ("" if low is None else f" ({low:.1f} … {high:.1f})")
+
+
+def _competencies(run: EvalRun) -> list[float] | None:
+    """Return the mean score of each competency, or None if one of the ten benchmarks has no score."""
+    scores = {row["name"]: row["score"] for row in run.scores["benchmarks"] if row["score"] is not None}
+    if any(name not in scores for names in COMPETENCIES.values() for name in names):
+        return None
+    return [float(np.mean([scores[name] for name in names])) for names in COMPETENCIES.values()]
+
+
+def _samples(inputs: Inputs, options: ReportOptions) -> Section:
+    section = Section("Samples side by side")
+    chosen = choose_samples(inputs.evals, options.samples)
+    if not chosen.samples:
+        section.missing.append(
+            "No question was answered by every evaluation: give the folders of `switchkd eval` for teacher, student and baseline "
+            "on the same data."
+        )
+        return section
+    section.notes.append(
+        f"{len(chosen.samples)} of {chosen.shared:,} questions, evenly spaced over the {chosen.differing:,} on which the answers "
+        "differ, then over the others."
+    )
+    return Section(section.title, notes=section.notes, chosen=chosen)
+
+
+def lines(done: Report) -> Iterator[str]:
+    """Yield what the command line prints."""
+    yield f"{done.page}: {len(done.pictures)} pictures beside it"
+    for line in done.missing:
+        yield f"  {line}"
