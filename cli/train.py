@@ -102,6 +102,13 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
 @click.option("--grad-clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient.")
 @click.option(
+    "--profile",
+    type=click.Choice(["ddp", "fsdp", "zero3"]),
+    default="ddp",
+    show_default=True,
+    help="Under torchrun: whole models in every process; sharded by FSDP2; sharded by DeepSpeed.",
+)
+@click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",

@@ -1,7 +1,8 @@
 """Options of stage two, and the record of them that lies beside a run."""
 
+import logging
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from switchkd.signals import TailPolicy
 from switchkd.stores.place import Location
 
 RECORD = "run.yaml"
-# Options that may change between two starts of one run: they do not change what is computed.
-FREE = {"log_every", "save_every", "workers", "output"}
+# Options that may change between two starts of one run: they do not change what is computed. How the global batch is made up
+# (batch size, accumulation, processes) may change, the global batch may not.
+FREE = {"log_every", "save_every", "workers", "output", "profile", "peak_tflops", "batch_size", "accumulation"}
+log = logging.getLogger(__name__)
 
 
 def plain(options: Any) -> dict[str, Any]:
@@ -61,6 +64,7 @@ class TrainOptions:
     schedule: str = "cosine"
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    profile: str = "ddp"  # how processes share the work, see profiles.py
     precision: str = "float32"  # or bfloat16: autocast over float32 master weights
     teacher_dtype: str = "auto"
     seed: int = 42
@@ -111,6 +115,44 @@ class TrainOptions:
         return self.global_batch // at_once
 
 
+def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
+    """Return the options with accumulation and global batch as numbers.
+
+    A run that goes on keeps its global batch. Where the same command meets another number of processes, the accumulation is
+    chosen anew.
+
+    Raises:
+        ConfigError: the global batch cannot be made of these processes and batch sizes, or is not that of the run.
+    """
+    before = recorded(options.output)
+    accumulation = options.accumulated(processes)
+    asked = options.batch_size * accumulation * processes
+    wanted = options.global_batch or int(before.get("global_batch") or asked)
+    if asked != wanted:
+        if options.accumulation not in (None, before["accumulation"]):
+            raise ConfigError(
+                f"{options.output} was begun with {wanted} samples a step; {processes} processes x batch size "
+                f"{options.batch_size} x accumulation {options.accumulation} make {asked}. Choose numbers that make {wanted}"
+            )
+        accumulation = replace(options, global_batch=wanted, accumulation=None).accumulated(processes)
+        log.info("accumulation %d: a step of this run has %d samples", accumulation, wanted)
+    return replace(options, accumulation=accumulation, global_batch=wanted)
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return the options that a run was begun with; empty if it is new. Raises ConfigError if the record is damaged."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        before = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(before, dict):
+        raise ConfigError(f"{path} is damaged: it should hold options by name")
+    return before
+
+
 def record(folder: Path, plain: dict[str, Any]) -> None:
     """Write the resolved options beside a run, or check them against those that it was begun with.
 
@@ -120,12 +162,7 @@ def record(folder: Path, plain: dict[str, Any]) -> None:
     Raises:
         ConfigError: the run was begun with other options; names them.
     """
-    path = folder / RECORD
-    if path.is_file():
-        try:
-            before = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is damaged: {error}") from error
+    if before := recorded(folder):
         names = [name for name in plain if name not in FREE and before.get(name) != plain[name]]
         if names:
             lines = "\n  ".join(f"{name}: run {before.get(name)!r}, now {plain[name]!r}" for name in names)
@@ -134,7 +171,7 @@ def record(folder: Path, plain: dict[str, Any]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(plain, sort_keys=False))
+    write_whole(folder / RECORD, yaml.safe_dump(plain, sort_keys=False))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -1,4 +1,8 @@
-"""What a run needs to go on exactly: optimizer, scheduler and random states, as safetensors and JSON, never as a pickle."""
+"""What a run needs to go on exactly: weights, optimizer, scheduler and random states, as safetensors and JSON, never as a pickle.
+
+A checkpoint is whole and keyed by parameter names: it knows nothing of how many processes wrote it, or of how they shared the
+model, so any number of processes reads it again, replicated (DDP) or sharded (FSDP).
+"""
 
 import json
 import random
@@ -7,7 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 
 from switchkd.errors import CheckpointError
 
@@ -16,35 +31,89 @@ PLAIN = "optimizer.json"
 FINISHED = "trainer_state.json"  # the Trainer writes it last
 
 
-def save(folder: Path, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
-    """Save the state of optimizer and scheduler: tensors apart, the rest as JSON."""
-    tensors: dict[str, torch.Tensor] = {}
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's weights on the CPU, gathered where they are sharded; empty on all processes but the first."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor for name, tensor in weights.items() if name not in _tied(model)}
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load a checkpoint's weights into a model, sharded or not; every process calls it.
+
+    Raises:
+        CheckpointError: the names are not those of the model.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    found: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found |= set(tensors.keys())
+    expected = model.state_dict().keys()
+    if missing := sorted(expected - found - _tied(model)):
+        raise CheckpointError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}")
+    if unknown := sorted(found - expected):
+        raise CheckpointError(f"{folder} holds unknown weights, the first is {unknown[0]}")
+    weights: dict[str, Tensor] = {}
+    if _reads(model):
+        for file in files:
+            weights |= load_file(file)
+    set_model_state_dict(model, weights, options=_loading(model))
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, Any]) -> None:
+    """Save the state of optimizer and scheduler: tensors apart, the rest as JSON. Every process calls it, the first writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_optimizer_state_dict(model, optimizer, options=options)
+    if not _is_first():
+        return
+    tensors: dict[str, Tensor] = {}
     plain_state: dict[str, dict[str, Any]] = {}
-    for number, entries in optimizer["state"].items():
+    for parameter, entries in whole["state"].items():
         for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{number}.{name}"] = value.contiguous()
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}.{name}"] = value.contiguous()
             else:
-                plain_state.setdefault(str(number), {})[name] = value
+                plain_state.setdefault(parameter, {})[name] = value
     save_file(tensors, folder / TENSORS)
-    plain = {"state": plain_state, "param_groups": optimizer["param_groups"], "scheduler": scheduler}
+    plain = {"state": plain_state, "param_groups": whole["param_groups"], "scheduler": scheduler}
     (folder / PLAIN).write_text(json.dumps(plain))
 
 
-def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (optimizer state, scheduler state). Raises CheckpointError if they are missing or damaged."""
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore the optimizer, and return the scheduler's state. Raises CheckpointError if they are missing or damaged."""
     try:
         plain = json.loads((folder / PLAIN).read_text())
-        tensors = load_file(folder / TENSORS)
+        tensors = load_file(folder / TENSORS) if _reads(model) else {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot resume from {folder}: {error}") from error
-    state: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in plain["state"].items()}
+    state: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in plain["state"].items()}
     for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        parameter, name = key.rsplit(".", 1)
+        state.setdefault(parameter, {})[name] = value
     for group in plain["param_groups"]:  # JSON has no tuples; betas is one
         group |= {name: tuple(value) for name, value in group.items() if isinstance(value, list) and name != "params"}
-    return {"state": state, "param_groups": plain["param_groups"]}, plain["scheduler"]
+    whole = {"state": state, "param_groups": plain["param_groups"]} if _reads(model) else {}
+    set_optimizer_state_dict(model, optimizer, whole, options=_loading(model))
+    scheduler: dict[str, Any] = plain["scheduler"]
+    return scheduler
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Names under which the model shows another parameter once more; no checkpoint holds them."""
+    return set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _reads(model: nn.Module) -> bool:
+    """Whether this process reads the tensors: all do, or the first sends every other its shard."""
+    return _is_first() or not isinstance(model, FSDPModule)
+
+
+def _loading(model: nn.Module) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=isinstance(model, FSDPModule), strict=False)
 
 
 def save_rng(folder: Path, process: int) -> None:

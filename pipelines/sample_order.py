@@ -1,11 +1,14 @@
 """In which order an epoch takes its samples: a function of seed, epoch and global batch size, and of nothing else.
 
-Workers, processes and interruptions do not enter. Process p of n takes micro-batches p, p + n, … of the order, so that a
-step's global batch is a run of consecutive places in it, however it is divided.
+Workers, processes and interruptions do not enter. Epochs follow each other in one endless stream, and step s takes the places
+[s·G, (s+1)·G) of it, G the global batch, however the step is divided: process p of n takes its micro-batches p, p + n, …. So a
+run that goes on with another number of processes repeats no sample and skips none, and a step may hold the end of one epoch and
+the beginning of the next.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -84,21 +87,37 @@ class SampleOrder:
         return indices[np.argsort(self.lengths[indices], kind="stable")]
 
 
-class EpochSampler(Sampler[int]):
-    """Gives a DataLoader the order of whatever epoch `epoch()` says it is.
+class StepBatches(Sampler[list[int]]):
+    """The micro-batches of one process, for every step of a run.
 
-    The number is asked for, not counted: after a resume, accelerate does not tell a sampler behind a sharded batch sampler
-    which epoch it is, and a counted one would repeat epoch 0.
+    Args:
+        order: of each epoch.
+        steps: optimizer steps of the run.
+        batch_size: samples per micro-batch. accumulation: micro-batches per step and process.
+        process, processes: which of how many.
     """
 
-    def __init__(self, order: SampleOrder, epoch: Callable[[], int]) -> None:
-        self.order, self._epoch = order, epoch
+    def __init__(
+        self, order: SampleOrder, steps: int, batch_size: int, accumulation: int, process: int = 0, processes: int = 1
+    ) -> None:
+        self.order, self.steps = order, steps
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.process, self.processes = process, processes
 
     def __len__(self) -> int:
-        return self.order.samples
+        return self.steps * self.accumulation
 
-    def __iter__(self) -> Iterator[int]:
-        yield from self.order.epoch(self._epoch()).tolist()
+    def __iter__(self) -> Iterator[list[int]]:
+        stream = self._stream()
+        for _ in range(self.steps):
+            for batch in range(self.accumulation * self.processes):
+                samples = list(islice(stream, self.batch_size))
+                if batch % self.processes == self.process:
+                    yield samples
+
+    def _stream(self) -> Iterator[int]:
+        for epoch in count():
+            yield from self.order.epoch(epoch).tolist()
 
 
 def padding_share(order: NDArray[np.int64], lengths: NDArray[np.int64], batch: int) -> float:

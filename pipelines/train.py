@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
 from switchkd.pipelines import config
 from switchkd.pipelines.config import TrainOptions
+from switchkd.pipelines.profiles import fit_fsdp, profile_arguments, shard_frozen
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.resume_state import last_checkpoint
 from switchkd.pipelines.stages import freeze_other_parts
 from switchkd.pipelines.teacher_source import LiveTeacher, StoredHidden, StoredTopK, TeacherSource
 from switchkd.pipelines.trainer import SwitchTrainer
-from switchkd.pipelines.training_data import Collator, TrainingSamples
+from switchkd.pipelines.training_data import Collator, TrainingSamples, stand_in_image
 from switchkd.samples import SampleFile
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
@@ -64,6 +66,7 @@ def train(options: TrainOptions) -> TrainSummary:
         RunError: the loss is not finite.
     """
     objective, parts = options.as_objective(), options.as_parts()
+    options = config.resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
     if (options.output / SUMMARY).is_file():
         config.record(options.output, config.plain(options))
         return _finished(options)
@@ -74,7 +77,7 @@ def train(options: TrainOptions) -> TrainSummary:
     samples = TrainingSamples(SampleFile(options.data), _encoder(options, student, store), store, options.workers)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
-    arguments = _training_arguments(options, store)
+    arguments = _training_arguments(options, store, len(samples))
     resume = last_checkpoint(options.output)
     config.record(options.output, config.plain(options))
 
@@ -82,7 +85,12 @@ def train(options: TrainOptions) -> TrainSummary:
     freeze_other_parts(model, parts)
     unused = freeze_unused_vision(model) if "vision" in parts else []
     source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
+    if arguments.fsdp:
+        fit_fsdp(arguments, model)
+        for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
+            shard_frozen(whole)
     _report(options, samples, model, unused, resume)
+    stand_in = None if options.profile == "ddp" else stand_in_image(student)
     trainer = SwitchTrainer(
         objective=objective,
         source=source,
@@ -92,11 +100,11 @@ def train(options: TrainOptions) -> TrainSummary:
         model=model,
         args=arguments,
         train_dataset=samples,
-        data_collator=Collator(pad_id_of(student.tokenizer)),
+        data_collator=Collator(pad_id_of(student.tokenizer), stand_in),
         processing_class=[student.tokenizer, student.image_processor],  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Report())
+    trainer.add_callback(_Report(len(samples), options.global_batch))
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except SafetensorError as error:  # what safetensors makes of a full disk
@@ -215,14 +223,15 @@ def _load_teacher(
     return StoredHidden(head, store.manifest.vocab_rows), switch
 
 
-def _training_arguments(options: TrainOptions, store: TeacherStore | None) -> TrainingArguments:
+def _training_arguments(options: TrainOptions, store: TeacherStore | None, samples: int) -> TrainingArguments:
     """Translate the options; `trainer` entries go to transformers as they are. Raises ConfigError for an unknown one."""
+    assert options.global_batch is not None
+    steps = options.steps or math.ceil(options.epochs * samples / options.global_batch)
     arguments: dict[str, Any] = {
         "output_dir": str(options.output),
         "per_device_train_batch_size": options.batch_size,
-        "gradient_accumulation_steps": options.accumulated(int(os.environ.get("WORLD_SIZE", "1"))),
-        "num_train_epochs": options.epochs,
-        "max_steps": -1 if options.steps is None else options.steps,
+        "gradient_accumulation_steps": options.accumulation,
+        "max_steps": steps,
         "learning_rate": options.lr,
         "warmup_steps": options.warmup,
         "lr_scheduler_type": options.schedule,
@@ -242,20 +251,33 @@ def _training_arguments(options: TrainOptions, store: TeacherStore | None) -> Tr
     }
     if options.precision not in ("float32", "bfloat16"):
         raise ConfigError(f"precision is float32 or bfloat16, got {options.precision!r}")
-    arguments |= options.trainer
+    arguments |= profile_arguments(options.profile, os.environ) | options.trainer
     if store is not None and not store.place.survives_fork and arguments["dataloader_num_workers"]:
         arguments.setdefault("dataloader_multiprocessing_context", "spawn")
     try:
-        return TrainingArguments(**arguments)
+        made = TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training arguments: {error}") from error
+    if made.n_gpu > 1:
+        log.warning(
+            "using one of %d GPUs; for all: torchrun --nproc-per-node %d --no-python switchkd train …",
+            *[made.n_gpu] * 2,
+        )
+        made._n_gpu = 1  # else transformers would copy the model to all of them in every step (DataParallel)
+    return made
 
 
 class _Report(TrainerCallback):
     """One line per logging interval: losses, learning rate, positions per second, time left."""
 
+    def __init__(self, samples: int, samples_per_step: int) -> None:
+        self.samples, self.samples_per_step = samples, samples_per_step
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress = Progress("training", state.max_steps, "steps", done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.epoch = state.global_step * self.samples_per_step / self.samples  # the Trainer sees the run as one epoch
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss_ce" in logs and state.is_world_process_zero:

@@ -3,19 +3,22 @@
 import logging
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, Trainer
+from transformers.trainer_utils import seed_worker
 
-from switchkd.errors import CheckpointError, ConfigError, RunError
+from switchkd.errors import ConfigError, RunError
 from switchkd.fused import LMHead
 from switchkd.objective import FusedLoss, LossParts, Objective
 from switchkd.pipelines import resume_state
-from switchkd.pipelines.sample_order import EpochSampler
+from switchkd.pipelines.sample_order import StepBatches
 from switchkd.pipelines.stages import set_part_rates
 from switchkd.pipelines.teacher_source import TeacherSource
 from switchkd.positions import count_positions, predicting_rows, targets
@@ -62,15 +65,41 @@ class SwitchTrainer(Trainer):
             len(PARTS) + 2, dtype=torch.float64
         )  # sums since the last log; their count; positions
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        """Return the order of the samples: a function of seed, epoch and global batch, the same after a resume."""
-        if self.args.train_sampling_strategy != "random":
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Load the micro-batches of this process; `StepBatches` shares out the samples, so accelerate must not do it again."""
+        args, dataset = self.args, self.train_dataset
+        if args.train_sampling_strategy != "random":
             raise ConfigError("samples are ordered by --group-by; leave train_sampling_strategy out")
-        args = self.args
-        global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        order = self.train_dataset.order(self.group_by, seed, global_batch)
-        return EpochSampler(order, epoch=lambda: int(self.state.epoch or 0))
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batches = StepBatches(
+            dataset.order(self.group_by, seed, per_step),
+            steps=args.max_steps,
+            batch_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            process=args.process_index,
+            processes=args.world_size,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; on CPUs accelerate would copy models where it was asked to shard them."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            self.is_fsdp_enabled = True
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -200,6 +229,13 @@ class SwitchTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student; every process calls it, the first one writes."""
+        if self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, resume_state.whole_weights(self.model))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save model, tokenizer and image processor; nothing pickled (the stock Trainer pickles its arguments)."""
         if not self.args.should_save:
@@ -214,35 +250,24 @@ class SwitchTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the student's weights; a missing or unknown name is an error (the stock Trainer warns and goes on)."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        target: Any = self.model if model is None else model
-        found: dict[str, Tensor] = {}
-        for file in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
-            found |= load_file(file)
-        result = target.load_state_dict(found, strict=False)
-        tied = set(target._tied_weights_keys or ()) if target.config.tie_word_embeddings else set()
-        if missing := [name for name in result.missing_keys if name not in tied]:
-            raise CheckpointError(f"{resume_from_checkpoint} lacks {len(missing)} weights, the first is {missing[0]}")
-        if result.unexpected_keys:
-            raise CheckpointError(
-                f"{resume_from_checkpoint} holds unknown weights, the first is {result.unexpected_keys[0]}"
-            )
+        else:
+            resume_state.load_weights(Path(resume_from_checkpoint), self.model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            resume_state.save(Path(output_dir), self.optimizer.state_dict(), self.lr_scheduler.state_dict())
+        else:
+            optimizer = self.optimizer.optimizer  # out of accelerate's wrapper
+            resume_state.save(Path(output_dir), self.model, optimizer, self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or checkpoint is None:
+        if self.is_deepspeed_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        optimizer, scheduler = resume_state.load(Path(checkpoint))
-        self.optimizer.load_state_dict(optimizer)
-        self.lr_scheduler.load_state_dict(scheduler)
+        else:
+            scheduler = resume_state.load(Path(checkpoint), self.model, self.optimizer.optimizer)
+            self.lr_scheduler.load_state_dict(scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         resume_state.save_rng(Path(output_dir), self.args.process_index)

@@ -10,12 +10,13 @@ from torch.utils.data import Dataset
 
 from switchkd.encoding import EncodedSample, SampleEncoder, collate
 from switchkd.errors import DataError, StoreMismatch
-from switchkd.fingerprints import SampleDigest
+from switchkd.fingerprints import SampleDigest, digest_sample
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.sample_order import SampleOrder
 from switchkd.pipelines.survey import Looker, survey
 from switchkd.samples import BadSample, SampleFile, Status
 from switchkd.stores import Payload, StoredSample, TeacherStore
+from switchkd.vlm import Checkpoint, blank_image
 
 # English in the usual vocabularies. It weighs text against image tokens where lengths are compared; nothing else needs it.
 CHARACTERS_PER_TOKEN = 4
@@ -109,19 +110,36 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
 class Collator:
     """Makes one batch: what `encoding.collate` gives, and the teacher's word at the batch's P positions.
 
+    Args:
+        stand_in: joins a batch of text alone, see `stand_in_image`; None leaves such a batch as it is.
+
     From a store: teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64 if it has top-k
     logits; teacher_hidden [P, d] if it has hidden states.
     """
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int, stand_in: EncodedSample | None = None) -> None:
+        self.pad_id, self.stand_in = pad_id, stand_in
 
     def __call__(self, items: Sequence[tuple[EncodedSample, StoredSample | None]]) -> dict[str, Any]:
-        batch = collate([encoded for encoded, _ in items], self.pad_id)
+        samples = [encoded for encoded, _ in items]
+        if self.stand_in is not None and all(sample.pixels is None for sample in samples):
+            samples.append(self.stand_in)
+        batch = collate(samples, self.pad_id)
         stored = [found.payload for _, found in items if found is not None]
         if stored:
             batch |= teacher_columns(Payload.concatenate(stored))
         return batch
+
+
+def stand_in_image(checkpoint: Checkpoint) -> EncodedSample:
+    """Return a sample that is a blank image and no position, so that a batch of text alone runs what every other batch runs.
+
+    Where layers are sharded, processes gather them together: one that has no image would wait for others that run the vision
+    tower and the switch pathway, for ever. It adds nothing to any sum.
+    """
+    ids = np.full(checkpoint.image_tokens, checkpoint.image_token_id, np.int32)
+    supervised = np.zeros(checkpoint.image_tokens, np.bool_)
+    return EncodedSample(ids, supervised, blank_image(checkpoint.config)[0], digest_sample(ids, supervised, None))
 
 
 def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:

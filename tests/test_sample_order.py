@@ -10,16 +10,14 @@ import padding
 import pytest
 import tiny
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import Stop, assert_same_weights, flags_of, history, interrupt_after, weights
-from torch.utils.data import BatchSampler
+from training import Stop, assert_same_weights, flags_of, history, interrupt_after, weights
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
 from switchkd.pipelines.config import TrainOptions
-from switchkd.pipelines.sample_order import GROUPINGS, EpochSampler, SampleOrder, padding_share
+from switchkd.pipelines.sample_order import GROUPINGS, SampleOrder, StepBatches, padding_share
 from switchkd.pipelines.train import train
 from switchkd.samples import SampleFile
 
@@ -70,14 +68,27 @@ def test_lengths_are_similar_within_a_batch_and_the_longest_comes_first(grouping
 @pytest.mark.parametrize(("processes", "accumulation", "batch"), [(1, 1, 8), (2, 1, 4), (1, 4, 2), (4, 2, 1)])
 def test_a_steps_samples_do_not_depend_on_how_they_are_divided(grouping, processes, accumulation, batch):
     order = make(grouping)
-    taken = [
-        list(BatchSamplerShard(BatchSampler(EpochSampler(order, lambda: 2), batch, False), processes, process))
-        for process in range(processes)
-    ]
-    expected = order.epoch(2).reshape(-1, 8)
+    steps = 3 * 400 // 8
+    taken = [list(StepBatches(order, steps, batch, accumulation, process, processes)) for process in range(processes)]
+    assert {len(batches) for batches in taken} == {steps * accumulation}
+    expected = np.concatenate([order.epoch(epoch) for epoch in range(3)]).reshape(-1, 8)
     for step, global_batch in enumerate(expected):
         micro = range(step * accumulation, (step + 1) * accumulation)
         assert sorted(i for process in taken for m in micro for i in process[m]) == sorted(global_batch)
+
+
+@pytest.mark.parametrize("samples", (1, 5, 7, 30))
+def test_epochs_that_do_not_fill_their_last_step_go_over_into_the_next(samples):
+    """No sample twice before all were seen once, whatever the division; also where a step holds several epochs."""
+    order = make("none", samples)
+    for batch, accumulation, processes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
+        taken = [list(StepBatches(order, 6, batch, accumulation, process, processes)) for process in range(processes)]
+        steps = [
+            sorted(i for part in taken for m in part[s * accumulation : (s + 1) * accumulation] for i in m)
+            for s in range(6)
+        ]
+        stream = np.concatenate([order.epoch(epoch) for epoch in range(48 // samples + 1)])[:48]
+        assert steps == np.sort(stream.reshape(6, 8), axis=1).tolist()
 
 
 def test_grouping_saves_padding():
@@ -159,7 +170,7 @@ def test_a_run_resumed_in_its_second_epoch_goes_on_in_that_order(options, monkey
 
 @pytest.mark.slow
 def test_two_processes_resumed_in_the_second_epoch_equal_one_undisturbed(options, tmp_path):
-    """accelerate does not pass the epoch on to a sampler behind its sharded, skipping batch samplers."""
+    """Epochs go on in the order that one process has."""
     train(replace(options, output=tmp_path / "one"))
     main = tmp_path / "main.py"
     main.write_text(

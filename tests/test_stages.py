@@ -4,22 +4,23 @@ import json
 from dataclasses import replace
 
 import pytest
-import test_train
 import tiny
 import torch
+import training
 import yaml
 from click.testing import CliRunner
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.cli.main import main
 from switchkd.errors import ConfigError
+from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.stages import PARTS, STAGES, part_of, set_part_rates, with_stage
 from switchkd.pipelines.train import train
 from switchkd.pipelines.trainer import SwitchTrainer
 
-cached, options = test_train.cached, test_train.options
-history, weights = test_train.history, test_train.weights
+cached, options = training.cached, training.options
+history, weights = training.history, training.weights
 
 
 def moved_parts(student, run):
@@ -75,11 +76,11 @@ def test_a_resumed_run_keeps_the_rates(options, monkeypatch, tmp_path):
     rated = replace(options, lr_vision=1e-2, lr_projector=2e-2)
     train(replace(rated, output=tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        test_train.interrupt_after(patch, 5)
-        with pytest.raises(test_train.Stop):
+        training.interrupt_after(patch, 5)
+        with pytest.raises(training.Stop):
             train(rated)
     train(rated)
-    test_train.assert_same_weights(weights(options.output), weights(tmp_path / "whole"))
+    training.assert_same_weights(weights(options.output), weights(tmp_path / "whole"))
 
 
 def test_equal_rates_change_nothing(options, tmp_path):
@@ -112,10 +113,8 @@ def longer(cached, folder):
     for i, row in enumerate(rows):
         row["conversations"][-1]["value"] = " ".join(["red"] + ["a"] * (i % 4))
     data = tiny.data(folder, rows)
-    test_train.cache_teacher(
-        test_train.CacheOptions(
-            teacher=cached, data=data, images=data.parent / "images", out=folder / "s.zarr", template="qa"
-        )
+    cache_teacher(
+        CacheOptions(teacher=cached, data=data, images=data.parent / "images", out=folder / "s.zarr", template="qa")
     )
     return data
 
@@ -136,7 +135,7 @@ def test_the_mean_over_samples_is_exact_under_accumulation(unequal, tmp_path):
     train(small)
     for a, b in zip(history(whole.output), history(small.output), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-    test_train.assert_same_weights(weights(whole.output), weights(small.output), rtol=1e-3, atol=1e-4)
+    training.assert_same_weights(weights(whole.output), weights(small.output), rtol=1e-3, atol=1e-4)
     positions = replace(unequal, mean="position", output=tmp_path / "positions")
     train(positions)
     assert history(positions.output)[0][1] != pytest.approx(history(whole.output)[0][1], rel=1e-3)
@@ -145,11 +144,11 @@ def test_the_mean_over_samples_is_exact_under_accumulation(unequal, tmp_path):
 @pytest.mark.slow
 def test_the_mean_over_samples_is_exact_over_two_processes(unequal, tmp_path):
     train(replace(unequal, steps=4, batch_size=2))
-    done = test_train.two_processes(unequal, tmp_path, steps=4, batch_size=1, mean="sample")
+    done = training.two_processes(unequal, tmp_path, steps=4, batch_size=1, mean="sample")
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(history(unequal.output), history(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-    test_train.assert_same_weights(weights(unequal.output), weights(tmp_path / "two"), rtol=1e-3, atol=1e-4)
+    training.assert_same_weights(weights(unequal.output), weights(tmp_path / "two"), rtol=1e-3, atol=1e-4)
 
 
 def test_the_command_line_resolves_a_stage_and_records_it(options, tmp_path):
