@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-s3 test-vllm bench-store lint types check docs commands clean
+.PHONY: help install demo test test-slow test-s3 test-vllm bench-store test-browser lint types check docs commands clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,11 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $(VLLM_VENV)/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+test-browser: install  ## pages in a headless Chromium (installed where root may); screenshots in build/screenshots
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y --no-install-recommends chromium; } \
+		|| echo "install Chromium by hand: the tests skip without it"
+	SWITCHKD_SCREENSHOTS=build/screenshots $(BIN)/python -m pytest tests/test_browser.py -rs
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

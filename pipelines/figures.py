@@ -115,17 +115,21 @@ def lines(
             number = series[label]
             axes.plot(x, y, color=color(number), linestyle=style(number), marker=marker, label=label)
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.legend()
         return finish(figure, name, title)
 
 
-def histogram(name: str, title: str, groups: Mapping[str, Values], xlabel: str, bins: int = 50) -> Figure:
-    """Draw the distributions of groups over common bins, as shares of each group."""
+def histogram(
+    name: str, title: str, groups: Mapping[str, Values], xlabel: str, series: Mapping[str, int], bins: int = 50
+) -> Figure:
+    """Draw the distributions of groups over common bins, as shares of each group; `series` as in `lines`."""
     with matplotlib_ready("report") as pyplot:
         figure, axes = pyplot.subplots(figsize=SIZE)
         edges = _edges(np.concatenate([np.asarray(values, dtype=float) for values in groups.values()]), bins)
-        for number, (label, values) in enumerate(groups.items()):
+        for label, values in groups.items():
+            number = series[label]
             shares = np.histogram(values, edges)[0] / max(len(values), 1)
             axes.stairs(shares, edges, fill=True, color=color(number), alpha=0.25)
             axes.stairs(shares, edges, color=color(number), linestyle=style(number), linewidth=1.6, label=label)
@@ -148,6 +152,7 @@ def bars(name: str, title: str, x: Values, y: Values, xlabel: str, ylabel: str) 
         figure, axes = pyplot.subplots(figsize=SIZE)
         axes.bar(x, y, color=color(0))
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="x", visible=False)
         return finish(figure, name, title)
 
@@ -172,8 +177,15 @@ def radar(
             axes.fill(around, closed, color=color(number), alpha=0.08)
         axes.set_ylim(low, high)
         axes.set_xticks(angles, spokes)
+        axes.tick_params(axis="x", pad=6)
+        for word, side in zip(
+            axes.get_xticklabels(), np.sin(angles), strict=True
+        ):  # the spokes run clockwise from the top
+            word.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_rlabel_position(180 / len(spokes))
         axes.spines["polar"].set_color(PALETTE["grid"][0])
-        axes.set_title(title, pad=14)
+        axes.set_title(title, pad=16)
         figure.legend(loc="outside lower center", ncols=2)
         return finish(figure, name, title)
 

@@ -5,7 +5,6 @@ line that says what would bring it. All text comes from data files and models, s
 security policy forbids scripts altogether.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,7 @@ CURVES = {
     "positions_per_second": ("Speed", "positions / s"),
     "grad_norm": ("Gradient norm", "norm before clipping"),
 }
-log = logging.getLogger(__name__)
+TEACHER = {"teacher": len(figures.SERIES) - 1}  # what a store says of its teacher has one colour everywhere
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,11 @@ class Table:
 
     head: list[str]
     rows: list[list[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold figures, and stand at the right."""
+        return [all(row[i][:1] in "+-0123456789" for row in self.rows) for i in range(len(self.head))]
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,22 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     except ImportError:
         raise ConfigError("pages are made with jinja2: pip install 'switchkd[viz]'") from None
     places = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    places.filters["code"] = _code
     places.globals |= {"palette": figures.PALETTE, "version": switchkd.__version__}
     write_whole(path, places.get_template(template).render(**content))
+
+
+def _code(text: str) -> Any:
+    """Escape a line of ours, and set what stands in backticks as code."""
+    from markupsafe import Markup, escape
+
+    pieces = [escape(piece) for piece in text.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(pieces))
+
+
+def _size(count: int) -> str:
+    """Return bytes in words."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def _training(inputs: Inputs) -> Section:
@@ -133,7 +151,9 @@ def _training(inputs: Inputs) -> Section:
         if runs:
             section.figures.append(_curve(inputs, runs, key, key.replace("_", "-"), title, unit))
         else:
-            section.missing.append(f"No run has logged {title.lower()}: `switchkd train` of this version does.")
+            section.missing.append(
+                f"No run has logged its {title.lower()}, as `switchkd train` does at every `--log-every`."
+            )
     return section
 
 
@@ -177,7 +197,7 @@ def _store(inputs: Inputs, options: ReportOptions) -> Section:
                 manifest.payload + (f", k = {manifest.top_k}" if manifest.has_topk else ""),
                 f"{about.samples:,} of {manifest.samples:,}",
                 f"{about.positions:,}",
-                f"{about.store_bytes / 1e9:,.3f} GB",
+                _size(about.store_bytes),
                 f"{about.bytes_per_position:,.1f}",
                 f"{about.parts} of {manifest.part_count}",
             ]
@@ -185,12 +205,12 @@ def _store(inputs: Inputs, options: ReportOptions) -> Section:
         if not about.positions:
             section.missing.append(f"{label} has no position yet: run cache-teacher again.")
             continue
-        knees = {"teacher": found.knees}
-        section.figures.append(figures.histogram(f"knees{end}", f"Knee of the teacher, {label}", knees, "k"))
+        title = f"Knee of the teacher, {label}"
+        section.figures.append(figures.histogram(f"knees{end}", title, {"teacher": found.knees}, "k", TEACHER))
         if manifest.has_topk and manifest.top_k < manifest.vocab_rows:
             title = f"Probability outside the top {manifest.top_k}, {label}"
             mass = {"teacher": found.tail_masses}
-            section.figures.append(figures.histogram(f"tail{end}", title, mass, "log10 of the mass"))
+            section.figures.append(figures.histogram(f"tail{end}", title, mass, "log10 of the mass", TEACHER))
         else:
             section.missing.append(f"{label} cuts no tail off: its payload holds every logit.")
         title = f"Size of the parts, {label}"
@@ -212,11 +232,13 @@ def _student_knees(section: Section, inputs: Inputs, options: ReportOptions) -> 
     for number, run in enumerate(finished):
         student, teacher = knees_beside(run, inputs.stores[0][1], options.knees, options.device)
         title = f"Knees of {run.label} and its teacher"
-        groups = {run.label: student, "teacher, same positions": teacher}
-        section.figures.append(figures.histogram(f"knees-student-{number}", title, groups, "k"))
+        groups = {run.label: student, "teacher": teacher}
+        section.figures.append(
+            figures.histogram(f"knees-student-{number}", title, groups, "k", inputs.series | TEACHER)
+        )
         section.notes.append(
-            f"{title}: {len(student):,} positions of {options.knees} random samples; medians {np.median(student):,.0f} and "
-            f"{np.median(teacher):,.0f}."
+            f"{title}: the same {len(student):,} positions, of at most {options.knees} random samples; medians "
+            f"{np.median(student):,.0f} and {np.median(teacher):,.0f}."
         )
 
 

@@ -19,3 +19,11 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="session")
 def student(tmp_path_factory):
     return tiny.checkpoint(tmp_path_factory.mktemp("student") / "ckpt", seed=1, width=16, layers=1)
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory, teacher, student):
+    """A store, two runs and three evaluations; see report_runs.py."""
+    import report_runs
+
+    return report_runs.make(tmp_path_factory.mktemp("runs"), teacher, student)

@@ -109,7 +109,7 @@ def test_whole_numbers_get_a_bin_each():
 
 
 def test_a_histogram_of_one_value_and_a_radar_are_drawn():
-    figures.histogram("h", "knees", {"teacher": [4, 4, 4], "student": np.empty(0)}, "k")
+    figures.histogram("h", "knees", {"teacher": [4, 4, 4], "student": np.empty(0)}, "k", {"teacher": 4, "student": 0})
     shape = figures.radar(
         "r", "radar", ["a", "b", "c"], {"one": [50, 60, 70], "two": [0, 100, 30]}, {"one": 0, "two": 1}
     )

@@ -24,8 +24,8 @@ from switchkd.stores import TeacherStore
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, teacher, student):
-    return report_runs.make(tmp_path_factory.mktemp("runs"), teacher, student)
+def runs(finished_runs):
+    return finished_runs
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,87 @@
+"""Pages as a reader sees them: in a real browser, on a desk and on a phone, light and dark.
+
+Screenshots are kept in pytest's temporary folder, or in the folder that SWITCHKD_SCREENSHOTS names (`make test-browser`).
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import report_runs
+from chromium import PROGRAM, Page
+from test_figures import luminance
+
+pytest.importorskip("matplotlib", reason="reports need the extra `viz`")
+pytest.importorskip("jinja2", reason="reports need the extra `viz`")
+if PROGRAM is None:
+    pytest.skip("no Chromium: `make test-browser` installs it where it may", allow_module_level=True)
+
+from switchkd.pipelines.report import ReportOptions, report
+
+DESK, PHONE = 1280, 390
+EACH_LOOK = pytest.mark.parametrize(
+    ("width", "dark"),
+    [(DESK, False), (DESK, True), (PHONE, False), (PHONE, True)],
+    ids=["desk-light", "desk-dark", "phone-light", "phone-dark"],
+)
+# Elements that stick out to the right of the page and are not inside something that scrolls by itself.
+STICKING_OUT = """[...document.querySelectorAll('body *')].filter(e => {
+  for (let p = e.parentElement; p; p = p.parentElement)
+    if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
+  return e.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+}).map(e => e.outerHTML.slice(0, 120))"""
+
+
+@pytest.fixture(scope="module")
+def report_page(finished_runs, tmp_path_factory):
+    """A report on everything, scores on the ten benchmarks included."""
+    folder = tmp_path_factory.mktemp("browser")
+    for name, shift in {"teacher": 8, "sft": -6, "switch-kd": 0}.items():
+        scores = [66.8, 63.5, 57.8, 79.6, 61.6, 57.9, 29.8, 52.3, 44.9, 87.3]
+        report_runs.benchmarks(folder / "benchmarks" / name, [score + shift for score in scores])
+    places = [(None, finished_runs), (None, folder / "benchmarks")]
+    return report(ReportOptions(places, folder / "report", samples=9, knees=4)).page
+
+
+@pytest.fixture
+def screenshots(tmp_path):
+    return Path(os.environ.get("SWITCHKD_SCREENSHOTS", tmp_path))
+
+
+def rgb(text):
+    """ "rgb(1, 2, 3)" → "#010203"."""
+    return "#" + "".join(f"{int(part):02x}" for part in text[4:-1].split(","))
+
+
+@EACH_LOOK
+def test_the_report(report_page, tmp_path, screenshots, width, dark, request):
+    with Page(tmp_path / "profile", width, dark, mobile=width == PHONE) as page:
+        page.open(report_page.as_uri())
+        page.screenshot(screenshots / f"report-{request.node.callspec.id}.png")
+        # Nothing of the data ran, nothing was fetched, nothing went wrong.
+        assert page.value("document.title") == "Switch-KD report"
+        assert [url for url in page.fetched if not url.startswith(("file:", "data:"))] == []
+        assert page.complaints == []
+        # It is as wide as its place, and every picture and image is drawn in it.
+        assert page.value("document.documentElement.scrollWidth") == width
+        assert page.value(STICKING_OUT) == []
+        pictures = page.value("[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().width)")
+        assert len(pictures) >= 11 and min(pictures) > 250
+        assert page.value("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert page.value("document.images.length") >= 7
+        # The page and its pictures follow the reader's scheme.
+        background = luminance(rgb(page.value("getComputedStyle(document.body).backgroundColor")))
+        ink = luminance(rgb(page.value("getComputedStyle(document.querySelector('svg text')).fill")))
+        assert (background < 0.05 and ink > 0.5) if dark else (background > 0.9 and ink < 0.05)
+        # Text in pictures is large enough to read: 9 points are drawn at no less than 8 pixels.
+        scale = "(e => e.getScreenCTM().a)(document.querySelector('svg text'))"
+        assert page.value(scale) * 9 > 8
+
+
+def test_text_of_the_data_stands_in_the_page_as_text(report_page, tmp_path):
+    with Page(tmp_path / "profile", DESK, False, mobile=False) as page:
+        page.open(report_page.as_uri())
+        questions = page.value("[...document.querySelectorAll('.question')].map(e => e.textContent)")
+        assert report_runs.ATTACK in questions
+        assert page.value("document.scripts.length") == 0
+        assert page.value("document.querySelectorAll('img[onerror]').length") == 0
