@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("train", "Train a student from a teacher store."),
     "eval": ("evaluate", "Score a model on a data file."),
     "init-student": ("init_student", "Assemble a student from a vision tower and a language model."),
+    "ablate": ("ablate", "Train and judge a matrix of students from one recipe."),
     "store": ("store", "Look at a teacher store, check it, mend it."),
     "report": ("report", "Write a page about runs, evaluations and stores."),
     "demo": ("demo", "See the whole method work on easy-VQA, on a laptop."),

@@ -5,9 +5,6 @@ one by SFT, one by Switch-KD; all three are judged on the whole test split. Ever
 """
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from switchkd.pipelines import easy_vqa
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
 from switchkd.pipelines.config import TrainOptions, write_whole
 from switchkd.pipelines.evaluate import EvalOptions, Scores, evaluate
+from switchkd.pipelines.stopwatch import Stopwatch
 from switchkd.pipelines.train import SUMMARY, train
 from switchkd.stores.info import StoreInfo, describe
 
@@ -71,26 +69,26 @@ def demo(options: DemoOptions) -> DemoResult:
     """
     _require_packages()
     work = options.workdir
-    seconds: dict[str, float] = _read_seconds(work)
-    with _timed("data", seconds, work):
+    watch = Stopwatch(work / "seconds.json")
+    with watch.timing("data"):
         easy_vqa.write_data(work / "data")
         _choose_samples(work / "data", options)
-    with _timed("teacher", seconds, work):
+    with watch.timing("teacher"):
         teacher = _teacher(options)
-    with _timed("cache", seconds, work):
+    with watch.timing("cache"):
         cache_teacher(_cache_options(work, teacher))
     student = work / "student"
     if not student.exists():
         easy_vqa.write_checkpoint(student, vision=STUDENT_VISION, language=STUDENT_LANGUAGE, seed=options.seed)
     runs = {"sft": work / "runs/sft", "switch-kd": work / "runs/switch-kd"}
     for name, run in runs.items():
-        with _timed(f"train {name}", seconds, work):
+        with watch.timing(f"train {name}"):
             train(_student_options(options, name, run, teacher, student))
     scores = {}
     for name, model in {"teacher": teacher, **runs}.items():
-        with _timed(f"eval {name}", seconds, work):
+        with watch.timing(f"eval {name}"):
             scores[name] = evaluate(_eval_options(work, name, model))
-    return _report(options, runs, scores, describe(work / "stores"), seconds)
+    return _report(options, runs, scores, describe(work / "stores"), watch.seconds)
 
 
 def _require_packages() -> None:
@@ -104,8 +102,7 @@ def _require_packages() -> None:
 def _choose_samples(data: Path, options: DemoOptions) -> None:
     """Write the students' data file: every n-th training row, plain and mirrored alike."""
     rows = json.loads((data / "train.json").read_text())
-    chosen = [rows[i * len(rows) // options.student_samples] for i in range(options.student_samples)]
-    write_whole(data / "distil.json", json.dumps(chosen))
+    write_whole(data / "distil.json", json.dumps(easy_vqa.spread(rows, options.student_samples)))
 
 
 def _teacher(options: DemoOptions) -> Path:
@@ -191,24 +188,6 @@ def _eval_options(work: Path, name: str, model: Path) -> EvalOptions:
         max_new_tokens=4,
         batch_size=256,
     )
-
-
-@contextmanager
-def _timed(stage: str, seconds: dict[str, float], work: Path) -> Iterator[None]:
-    """Add a stage's wall time to what earlier, interrupted runs spent on it."""
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
-        work.mkdir(parents=True, exist_ok=True)
-        write_whole(work / "seconds.json", json.dumps(seconds))
-
-
-def _read_seconds(work: Path) -> dict[str, float]:
-    path = work / "seconds.json"
-    found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
 
 
 NAMES = {"teacher": "teacher", "sft": "student, SFT", "switch-kd": "student, Switch-KD"}

@@ -75,6 +75,11 @@ def _row(image: str, question: str, answer: str, kind: str | None = None) -> dic
     return {"id": image, "image": image, "question_type": kind, "conversations": turns}
 
 
+def spread(rows: list[Any], count: int) -> list[Any]:
+    """Return `count` rows at even distances, plain and mirrored images alike; all rows if there are no more."""
+    return rows if count >= len(rows) else [rows[i * len(rows) // count] for i in range(count)]
+
+
 def words_of(text: str) -> list[str]:
     """Split a question or answer as the demo's tokenizer does."""
     return re.findall(r"\w+|\?", text.lower())

@@ -15,17 +15,18 @@ PLAIN_SECONDS = 10.0  # between two lines of a log file
 class Progress:
     """Progress over `total` things named `unit`, of which `done` were done before.
 
-    `advance(n, positions=p)` also counts positions for the rate; a `note` prints a line at once.
+    `advance(n, positions=p)` also counts positions for the rate; a `note` prints a line at once. `bar=False` prints lines on a
+    terminal too, for work whose steps have bars of their own.
     """
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, title: str, total: int, unit: str, done: int = 0, bar: bool = True) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = self._before = done
         self.positions = self.written_bytes = 0
         self._start = self._last_line = time.monotonic()
         console = Console(file=sys.stderr)
         self._bar = None
-        if console.is_terminal:
+        if bar and console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

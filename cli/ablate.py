@@ -1,0 +1,67 @@
+"""`switchkd ablate`."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from switchkd.cli.common import PATH, default_device, quiet_libraries
+
+
+@click.command("ablate")
+@click.argument("recipe", required=False)
+@click.option("--list", "show", is_flag=True, help="Show the recipes that come with switchkd.")
+@click.option(
+    "--workdir",
+    type=PATH,
+    default=Path("ablations"),
+    show_default=True,
+    help="Where everything goes: stores, runs, tables. Recipes in one folder share what is the same.",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A variable of the recipe; may be repeated."
+)
+@click.option(
+    "--launch",
+    default="",
+    metavar="COMMAND",
+    help='Start every training run with this, as "torchrun --nproc-per-node 8 --no-python".  [default: in this process]',
+)
+@click.option("--device", help="Of teacher and evaluation.  [default: cuda if there is one]")
+def command(
+    recipe: str | None, show: bool, workdir: Path, settings: tuple[str, ...], launch: str, device: str | None
+) -> None:
+    """Train and judge every cell of a RECIPE: objective × switch × scheme × teacher × student × seed.
+
+    RECIPE is a YAML file or the name of a shipped one (--list). Each teacher is cached once, cells share what they have in common,
+    and the same command again does what is left. The table, with mean and spread over seeds, is written as Markdown, CSV and a
+    plot into the working folder.
+    """
+    if show:
+        from switchkd.pipelines.recipe import shipped_recipes
+
+        for name, title in shipped_recipes().items():
+            click.echo(f"{name:<14} {title}")
+        return
+    if recipe is None:
+        raise click.UsageError("name a recipe, or pass --list to see those that come with switchkd")
+    wrong = [text for text in settings if "=" not in text]
+    if wrong:
+        raise click.BadParameter(f"{wrong[0]!r} should be NAME=VALUE", param_hint="--set")
+    quiet_libraries()
+    from switchkd.pipelines.ablate import AblateOptions, ablate
+
+    program = [sys.executable, "-c", "from switchkd.cli.main import main; main()"]
+    done = ablate(
+        AblateOptions(
+            recipe=recipe,
+            workdir=workdir,
+            settings=dict(text.split("=", 1) for text in settings),
+            device=device or default_device(),
+            launch=(*shlex.split(launch), *program) if launch else (),
+        )
+    )
+    click.echo(done.table)
+    click.echo("\n".join(f"written: {path}" for path in done.files))
+    click.echo(f"{done.cells} cells, {done.done_before} of them were done before")

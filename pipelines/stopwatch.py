@@ -1,0 +1,28 @@
+"""Wall time of the stages of long work, kept in a file: what earlier, interrupted runs spent on a stage counts too."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from switchkd.pipelines.config import write_whole
+
+
+class Stopwatch:
+    """Seconds by stage, in the JSON file `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        """Add the wall time of the block to a stage, however the block ends."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, json.dumps(self.seconds))
