@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued.",
 )
 @click.option(
-    "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
+    "--template",
+    default="qwen2_base",
+    show_default=True,
+    help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
 )
 @click.option(
     "--backend",

@@ -20,7 +20,10 @@ def command() -> None:
     "--model", type=PATH, help="Checkpoint folder: its tokenizer tells lengths.  [default: words are counted]"
 )
 @click.option(
-    "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
+    "--template",
+    default="qwen2_base",
+    show_default=True,
+    help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
 )
 @click.option(
     "--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens with image tokens."
@@ -42,3 +45,41 @@ def check(ctx: click.Context, strict: bool, data: Path, **options: Any) -> None:
     click.echo(f"{data}: " + "\n".join(lines(found)))
     if strict and found.skipped:
         ctx.exit(1)
+
+
+@command.command("show")
+@click.argument("data", type=PATH)
+@click.option("--model", type=PATH, required=True, help="Checkpoint folder, for its tokenizer.")
+@click.option(
+    "--template",
+    default="qwen2_base",
+    show_default=True,
+    help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
+)
+@click.option("-n", "--n", type=click.IntRange(1), default=3, show_default=True, help="Samples.")
+@click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="The first one's row.")
+@click.option(
+    "--max-length", type=click.IntRange(2), default=2048, show_default=True, help="In tokens with image tokens."
+)
+@click.option("--plain", is_flag=True, help="Brackets instead of colours.  [default: where the output is no terminal]")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
+def show(data: Path, plain: bool, **options: Any) -> None:
+    """Print the exact text of samples, what is supervised marked: in green, or in [[brackets]]."""
+    quiet_libraries()
+    from rich.console import Console
+    from rich.text import Text
+
+    from switchkd.pipelines.data_show import ShowOptions, show_data
+
+    console = Console(soft_wrap=True, highlight=False)
+    in_colour = console.is_terminal and not console.no_color and not plain
+    styles = {"prompt": "", "supervised": "bold green", "image": "cyan"}
+    for sample in show_data(ShowOptions(data, **options)):
+        about = f"row {sample.row}, id {sample.id}, {sample.image or 'no image'}: "
+        counts = f"{sample.tokens():,} tokens, {sample.tokens('image'):,} of the image, {sample.tokens('supervised'):,} supervised"
+        console.print(Text(about + (sample.problem or counts), "bold"))
+        text = Text()
+        for span in sample.spans:
+            words = f"<image ×{span.tokens}>" if span.kind == "image" else span.text
+            text.append(words if in_colour or span.kind != "supervised" else f"[[{words}]]", styles[span.kind])
+        console.print(text, end="\n\n" if sample.spans else "\n")

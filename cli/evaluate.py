@@ -44,7 +44,10 @@ def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) 
 @click.option("--images", type=PATH, help="exact-match: folder that the data file's image paths start from.")
 @click.option("--output", type=PATH, required=True, help="Folder for predictions and scores.")
 @click.option(
-    "--template", default="qwen2_base", show_default=True, help="Conversation template: a name or a JSON file."
+    "--template",
+    default="qwen2_base",
+    show_default=True,
+    help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Answers are cut there.  [default: 32; benchmarks 128]")
 @click.option(

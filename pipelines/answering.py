@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 from switchkd.encoding import SampleEncoder, pad_id_of
 from switchkd.pipelines import config
 from switchkd.samples import BadSample
-from switchkd.templates import Template
+from switchkd.templates import ConversationFormat
 
 # Encodes one prompt when its turn comes: (input_ids [L], pixels [3, H, W] or None); raises BadSample.
 Prompt = Callable[[], tuple[NDArray[np.int32], Tensor | None]]
@@ -29,7 +29,11 @@ class Answerer:
     """
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, encoder: SampleEncoder, template: Template, max_new_tokens: int
+        self,
+        model: LlavaForConditionalGeneration,
+        encoder: SampleEncoder,
+        template: ConversationFormat,
+        max_new_tokens: int,
     ) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
         self.tokenizer = encoder.tokenizer
@@ -71,9 +75,9 @@ class Answerer:
         return results
 
 
-def _stop_ids(template: Template, tokenizer: Any) -> list[int]:
+def _stop_ids(template: ConversationFormat, tokenizer: Any) -> list[int]:
     """Return the ids that end an answer: the tokenizer's end token, and what the template puts after the text."""
-    end = template.answer.split("{text}")[-1].replace("{eos}", tokenizer.eos_token or "")
+    end = template.answer_end(tokenizer.eos_token)
     ids = tokenizer.encode(end, add_special_tokens=False) if end else []
     return sorted({*ids[:1], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 

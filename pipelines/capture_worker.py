@@ -58,7 +58,7 @@ class CaptureWorker:
         self.samples = SampleFile(options.data)
         self.encoder = SampleEncoder(
             self.checkpoint,
-            load_template(options.template),
+            load_template(options.template, self.checkpoint),
             options.images,
             options.max_length,
             options.max_image_pixels,

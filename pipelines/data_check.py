@@ -71,7 +71,7 @@ def check_data(options: CheckOptions) -> DataCheck:
         checkpoint = open_checkpoint(options.model, options.trust_remote_code)
         if options.images is None and samples.needs_folder():
             raise DataError(f"{options.data} names images: pass --images, the folder that their paths start from")
-        template = load_template(options.template)
+        template = load_template(options.template, checkpoint)
         encoder = SampleEncoder(checkpoint, template, options.images, options.max_length, options.max_image_pixels)
         looker = Looker(encoder)
     else:

@@ -58,7 +58,7 @@ def evaluate(options: EvalOptions) -> Scores:
     """
     checkpoint = open_checkpoint(options.model, options.trust_remote_code)
     samples = SampleFile(options.data)
-    template = load_template(options.template)
+    template = load_template(options.template, checkpoint)
     encoder = SampleEncoder(checkpoint, template, options.images, options.max_length)
     identity = {"weights": hash_json(hash_weights(checkpoint.path)), "data_sha256": samples.fingerprint}
     config.record(options.output, config.plain(options) | identity)

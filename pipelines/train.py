@@ -157,7 +157,7 @@ def _open_store(
         wanted["teacher"] = teacher_identity(teacher, vision=False)
         wanted["image_processor"] = hash_image_processor(teacher.image_processor)
     if options.template is not None:
-        wanted["template"] = load_template(options.template).as_dict()
+        wanted["template"] = load_template(options.template, teacher or student).as_dict()
     if options.max_length is not None:
         wanted["max_length"] = options.max_length
     store = pick_store(options.cache, wanted)
@@ -188,7 +188,7 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
 def _encoder(options: TrainOptions, student: Checkpoint, store: TeacherStore | None) -> SampleEncoder:
     """Encode as the store says that its samples were; without a store as the options say."""
     if store is None:
-        template = load_template(options.template or "qwen2_base")
+        template = load_template(options.template or "qwen2_base", student)
         return SampleEncoder(student, template, options.images, options.max_length or 2048)
     manifest = store.manifest
     template = template_from_dict(manifest.template)

@@ -14,12 +14,13 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
 
+from switchkd.chat_template import NotRendered
 from switchkd.errors import CheckpointError, DataError
 from switchkd.fingerprints import SampleDigest, digest_sample
 from switchkd.images import MAX_IMAGE_PIXELS, decode_image, image_bytes_of
 from switchkd.positions import IGNORED
 from switchkd.samples import BadSample, Sample, Status
-from switchkd.templates import IMAGE_MARKER, Template
+from switchkd.templates import IMAGE_MARKER, ConversationFormat
 from switchkd.vlm import Checkpoint
 
 # Processed pixels kept per process, for data files that ask many questions about few images.
@@ -58,7 +59,7 @@ class SampleEncoder:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        template: Template,
+        template: ConversationFormat,
         images: Path | None,
         max_length: int,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
@@ -97,13 +98,22 @@ class SampleEncoder:
         """
         sample.require_ok()
         with _naming(sample):
-            segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
-            ids, supervised = self.tokenize(segments)
-            if not supervised[1:].any():
-                raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
+            ids, supervised = self.encode_text(sample)
             data = image_bytes_of(sample, self.images)
             image = self._pixels(data, sample.image) if data is not None and pixels else None
         return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data))
+
+    def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Encode one sample's text, its image's tokens with it: (input_ids [L], supervised [L]). Raises BadSample."""
+        sample.require_ok()
+        try:
+            segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
+        except NotRendered as error:
+            raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
+        ids, supervised = self.tokenize(segments)
+        if not supervised[1:].any():
+            raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
+        return ids, supervised
 
     def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
         """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
@@ -125,7 +135,11 @@ class SampleEncoder:
         Raises:
             BadSample: too long, nothing to read, or an image that cannot be used.
         """
-        ids, _ = self.tokenize(self.template.prompt(turns, image is not None, self.tokenizer.eos_token))
+        try:
+            segments = self.template.prompt(turns, image is not None, self.tokenizer.eos_token)
+        except NotRendered as error:
+            raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
+        ids, _ = self.tokenize(segments)
         if not len(ids):
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
         return ids, None if image is None else self._pixels(image, name)

@@ -8,10 +8,34 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from switchkd.errors import ConfigError
 
+if TYPE_CHECKING:
+    from switchkd.vlm import Checkpoint
+
 IMAGE_MARKER = "<image>"
+
+
+class ConversationFormat(Protocol):
+    """What turns conversations into text and mask: a `Template`, or a checkpoint's own `ChatTemplate`."""
+
+    @property
+    def name(self) -> str:
+        """How people call it."""
+
+    def render(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+        """Return the segments (text, supervised) of a conversation."""
+
+    def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+        """Return the segments up to where the last turn's answer would begin."""
+
+    def answer_end(self, eos: str | None) -> str:
+        """Return what ends an answer, as the model writes it."""
+
+    def as_dict(self) -> dict[str, str]:
+        """Return it as plain data, as manifests keep it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +84,10 @@ class Template:
             pattern = pattern.replace("{eos}", eos)
         return text.join(part.replace("{image}", image) for part in pattern.split("{text}"))
 
+    def answer_end(self, eos: str | None) -> str:
+        """Return what ends an answer, as the model writes it."""
+        return self.answer.split("{text}")[-1].replace("{eos}", eos or "")
+
     def as_dict(self) -> dict[str, str]:
         """Return the template as plain data, as manifests keep it."""
         return asdict(self)
@@ -98,25 +126,46 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def load_template(name_or_path: str) -> Template:
+OWN = "chat"  # the checkpoint's own chat template
+
+
+def load_template(name_or_path: str, checkpoint: "Checkpoint | None" = None) -> ConversationFormat:
     """Return a template by name, or read one from a JSON file with the fields of `Template`.
 
+    Args:
+        name_or_path: one of `TEMPLATES`, a file, or "chat", the chat template of `checkpoint`.
+
     Raises:
-        ConfigError: neither a known name nor a readable template file.
+        ConfigError: neither a known name nor a readable template file; a chat template that does not tell what the assistant says.
     """
+    if name_or_path == OWN and checkpoint is not None:
+        from switchkd.chat_template import chat_template_of, open_chat_template
+
+        tokenizer = checkpoint.tokenizer
+        return open_chat_template(
+            chat_template_of(checkpoint.path, tokenizer),
+            {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+            str(tokenizer.convert_ids_to_tokens(checkpoint.image_token_id)),
+            [token.content for token in tokenizer.added_tokens_decoder.values()],
+        )
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]
     path = Path(name_or_path)
     if not path.is_file():
-        raise ConfigError(f"no template {name_or_path!r}: pass one of {', '.join(TEMPLATES)}, or a JSON file")
+        raise ConfigError(f"no template {name_or_path!r}: pass one of {', '.join((*TEMPLATES, OWN))}, or a JSON file")
     try:
         return template_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"template file {path} is not JSON: {error}") from error
 
 
-def template_from_dict(data: object) -> Template:
+def template_from_dict(data: object) -> ConversationFormat:
     """Make a template from plain data. Raises ConfigError that names what is missing, unknown or not a string."""
+    if isinstance(data, dict) and "chat_template" in data:
+        from switchkd.chat_template import ChatTemplate
+
+        tokens = json.loads(data["special_tokens"])
+        return ChatTemplate(data["chat_template"], tokens, data["image_token"], data["content"] == "parts", data["end"])
     known = {field.name for field in fields(Template)}
     if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
         raise ConfigError(f"a template is an object of strings with the keys {', '.join(sorted(known))}")

@@ -105,7 +105,7 @@ def _answer_all(tasks: Sequence[Task], options: BenchmarkOptions) -> None:
     if options.model is None:
         raise ConfigError("--model is needed to answer questions; only --score-only works without it")
     checkpoint = open_checkpoint(options.model, options.trust_remote_code)
-    template = load_template(options.template)
+    template = load_template(options.template, checkpoint)
     encoder = SampleEncoder(checkpoint, template, None, options.max_length)
     about: dict[str, Any] = {
         "model": str(options.model),
