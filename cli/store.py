@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, STORE, default_device, lines_of, quiet_libraries
+from switchkd.cli.common import PATH, STORE, default_device, duration, lines_of, quiet_libraries
 
 if TYPE_CHECKING:
     from switchkd.stores import Manifest
@@ -56,6 +56,43 @@ def _payload(manifest: "Manifest") -> str:
     if manifest.has_hidden:
         words.append(f"{manifest.hidden_width} wide states in {manifest.hidden_dtype}")
     return ", ".join(words)
+
+
+@command.command("status")
+@click.argument("path", type=STORE)
+def status(path: "Location") -> None:
+    """Print how far a store is: parts done and missing, by whom, rate and time left."""
+    from switchkd.stores.status import status
+
+    found = status(path)
+    manifest = found.manifest
+    rows = {
+        "store": str(found.path),
+        "parts": f"{len(found.done):,} of {manifest.part_count:,} done; missing: {_ranges(found.missing)}",
+        "samples": f"{found.samples:,} of {manifest.samples:,}, {found.positions:,} positions",
+    }
+    if found.last is not None:
+        rows["last"] = f"{found.last:%Y-%m-%d %H:%M:%S} UTC"
+    if found.samples_per_second is not None:
+        rows["rate"] = f"{found.samples_per_second:,.1f} samples/s over the latest {found.stretch_parts} parts"
+    if found.missing and found.seconds_left is not None:
+        rows["left"] = f"about {duration(found.seconds_left)} at that rate"
+    for name, value in rows.items():
+        click.echo(f"{name:<12}{value}")
+    for writer in found.writers:
+        click.echo(f"  {writer.name}  {writer.parts:,} parts, {writer.samples:,} samples, last {writer.last:%H:%M:%S}")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return "0-2, 5, 7-9" of ascending numbers; at most ten ranges."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(words[:10]) + (", …" if len(words) > 10 else "") or "none"
 
 
 @command.command("verify")

@@ -4,6 +4,7 @@ import hashlib
 import os
 import socket
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,13 @@ def digest_bytes(data: bytes) -> str:
 
 
 def writer_prefix() -> str:
-    """Return HOST-PROCESS of this process, how the names of its unfinished folders begin."""
+    """Return HOST-PROCESS of this process, the name of a writer and how its unfinished folders' begin."""
     return f"{host()}-{os.getpid()}"
+
+
+def now() -> str:
+    """Return the time as the format writes it: UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def host() -> str:

@@ -144,6 +144,7 @@ class StoreWriter:
             "store": self.manifest.identity,
             "samples": len(data[layout.STATUS]),
             "positions": len(data[layout.STATS]),
+            "written": {"by": layout.writer_prefix(), "at": layout.now()},
             "files": {
                 name: {"bytes": len(content), "blake2b": layout.digest_bytes(content)}
                 for name, content in sorted(files.items())

@@ -29,6 +29,7 @@ from switchkd.vlm import open_checkpoint
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.timeout(900),  # an engine takes its time to start
     # vLLM's own, on a CPU
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
 ]

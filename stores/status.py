@@ -1,0 +1,117 @@
+"""How far a store is: parts done and missing, by whom, how fast, how long still. From the store alone, which others are filling."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from statistics import median
+
+from switchkd.errors import StoreError
+from switchkd.stores import layout
+from switchkd.stores.manifest import Manifest
+from switchkd.stores.place import MARKER, Location
+from switchkd.stores.reader import TeacherStore
+
+PAUSE = 10.0  # so many times the usual time between two commits end a stretch of work
+SHORTEST_PAUSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class WriterStatus:
+    """What one writer committed."""
+
+    name: str  # HOST-PROCESS
+    parts: int
+    samples: int
+    last: datetime  # its latest commit
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """Progress of a store; times are by the writers' clocks."""
+
+    path: Location
+    manifest: Manifest
+    done: list[int]
+    missing: list[int]
+    samples: int  # in the parts that are there, skipped ones included
+    positions: int
+    writers: list[WriterStatus]  # by name
+    samples_per_second: (
+        float | None
+    )  # of all writers together, in the latest stretch of work; None before the second commit
+    stretch_parts: int  # commits that the rate is taken from
+    last: datetime | None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the store is whole if work goes on as in the latest stretch."""
+        left = self.manifest.samples - self.samples
+        return left / self.samples_per_second if self.samples_per_second else None
+
+
+def status(path: Location) -> StoreStatus:
+    """Read what every part says about itself: one small file each.
+
+    Raises:
+        StoreError: no store there, or a damaged part.
+        RunError: an object store cannot be reached.
+    """
+    store = TeacherStore.open(path)
+    done = store.parts()
+    there = set(done)
+    commits = sorted(store.place.each(lambda part: _commit(store, part), done), key=lambda commit: commit.at)
+    by_writer: dict[str, list[_Commit]] = defaultdict(list)
+    for commit in commits:
+        by_writer[commit.by].append(commit)
+    stretch = _latest_stretch(commits)
+    seconds = (stretch[-1].at - stretch[0].at).total_seconds() if stretch else 0.0
+    # The first commit of the stretch only starts the clock: its work was done before.
+    rate = sum(commit.samples for commit in stretch[1:]) / seconds if seconds else None
+    return StoreStatus(
+        path=store.path,
+        manifest=store.manifest,
+        done=done,
+        missing=[part for part in range(store.manifest.part_count) if part not in there],
+        samples=sum(commit.samples for commit in commits),
+        positions=sum(commit.positions for commit in commits),
+        writers=[
+            WriterStatus(name, len(own), sum(commit.samples for commit in own), own[-1].at)
+            for name, own in sorted(by_writer.items())
+        ],
+        samples_per_second=rate,
+        stretch_parts=len(stretch),
+        last=commits[-1].at if commits else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Commit:
+    by: str
+    at: datetime
+    samples: int
+    positions: int
+
+
+def _commit(store: TeacherStore, part: int) -> _Commit:
+    key = f"{layout.part_key(part)}/{MARKER}"
+    try:
+        entry = json.loads(store.place.read(key))["attributes"][layout.PART_KEY]
+        written = entry["written"]
+        at = datetime.fromisoformat(written["at"]).astimezone(UTC)
+        return _Commit(str(written["by"]), at, int(entry["samples"]), int(entry["positions"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{store.place.at(key)} does not say who wrote the part ({error!r}): run `switchkd store verify`"
+        ) from error
+
+
+def _latest_stretch(commits: list[_Commit]) -> list[_Commit]:
+    """Return the latest commits, back to the last long pause: a night between two runs is no work."""
+    gaps = [(after.at - before.at).total_seconds() for before, after in pairwise(commits)]
+    if not gaps:
+        return commits
+    pause = max(PAUSE * median(gaps), SHORTEST_PAUSE_SECONDS)
+    first = next((index + 1 for index in range(len(gaps) - 1, -1, -1) if gaps[index] > pause), 0)
+    return commits[first:]
