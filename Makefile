@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-s3 test-vllm bench-store test-browser lint types check docs commands clean
+.PHONY: help install demo test test-slow test-s3 test-ray test-vllm bench-store test-browser lint types check docs commands clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ bench-store: install  ## bytes, fidelity and rates of the payloads on a real lan
 test-s3: install  ## tests of stores on an object store, against a moto server on loopback
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'
 	$(BIN)/python -m pytest -m s3
+
+test-ray: install  ## capture over Ray: two actors, one of them killed (Ray Data, 600 MB)
+	$(PIP) install --quiet --constraint constraints.txt 'ray[data]'
+	$(BIN)/python -m pytest -m ray
 
 test-vllm: install $(VLLM_VENV)/.installed  ## parity of the vLLM backend on the CPU, in an environment of its own (3.5 GB)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \

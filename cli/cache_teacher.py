@@ -119,6 +119,14 @@ if TYPE_CHECKING:
     "--shard", metavar="I/N", help="Write parts I, I+N, …; else Slurm's array variables, then RANK and WORLD_SIZE."
 )
 @click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where workers run: this process is one, or Ray starts one a device.",
+)
+@click.option("--actors", type=click.IntRange(1), help="Workers that Ray starts.  [default: one a device]")
+@click.option(
     "--dry-run", is_flag=True, help="Tell size, free disk and time from a probe of random samples; write nothing."
 )
 @click.option(
@@ -147,12 +155,14 @@ def command(
         raise click.UsageError("--device is not for vllm, which takes the devices it sees: set CUDA_VISIBLE_DEVICES")
 
     quiet_libraries()
-    which, source = resolve_shard(shard, os.environ)
-    click.echo(f"worker {which[0]} of {which[1]} (from {source})", err=True)
+    ray = options["engine"] == "ray"
+    which, source = resolve_shard(shard, {} if ray else os.environ)
+    if not ray:
+        click.echo(f"worker {which[0]} of {which[1]} (from {source})", err=True)
     resolved = CacheOptions(
         shard=which,
         # Asking for CUDA here would keep vLLM's processes from forking.
-        device=device or ("cpu" if vllm else default_device()),
+        device=device or ("cpu" if vllm else "auto" if ray else default_device()),
         batch_size=batch_size or BATCH_SIZES[options["backend"]],
         vllm_options=tuple(_name_and_value(text) for text in vllm_options),
         **options,

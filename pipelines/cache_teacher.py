@@ -1,12 +1,15 @@
 """Stage one: run the frozen teacher over a data file, teacher-forced, and store what it says at every position."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from switchkd.pipelines.capture_options import CacheOptions, check_options
-from switchkd.pipelines.capture_worker import CaptureWorker
+from switchkd.pipelines.capture_worker import CaptureWorker, PartDone
 from switchkd.pipelines.progress import Progress
-from switchkd.stores.place import Location
+from switchkd.pipelines.ray_engine import capture_with_ray, require_ray
+from switchkd.stores import Manifest
+from switchkd.stores.place import Location, place_of
 
 __all__ = ["CacheOptions", "CacheSummary", "cache_teacher"]
 
@@ -33,22 +36,36 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
         RunError: the teacher gave logits that are not finite, or disk or network failed; committed parts are whole.
     """
     check_options(options)
+    if options.engine == "ray":
+        require_ray()
     worker = CaptureWorker(options)
-    manifest, writer = worker.manifest, worker.writer
-    missing = writer.missing_parts(options.shard)
+    manifest = worker.manifest
+    # With Ray, whichever actor comes first makes the store: this process may have no device for the teacher.
+    new = options.engine == "ray" and not place_of(options.out).exists()
+    missing = list(range(manifest.part_count)) if new else worker.writer.missing_parts(options.shard)
     total = sum(len(manifest.part_samples(part)) for part in missing)
     skipped: Counter[str] = Counter()
     with Progress("caching", total, "samples") as progress:
-        done = list(worker.write(missing, progress))
+        if options.engine == "ray" and missing:
+            done = list(_with_ray(options, manifest, missing, progress))
+        else:
+            done = list(worker.write(missing, progress))
     for part in done:
         skipped += Counter(part.skipped)
     return CacheSummary(
         options.out,
         parts_written=sum(part.written for part in done),
         parts_already_there=len(range(options.shard[0], manifest.part_count, options.shard[1])) - len(missing),
-        parts_missing=len(writer.missing_parts()),
+        parts_missing=len(worker.writer.missing_parts()),
         samples=sum(part.samples for part in done),
         positions=sum(part.positions for part in done),
         skipped=dict(skipped),
-        written_bytes=writer.written_bytes,
+        written_bytes=sum(part.written_bytes for part in done),
     )
+
+
+def _with_ray(options: CacheOptions, manifest: Manifest, parts: list[int], progress: Progress) -> Iterator[PartDone]:
+    for done in capture_with_ray(options, manifest, parts):
+        progress.written_bytes += done.written_bytes
+        progress.advance(len(manifest.part_samples(done.part)), positions=done.positions)
+        yield done

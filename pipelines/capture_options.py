@@ -38,12 +38,14 @@ class CacheOptions:
     batch_size: int = 16
     max_length: int = 2048
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    device: str = "cpu"  # of the transformers backend; vLLM finds its own
+    device: str = "cpu"  # of the transformers backend; vLLM finds its own. "auto", with Ray: what an actor is given
     tensor_parallel: int = 1  # devices that share one teacher; vLLM only
     vllm_options: tuple[tuple[str, Any], ...] = ()  # further arguments of vLLM's engine, by name
     dtype: str = "auto"
     workers: int = 0
     shard: tuple[int, int] = (0, 1)
+    engine: str = "local"  # or "ray"
+    actors: int | None = None  # of Ray; None takes one a device
     strict: bool = False
     trust_remote_code: bool = False
 
@@ -64,10 +66,16 @@ def check_options(options: CacheOptions) -> None:
         if getattr(options, name) not in words:
             raise ConfigError(f"{name} is one of {', '.join(words)}, got {getattr(options, name)!r}")
     require_backend(options.backend)
+    if options.engine == "ray" and options.shard != (0, 1):
+        raise ConfigError("--engine ray hands out the parts itself: leave out --shard")
+    if options.actors is not None and options.engine != "ray":
+        raise ConfigError("--actors is Ray's: add --engine ray")
     if options.backend == "vllm":
         return  # touching a device here would keep vLLM's processes from forking
     if options.tensor_parallel != 1 or options.vllm_options:
         raise ConfigError("--tensor-parallel and --vllm-option are vLLM's: add --backend vllm")
+    if options.device == "auto":
+        return  # Ray's actors will have one of their own
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
