@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-s3 test-ray test-vllm bench-store test-browser lint types check docs commands clean
+.PHONY: help install demo test test-slow test-s3 test-ray test-vllm bench-store check-lmms-eval test-browser lint types check docs commands clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ test-browser: install  ## pages in a headless Chromium (installed where root may
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y --no-install-recommends chromium; } \
 		|| echo "install Chromium by hand: the tests skip without it"
 	SWITCHKD_SCREENSHOTS=build/screenshots $(BIN)/python -m pytest tests/test_browser.py -rs
+
+check-lmms-eval: install  ## the same answers and scores as lmms-eval's llava_hf (1.9 GB from PyPI into build/lmms-eval)
+	$(BIN)/python benchmarks/lmms_eval_check.py
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -25,7 +25,6 @@ def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) 
 @click.option("--model", type=PATH, help="Checkpoint folder.")
 @click.option(
     "--task",
-    "tasks",
     multiple=True,
     default=(EXACT_MATCH,),
     show_default=True,
@@ -58,6 +57,13 @@ def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) 
     help="Longer prompts are not asked, and counted.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Processes that prepare images beside the model.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
@@ -66,20 +72,20 @@ def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) 
 @click.option("--retry-failed", is_flag=True, help="Benchmarks: ask again what could not be asked before.")
 @click.option("--baseline", type=PATH, help="Benchmarks: --output of another model's run, to show differences from.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
-def command(tasks: tuple[str, ...], **options: Any) -> None:
+def command(task: tuple[str, ...], **options: Any) -> None:
     """Score a model: on the ten benchmarks of the paper, or by exact match on a data file.
 
     Decoding is greedy. Answers are kept; after an interruption the same command goes on and asks nothing twice.
     """
-    exact = EXACT_MATCH in tasks
-    if exact and len(tasks) > 1:
+    exact = EXACT_MATCH in task
+    if exact and len(task) > 1:
         raise click.UsageError(f"{EXACT_MATCH} is a task of its own: run the benchmarks in another command")
     needed = ("model", "data") if exact else ("benchmarks",) if options["score_only"] else ("model", "benchmarks")
     if missing := [name for name in needed if options[name] is None]:
-        raise click.UsageError(f"--task {tasks[0]} needs --{missing[0]}")
+        raise click.UsageError(f"--task {task[0]} needs --{missing[0]}")
     other = _BENCHMARK_ONLY if exact else _FILE_ONLY
     if given := [name for name in other if options[name]]:
-        raise click.UsageError(f"--{given[0].replace('_', '-')} does not go with --task {tasks[0]}")
+        raise click.UsageError(f"--{given[0].replace('_', '-')} does not go with --task {task[0]}")
     options = {name: value for name, value in options.items() if name not in other}
     if options["max_new_tokens"] is None:
         del options["max_new_tokens"]
@@ -88,7 +94,7 @@ def command(tasks: tuple[str, ...], **options: Any) -> None:
     if exact:
         _exact_match(options)
     else:
-        _benchmarks(tasks, options)
+        _benchmarks(task, options)
 
 
 def _exact_match(options: dict[str, Any]) -> None:

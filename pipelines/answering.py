@@ -1,30 +1,63 @@
 """Greedy answers in batches, and the file that keeps them, so that an interrupted evaluation goes on where it stopped."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from torch.utils.data import DataLoader, Dataset
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from switchkd.encoding import SampleEncoder, pad_id_of
 from switchkd.pipelines import config
 from switchkd.samples import BadSample
 from switchkd.templates import ConversationFormat
 
-# Encodes one prompt when its turn comes: (input_ids [L], pixels [3, H, W] or None); raises BadSample.
-Prompt = Callable[[], tuple[NDArray[np.int32], Tensor | None]]
+T = TypeVar("T")
+
+# One prompt as a model reads it: (input_ids [L], pixels [3, H, W] or None).
+Prompt = tuple[NDArray[np.int32], Tensor | None]
+
+
+class _Prompts(Dataset[Prompt | BadSample], Generic[T]):
+    def __init__(self, items: Sequence[T], encode: Callable[[T], Prompt]) -> None:
+        self.items, self.encode = items, encode
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Prompt | BadSample:
+        try:
+            return self.encode(self.items[index])
+        except BadSample as bad:
+            return bad
+
+
+def encoded_batches(
+    items: Sequence[T], encode: Callable[[T], Prompt], batch_size: int, workers: int
+) -> Iterator[tuple[Sequence[T], list[Prompt | BadSample]]]:
+    """Yield batches of items in order, each with its prompts, or with why one cannot be asked.
+
+    Args:
+        encode: raises BadSample. workers: processes that encode ahead; 0 encodes in this one, when a batch is due.
+    """
+    loader = DataLoader(_Prompts(items, encode), batch_size, num_workers=workers, collate_fn=list)
+    for number, prompts in enumerate(loader):
+        yield items[number * batch_size : (number + 1) * batch_size], prompts
 
 
 class Answerer:
     """Greedy decoding of batches.
 
+    A checkpoint's own generation settings do not apply: an instruct model's usually bring a repetition penalty, which changes
+    greedy answers too.
+
     Args:
-        model: on its device. encoder: gives the tokenizer. template: says what ends an answer.
+        model: on its device; its generation settings are cleared. encoder: gives the tokenizer. template: says what ends an answer.
         max_new_tokens: an answer is cut there.
     """
 
@@ -35,21 +68,17 @@ class Answerer:
         template: ConversationFormat,
         max_new_tokens: int,
     ) -> None:
+        model.generation_config = GenerationConfig()
         self.model, self.max_new_tokens = model, max_new_tokens
         self.tokenizer = encoder.tokenizer
         self.pad_id = pad_id_of(self.tokenizer)
         self.stop_ids = _stop_ids(template, self.tokenizer)
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[Prompt]) -> list[str | BadSample]:
-        """Return for each prompt its answer, or why it could not be asked."""
-        results: list[str | BadSample] = [""] * len(prompts)
-        rows: list[tuple[int, NDArray[np.int32], Tensor | None]] = []
-        for place, encode in enumerate(prompts):
-            try:
-                rows.append((place, *encode()))
-            except BadSample as bad:
-                results[place] = bad
+    def answer(self, prompts: Sequence[Prompt | BadSample]) -> list[str | BadSample]:
+        """Return for each prompt its answer; what could not be encoded is returned as it is."""
+        results: list[str | BadSample] = [prompt if isinstance(prompt, BadSample) else "" for prompt in prompts]
+        rows = [(place, *prompt) for place, prompt in enumerate(prompts) if not isinstance(prompt, BadSample)]
         if not rows:
             return results
         length = max(len(ids) for _, ids, _ in rows)

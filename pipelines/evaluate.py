@@ -10,7 +10,7 @@ from typing import Any
 from switchkd.encoding import SampleEncoder
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.pipelines import config
-from switchkd.pipelines.answering import Answerer, read_lines
+from switchkd.pipelines.answering import Answerer, Prompt, encoded_batches, read_lines
 from switchkd.pipelines.progress import Progress
 from switchkd.samples import BadSample, Sample, SampleFile
 from switchkd.templates import load_template
@@ -31,6 +31,7 @@ class EvalOptions:
     max_new_tokens: int = 32
     max_length: int = 2048
     batch_size: int = 64
+    workers: int = 0  # processes that prepare images beside the model
     device: str = "cpu"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -73,10 +74,9 @@ def evaluate(options: EvalOptions) -> Scores:
         model = load_model(checkpoint, dtype=options.dtype).to(options.device)
         answerer = Answerer(model, encoder, template, options.max_new_tokens)
         with path.open("a", encoding="utf-8") as file, Progress("answering", len(asked), "questions") as progress:
-            for start in range(0, len(asked), options.batch_size):
-                batch = asked[start : start + options.batch_size]
-                predictions = answerer.answer([partial(encoder.encode_prompt, *question) for question in batch])
-                for (sample, turn), prediction in zip(batch, predictions, strict=True):
+            encode = partial(_encode, encoder)
+            for batch, prompts in encoded_batches(asked, encode, options.batch_size, options.workers):
+                for (sample, turn), prediction in zip(batch, answerer.answer(prompts), strict=True):
                     done[sample.index, turn] = line = _line(sample, turn, prediction)
                     file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -89,6 +89,10 @@ def evaluate(options: EvalOptions) -> Scores:
 def normalise(text: str) -> str:
     """Return an answer in the form in which answers are compared."""
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
+
+
+def _encode(encoder: SampleEncoder, question: tuple[Sample, int]) -> Prompt:
+    return encoder.encode_prompt(*question)
 
 
 def _line(sample: Sample, turn: int, prediction: str | BadSample) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def test_mme_points(root):
     details = benchmark.details(units)
     assert details["perception_points"] == pytest.approx(1775)
     assert (details["count_points"], details["existence_points"], details["cognition_points"]) == (125, 50, 0)
+    assert (details["count_accuracy"], details["count_accuracy_plus"]) == (75, 50)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import benchmark_data
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from switchkd.cli.main import main
 from switchkd.errors import ConfigError, DataError, InputError
 from switchkd.pipelines.answering import Answerer
+from switchkd.pipelines.benchmarks import run as run_module
 from switchkd.pipelines.benchmarks.registry import BENCHMARKS, TEN
 from switchkd.pipelines.benchmarks.run import BenchmarkOptions, run_benchmarks
-from switchkd.samples import BadSample
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +40,14 @@ def scripted(monkeypatch):
     """Answer from the script; prompts are encoded for real, so what cannot be asked fails as it would."""
     asked = []
 
-    def answer(self, prompts):
-        out = []
-        for prompt in prompts:
-            question = prompt.args[1]
-            try:
-                prompt()
-            except BadSample as bad:
-                out.append(bad)
-                continue
-            asked.append(question.id)
-            out.append(benchmark_data.answer(question))
-        return out
+    def encode_and_answer(encoder, question):
+        encode(encoder, question)
+        asked.append(question.id)
+        return benchmark_data.answer(question)
 
-    monkeypatch.setattr(Answerer, "answer", answer)
+    encode = run_module._encode
+    monkeypatch.setattr(run_module, "_encode", encode_and_answer)
+    monkeypatch.setattr(Answerer, "answer", lambda self, answers: answers)
     return asked
 
 
@@ -286,6 +281,14 @@ def test_the_command_prints_the_table(options, scripted):
     assert done.exit_code == 0, done.output
     assert "| GQA | testdev | exact match | 66.67 |" in done.stdout
     assert f"scores: {options.output / 'scores.json'}" in done.stdout
+
+
+def test_tasks_can_come_from_a_file(options, scripted, tmp_path):
+    asked = {"model": str(options.model), "task": ["gqa"], "benchmarks": str(options.benchmarks), "template": "qa"}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(asked))
+    done = run("--config", tmp_path / "eval.yaml", "--output", options.output)
+    assert done.exit_code == 0, done.output
+    assert [row["name"] for row in board(options)["benchmarks"]] == ["gqa"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Evaluation: greedy answers, exact match by type, resume, bad samples apart."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from switchkd.encoding import SampleEncoder
 from switchkd.errors import ConfigError
+from switchkd.pipelines.answering import Answerer
 from switchkd.pipelines.evaluate import EvalOptions, evaluate, normalise
 from switchkd.samples import SampleFile
 from switchkd.templates import TEMPLATES
@@ -57,11 +59,25 @@ def test_predictions_are_greedy_whatever_the_batch(options):
         assert line["prediction"] == greedy(options, line["row"], line["turn"]), line
 
 
+def test_a_checkpoints_generation_settings_do_not_change_greedy_answers(options, tmp_path):
+    plain = {line["row"]: line["prediction"] for line in (evaluate(options), lines(options))[1]}
+    shutil.copytree(options.model, tmp_path / "instruct")
+    settings = {
+        "repetition_penalty": 50.0,
+        "no_repeat_ngram_size": 1,
+        "do_sample": True,
+        "temperature": 5.0,
+        "min_length": 9,
+    }
+    (tmp_path / "instruct/generation_config.json").write_text(json.dumps(settings))
+    other = replace(options, model=tmp_path / "instruct", output=tmp_path / "other")
+    evaluate(other)
+    assert {line["row"]: line["prediction"] for line in lines(other)} == plain
+
+
 def test_accuracy_counts_exact_matches_by_type(options, monkeypatch):
-    monkeypatch.setattr(
-        "switchkd.pipelines.answering.Answerer.answer",
-        lambda self, prompts: ["Red." if prompt.args[0].index % 2 == 0 else "green" for prompt in prompts],
-    )
+    monkeypatch.setattr(SampleEncoder, "encode_prompt", lambda self, sample, turn: sample.index)
+    monkeypatch.setattr(Answerer, "answer", lambda self, rows: ["green" if row % 2 else "Red." for row in rows])
     scores = evaluate(options)
     # Rows 0, 2, 4, 6 answer "red"; row 4's second turn asks for "a circle"; row 2 is text only and has no type.
     assert scores.accuracy == 4 / 8
@@ -89,6 +105,14 @@ def test_an_interrupted_evaluation_goes_on(options, monkeypatch):
     assert len(asked) == 4
     assert (scores.accuracy, scores.questions) == (expected.accuracy, expected.questions)
     assert sorted(map(str, lines(options))) == sorted(map(str, lines(whole)))
+
+
+def test_workers_prepare_the_same_prompts(options):
+    (options.images / "001.png").write_bytes(b"no image")
+    expected = evaluate(options)
+    beside = replace(options, output=options.output.with_name("beside"), workers=2)
+    assert evaluate(beside) == replace(expected, predictions=beside.output / "predictions.jsonl")
+    assert expected.skipped == {"image_unreadable": 1}
 
 
 def test_a_finished_evaluation_loads_no_model(options, monkeypatch):

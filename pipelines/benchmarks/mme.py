@@ -49,18 +49,25 @@ def headline(means: Means) -> NDArray[np.float64]:
 
 
 def details(units: Sequence[Unit]) -> dict[str, float]:
-    """Return the points of both halves and of every task."""
+    """Return the points of both halves, and of every task its points, accuracy and accuracy+."""
     tasks: dict[str, list[tuple[float, ...]]] = {}
     for unit in units:
         tasks.setdefault(unit.stratum, []).append(unit.values)
-    points = {task: float(_points(np.mean(values, axis=0))) for task, values in tasks.items()}
+    means = {task: np.mean(tasks[task], axis=0) for task in (*PERCEPTION, *COGNITION) if task in tasks}
+    points = {task: float(_points(mean)) for task, mean in means.items()}
     halves = {"perception": PERCEPTION, "cognition": COGNITION}
     whole = {
         f"{half}_points": sum(points[task] for task in names)
         for half, names in halves.items()
         if points.keys() >= set(names)
     }
-    return whole | {f"{task}_points": points[task] for task in (*PERCEPTION, *COGNITION) if task in points}
+    for task, mean in means.items():
+        whole |= {
+            f"{task}_points": points[task],
+            f"{task}_accuracy": float(100 * mean[0]),
+            f"{task}_accuracy_plus": float(100 * mean[1]),
+        }
+    return whole
 
 
 def _points(means: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,16 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
-from torch import Tensor
 
 from switchkd.encoding import SampleEncoder
 from switchkd.errors import ConfigError, DataError, InputError
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.pipelines import config
-from switchkd.pipelines.answering import Answerer, read_lines
+from switchkd.pipelines.answering import Answerer, Prompt, encoded_batches, read_lines
 from switchkd.pipelines.benchmarks.base import Benchmark, Question, fingerprint, require_files, units_of
 from switchkd.pipelines.benchmarks.registry import parse_tasks
 from switchkd.pipelines.benchmarks.results import Result, folder_name, score, write_result
@@ -42,6 +39,7 @@ class BenchmarkOptions:
     max_new_tokens: int = 128
     max_length: int = 2048
     batch_size: int = 64
+    workers: int = 0  # processes that prepare images beside the model
     device: str = "cpu"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -127,10 +125,12 @@ def _answer_all(tasks: Sequence[Task], options: BenchmarkOptions) -> None:
             if answerer is None:
                 model = load_model(checkpoint, dtype=options.dtype).to(options.device)
                 answerer = Answerer(model, encoder, template, options.max_new_tokens)
-            _answer(task, asked, answerer, encoder, options.batch_size)
+            _answer(task, asked, answerer, encoder, options)
 
 
-def _answer(task: Task, asked: list[Question], answerer: Answerer, encoder: SampleEncoder, batch_size: int) -> None:
+def _answer(
+    task: Task, asked: list[Question], answerer: Answerer, encoder: SampleEncoder, options: BenchmarkOptions
+) -> None:
     asked = sorted(asked, key=lambda question: len(question.text))  # similar lengths share a batch, so little is padded
     title = f"{task.benchmark.name} ({task.split})"
     done = len(task.questions) - len(asked)
@@ -138,16 +138,15 @@ def _answer(task: Task, asked: list[Question], answerer: Answerer, encoder: Samp
         (task.folder / PREDICTIONS).open("a", encoding="utf-8") as file,
         Progress(title, len(task.questions), "questions", done=done) as progress,
     ):
-        for start in range(0, len(asked), batch_size):
-            batch = asked[start : start + batch_size]
-            answers = answerer.answer([partial(_encode, encoder, question) for question in batch])
-            for question, answer in zip(batch, answers, strict=True):
+        encode = partial(_encode, encoder)
+        for batch, prompts in encoded_batches(asked, encode, options.batch_size, options.workers):
+            for question, answer in zip(batch, answerer.answer(prompts), strict=True):
                 file.write(json.dumps(_line(question, answer)) + "\n")
             file.flush()
             progress.advance(len(batch))
 
 
-def _encode(encoder: SampleEncoder, question: Question) -> tuple[NDArray[np.int32], Tensor | None]:
+def _encode(encoder: SampleEncoder, question: Question) -> Prompt:
     if IMAGE_MARKER in question.text:
         raise BadSample(Status.SEVERAL_IMAGES, f"the question's text spells out {IMAGE_MARKER}")
     return encoder.encode_turns([(question.text, "")], question.load(), question.image)
