@@ -84,6 +84,13 @@ if TYPE_CHECKING:
     help="Longer samples are skipped, in tokens with image tokens.",
 )
 @click.option(
+    "--image-mode",
+    type=click.Choice(["own", "square", "pad"]),
+    default="own",
+    show_default=True,
+    help="How images become square: as the checkpoint says, resized whatever the shape, or filled up with the mean colour.",
+)
+@click.option(
     "--max-image-pixels",
     type=click.IntRange(1),
     default=1 << 26,

@@ -66,6 +66,11 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
     "evenly, or the smallest cached logit.",
 )
 @click.option("--template", help="Conversation template.  [default: the store's]")
+@click.option(
+    "--image-mode",
+    type=click.Choice(["own", "square", "pad"]),
+    help="How images become square, for both models.  [default: the store's, without one the checkpoint's own]",
+)
 @click.option("--max-length", type=click.IntRange(2), help="In tokens with image tokens.  [default: the store's]")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps; overrides --epochs.")

@@ -29,7 +29,7 @@ from switchkd.stores import Payload, TeacherStore
 from switchkd.stores.place import Location
 from switchkd.stores.reader import pick_store
 from switchkd.templates import template_from_dict
-from switchkd.vlm import Checkpoint, freeze, load_model, open_checkpoint, require_fit, teacher_identity
+from switchkd.vlm import Checkpoint, freeze, load_model, open_checkpoint, require_fit, teacher_identity, with_image_mode
 
 # Without a student, its logits are the teacher's LM head on states with this much noise, in standard deviations of the states.
 PERTURBATION = 0.2
@@ -89,6 +89,7 @@ def audit(options: AuditOptions) -> AuditReport:
     if student is not None:
         require_fit(teacher, student, switch=False)
     manifest = store.manifest
+    teacher = with_image_mode(teacher, manifest.written_by.get("image_mode", "own"))
     encoder = SampleEncoder(
         teacher, template_from_dict(manifest.template), options.images, manifest.max_length, manifest.max_image_pixels
     )

@@ -37,6 +37,7 @@ class CacheOptions:
     part_size: int = 512
     batch_size: int = 16
     max_length: int = 2048
+    image_mode: str = "own"  # or "square", "pad"
     max_image_pixels: int = MAX_IMAGE_PIXELS
     device: str = "cpu"  # of the transformers backend; vLLM finds its own. "auto", with Ray: what an actor is given
     tensor_parallel: int = 1  # devices that share one teacher; vLLM only
@@ -106,7 +107,7 @@ def build_manifest(
         max_image_pixels=options.max_image_pixels,
         data=samples.fingerprint,
         statuses={str(int(status)): status.label for status in Status},
-        written_by=software_of(options.backend),
+        written_by=software_of(options.backend) | {"image_mode": options.image_mode},
     )
 
 

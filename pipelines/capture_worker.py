@@ -23,7 +23,7 @@ from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
 from switchkd.stores.codec import ranks_by_frequency
 from switchkd.stores.payload import no_position
 from switchkd.templates import load_template
-from switchkd.vlm import open_checkpoint
+from switchkd.vlm import open_checkpoint, with_image_mode
 
 PROBE_SAMPLES = 64  # the first usable samples; their top-k ids give the rank table
 
@@ -54,7 +54,9 @@ class CaptureWorker:
 
     def __init__(self, options: CacheOptions, manifest: Manifest | None = None) -> None:
         self.options = options
-        self.checkpoint = open_checkpoint(options.teacher, options.trust_remote_code)
+        self.checkpoint = with_image_mode(
+            open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode
+        )
         self.samples = SampleFile(options.data)
         self.encoder = SampleEncoder(
             self.checkpoint,

@@ -47,6 +47,7 @@ class TrainOptions:
     payload: str | None = None  # None: hidden if the store has it, else topk
     tail: TailPolicy = "student"
     template: str | None = None  # None: the store's; without a store qwen2_base
+    image_mode: str | None = None  # None: the store's; without a store the checkpoint's own
     max_length: int | None = None  # None: the store's; without a store 2048
     epochs: float = 1.0
     steps: int | None = None  # overrides epochs

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration, TrainerCallback, Trainin
 from transformers.trainer_callback import PrinterCallback
 
 from switchkd.encoding import SampleEncoder, pad_id_of
-from switchkd.errors import CheckpointError, ConfigError, RunError
+from switchkd.errors import CheckpointError, ConfigError, RunError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
 from switchkd.pipelines import config
@@ -39,6 +39,7 @@ from switchkd.vlm import (
     open_checkpoint,
     require_fit,
     teacher_identity,
+    with_image_mode,
 )
 
 SUMMARY = "summary.json"  # written last; a run that has it is finished
@@ -74,6 +75,7 @@ def train(options: TrainOptions) -> TrainSummary:
     teacher = _open_teacher(options, objective, student)
     store = _open_store(options, objective, teacher, student)
     payload = _payload(options, store, teacher)
+    student = with_image_mode(student, _image_mode(options, teacher, store))
     samples = TrainingSamples(SampleFile(options.data), _encoder(options, student, store), store, options.workers)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
@@ -155,7 +157,9 @@ def _open_store(
     }
     if teacher is not None:
         wanted["teacher"] = teacher_identity(teacher, vision=False)
-        wanted["image_processor"] = hash_image_processor(teacher.image_processor)
+        if options.image_mode is not None:
+            mine = with_image_mode(teacher, options.image_mode).image_processor
+            wanted["image_processor"] = hash_image_processor(mine)
     if options.template is not None:
         wanted["template"] = load_template(options.template, teacher or student).as_dict()
     if options.max_length is not None:
@@ -163,6 +167,23 @@ def _open_store(
     store = pick_store(options.cache, wanted)
     store.require_whole()
     return store
+
+
+def _image_mode(options: TrainOptions, teacher: Checkpoint | None, store: TeacherStore | None) -> str:
+    """Return how images become square: as the run asks, else as the store says.
+
+    Raises:
+        StoreMismatch: the teacher's image processor is not the one that the store was made with.
+    """
+    if store is None:
+        return options.image_mode or "own"
+    manifest = store.manifest
+    mode = options.image_mode or manifest.written_by.get("image_mode", "own")
+    if teacher is not None:
+        processor = hash_image_processor(with_image_mode(teacher, mode).image_processor)
+        if misfits := manifest.misfits({"image_processor": processor}):
+            raise StoreMismatch(f"{store.path} does not fit {teacher.path}: {misfits[0]}")
+    return mode
 
 
 def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpoint | None) -> str | None:

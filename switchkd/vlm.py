@@ -8,7 +8,7 @@ student.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from switchkd.errors import CheckpointError
+from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
 from switchkd.projectors import (
     SwitchLlavaConfig,
@@ -110,6 +111,46 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     return Checkpoint(
         folder, llava, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
     )
+
+
+IMAGE_MODES = ("own", "square", "pad")
+
+
+def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:
+    """Return the checkpoint with another way of making images square.
+
+    Args:
+        mode: "own", the checkpoint's image processor as it is; "square", resized to the tower's size whatever the shape, nothing
+            cut off; "pad", first filled up to a square with the processor's mean colour, as LLaVA 1.5 does (Llava's processor of
+            transformers, so that what is saved opens anywhere).
+
+    Raises:
+        CheckpointError: the image processor has no mean colour.
+    """
+    if mode not in IMAGE_MODES:
+        raise ConfigError(f"image mode is one of {', '.join(IMAGE_MODES)}, got {mode!r}")
+    if mode == "own":
+        return checkpoint
+    side = checkpoint.config.vision_config.image_size
+    settings = checkpoint.image_processor.to_dict()
+    settings |= {"size": {"height": side, "width": side}, "do_resize": True, "do_center_crop": False}
+    kind: Any = type(checkpoint.image_processor)
+    if mode == "pad":
+        if not settings.get("image_mean"):
+            raise CheckpointError(f"{checkpoint.path}: its image processor has no mean colour to fill images up with")
+        kind = LlavaImageProcessorPil
+        names = (
+            "do_rescale",
+            "rescale_factor",
+            "do_normalize",
+            "image_mean",
+            "image_std",
+            "resample",
+            "do_convert_rgb",
+        )
+        shape = {name: settings[name] for name in ("size", "do_resize", "do_center_crop")}
+        settings = shape | {name: settings[name] for name in names if name in settings} | {"do_pad": True}
+    return replace(checkpoint, image_processor=kind.from_dict(settings))
 
 
 def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, str]:
