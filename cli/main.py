@@ -15,6 +15,7 @@ COMMANDS = {
     "cache-teacher": ("cache_teacher", "Store what a teacher says about every supervised position."),
     "train": ("train", "Train a student from a teacher store."),
     "eval": ("evaluate", "Score a model on the paper's benchmarks or on a data file."),
+    "convert": ("convert", "Rewrite a checkpoint in another project's layout."),
     "init-student": ("init_student", "Assemble a student from a vision tower and a language model."),
     "ablate": ("ablate", "Train and judge a matrix of students from one recipe."),
     "store": ("store", "Look at a teacher store, check it, mend it."),

@@ -6,25 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import component_of
+from switchkd.pipelines.model_parts import (
+    IMAGE_TOKEN,
+    load_tower,
+    read_vision_config,
+    require_all_weights,
+    tokenizer_with_image,
+    with_image_mode,
+)
 from switchkd.projectors import GRID, SwitchLlavaConfig, model_class, tokens_of
-from switchkd.vlm import CONFIGS, PIL_BACKEND, as_checkpoint_error, load_model, open_checkpoint, probe_vision
+from switchkd.vlm import PIL_BACKEND, as_checkpoint_error, open_checkpoint, probe_vision
 
-IMAGE_TOKEN = "<image>"
 PROJECTORS = ("mlp", "ldpv2")
 IMAGE_MODES = ("own", "square", "pad")
 log = logging.getLogger(__name__)
@@ -65,8 +68,10 @@ def init_student(options: InitOptions) -> InitSummary:
     """
     _check(options)
     remote = options.trust_remote_code
+    vision = read_vision_config(options.vision)
+    if hasattr(vision, "vision_use_head"):
+        vision.vision_use_head = False  # SigLIP's pooling head; a Llava never runs it
     with as_checkpoint_error(options.vision):
-        vision = _vision_config(options.vision)
         processor = AutoImageProcessor.from_pretrained(options.vision, trust_remote_code=remote, **PIL_BACKEND)
     with as_checkpoint_error(options.language):
         text = AutoConfig.from_pretrained(options.language, trust_remote_code=remote)
@@ -76,7 +81,7 @@ def init_student(options: InitOptions) -> InitSummary:
 
     torch.manual_seed(options.seed)  # for rows that a new <image> token adds to the embedding
     language = _load_language(options, len(tokenizer))
-    tower = _load_tower(options.vision, vision)
+    tower = load_tower(options.vision, vision)
     torch.manual_seed(options.seed)  # for the projector, whatever was drawn before
     model = assemble(config, tower, language)
     model.save_pretrained(options.out)
@@ -102,17 +107,6 @@ def _check(options: InitOptions) -> None:
         raise ConfigError(f"{options.out} is not empty: pass another --out, nothing is overwritten")
 
 
-def _vision_config(folder: Path) -> Any:
-    """Return the config of a vision tower's folder, of a SigLIP or CLIP folder with both towers, or of a Llava's tower."""
-    config: Any = AutoConfig.from_pretrained(folder)
-    config = getattr(config, "vision_config", config)
-    if not hasattr(config, "image_size") or not hasattr(config, "hidden_size"):
-        raise CheckpointError(f"{folder} is a {config.model_type!r} model; expected a vision tower (SigLIP, CLIP, …)")
-    if hasattr(config, "vision_use_head"):
-        config.vision_use_head = False  # SigLIP's pooling head; a Llava never runs it
-    return config
-
-
 def _config(options: InitOptions, vision: Any, text: Any, image_token: int) -> LlavaConfig:
     settings = {
         "vision_config": vision,
@@ -135,65 +129,6 @@ def _config(options: InitOptions, vision: Any, text: Any, image_token: int) -> L
     return config
 
 
-def tokenizer_with_image(language: Path, other: Path | None = None, trust_remote_code: bool = False) -> Any:
-    """Return a language model's tokenizer with the token <image>, which is added at its end if it is missing.
-
-    Args:
-        other: a folder with the tokenizer to take instead, such as the teacher's; it must give every token of the language
-            model's tokenizer the same id.
-
-    Raises:
-        CheckpointError: no fast tokenizer, or ids that differ.
-    """
-    found = []
-    for folder in (language, *([] if other is None else [other])):
-        with as_checkpoint_error(folder):
-            found.append(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
-        if not getattr(found[-1], "is_fast", False):
-            raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
-    own, tokenizer = found[0].get_vocab(), found[-1]
-    vocabulary = tokenizer.get_vocab()
-    if moved := {token for token, number in own.items() if vocabulary.get(token) != number}:
-        raise CheckpointError(
-            f"the tokenizer of {other} gives {len(moved):,} of the {len(own):,} tokens of {language} another id or none, "
-            f"such as {min(moved)!r}; the embedding of {language} is ordered by its own"
-        )
-    if IMAGE_TOKEN not in vocabulary:
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return tokenizer
-
-
-def with_image_mode(processor: Any, mode: str, side: int) -> Any:
-    """Return an image processor that keeps a tower's normalisation and brings images to side×side pixels as `mode` says.
-
-    "own" keeps the processor as it is; "square" stretches the image; "pad" fills it up to a square with the mean colour
-    first, as LLaVA-1.5.
-    """
-    if mode == "own":
-        return processor
-    return LlavaImageProcessorPil(
-        do_pad=mode == "pad",
-        size={"height": side, "width": side},
-        do_center_crop=False,
-        resample=processor.resample,
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-    )
-
-
-def _load_tower(folder: Path, config: Any) -> nn.Module:
-    with as_checkpoint_error(folder):
-        if AutoConfig.from_pretrained(folder).model_type in CONFIGS:
-            whole: nn.Module = load_model(open_checkpoint(folder)).model.vision_tower
-            return whole
-        kind = AutoModel._model_mapping[type(config)]  # a folder with both towers would give AutoModel the pair
-        tower, report = kind.from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
-    _require_all(folder, report)
-    return tower
-
-
 def _load_language(options: InitOptions, entries: int) -> Any:
     """Load the LLM; with a row in its embedding for every entry of the tokenizer."""
     with as_checkpoint_error(options.language):
@@ -204,18 +139,12 @@ def _load_language(options: InitOptions, entries: int) -> Any:
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,
         )
-    _require_all(options.language, report, tied=language.config.tie_word_embeddings)
+    require_all_weights(options.language, report, tied=language.config.tie_word_embeddings)
     rows = language.get_input_embeddings().weight.shape[0]
     if entries > rows:
         language.resize_token_embeddings(entries, pad_to_multiple_of=64)
         log.info("the embedding grew from %d to %d rows, near the mean of the others", rows, language.config.vocab_size)
     return language
-
-
-def _require_all(folder: Path, report: dict[str, Any], tied: bool = False) -> None:
-    missing = sorted(set(report["missing_keys"]) - ({"lm_head.weight"} if tied else set()))
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}")
 
 
 def assemble(config: LlavaConfig, tower: nn.Module, language: Any) -> LlavaForConditionalGeneration:

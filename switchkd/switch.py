@@ -33,7 +33,8 @@ def switch_states(
     image_embeds = teacher.model.multi_modal_projector(features.to(embeds.dtype))  # P_T(V_S(x)), [B, tokens, d]
     if int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
         raise ValueError(f"{int(is_image.sum())} image tokens for projected features of {tuple(image_embeds.shape)}")
-    embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds)
+    # Autocast leaves embeddings in float32 and projects in bfloat16.
+    embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(embeds.dtype))
     states = teacher.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
     found: Tensor = states.last_hidden_state[rows]
     return found

@@ -96,10 +96,10 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     with as_checkpoint_error(folder):
         config = LlavaConfig.get_config_dict(folder)[0]
         kind = CONFIGS.get(config.get("model_type", ""))
-        if kind is None:
+        if kind is None or "mm_projector_type" in config:  # original LLaVA's model type is "llava", too
             raise CheckpointError(
                 f"{folder} is a {config.get('model_type')!r} model; expected a LlavaForConditionalGeneration "
-                f"(model_type {' or '.join(CONFIGS)})"
+                f"(model_type {' or '.join(CONFIGS)}). `switchkd convert` makes one of TinyLLaVA's and original LLaVA's"
             )
         llava = kind.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -139,3 +139,16 @@ def test_the_number_of_image_tokens_is_checked(batch, teacher):
     rows = predicting_rows(batch["labels"])
     with pytest.raises(ValueError, match=r"12 image tokens for projected features of \(1, 4, 32\)"):
         switch_states(blind, torch.zeros(1, 4, 32), batch["input_ids"], batch["attention_mask"], rows)
+
+
+def test_under_autocast(batch, teacher):
+    """`--precision bfloat16` over a float32 teacher."""
+    blind = freeze(load_model(open_checkpoint(teacher), vision=False))
+    rows, on = predicting_rows(batch["labels"]), batch["has_image"]
+    inputs = batch["input_ids"][on], batch["attention_mask"][on], rows[on]
+    features = torch.randn(3, 4, 32, requires_grad=True)
+    expected = switch_states(blind, features, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = switch_states(blind, features, *inputs)
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+    assert torch.autograd.grad(found.float().sum(), features)[0].abs().sum() > 0
