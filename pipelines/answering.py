@@ -118,13 +118,13 @@ def read_lines(path: Path, *key: str) -> dict[tuple[Any, ...], dict[str, Any]]:
         return found
     text = path.read_text(encoding="utf-8")
     whole = []
-    for line in text.splitlines(keepends=True):
+    for line in filter(None, text.split("\n")):
         try:
             content = json.loads(line)
             found[tuple(content[name] for name in key)] = content
         except (ValueError, KeyError):
             continue
-        whole.append(line if line.endswith("\n") else line + "\n")
+        whole.append(line + "\n")
     if (kept := "".join(whole)) != text:
         config.write_whole(path, kept)
     return found

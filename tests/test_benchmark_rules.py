@@ -115,6 +115,15 @@ def test_mmbench_reads_one_option(text, letter):
     assert mmbench.option_in(text, {"A": "cat", "B": "dog"}) == letter
 
 
+def test_none_is_an_option_of_mmbench_and_nothing_is_not(tmp_path):
+    path = tmp_path / "mmbench_dev_20230712.tsv"
+    head, cells = "index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n", "How many?\tnan\tNone\tTwo\tnan\t\tA\t\n"
+    path.write_text(head + f"1\t{cells}1000001\t{cells}")
+    question = BENCHMARKS["mmbench"].read(tmp_path, "dev")[0]
+    assert question.text.startswith("How many?\nA. None\nB. Two\nAnswer with")
+    assert question.reference["options"] == {"A": "None", "B": "Two"}
+
+
 def test_mmbench_needs_every_rotation(root):
     benchmark, _, units = scored("mmbench", root)
     assert {unit.id: unit.values for unit in units} == {"3": (1, 1), "7": (0, 1)}

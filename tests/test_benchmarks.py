@@ -227,6 +227,9 @@ def test_a_baseline_shows_paired_differences(options, scripted, student, monkeyp
     assert row["interval"][0] == 0 and row["interval"][1] == pytest.approx(100)
     assert baseline["model"] == str(student)
     assert "| difference |  |  |  |  | +33.3 |" in table
+    # Both folders have the same name, so the rows show where they lie.
+    names = ["/".join(path.parts[-2:]) for path in (options.model, student)]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:4]] == [f"| {name}" for name in names]
 
 
 def test_a_baseline_with_other_questions_is_refused(options, scripted, root, tmp_path):

@@ -152,7 +152,7 @@ def fingerprint(questions: Iterable[Question]) -> str:
 
 def image_file(folder: Path, name: str) -> dict[str, Any]:
     """Return the fields `image` and `load` of a question whose image is a file below `folder`."""
-    return {"image": str(folder / name), "load": partial(read_image_bytes, folder, name)}
+    return {"image": f"{folder}/{name}", "load": partial(read_image_bytes, folder, name)}
 
 
 def read_json(path: Path) -> Any:
@@ -170,6 +170,6 @@ def write_submission(output: Path, name: str, content: Any) -> Path:
     return path
 
 
-def options_of(choices: Sequence[str]) -> str:
-    """Return options as lines "A. …", each after a line break."""
-    return "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices, strict=False))
+def options_of(choices: Mapping[str, str]) -> str:
+    """Return options by letter as lines "A. …", each after a line break."""
+    return "".join(f"\n{letter}. {choice}" for letter, choice in choices.items())

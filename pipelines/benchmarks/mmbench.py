@@ -70,12 +70,12 @@ def _reader(files: Mapping[str, str], suffix: str) -> Callable[[Path, str], list
             )
         out = []
         for index, row in sorted(rows.items()):
-            options = {letter: row[letter] for letter in LETTERS if not _is_none(row.get(letter))}
-            hint = "" if _is_none(row.get("hint")) else row["hint"] + "\n"
+            options = {letter: row[letter] for letter in LETTERS if (row.get(letter) or "nan") != "nan"}
+            hint = "" if (row.get("hint") or "nan") == "nan" else row["hint"] + "\n"
             out.append(
                 Question(
                     id=str(index),
-                    text=hint + row["question"] + options_of(list(options.values())) + suffix,
+                    text=hint + row["question"] + options_of(options) + suffix,
                     image=f"{path}#{index}",
                     load=partial(_image_of, rows, index),
                     reference={"question": row["question"], "options": options, "answer": row.get("answer")},
@@ -105,10 +105,6 @@ def _image_of(rows: Mapping[int, Mapping[str, Any]], index: int) -> bytes:
         return base64.b64decode(text, validate=True)
     except (KeyError, ValueError, binascii.Error) as error:
         raise BadSample(Status.IMAGE_UNREADABLE, f"row {index}: {error!r}") from None
-
-
-def _is_none(text: str | None) -> bool:
-    return text is None or text.lower() in {"", "nan", "none"}
 
 
 def _need_openpyxl() -> Any:

@@ -5,6 +5,7 @@ Rules from the VQA evaluation (Antol et al. 2015, "VQA"; official script vqaEval
 """
 
 import re
+from functools import lru_cache
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = {"a", "an", "the"}
@@ -51,6 +52,7 @@ def plain_words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+@lru_cache(maxsize=1 << 16)  # people's answers are few and repeat
 def vqa_normal(text: str) -> str:
     """Return an answer as vqaEval.py compares it."""
     return plain_words(strip_punctuation(one_line(text)))

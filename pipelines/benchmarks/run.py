@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from switchkd.encoding import SampleEncoder
 from switchkd.errors import ConfigError, DataError, InputError
 from switchkd.fingerprints import hash_json, hash_weights
@@ -169,7 +167,7 @@ def _check_record(task: Task) -> None:
     name = f"{task.benchmark.name} ({task.split})"
     if not path.is_file():
         raise InputError(f"{task.folder} holds no answers to {name}: run without --score-only first")
-    if yaml.safe_load(path.read_text(encoding="utf-8")).get("fingerprint") != task.digest:
+    if f"fingerprint: {task.digest}\n" not in path.read_text(encoding="utf-8"):
         raise InputError(f"{task.folder} holds answers to other questions than the files of {name} ask now")
     done = read_lines(task.folder / PREDICTIONS, "id")
     left = sum((question.id,) not in done for question in task.questions)

@@ -49,7 +49,10 @@ def _read(folder: Path, split: str) -> list[Question]:
         out.append(
             Question(
                 id=name,
-                text=context + problem["question"] + options_of(problem["choices"]) + OPTION_LETTER,
+                text=context
+                + problem["question"]
+                + options_of(dict(zip(LETTERS, problem["choices"], strict=False)))
+                + OPTION_LETTER,
                 **image_file(folder / "images" / split, f"{name}/{problem['image']}"),
                 reference=LETTERS[problem["answer"]],
                 group=problem.get("subject", ""),

@@ -55,19 +55,20 @@ def markdown(board: dict[str, Any]) -> str:
     columns = [benchmark.name for benchmark in TEN]
     scores = _columns(board["benchmarks"], "score")
     head = ["model", *(_title(board, benchmark.name) for benchmark in TEN), "Avg7", "Avg10"]
+    baseline = board["baseline"]
+    ours, other = _names(board["model"], baseline["model"] if baseline else "")
     rows = [
         [
-            Path(board["model"]).name,
+            ours,
             *(_figure(scores.get(name)) for name in columns),
             *_average_cells(board["averages"]),
         ]
     ]
-    baseline = board["baseline"]
     if baseline:
         theirs, change = _columns(baseline["benchmarks"], "score"), _columns(baseline["benchmarks"], "difference")
         rows.append(
             [
-                Path(baseline["model"]).name,
+                other,
                 *(_figure(theirs.get(n)) for n in columns),
                 *_average_cells(baseline["averages"]),
             ]
@@ -146,6 +147,14 @@ def _compare(run: Path, results: Sequence[Result], baseline: Path) -> dict[str, 
         "benchmarks": rows,
         "averages": _averages(list(theirs.values())),
     }
+
+
+def _names(ours: str, theirs: str) -> tuple[str, str]:
+    """Return the checkpoints' folder names, with one folder more of the path where they would be the same."""
+    names = [Path(path).name for path in (ours, theirs)]
+    if names[0] == names[1] and ours != theirs:
+        names = ["/".join(Path(path).parts[-2:]) for path in (ours, theirs)]
+    return names[0], names[1]
 
 
 def _columns(rows: Sequence[dict[str, Any]], field: str) -> dict[str, float]:

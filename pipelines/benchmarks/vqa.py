@@ -50,6 +50,7 @@ def textvqa_accuracy(answers: Sequence[Answer]) -> tuple[float, ...]:
 
 def _read_vqav2(folder: Path, split: str) -> list[Question]:
     questions, annotations, images = _VQAV2[split]
+    place = folder / images
     answers: dict[int, dict[str, Any]] = {}
     if annotations:
         answers = {row["question_id"]: row for row in read_json(folder / annotations)["annotations"]}
@@ -63,7 +64,7 @@ def _read_vqav2(folder: Path, split: str) -> list[Question]:
             Question(
                 id=str(number),
                 text=row["question"] + SHORT_ANSWER,
-                **image_file(folder / images, f"COCO_{images}_{row['image_id']:012d}.jpg"),
+                **image_file(place, f"COCO_{images}_{row['image_id']:012d}.jpg"),
                 reference=None if found is None else [answer["answer"] for answer in found["answers"]],
                 group="" if found is None else found["answer_type"],
             )
