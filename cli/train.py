@@ -26,10 +26,10 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
 @click.option("--output", type=PATH, required=True, help="The run: checkpoints, options, losses, the trained student.")
 @click.option(
     "--objective",
-    type=click.Choice(["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl"]),
+    type=click.Choice(["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl", "llava-kd", "align-kd"]),
     default="dbild-rkl",
     show_default=True,
-    help="What Align and VSD measure; sft is CE alone.",
+    help="What Align and VSD measure; sft is CE alone. llava-kd and align-kd are other methods: --no-switch --teacher-mode live.",
 )
 @click.option("--switch/--no-switch", default=True, show_default=True, help="Train the visual-switch pathway (VSD).")
 @click.option("--align-weight", type=float, default=1.0, show_default=True, help="λ1.")

@@ -17,11 +17,13 @@ import yaml
 
 from switchkd.errors import CheckpointError, ConfigError, DataError, RunError
 from switchkd.fingerprints import hash_json
+from switchkd.peers import PEERS
 from switchkd.pipelines import config, twin
 from switchkd.pipelines.ablation_report import Result, write_report
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher, check_options
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.evaluate import EvalOptions, evaluate
+from switchkd.pipelines.peer_trainer import check_peer
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.recipe import DISTILLED, Cell, Recipe, read_recipe
 from switchkd.pipelines.stages import with_stage
@@ -137,6 +139,8 @@ def _cell_run(recipe: Recipe, options: AblateOptions, cell: Cell, stage: str, st
     parts = with_stage(stage, given)["train_parts"]
     # VSD teaches the vision tower; a distilled stage that leaves it frozen has Align alone.
     given |= {"objective": cell.objective, "switch": cell.switch and "vision" in parts, "teacher": teacher}
+    if cell.objective in PEERS:
+        given["teacher_mode"] = "live"
     if given.get("teacher_mode") == "live":
         return _run(options, stage, start, cell.seed, given)
     cache = _cache_options(recipe, options, cell.teacher, stage, teacher)
@@ -198,6 +202,7 @@ def _check(recipe: Recipe, options: AblateOptions, jobs: list[_Job]) -> None:
     for run in runs:
         run.options.as_objective()
         run.options.as_parts()
+        check_peer(run.options)
         if not options.launch:
             run.options.accumulated(processes=1)
         if run.cache is not None:

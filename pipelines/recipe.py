@@ -13,7 +13,7 @@
     matrix: axes (objective, switch, scheme, teacher, student, seed), each a value or a list; or a list of such mappings
 
 A cell is one point of the matrix. Points that are the same run are one cell: without a distilled stage nothing is left of teacher,
-objective and switch; "sft" turns distilled stages into plain ones.
+objective and switch; "sft" turns distilled stages into plain ones; llava-kd and align-kd have no switch, and run the teacher live.
 """
 
 import re
@@ -29,6 +29,7 @@ import yaml
 
 from switchkd.errors import ConfigError
 from switchkd.objective import OBJECTIVES
+from switchkd.peers import PEERS
 from switchkd.pipelines.cache_teacher import CacheOptions
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.evaluate import EvalOptions
@@ -281,6 +282,8 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
             raise ConfigError(f"{where} has no {axis} {point[axis]!r}; there are {', '.join(known)}")
     if not isinstance(point["switch"], bool) or isinstance(point["seed"], bool) or not isinstance(point["seed"], int):
         raise ConfigError(f"{where}: switch is true or false and seed a number, found {point}")
+    if point["objective"] in PEERS:
+        point["switch"] = False  # they have no switch pathway
     cell = Cell(**point)
     if unknown := [stage for stage in cell.stages if stage not in STAGES]:
         raise ConfigError(f"{where} has no stage {unknown[0]!r} in {cell.scheme!r}; there are {', '.join(STAGES)}")

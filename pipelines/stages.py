@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from switchkd.errors import ConfigError
+from switchkd.peers import ADAPTERS
 
 PARTS = ("vision", "projector", "language")
 
@@ -53,7 +54,12 @@ def parts_of(text: str) -> frozenset[str]:
 
 
 def part_of(name: str) -> str:
-    """Return the part that a Llava's parameter belongs to, by its name; the LM head counts as language."""
+    """Return the part that a Llava's parameter belongs to, by its name; the LM head counts as language.
+
+    Adapters that a peer's objective hangs on a student are no part of it: "adapters".
+    """
+    if f"{ADAPTERS}." in name:
+        return "adapters"
     if "vision_tower." in name:
         return "vision"
     return "projector" if "multi_modal_projector." in name else "language"

@@ -17,8 +17,10 @@ from switchkd.encoding import SampleEncoder, pad_id_of
 from switchkd.errors import CheckpointError, ConfigError, RunError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
+from switchkd.peers import PEERS
 from switchkd.pipelines import config
 from switchkd.pipelines.config import TrainOptions
+from switchkd.pipelines.peer_trainer import PeerTrainer, check_peer, make_peer
 from switchkd.pipelines.profiles import fit_fsdp, profile_arguments, shard_frozen
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.resume_state import last_checkpoint
@@ -67,6 +69,7 @@ def train(options: TrainOptions) -> TrainSummary:
         RunError: the loss is not finite.
     """
     objective, parts = options.as_objective(), options.as_parts()
+    check_peer(options)
     options = config.resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
     if (options.output / SUMMARY).is_file():
         config.record(options.output, config.plain(options))
@@ -87,13 +90,17 @@ def train(options: TrainOptions) -> TrainSummary:
     freeze_other_parts(model, parts)
     unused = freeze_unused_vision(model) if "vision" in parts else []
     source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
+    peer = objective.name in PEERS
+    if peer:
+        assert isinstance(source, LiveTeacher)
+        source = make_peer(options, model, source.teacher, source.vocab_rows)
     if arguments.fsdp:
         fit_fsdp(arguments, model)
         for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
             shard_frozen(whole)
     _report(options, samples, model, unused, resume)
     stand_in = None if options.profile == "ddp" else stand_in_image(student)
-    trainer = SwitchTrainer(
+    trainer = (PeerTrainer if peer else SwitchTrainer)(
         objective=objective,
         source=source,
         teacher=switch_teacher,
@@ -302,7 +309,7 @@ class _Report(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss_ce" in logs and state.is_world_process_zero:
-            losses = " ".join(f"{name} {logs[f'loss_{name}']:.4f}" for name in ("ce", "align", "vsd"))
+            losses = " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in logs.items() if n.startswith("loss_"))
             count = state.global_step - self.progress.done
             self.progress.advance(
                 count, int(logs["positions"]), f"loss {logs['loss']:.4f} ({losses}), lr {logs['learning_rate']:.2e}"

@@ -216,6 +216,9 @@ class SwitchTrainer(Trainer):
             logs["loss"] = (
                 means["ce"] + self.objective.align_weight * means["align"] + self.objective.vsd_weight * means["vsd"]
             )
+            for name, (mean, weight) in self.more_losses().items():
+                logs[f"loss_{name}"] = mean
+                logs["loss"] += weight * mean
             logs["positions"] = positions
             if self.objective.switch and self.state.log_history == [] and means["vsd"] < NO_DISTANCE:
                 log.warning(
@@ -228,6 +231,10 @@ class SwitchTrainer(Trainer):
                     f"the loss is {logs['loss']} at step {self.state.global_step}; the last checkpoint is good"
                 )
         super().log(logs, start_time)
+
+    def more_losses(self) -> dict[str, tuple[float, float]]:
+        """Return terms of the loss beside the objective's three since the last log: name → (mean, weight). Here there are none."""
+        return {}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student; every process calls it, the first one writes."""

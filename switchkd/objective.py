@@ -13,6 +13,7 @@ from switchkd.dbild import Divergence, bild_loss, dbild_loss
 from switchkd.divergences import kl_loss
 from switchkd.errors import ConfigError
 from switchkd.fused import Chunk, LMHead, at_least_float32, loss_in_chunks
+from switchkd.peers import PEERS
 from switchkd.positions import count_positions, per_sample_weights
 from switchkd.signals import TeacherSignal
 
@@ -26,6 +27,9 @@ OBJECTIVES: dict[str, _Distance | None] = {
     "bild-rkl": partial(bild_loss, divergence="reverse_kl"),
     "dbild-fkl": partial(dbild_loss, divergence="forward_kl"),
     "dbild-rkl": partial(dbild_loss, divergence="reverse_kl"),
+    # Their Align; what they add to it is in `peers`.
+    "llava-kd": partial(kl_loss, direction="forward"),
+    "align-kd": partial(kl_loss, direction="forward"),
 }
 
 
@@ -77,6 +81,8 @@ class Objective:
             raise ConfigError(f"no objective {self.name!r}; there are {', '.join(OBJECTIVES)}")
         if self.name == "sft" and self.switch:
             raise ConfigError("objective sft has no teacher to switch to: pass --no-switch")
+        if self.name in PEERS and self.switch:
+            raise ConfigError(f"objective {self.name} has no switch pathway: pass --no-switch")
         if self.window is not None and not self.name.startswith("dbild"):
             raise ConfigError(f"a knee window belongs to dbild-fkl and dbild-rkl, not to {self.name}")
         if self.window is not None and self.window < 2:

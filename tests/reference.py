@@ -107,3 +107,40 @@ def vqa_consensus(prediction, people):
                 equal += 1
         total += min(1.0, equal / 3)
     return total / len(people)
+
+
+def gram(rows: Tensor) -> list[list[Tensor]]:
+    """z zᵀ, entry by entry."""
+    return [[(a * b).sum() for b in rows] for a in rows]
+
+
+def relation(student: Tensor, teacher: Tensor) -> Tensor:
+    """LLaVA-KD's relation distillation (arXiv 2410.16236): 1 - cosine of the flattened Gram matrices of one image's logits."""
+    a, b = ([entry for row in gram(z) for entry in row] for z in (student, teacher))
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return 1 - dot / (sum(x * x for x in a).sqrt() * sum(y * y for y in b).sqrt())
+
+
+def visual_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """LLaVA-KD's visual distillation: mean over an image's tokens of KL(teacher ‖ student)."""
+    return sum(kl(t.log_softmax(0), s.log_softmax(0)) for s, t in zip(student, teacher, strict=True)) / len(student)
+
+
+def mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference, entry by entry."""
+    pairs = list(zip(a.flatten(), b.flatten(), strict=True))
+    return sum((x - y) ** 2 for x, y in pairs) / len(pairs)
+
+
+def focus(attention: Tensor, count: int) -> list[int]:
+    """Align-KD: the visual tokens with the most attention, summed over text tokens and heads; [h, t, n] → ids."""
+    heads, texts, tokens = attention.shape
+    got = [sum(float(attention[h, t, n]) for h in range(heads) for t in range(texts)) for n in range(tokens)]
+    return sorted(range(tokens), key=lambda n: -got[n])[:count]
+
+
+def mixed_heads(attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution over heads: [h_T, t, n] → [h_S, t, n]."""
+    return torch.stack(
+        [sum(w * a for w, a in zip(row, attention, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
+    )

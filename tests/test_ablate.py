@@ -15,6 +15,7 @@ from switchkd.errors import CheckpointError, ConfigError, DataError, RunError
 from switchkd.pipelines import ablate as module
 from switchkd.pipelines.ablate import AblateOptions, ablate
 from switchkd.pipelines.ablation_report import NONE, Result, markdown, rows_of
+from switchkd.pipelines.recipe import shipped_recipes
 
 pytest.importorskip("matplotlib", reason="the table's plot is drawn with matplotlib")
 
@@ -129,6 +130,17 @@ def test_a_distilled_stage_with_frozen_eyes_has_no_switch(place, monkeypatch):
     assert len({(run.teacher, run.data, run.template) for run in cached}) == 1
 
 
+def test_a_peer_runs_the_teacher_live_and_caches_nothing(place, monkeypatch):
+    trained, cached = counted(monkeypatch, "train"), counted(monkeypatch, "cache_teacher")
+    done = ablate(options_of(change(place, matrix={"objective": "llava-kd", "switch": [False, True], "seed": 0})))
+    assert done.cells == 2  # the teacher and one cell: there is no switch
+    assert [(run.stage, run.objective, run.teacher_mode) for run in trained] == [
+        ("pt", "sft", "cached"),
+        ("dft", "llava-kd", "live"),
+    ]
+    assert not cached
+
+
 def test_a_trained_teacher_is_made_first(place, teacher, monkeypatch):
     trained = counted(monkeypatch, "train")
     own = {"t": {"vision": {}, "language": {}, "train": {"sft": {"steps": 1}}}}
@@ -241,7 +253,7 @@ def cell_file(place, cell):
 def test_the_list_and_what_is_missing():
     listed = CliRunner().invoke(main, ["ablate", "--list"])
     assert listed.exit_code == 0
-    assert [line.split()[0] for line in listed.output.splitlines()][:2] == ["table3-small", "table3"]
+    assert [line.split()[0] for line in listed.output.splitlines()] == list(shipped_recipes())
     for words, message in (
         (["ablate"], "name a recipe"),
         (["ablate", "table3", "--set", "x"], "'x' should be NAME=VALUE"),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from switchkd.errors import ConfigError
 from switchkd.losses import dbild_loss, kl_loss
 from switchkd.objective import OBJECTIVES, LossParts, Objective
+from switchkd.peers import PEERS
 from switchkd.positions import targets
 from switchkd.signals import DenseSignal
 
@@ -28,7 +29,8 @@ def parts(objective, switch=None):
 
 
 def test_the_names_are_those_of_the_paper():
-    assert list(OBJECTIVES) == ["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl"]
+    names = ["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl", *PEERS]
+    assert list(OBJECTIVES) == names
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sft"])
