@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 PATH = click.Path(path_type=Path)
 
@@ -18,6 +19,10 @@ class _StorePath(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         text = str(value)
         return text if "://" in text else Path(text)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete files and folders."""
+        return [CompletionItem(incomplete, type="file")]
 
 
 STORE = _StorePath()

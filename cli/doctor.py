@@ -1,0 +1,28 @@
+"""`switchkd doctor`."""
+
+import click
+
+from switchkd.cli.common import quiet_libraries
+
+
+@click.command("doctor")
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Tell what this machine has, what is broken, and which command lacks what; exit 1 if something is broken."""
+    quiet_libraries()
+    from switchkd.pipelines.doctor import examine
+
+    marks = {"ok": ("ok  ", "green"), "note": ("-   ", "yellow"), "bad": ("BAD ", "red")}
+    area, bad = "", 0
+    for finding in examine():
+        if finding.area != area:
+            area = finding.area
+            click.echo(f"{area}")
+        mark, colour = marks[finding.verdict]
+        click.echo(f"  {click.style(mark, fg=colour)}{finding.what}")
+        if finding.advice:
+            click.echo(f"      {finding.advice}")
+        bad += finding.verdict == "bad"
+    if bad:
+        click.echo(f"{bad} broken")
+        ctx.exit(1)
