@@ -5,7 +5,8 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-s3 test-ray test-vllm bench-store check-lmms-eval test-browser lint types check docs commands clean
+.PHONY: help install demo test test-slow test-s3 test-ray test-vllm bench-store bench-vllm check-lmms-eval test-browser lint types check \
+	docs commands clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +46,10 @@ test-ray: install  ## capture over Ray: two actors, one of them killed (Ray Data
 test-vllm: install $(VLLM_VENV)/.installed  ## parity of the vLLM backend on the CPU, in an environment of its own (3.5 GB)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		SWITCHKD_TRAINER=$(CURDIR)/$(BIN)/python $(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
+
+bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what capture adds to the engine's time
+	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+		$(VLLM_VENV)/bin/python benchmarks/backends.py
 
 # vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
 VLLM_NEEDS := accelerate|cachetools|click|datasets|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr

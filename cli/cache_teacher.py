@@ -134,7 +134,16 @@ if TYPE_CHECKING:
 )
 @click.option("--actors", type=click.IntRange(1), help="Workers that Ray starts.  [default: one a device]")
 @click.option(
-    "--dry-run", is_flag=True, help="Tell size, free disk and time from a probe of random samples; write nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Tell positions, time, size by payload and free disk from a probe of random samples; write nothing.",
+)
+@click.option(
+    "--egress-price",
+    type=click.FloatRange(0),
+    default=0.09,
+    show_default=True,
+    help="Dollars a GB that the dry run reckons with if --out is on an object store; ask your provider.",
 )
 @click.option(
     "--strict", is_flag=True, help="Stop at the first sample that cannot be used instead of recording a skip."
@@ -144,6 +153,7 @@ def command(
     shard: str | None,
     device: str | None,
     dry_run: bool,
+    egress_price: float,
     batch_size: int | None,
     vllm_options: tuple[str, ...],
     **options: Any,
@@ -169,13 +179,13 @@ def command(
     resolved = CacheOptions(
         shard=which,
         # Asking for CUDA here would keep vLLM's processes from forking.
-        device=device or ("cpu" if vllm else "auto" if ray else default_device()),
+        device=device or ("cpu" if vllm else "auto" if ray and not dry_run else default_device()),
         batch_size=batch_size or BATCH_SIZES[options["backend"]],
         vllm_options=tuple(_name_and_value(text) for text in vllm_options),
         **options,
     )
     if dry_run:
-        _print_plan(resolved)
+        _print_plan(resolved, egress_price)
         return
     done = cache_teacher(resolved)
     click.echo(
@@ -196,20 +206,32 @@ def _name_and_value(text: str) -> tuple[str, Any]:
     return name.strip().replace("-", "_"), yaml.safe_load(value)
 
 
-def _print_plan(options: "CacheOptions") -> None:
+def _print_plan(options: "CacheOptions", egress_price: float) -> None:
     from switchkd.pipelines.dry_run import plan
 
     found = plan(options)
     free = "unknown" if found.free_bytes is None else f"{found.free_bytes / 1e9:,.1f} GB"
+    kind = "GPU hours" if found.on_gpu else "hours on the CPU"
+    size = found.store_bytes()
     rows = {
         "samples": f"{found.samples:,}, about {found.usable_samples:,} usable",
         "positions": f"about {found.positions:,}",
-        "size": f"about {found.store_bytes / 1e9:,.3f} GB, {found.bytes_per_position:,.0f} bytes a position",
+        "time": f"about {found.device_hours:,.2f} {kind}: {found.samples_per_second:,.1f} samples/s a worker"
+        + (f" of {found.devices} devices" if found.devices > 1 else ""),
+        "size": f"about {size / 1e9:,.3f} GB ({found.payload}), {found.bytes_per_position:,.0f} bytes a position",
         "free disk": free,
-        "time": f"about {found.seconds / 3600:,.2f} hours for one worker, {found.samples_per_second:,.1f} samples/s",
-        "probe": f"{found.probed_samples} random samples on {options.device}; nothing was written",
     }
+    if "://" in str(options.out):
+        rows["egress"] = (
+            f"about ${size / 1e9 * egress_price:,.2f} to read it once from outside, at ${egress_price:g} a GB"
+        )
+    rows["probe"] = f"{found.probed_samples} random samples with {options.backend}; nothing was written"
     for name, value in rows.items():
         click.echo(f"{name:<11}{value}")
-    if found.free_bytes is not None and found.store_bytes > found.free_bytes:
+    click.echo("size by payload:")
+    for payload, bytes_per_position in found.payload_bytes.items():
+        click.echo(
+            f"  {payload:<19}{found.store_bytes(payload) / 1e9:>12,.3f} GB{bytes_per_position:>9,.0f} bytes a position"
+        )
+    if found.free_bytes is not None and size > found.free_bytes:
         click.echo("The store would not fit.", err=True)

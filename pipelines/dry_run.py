@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from switchkd.encoding import EncodedSample, SampleEncoder
 from switchkd.pipelines.backend import Backend
@@ -16,10 +17,11 @@ from switchkd.samples import BadSample, SampleFile
 from switchkd.stores import Payload, StoreWriter
 from switchkd.stores.codec import ranks_by_frequency
 from switchkd.stores.info import describe
+from switchkd.stores.layout import HIDDEN_DTYPES
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.place import Location
 
-PROBE_SAMPLES = 64
+PROBE_SAMPLES = 64  # at least; two batches if that is more
 
 
 @dataclass(frozen=True)
@@ -29,43 +31,78 @@ class Plan:
     samples: int
     usable_samples: int
     positions: int
-    bytes_per_position: float
-    store_bytes: int
+    payload: str  # the one asked for, a key of `payload_bytes`
+    payload_bytes: dict[str, float]  # bytes a position, of every payload that could be asked for
     free_bytes: int | None  # where the store would lie; None if that is no local folder
     samples_per_second: float
     seconds: float  # one worker
+    devices: int  # of one worker
+    on_gpu: bool
     probed_samples: int
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Of the payload asked for."""
+        return self.payload_bytes[self.payload]
+
+    def store_bytes(self, payload: str | None = None) -> int:
+        """Return the size of the store, with the payload asked for or another."""
+        return round(self.positions * self.payload_bytes[payload or self.payload])
+
+    @property
+    def device_hours(self) -> float:
+        """Hours that devices are busy, whatever the number of workers."""
+        return self.seconds * self.devices / 3600
 
 
 def plan(options: CacheOptions) -> Plan:
     """Run the teacher over a few random samples and scale up; writes nothing that stays.
 
+    The probe captures both payloads, so that each one's size is measured on the same positions.
+
     Raises:
         InputError: whatever would stop the capture itself.
     """
     check_options(options)
-    worker = CaptureWorker(options)
+    worker = CaptureWorker(replace(options, payload="both"))
     samples, manifest = worker.samples, worker.manifest
-    chosen = np.random.default_rng(0).choice(len(samples), min(PROBE_SAMPLES, len(samples)), replace=False)
+    wanted = max(PROBE_SAMPLES, 2 * options.batch_size)
+    chosen = np.random.default_rng(0).choice(len(samples), min(wanted, len(samples)), replace=False)
     found, seconds = _probe(
         worker.backend, worker.encoder, samples, sorted(chosen.tolist()), manifest, options.batch_size
     )
     payloads = [item[1] for item in found if not isinstance(item, BadSample)]
     positions_per_sample = sum(map(len, payloads)) / len(found)
-    bytes_per_position = _measure_bytes(found, manifest)
-    positions = round(positions_per_sample * len(samples))
     rate = len(found) / seconds
     return Plan(
         samples=len(samples),
         usable_samples=round(len(payloads) / len(found) * len(samples)),
-        positions=positions,
-        bytes_per_position=bytes_per_position,
-        store_bytes=round(positions * bytes_per_position),
+        positions=round(positions_per_sample * len(samples)),
+        payload=_payload_name(options.payload, options.hidden_dtype),
+        payload_bytes={name: _measure_bytes(found, kind) for name, kind in _kinds(manifest, options).items()},
         free_bytes=_free_bytes(options.out),
         samples_per_second=rate,
         seconds=len(samples) / rate,
+        devices=options.tensor_parallel,
+        on_gpu=options.device != "cpu" or (options.backend == "vllm" and torch.cuda.is_available()),
         probed_samples=len(found),
     )
+
+
+def _payload_name(payload: str, hidden_dtype: str) -> str:
+    return payload if payload == "topk" else f"{payload}, {hidden_dtype}"
+
+
+def _kinds(both: Manifest, options: CacheOptions) -> dict[str, Manifest]:
+    """Return the manifests of the payloads to choose from: topk, hidden in every dtype, and what was asked for."""
+    kinds = {"topk": replace(both, payload="topk", hidden_dtype="", hidden_width=0)}
+    for dtype in HIDDEN_DTYPES:
+        kinds[_payload_name("hidden", dtype)] = replace(
+            both, payload="hidden", top_k=0, fine=0.0, coarse=0.0, hidden_dtype=dtype
+        )
+    if options.payload == "both":
+        kinds[_payload_name("both", options.hidden_dtype)] = both
+    return kinds
 
 
 _Found = list[tuple[EncodedSample, Payload] | BadSample]
