@@ -103,6 +103,8 @@ def vqav2(root: Path) -> None:
     _json(place / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
     _json(place / "v2_mscoco_val2014_annotations.json", {"annotations": annotations})
     _json(place / "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"questions": questions})
+    whole = [*questions, {"question_id": 4, "image_id": 1, "question": "Why?"}]
+    _json(place / "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": whole})
     for n in (1, 2, 3):
         for folder in ("val2014", "test2015"):
             tiny.image(place / folder / f"COCO_{folder}_{n:012d}.jpg", n)
@@ -198,10 +200,13 @@ def textvqa(root: Path) -> None:
         {"question_id": 11, "image_id": "i1", "question": "what number?", "answers": ["7"] + ["seven up"] * 9},
     ]
     _json(place / "TextVQA_0.5.1_val.json", {"data": rows})
+    tests = [{name: value for name, value in row.items() if name != "answers"} for row in rows]
+    _json(place / "TextVQA_0.5.1_test.json", {"data": tests})
     tokens = [{"image_id": "i0", "ocr_tokens": ["NOKIA", "3310"]}, {"image_id": "i1", "ocr_tokens": []}]
     _json(place / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": tokens})
     for n in range(2):
         tiny.image(place / f"train_images/i{n}.jpg", n)
+        tiny.image(place / f"test_images/i{n}.jpg", n)
 
 
 # 10: said by four, leaving one out still by three: 1. 11: said by one: left out 0, else 1/3: 9 · (1/3) / 10 = 0.3. Mean 0.65.

@@ -181,7 +181,13 @@ def test_too_long_prompts_fail(options, scripted):
                 {"question_id": 1, "answer": "yes"},
                 {"question_id": 2, "answer": "2"},
                 {"question_id": 3, "answer": "t shirt"},
+                {"question_id": 4, "answer": ""},  # of test, not of test-dev
             ],
+        ),
+        (
+            "textvqa-no-ocr:test",
+            "textvqa-no-ocr-test/textvqa_results.json",
+            [{"question_id": 10, "answer": "nokia"}, {"question_id": 11, "answer": "7"}],
         ),
         (
             "vizwiz:test",

@@ -97,7 +97,7 @@ class Benchmark:
         read: (folder, split) → questions. judge: the answers of one unit, in the order of its questions → its values.
         headline: means by stratum → score, 0 … 100. details: units → further figures, 0 … 100 unless the name says otherwise.
         interval: "wilson" where the score is a share of right units, else "bootstrap".
-        submit: (questions, predictions by id, output folder) → the submission file in the official format.
+        submit: (questions, predictions by id, folder, output folder) → the submission file in the official format.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Benchmark:
     headline: Callable[[Means], NDArray[np.float64]] = percent
     details: Callable[[Sequence[Unit]], dict[str, float]] = by_group
     interval: Literal["wilson", "bootstrap"] = "wilson"
-    submit: Callable[[Sequence[Question], Mapping[str, str], Path], Path] | None = None
+    submit: Callable[[Sequence[Question], Mapping[str, str], Path, Path], Path] | None = None
 
 
 def require_files(benchmark: Benchmark, root: Path, split: str) -> Path:

@@ -117,7 +117,7 @@ def _need_openpyxl() -> Any:
     return openpyxl
 
 
-def _submit(questions: Sequence[Question], predictions: Mapping[str, str], output: Path) -> Path:
+def _submit(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
     """Write the spreadsheet that the official server takes: one row a rotation, with its prediction."""
     book = _need_openpyxl().Workbook(write_only=True)
     sheet = book.create_sheet()

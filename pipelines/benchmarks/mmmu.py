@@ -158,7 +158,7 @@ def _image_of(row: Mapping[str, Any]) -> bytes:
     return bytes(data)
 
 
-def _submit(questions: Sequence[Question], predictions: Mapping[str, str], output: Path) -> Path:
+def _submit(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
     """Write {id: answer}: the parsed letter of a multiple choice, the text of an open answer."""
     rows = {}
     for q in questions:

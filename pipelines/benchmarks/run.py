@@ -54,7 +54,8 @@ class Task:
     split: str
     questions: list[Question]
     digest: str
-    folder: Path  # its results'
+    data: Path  # the benchmark's files
+    folder: Path  # its results
 
 
 def run_benchmarks(options: BenchmarkOptions) -> str:
@@ -80,12 +81,11 @@ def run_benchmarks(options: BenchmarkOptions) -> str:
 def _read_tasks(options: BenchmarkOptions) -> list[Task]:
     """Read all questions first: a missing file of the last benchmark must not show after a day of work on the first."""
     parsed = parse_tasks(options.tasks)
-    for benchmark, split in parsed:
-        require_files(benchmark, options.benchmarks, split)
+    folders = [require_files(benchmark, options.benchmarks, split) for benchmark, split in parsed]
     tasks = []
-    for benchmark, split in parsed:
+    for (benchmark, split), data in zip(parsed, folders, strict=True):
         try:
-            questions = benchmark.read(options.benchmarks / benchmark.folder, split)
+            questions = benchmark.read(data, split)
         except (KeyError, TypeError, IndexError) as error:
             raise DataError(f"{benchmark.name} ({split}): a file is not in the published format: {error!r}") from error
         if len({question.id for question in questions}) != len(questions) or not questions:
@@ -93,7 +93,7 @@ def _read_tasks(options: BenchmarkOptions) -> list[Task]:
                 f"{benchmark.name} ({split}): expected questions with ids of their own, found {len(questions)}"
             )
         folder = options.output / folder_name(benchmark.name, split)
-        tasks.append(Task(benchmark, split, questions, fingerprint(questions), folder))
+        tasks.append(Task(benchmark, split, questions, fingerprint(questions), data, folder))
     return tasks
 
 
@@ -185,7 +185,7 @@ def _score(task: Task) -> Result:
     units = units_of(benchmark, task.questions, predictions) if scored else []
     result = score(benchmark, task.split, task.questions, units, failed, task.digest)
     if not scored and benchmark.submit is not None:
-        path = benchmark.submit(task.questions, predictions, task.folder)
+        path = benchmark.submit(task.questions, predictions, task.data, task.folder)
         result = replace(result, submission=str(path.relative_to(task.folder.parent)))
     write_result(task.folder, result, units)
     return result

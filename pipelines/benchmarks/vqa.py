@@ -6,7 +6,6 @@ of vqaEval.py; prompt of LLaVA-1.5.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +71,11 @@ def _read_vqav2(folder: Path, split: str) -> list[Question]:
     return out
 
 
-def _submit_numbered(name: str, questions: Sequence[Question], predictions: Mapping[str, str], output: Path) -> Path:
-    """Write [{"question_id", "answer"}], an empty answer for a question that failed: servers want every id."""
-    rows = [{"question_id": int(q.id), "answer": textvqa_normal(predictions.get(q.id, ""))} for q in questions]
-    return write_submission(output, name, rows)
+def _submit_vqav2(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
+    """Write [{"question_id", "answer"}] for the whole of test, which the server wants for test-dev too; "" where not asked."""
+    ids = [row["question_id"] for row in read_json(folder / _VQAV2["test"][0])["questions"]]
+    rows = [{"question_id": number, "answer": textvqa_normal(predictions.get(str(number), ""))} for number in ids]
+    return write_submission(output, "vqa_OpenEnded_results.json", rows)
 
 
 # Split → questions, annotations, image folder.
@@ -92,13 +92,14 @@ VQAV2 = Benchmark(
     home="visualqa.org/download.html (questions, annotations, COCO images)",
     source="Goyal et al. 2017; vqaEval.py",
     splits={
-        split: Split((*filter(None, files[:2]), files[2] + "/"), scored=bool(files[1]))
-        for split, files in _VQAV2.items()
+        "val": Split((*_VQAV2["val"][:2], "val2014/")),
+        "test-dev": Split((_VQAV2["test-dev"][0], _VQAV2["test"][0], "test2015/"), scored=False),
+        "test": Split((_VQAV2["test"][0], "test2015/"), scored=False),
     },
     read=_read_vqav2,
     judge=vqa_accuracy,
     interval="bootstrap",
-    submit=partial(_submit_numbered, "vqa_OpenEnded_results.json"),
+    submit=_submit_vqav2,
 )
 
 
@@ -125,6 +126,11 @@ def _read_textvqa(ocr: bool) -> Callable[[Path, str], list[Question]]:
     return read
 
 
+def _submit_textvqa(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
+    rows = [{"question_id": int(q.id), "answer": textvqa_normal(predictions.get(q.id, ""))} for q in questions]
+    return write_submission(output, "textvqa_results.json", rows)
+
+
 _TEXTVQA_IMAGES = {"val": "train_images", "test": "test_images"}
 
 
@@ -144,7 +150,7 @@ def _textvqa(name: str, title: str, ocr: bool) -> Benchmark:
         read=_read_textvqa(ocr),
         judge=textvqa_accuracy,
         interval="bootstrap",
-        submit=partial(_submit_numbered, "textvqa_results.json"),
+        submit=_submit_textvqa,
     )
 
 
@@ -168,7 +174,7 @@ def _read_vizwiz(folder: Path, split: str) -> list[Question]:
     return out
 
 
-def _submit_vizwiz(questions: Sequence[Question], predictions: Mapping[str, str], output: Path) -> Path:
+def _submit_vizwiz(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
     rows = [{"image": q.id, "answer": textvqa_normal(predictions.get(q.id, ""))} for q in questions]
     return write_submission(output, "vizwiz_results.json", rows)
 
