@@ -21,6 +21,7 @@ COMMANDS = {
     "store": ("store", "Look at a teacher store, check it, mend it."),
     "report": ("report", "Write a page about runs, evaluations and stores."),
     "doctor": ("doctor", "Tell what this machine has and what is missing for which command."),
+    "attend": ("attend", "Show what models look at while they answer."),
     "demo": ("demo", "See the whole method work on easy-VQA, on a laptop."),
 }
 INTERRUPTED = 130  # 128 + SIGINT, the shell's convention

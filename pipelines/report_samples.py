@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.errors import InputError
-from switchkd.images import decode_image, read_image_bytes
+from switchkd.images import decode_image, image_bytes_of
 from switchkd.pipelines.evaluate import PREDICTIONS
 from switchkd.pipelines.report_inputs import EvalRun
 from switchkd.samples import SampleFile
@@ -110,14 +110,15 @@ def _picture(run: EvalRun, line: dict[str, Any]) -> tuple[str | None, str]:
     """Return (data URI, "") of a question's image, or (None, why there is none)."""
     try:
         if line["source"] == "data":
-            name = SampleFile(Path(run.options["data"]))[line["row"]].image
-            if name is None:
+            sample = SampleFile(Path(run.options["data"]))[line["row"]]
+            folder = run.options.get("images")
+            content, name = image_bytes_of(sample, None if folder is None else Path(folder)), str(sample.image)
+            if content is None:
                 return None, "no image: a question about text alone"
-            data = read_image_bytes(Path(run.options["images"]), name)
         else:
             name = line["image"]
-            data = Path(name).read_bytes()
-        return thumbnail(data, name), ""
+            content = Path(name).read_bytes()
+        return thumbnail(content, name), ""
     except (InputError, OSError, KeyError, TypeError, IndexError) as error:
         return None, f"the image cannot be shown: {error}"
 

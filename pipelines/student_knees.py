@@ -17,7 +17,7 @@ from switchkd.pipelines.report_inputs import TrainRun
 from switchkd.samples import SampleFile
 from switchkd.stores import TeacherStore
 from switchkd.templates import template_from_dict
-from switchkd.vlm import freeze, load_model, open_checkpoint
+from switchkd.vlm import freeze, load_model, open_checkpoint, with_image_mode
 
 BATCH = 8
 
@@ -32,7 +32,7 @@ def knees_beside(run: TrainRun, store: TeacherStore, samples: int, device: str) 
         ConfigError: the run's tokenizer is not the store's. StoreMismatch: a sample changed since it was cached.
     """
     manifest = store.manifest
-    checkpoint = open_checkpoint(run.path)
+    checkpoint = with_image_mode(open_checkpoint(run.path), manifest.written_by.get("image_mode", "own"))
     if hash_tokenizer(checkpoint.tokenizer) != manifest.tokenizer:
         raise ConfigError(
             f"{run.path} and {store.path} have other tokenizers; report on them apart, or without --knees"

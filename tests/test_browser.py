@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import report_runs
+import tiny
 from chromium import PROGRAM, Page
 from test_figures import luminance
 
@@ -16,6 +17,7 @@ pytest.importorskip("jinja2", reason="reports need the extra `viz`")
 if PROGRAM is None:
     pytest.skip("no Chromium: `make test-browser` installs it where it may", allow_module_level=True)
 
+from switchkd.pipelines.attend import AttendOptions, attend
 from switchkd.pipelines.report import ReportOptions, report
 
 DESK, PHONE = 1280, 390
@@ -85,3 +87,30 @@ def test_text_of_the_data_stands_in_the_page_as_text(report_page, tmp_path):
         assert report_runs.ATTACK in questions
         assert page.value("document.scripts.length") == 0
         assert page.value("document.querySelectorAll('img[onerror]').length") == 0
+
+
+@pytest.fixture(scope="module")
+def attention_page(teacher, student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attend")
+    asked = [(tiny.image(folder / f"{i}.png", i), f"{report_runs.ATTACK} {i}") for i in range(2)]
+    attend(AttendOptions(student, asked, teacher, student, template="qa", out=folder))
+    return folder / "attend.html"
+
+
+@EACH_LOOK
+def test_the_attention_maps(attention_page, tmp_path, screenshots, width, dark, request):
+    with Page(tmp_path / "profile", width, dark, mobile=width == PHONE) as page:
+        page.open(attention_page.as_uri())
+        page.screenshot(screenshots / f"attend-{request.node.callspec.id}.png")
+        assert page.value("document.title") == "Where the models look"
+        assert page.complaints == []
+        assert page.value("document.documentElement.scrollWidth") == width
+        assert page.value(STICKING_OUT) == []
+        tops = page.value("[...document.querySelectorAll('.maps')].map(m => [...m.children].map(e => e.offsetTop))")
+        assert [len(row) for row in tops] == [4, 4]
+        # On a desk the four pictures of a question stand side by side, on a phone one below the other.
+        assert all(len(set(row)) == (1 if width == DESK else 4) for row in tops)
+        sides = page.value(
+            "[...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width])"
+        )
+        assert all(complete and natural >= 200 and shown > 150 for complete, natural, shown in sides)
