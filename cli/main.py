@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import click
 
 import switchkd
-from switchkd.errors import SwitchKDError
+from switchkd.errors import SwitchKDError, own_words
 
 # name → (module of switchkd.cli, short help)
 COMMANDS = {
@@ -60,7 +60,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except SwitchKDError as error:
-            raise _failure(_message(error), error.exit_code) from error
+            raise _failure(own_words(error), error.exit_code) from error
         except KeyboardInterrupt:
             raise _failure("interrupted; run the same command again to go on where it stopped", INTERRUPTED) from None
         except OSError as error:
@@ -80,12 +80,6 @@ def main() -> None:
 
 def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _message(error: SwitchKDError) -> str:
-    """Return the error's own words; a DataLoader worker wraps them in its traceback."""
-    text = str(error)
-    return text.rpartition(f"{type(error).__name__}: ")[2].strip() if "Original Traceback" in text else text
 
 
 def _out_of_memory(error: RuntimeError) -> str:

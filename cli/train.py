@@ -1,5 +1,7 @@
 """`switchkd train`: stage two."""
 
+import logging
+import os
 from typing import Any
 
 import click
@@ -137,6 +139,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     arguments of transformers' TrainingArguments.
     """
     quiet_libraries()
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, this one speaks
+    if not first:
+        logging.getLogger("switchkd").setLevel(logging.WARNING)
     from switchkd.pipelines.config import TrainOptions
     from switchkd.pipelines.stages import with_stage
     from switchkd.pipelines.train import train
@@ -146,6 +151,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         options |= with_stage(options["stage"], given)
     trainer = ctx.obj["trainer"] if ctx.obj else {}
     done = train(TrainOptions(trainer=trainer, **options))
+    if not first:
+        return
     losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in done.losses.items())
     click.echo(
         f"{done.output}: {'was already trained for' if done.already_finished else 'trained for'} {done.steps} steps on "

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from switchkd.encoding import SampleEncoder, pad_id_of
-from switchkd.errors import CheckpointError, ConfigError, RunError, StoreMismatch
+from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
 from switchkd.peers import PEERS
@@ -25,6 +24,7 @@ from switchkd.pipelines.profiles import fit_fsdp, profile_arguments, shard_froze
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.resume_state import last_checkpoint
 from switchkd.pipelines.stages import freeze_other_parts
+from switchkd.pipelines.stops import naming_the_last_checkpoint
 from switchkd.pipelines.teacher_source import LiveTeacher, StoredHidden, StoredTopK, TeacherSource
 from switchkd.pipelines.trainer import SwitchTrainer
 from switchkd.pipelines.training_data import Collator, TrainingSamples, stand_in_image
@@ -66,7 +66,7 @@ def train(options: TrainOptions) -> TrainSummary:
     Raises:
         InputError: something given cannot be used, or store, teacher, student and data do not fit; before the first step.
         StoreMismatch: during the run, a sample that is not the one that was cached.
-        RunError: the loss is not finite.
+        RunError: the run cannot go on, see `stops.naming_the_last_checkpoint`.
     """
     objective, parts = options.as_objective(), options.as_parts()
     check_peer(options)
@@ -114,13 +114,8 @@ def train(options: TrainOptions) -> TrainSummary:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Report(len(samples), options.global_batch))
-    try:
+    with naming_the_last_checkpoint(options.output):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        good = last_checkpoint(options.output) or "none"
-        raise RunError(
-            f"cannot write a checkpoint: {error}. The last good one: {good}; make room and run the same command again"
-        ) from error
     return _finish(options, trainer, samples)
 
 

@@ -1,7 +1,6 @@
 """The trainer of stage two: transformers' Trainer with the objective of eq. 1 and a resume that is exact."""
 
 import logging
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, Trainer
 from transformers.trainer_utils import seed_worker
@@ -207,6 +207,7 @@ class SwitchTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, nats, each the objective's mean over the global batches since the last log."""
         if "loss" in logs:
+            self._require_finite()
             sums = self.accelerator.reduce(self._logged.clone(), reduction="sum")
             *values, count, positions = sums.tolist()
             self._logged.zero_()
@@ -220,21 +221,36 @@ class SwitchTrainer(Trainer):
                 logs[f"loss_{name}"] = mean
                 logs["loss"] += weight * mean
             logs["positions"] = positions
-            if self.objective.switch and self.state.log_history == [] and means["vsd"] < NO_DISTANCE:
+            first = self.state.log_history == [] and self.is_world_process_zero()
+            if self.objective.switch and first and means["vsd"] < NO_DISTANCE:
                 log.warning(
                     "VSD is %.1e at the start: the student sees as the teacher does, so the switch pathway teaches it nothing. "
                     "That is right if both have the same vision tower",
                     means["vsd"],
-                )
-            if not math.isfinite(logs["loss"]):
-                raise RunError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; the last checkpoint is good"
                 )
         super().log(logs, start_time)
 
     def more_losses(self) -> dict[str, tuple[float, float]]:
         """Return terms of the loss beside the objective's three since the last log: name → (mean, weight). Here there are none."""
         return {}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, unless what it would hold is spoilt."""
+        self._require_finite()
+        super()._save_checkpoint(model, trial)
+
+    def _require_finite(self) -> None:
+        """Raise RunError, in all processes, if a loss since the last log or a weight is not finite in any of them."""
+        weights = [getattr(p, "ds_tensor", p.detach()) for p in self.model.parameters() if p.requires_grad]
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
+        here = torch.stack([self._logged.isfinite().all(), *(p.isfinite().all() for p in local)])
+        bad = self.accelerator.reduce((~here).float(), reduction="sum").tolist()
+        if any(bad):
+            what = "the loss" if bad[0] else "a weight"
+            raise RunError(
+                f"{what} is not finite at step {self.state.global_step}, or since the check before (at every log and checkpoint); "
+                "lower --lr or --grad-clip"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student; every process calls it, the first one writes."""

@@ -149,7 +149,7 @@ class TeacherStore:
 
     def part_payload(self, part: int) -> Payload:
         """Return the payload of all positions of one part; not cached."""
-        return self._decode(self._part(part).group, slice(None))
+        return self._decode(part, slice(None))
 
     def part_positions(self, part: int) -> int:
         """Return the number of positions of one part."""
@@ -183,13 +183,7 @@ class TeacherStore:
         return _Part(arrays, entry, offset, status, digest)
 
     def _check_files(self, part_key: str, listed: dict[str, dict[str, Any]]) -> None:
-        # A shard that is not there reads as fill values without an error, so the files are counted first.
-        sizes = self.place.sizes(part_key)
-        for name, expected in listed.items():
-            if sizes.get(name) != expected.get("bytes"):
-                found = f"{sizes[name]} bytes" if name in sizes else "nothing"
-                where = self.place.at(f"{part_key}/{name}")
-                raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {_REWRITE}")
+        self._require_files(part_key, listed)
         # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
         metadata = [name for name in listed if name.rpartition("/")[2] == "zarr.json"]
         contents = self.place.each(self.place.read, [f"{part_key}/{name}" for name in metadata])
@@ -197,30 +191,44 @@ class TeacherStore:
             if layout.digest_bytes(content) != listed[name].get("blake2b"):
                 raise StoreError(f"{self.place.at(f'{part_key}/{name}')} is not what was written; {_REWRITE}")
 
+    def _require_files(self, part_key: str, listed: dict[str, dict[str, Any]]) -> None:
+        """Raise StoreError unless every file is there: a shard that is not reads as fill values without an error."""
+        sizes = self.place.sizes(part_key)
+        for name, expected in listed.items():
+            if sizes.get(name) != expected.get("bytes"):
+                found = f"{sizes[name]} bytes" if name in sizes else "nothing"
+                where = self.place.at(f"{part_key}/{name}")
+                raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {_REWRITE}")
+
     def _chunk(self, part: int, chunk: int) -> Payload:
         key = (part, chunk)
         if key in self._chunks:
             return self._chunks[key]
         rows = slice(chunk * layout.CHUNK_POSITIONS, (chunk + 1) * layout.CHUNK_POSITIONS)
-        payload = self._decode(self._part(part).group, rows)
+        payload = self._decode(part, rows)
         for array in payload.arrays().values():
             array.flags.writeable = False  # every later reader of this chunk sees these very arrays
         if payload.nbytes <= self.cache_bytes:
             self._chunks[key] = payload
         return payload
 
-    def _decode(self, group: Any, rows: slice) -> Payload:
+    def _decode(self, number: int, rows: slice) -> Payload:
         """Read and unpack a run of positions of one part."""
-        manifest = self.manifest
-        stats = self._read(group[layout.STATS], rows)
+        manifest, part = self.manifest, self._part(number)
+        names = [layout.STATS]
+        names += [layout.GAP, layout.HEIGHT, layout.BOTTOM] if manifest.has_topk else []
+        names += [layout.STATE] if manifest.has_hidden else []
+        names += [layout.SCALE] if manifest.has_hidden and manifest.hidden_dtype == "int8" else []
+        found = {name: self._read(part.group[name], rows) for name in names}
+        self._require_files(layout.part_key(number), part.entry["files"])  # gone since the part was opened?
+        stats = found[layout.STATS]
         ids = logits = hidden = None
         if manifest.has_topk:
-            gap, height, bottom = (self._read(group[name], rows) for name in (layout.GAP, layout.HEIGHT, layout.BOTTOM))
+            gap, height, bottom = found[layout.GAP], found[layout.HEIGHT], found[layout.BOTTOM]
             logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
             ids, logits = decode_topk(gap, height, bottom, logsumexp, self.id_of_rank, manifest.fine, manifest.coarse)
         if manifest.has_hidden:
-            scale = self._read(group[layout.SCALE], rows) if manifest.hidden_dtype == "int8" else None
-            hidden = decode_hidden(self._read(group[layout.STATE], rows), scale, manifest.hidden_dtype)
+            hidden = decode_hidden(found[layout.STATE], found.get(layout.SCALE), manifest.hidden_dtype)
         return Payload(stats, ids, logits, hidden)
 
     def _open(self, key: str, remedy: str = _REWRITE) -> Any:

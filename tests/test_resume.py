@@ -1,6 +1,5 @@
 """Runs that stop and go on: the same losses and weights, and nothing bad in a checkpoint."""
 
-import math
 import pickletools
 import shutil
 import signal
@@ -118,18 +117,13 @@ def test_a_checkpoint_without_a_weight_is_refused(options, monkeypatch):
         train(options)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(options, monkeypatch):
-    monkeypatch.setattr("switchkd.objective.Objective.total", lambda self, parts: parts.ce * math.nan)
-    monkeypatch.setattr("switchkd.objective.Objective.distance", lambda self, logits, *_: logits.sum() * math.nan)
-    with pytest.raises(RunError, match="the loss is nan at step 1"):
-        train(options)
-
-
 def test_a_full_disk_names_the_last_good_checkpoint(options, monkeypatch):
     def full(*_):
         raise SafetensorError("I/O error: No space left on device")
 
     save = resume_state.save
     monkeypatch.setattr(resume_state, "save", lambda f, *rest: save(f, *rest) if f.name == "checkpoint-2" else full())
-    with pytest.raises(RunError, match=r"No space left on device. The last good one: .*checkpoint-2; make room"):
+    with pytest.raises(
+        RunError, match=r"No space left on device. Make room\nThe last good checkpoint: .*checkpoint-2\. The same"
+    ):
         train(options)
