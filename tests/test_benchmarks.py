@@ -81,6 +81,9 @@ def test_all_ten_with_averages_and_intervals(options, scripted):
     assert table.splitlines()[0] == (
         "| model | MME | MMB | MMB-CN | VQAv2 (val) | GQA | SciQA | MMMU | TextVQA | VizWiz (val) | POPE | Avg7 | Avg10 |"
     )
+    assert "\nThe averages take VQAv2 and VizWiz on val; published ones take their test splits.\n" in table
+    assert "\nMME: perception_points 1,775.00, cognition_points 0.00, existence_points 50.00," in table
+    assert "\nPOPE: random_accuracy 100.00, random_precision 100.00," in table
     cells = table.splitlines()[2].split(" | ")
     assert cells[1:6] == ["88.8", "50.0", "0.0", "83.3", "66.7"]
     assert (options.output / "scores.md").read_text() == table
@@ -154,6 +157,13 @@ def test_failures_are_counted_apart_and_never_scored(options, scripted, root, tm
     assert scripted == ["b.jpg"]
     assert entry(options, "vizwiz")["score"] == pytest.approx(80)
     assert entry(options, "vizwiz")["failed"] == {}
+
+
+def test_averages_say_what_was_left_out(options, scripted, root, tmp_path):
+    shutil.copytree(root, tmp_path / "own")
+    (tmp_path / "own/gqa/images/n0.jpg").unlink()
+    table = run_benchmarks(replace(options, benchmarks=tmp_path / "own"))
+    assert "take their test splits. Some questions of GQA could not be asked and are left out.\n" in table
 
 
 def test_a_part_without_an_answer_leaves_the_score_blank(options, scripted, root, tmp_path):

@@ -12,7 +12,8 @@
                                          "interval" (95 %, paired bootstrap), "units" (shared by both)}
                    averages              avg7 and avg10 of the baseline, as above
 
-`scores.md` shows the same: the paper's columns, then each benchmark with split, n, interval and failures.
+`scores.md` shows the same: the paper's columns, then each benchmark with split, n, interval and failures, then the
+details: MME's points, POPE's figures by part, accuracies by kind of question.
 """
 
 import json
@@ -78,6 +79,8 @@ def markdown(board: dict[str, Any]) -> str:
     for name, average in board["averages"].items():
         if average["missing"]:
             text += f"\n{name.capitalize()} is left blank: {', '.join(average['missing'])} not scored.\n"
+    if any(average["score"] is not None for average in board["averages"].values()):
+        text += f"\n{_caveats(board['benchmarks'])}\n"
     text += "\n" + _table(
         ["benchmark", "split", "score is", "score", "95 % interval", "n", "left out", "failed", "note"],
         [_detail_row(result) for result in board["benchmarks"]],
@@ -94,6 +97,10 @@ def markdown(board: dict[str, Any]) -> str:
             for r in baseline["benchmarks"]
         ]
         text += "\n" + _table(["benchmark", "split", "difference", "95 % interval, paired bootstrap", "n"], lines)
+    for row in board["benchmarks"]:
+        if row["details"]:
+            figures = ", ".join(f"{name} {value:,.2f}" for name, value in row["details"].items())
+            text += f"\n{BENCHMARKS[row['name']].title}: {figures}.\n"
     return text
 
 
@@ -147,6 +154,13 @@ def _compare(run: Path, results: Sequence[Result], baseline: Path) -> dict[str, 
         "benchmarks": rows,
         "averages": _averages(list(theirs.values())),
     }
+
+
+def _caveats(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what a reader of the averages should know."""
+    text = "The averages take VQAv2 and VizWiz on val; published ones take their test splits."
+    partial = [BENCHMARKS[row["name"]].title for row in rows if row["units_left_out"]]
+    return text + (f" Some questions of {', '.join(partial)} could not be asked and are left out." if partial else "")
 
 
 def _names(ours: str, theirs: str) -> tuple[str, str]:
