@@ -20,7 +20,8 @@ from switchkd.fingerprints import hash_json
 from switchkd.peers import PEERS
 from switchkd.pipelines import config, twin
 from switchkd.pipelines.ablation_report import Result, write_report
-from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher, check_options
+from switchkd.pipelines.cache_teacher import cache_teacher
+from switchkd.pipelines.capture_options import CacheOptions, check_options
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.evaluate import EvalOptions, evaluate
 from switchkd.pipelines.peer_trainer import check_peer
@@ -32,6 +33,8 @@ from switchkd.pipelines.train import SUMMARY, train
 from switchkd.templates import load_template
 from switchkd.vlm import open_checkpoint, require_fit
 
+# Options of a stage that say how samples are encoded; a distilled stage's store is made with them and then holds them.
+_ENCODING = ("template", "max_length", "image_mode")
 log = logging.getLogger(__name__)
 
 
@@ -114,7 +117,7 @@ def _jobs(recipe: Recipe, options: AblateOptions) -> Iterator[_Job]:
         yield _job(recipe, options, None, f"teacher {name}", runs, model)
     for cell in recipe.cells:
         start = twin.untrained_path(options.workdir / "models", cell.student, recipe.students[cell.student], cell.seed)
-        runs: list[_Run] = []
+        runs = []
         for stage in cell.stages:
             runs.append(_cell_run(recipe, options, cell, stage, runs[-1].options.output if runs else start))
         yield _job(recipe, options, cell, str(cell), runs, runs[-1].options.output)
@@ -145,7 +148,7 @@ def _cell_run(recipe: Recipe, options: AblateOptions, cell: Cell, stage: str, st
         return _run(options, stage, start, cell.seed, given)
     cache = _cache_options(recipe, options, cell.teacher, stage, teacher)
     # What the store says of them holds for training.
-    given = {name: value for name, value in given.items() if name not in ("template", "max_length")}
+    given = {name: value for name, value in given.items() if name not in _ENCODING}
     return _run(options, stage, start, cell.seed, given | {"cache": cache.out}, cache)
 
 
@@ -163,10 +166,9 @@ def _run(
 
 
 def _cache_options(recipe: Recipe, options: AblateOptions, name: str, stage: str, teacher: Path) -> CacheOptions:
+    stage_options = recipe.stages[stage]
     given = {
-        key: recipe.stages[stage][key]
-        for key in ("data", "images", "template", "max_length")
-        if key in recipe.stages[stage]
+        name: stage_options[name] for name in ("data", "images", *_ENCODING) if stage_options.get(name) is not None
     }
     made = CacheOptions(**{"device": options.device, **recipe.cache, **given}, teacher=teacher, out=Path("x.zarr"))
     digest = _digest(config.plain(made))
@@ -197,7 +199,7 @@ def _check(recipe: Recipe, options: AblateOptions, jobs: list[_Job]) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError("the table's plot is drawn with matplotlib: pip install 'switchkd[viz]'") from None
-    twin.check_twin(recipe.easy_vqa, recipe.teachers | recipe.students)
+    twin.check_twin(recipe.easy_vqa, {**recipe.teachers, **recipe.students})
     runs = [run for job in jobs for run in job.runs]
     for run in runs:
         run.options.as_objective()

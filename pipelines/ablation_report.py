@@ -88,13 +88,13 @@ def write_report(workdir: Path, recipe: Recipe, results: list[Result], final: bo
     text += f"\n{missing} of {len(recipe.cells)} cells are still missing.\n" if missing else ""
     text += f"\n{recipe.notes.strip()}\n" if recipe.notes else ""
     write_whole(paths[0], text)
-    summary = [[*axes, "accuracy_mean", "accuracy_sd", "seeds", *kinds, "questions", "train_seconds"]]
+    summary: list[list[Any]] = [[*axes, "accuracy_mean", "accuracy_sd", "seeds", *kinds, "questions", "train_seconds"]]
     summary += [
         [*row.labels, row.mean, row.spread, len(row.results), *map(row.mean_of, kinds), _questions(row), _seconds(row)]
         for row in rows
     ]
     write_whole(paths[1], _csv(summary))
-    cells = [[*AXES, "accuracy", *kinds, "questions", "train_seconds", "run"]]
+    cells: list[list[Any]] = [[*AXES, "accuracy", *kinds, "questions", "train_seconds", "run"]]
     for result in results:
         values = [result.name, *[""] * (len(AXES) - 1)] if result.cell is None else [result.cell[axis] for axis in AXES]
         scores = [result.accuracy, *(result.by_type.get(kind) for kind in kinds)]

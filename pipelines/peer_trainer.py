@@ -163,8 +163,8 @@ class PeerTrainer(SwitchTrainer):
         rows = self.source.vocab_rows
         heads = student.lm_head.weight[:rows], self.source.teacher.lm_head.weight[:rows]
         images = int(is_image.any(-1).sum())
-        of_student = states[is_image[kept]].unflatten(0, (images, -1))  # [images, n, d_S]
-        of_teacher = self.source.states[is_image].unflatten(0, (images, -1))
+        of_student = states[is_image[kept]].reshape(images, -1, states.shape[-1])  # [images, n, d_S]
+        of_teacher = self.source.states[is_image].reshape(images, -1, self.source.states.shape[-1])
 
         def terms(mine: Tensor, theirs: Tensor) -> Tensor:
             with torch.no_grad():
@@ -185,9 +185,9 @@ class PeerTrainer(SwitchTrainer):
         out = []
         for image, sample in enumerate(batch["has_image"].nonzero().flatten().tolist()):
             columns, queries = is_image[sample], text[sample]
-            maps = tuple(found.attention[0][sample][:, queries][:, :, columns].float() for found in (seen, shown))
-            tokens = tuple(found.tokens[0][image].float() for found in (seen, shown))
-            out.append(align_kd_terms(tokens, maps, adapters))
+            mine, theirs = (found.attention[0][sample][:, queries][:, :, columns].float() for found in (seen, shown))
+            tokens = seen.tokens[0][image].float(), shown.tokens[0][image].float()
+            out.append(align_kd_terms(tokens, (mine, theirs), adapters))
         return torch.stack(out)
 
     def _record_terms(self, terms: Tensor) -> None:

@@ -30,7 +30,7 @@ import yaml
 from switchkd.errors import ConfigError
 from switchkd.objective import OBJECTIVES
 from switchkd.peers import PEERS
-from switchkd.pipelines.cache_teacher import CacheOptions
+from switchkd.pipelines.capture_options import CacheOptions
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.evaluate import EvalOptions
 from switchkd.pipelines.stages import STAGES
@@ -56,7 +56,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # Options that a recipe's cells decide.
 _DECIDED = {
     TrainOptions: {"student", "output", "teacher", "cache", "stage", "objective", "switch", "seed"},
-    CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "shard"},
+    CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "image_mode", "shard"},
     EvalOptions: {"model", "output"},
 }
 

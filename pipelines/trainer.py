@@ -131,7 +131,7 @@ class SwitchTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the Trainer's optimizer, with a learning rate of its own for each part that has one."""
         fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and self.part_rates:
             set_part_rates(optimizer, self.model if model is None else model, self.part_rates)
         return optimizer

@@ -12,7 +12,7 @@ from switchkd.pipelines.config import write_whole
 from switchkd.pipelines.demo import TEACHER_LANGUAGE, TEACHER_VISION, TEACHER_WEIGHTS
 
 FILES = ("train", "what", "test")
-_SHIPPED = {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "shipped": True}
+_SHIPPED: dict[str, Any] = {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "shipped": True}
 
 
 def check_twin(sizes: Mapping[str, Any] | None, models: Mapping[str, Any]) -> None:

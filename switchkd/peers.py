@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchkd.dbild import at_least_float32
 from switchkd.divergences import kl_loss
 from switchkd.errors import CheckpointError
+from switchkd.fused import at_least_float32
 
 PEERS: dict[str, tuple[str, ...]] = {
     "llava-kd": ("visual", "relation"),
