@@ -5,6 +5,7 @@ trainer see the same input bit by bit, whatever image library vLLM's environment
 sent: the prompt's ids, and the number of rows.
 """
 
+import atexit
 import os
 from collections.abc import Sequence
 from itertools import count
@@ -154,6 +155,9 @@ def _start_engine(arguments: dict[str, Any]) -> Any:
     from vllm import EngineArgs, LLMEngine
 
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     except (ValueError, RuntimeError, TypeError) as error:
         raise RunError(f"vLLM does not start: {error}") from error
+    # Before multiprocessing ends the engine's processes, which vLLM would report as their unexpected death.
+    atexit.register(engine.engine_core.shutdown)
+    return engine

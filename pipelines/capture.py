@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import RunError
-from switchkd.kneedle import knee_of_sorted
+from switchkd.selection import kneedle, top_of_rows
 from switchkd.stores import Payload
 from switchkd.stores.layout import STAT_COLUMNS
 
@@ -46,16 +46,17 @@ def pack_logits(logits: Tensor, top_k: int, hidden: Tensor | None = None) -> Ten
     Returns:
         Packed rows. `tail_logsumexp` is log Σ e^z over the N - K smallest logits, -inf if K = N; `knee` is eqs. 8-9 over all N.
     """
-    ordered, ids = logits.float().sort(dim=-1, descending=True)
+    logits = logits.float()
+    ids = top_of_rows(logits, top_k)
     columns = {
-        "z_max": ordered[:, 0],
-        "z_min": ordered[:, -1],
-        "logsumexp": ordered.logsumexp(-1),
-        "tail_logsumexp": ordered[:, top_k:].logsumexp(-1),
-        "knee": knee_of_sorted(ordered).float(),
+        "z_max": logits.amax(-1),
+        "z_min": logits.amin(-1),
+        "logsumexp": logits.logsumexp(-1),
+        "tail_logsumexp": logits.scatter(-1, ids, -torch.inf).logsumexp(-1),
+        "knee": kneedle(logits).float(),
     }
     pieces = [torch.stack([columns[name] for name in STAT_COLUMNS], dim=-1)]
-    pieces += [ids[:, :top_k].to(torch.int32).view(torch.float32), ordered[:, :top_k]]
+    pieces += [ids.to(torch.int32).view(torch.float32), logits.gather(-1, ids)]
     if hidden is not None:
         pieces.append(hidden.float())
     return torch.cat(pieces, dim=-1)
@@ -78,7 +79,7 @@ def unpack(rows: Tensor, top_k: int) -> Payload:
         logits=logits if top_k else None,
         hidden=hidden if widths[3] else None,
     )
-    # NaN sorts first and -inf last, so the two ends and the sum tell of every logit between them.
-    if not np.isfinite([payload.stat(name) for name in ("z_max", "z_min", "logsumexp")]).all():
+    # NaN is the largest and the smallest of a row, so the two ends tell of every logit between them.
+    if not np.isfinite([payload.stat(name) for name in ("z_max", "z_min")]).all():
         raise RunError("the teacher's logits are not finite")
     return payload

@@ -16,6 +16,7 @@ import torch
 
 from switchkd.encoding import SampleEncoder, collate
 from switchkd.errors import ConfigError, DataError, RunError, StoreMismatch
+from switchkd.kneedle import knee_of_sorted
 from switchkd.losses import kneedle
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
 from switchkd.pipelines.capture import pack_logits, unpack
@@ -213,16 +214,31 @@ def test_logits_that_are_not_finite_name_the_sample(options, monkeypatch):
     assert int(str(caught.value).split()[1].rstrip(":")) in bad
 
 
-def test_packing_keeps_statistics_of_the_whole_row():
-    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 4
-    packed = unpack(pack_logits(logits, 8), 8)
+@pytest.mark.parametrize(("rows", "top_k"), [(50, 8), (50, 0), (50, 50), (2, 1), (5000, 128)])
+def test_packing_keeps_statistics_of_the_whole_row(rows, top_k):
+    logits = torch.randn(6, rows, generator=torch.Generator().manual_seed(0)) * 4
+    hidden = torch.randn(6, 3)
+    packed = unpack(pack_logits(logits, top_k, hidden), top_k)
     ordered = logits.sort(descending=True).values
-    np.testing.assert_array_equal(packed.logits, ordered[:, :8])
-    np.testing.assert_array_equal(logits.gather(1, torch.from_numpy(packed.ids).long()), ordered[:, :8])
+    if top_k:
+        np.testing.assert_array_equal(packed.logits, ordered[:, :top_k])
+        np.testing.assert_array_equal(logits.gather(1, torch.from_numpy(packed.ids).long()), ordered[:, :top_k])
+    else:
+        assert packed.ids is None and packed.logits is None
+    np.testing.assert_array_equal(packed.hidden, hidden)
+    tail = ordered[:, top_k:].logsumexp(-1)
     expected = torch.stack(
-        [ordered[:, 0], ordered[:, -1], logits.logsumexp(-1), ordered[:, 8:].logsumexp(-1), kneedle(logits).float()], -1
+        [ordered[:, 0], ordered[:, -1], logits.logsumexp(-1), tail, knee_of_sorted(ordered).float()], -1
     )
-    np.testing.assert_allclose(packed.stats, expected, rtol=1e-6)
+    np.testing.assert_allclose(packed.stats, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf, -torch.inf))
+def test_one_logit_that_is_not_finite_is_seen(bad):
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    logits[4, 17] = bad
+    with pytest.raises(RunError, match="not finite"):
+        unpack(pack_logits(logits, 8), 8)
 
 
 def test_interrupting_keeps_what_was_committed(options, tmp_path):

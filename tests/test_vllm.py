@@ -314,6 +314,13 @@ def test_two_ways_to_the_same_store_and_training_takes_either(teachers, data, tm
         assert loss == pytest.approx(losses["transformers"][name], rel=1e-3), name
 
 
+def test_a_dry_run_probes_with_vllm(teachers, data, tmp_path):
+    said = cache(sys.executable, teachers["siglip"], data, tmp_path / "s.zarr", *ENGINE, "--dry-run")
+    for text in ("hours on the CPU", "random samples with vllm", "hidden, int8"):
+        assert text in said
+    assert not (tmp_path / "s.zarr").exists()
+
+
 def test_tensor_parallel_workers_share_the_teacher(teachers, data, tmp_path):
     """A store that transformers began and vLLM on two workers finished."""
     store, whole = tmp_path / "s.zarr", tmp_path / "t.zarr"
