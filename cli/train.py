@@ -36,6 +36,11 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
 @click.option("--switch/--no-switch", default=True, show_default=True, help="Train the visual-switch pathway (VSD).")
 @click.option("--align-weight", type=float, default=1.0, show_default=True, help="λ1.")
 @click.option("--vsd-weight", type=float, default=1.0, show_default=True, help="λ2.")
+@click.option(
+    "--switch-adapter",
+    type=click.Choice(["linear", "mlp"]),
+    help="Map the student's vision features to the teacher's width and number with a layer, or two, that train along.",
+)
 @click.option("--temperature", type=float, help="τ.  [default: 3 for (d)bild, 1 for fkl and rkl]")
 @click.option(
     "--window", type=click.IntRange(2), help="Look for DBiLD's knee among this many leading logits.  [default: all]"

@@ -87,7 +87,7 @@ def audit(options: AuditOptions) -> AuditReport:
     store = pick_store(options.store, wanted)
     student = None if options.student is None else open_checkpoint(options.student, options.trust_remote_code)
     if student is not None:
-        require_fit(teacher, student, switch=False)
+        require_fit(teacher, student, switch=False, one_text=True)
     manifest = store.manifest
     teacher = with_image_mode(teacher, manifest.written_by.get("image_mode", "own"))
     encoder = SampleEncoder(

@@ -40,6 +40,7 @@ class TrainOptions:
     switch: bool = True
     align_weight: float = 1.0  # λ1
     vsd_weight: float = 1.0  # λ2
+    switch_adapter: str | None = None  # or "linear", "mlp": maps the student's features to the teacher's shape
     temperature: float | None = None
     window: int | None = None
     mean: str = "position"  # or sample: of each sample first
@@ -90,6 +91,8 @@ class TrainOptions:
         parts = parts_of(self.train_parts)
         if idle := [part for part in self.part_rates() if part not in parts]:
             raise ConfigError(f"--lr-{idle[0]} is given, but --train-parts {self.train_parts} leaves {idle[0]} frozen")
+        if self.switch_adapter is not None and not self.switch:
+            raise ConfigError("--switch-adapter belongs to the switch pathway: leave it out, or pass --switch")
         if self.switch and "vision" not in parts:
             raise ConfigError(
                 "the switch pathway teaches the vision tower alone: add vision to --train-parts, or pass --no-switch"

@@ -28,6 +28,7 @@ from switchkd.errors import CheckpointError
 
 TENSORS = "optimizer.safetensors"
 PLAIN = "optimizer.json"
+ADAPTER = "switch_adapter.safetensors"  # beside the student's weights, never among them
 FINISHED = "trainer_state.json"  # the Trainer writes it last
 
 
@@ -37,13 +38,22 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if name not in _tied(model)}
 
 
+def set_apart_adapter(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Save a switch adapter's weights in a file of their own and return the student's, which no adapter belongs to."""
+    adapter = {name: tensor for name, tensor in weights.items() if name.startswith("switch_adapter.")}
+    if adapter:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / ADAPTER)
+    return {name: tensor for name, tensor in weights.items() if name not in adapter}
+
+
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into a model, sharded or not; every process calls it.
 
     Raises:
         CheckpointError: the names are not those of the model.
     """
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors")) + sorted(folder.glob(ADAPTER))
     found: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:

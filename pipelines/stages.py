@@ -54,7 +54,7 @@ def parts_of(text: str) -> frozenset[str]:
 
 
 def part_of(name: str) -> str:
-    """Return the part that a Llava's parameter belongs to, by its name; the LM head counts as language.
+    """Return the part that a parameter belongs to, by its name; the LM head counts as language, a switch adapter as projector.
 
     Adapters that a peer's objective hangs on a student are no part of it: "adapters".
     """
@@ -62,7 +62,7 @@ def part_of(name: str) -> str:
         return "adapters"
     if "vision_tower." in name:
         return "vision"
-    return "projector" if "multi_modal_projector." in name else "language"
+    return "projector" if "multi_modal_projector." in name or "switch_adapter." in name else "language"
 
 
 def freeze_other_parts(model: nn.Module, trained: Iterable[str]) -> None:

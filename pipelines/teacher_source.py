@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from switchkd.pipelines.training_data import as_teacher_reads
 from switchkd.positions import predicting_rows
 from switchkd.signals import HiddenSignal, SparseSignal, TailPolicy, TeacherSignal
 
@@ -71,15 +72,15 @@ class LiveTeacher:
     @torch.no_grad()
     def signal(self, batch: dict[str, Any]) -> TeacherSignal:
         """See `TeacherSource.signal`."""
-        pixels = batch.get("pixel_values")
+        pixels, read = batch.get("pixel_values"), as_teacher_reads(batch)
         states = self.teacher.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            input_ids=read["input_ids"],
+            attention_mask=read["attention_mask"],
             pixel_values=None if pixels is None else pixels.to(self.teacher.dtype),
             use_cache=False,
         ).last_hidden_state
         head = self.teacher.lm_head.weight[: self.vocab_rows]
-        return HiddenSignal(states[predicting_rows(batch["labels"])], head)
+        return HiddenSignal(states[predicting_rows(read["labels"])], head)
 
     def to(self, device: torch.device) -> None:
         """Move the teacher."""

@@ -31,6 +31,7 @@ from switchkd.pipelines.training_data import Collator, TrainingSamples, stand_in
 from switchkd.samples import SampleFile
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
+from switchkd.switch_adapter import SwitchAdapter
 from switchkd.templates import load_template, template_from_dict
 from switchkd.vlm import (
     Checkpoint,
@@ -79,7 +80,9 @@ def train(options: TrainOptions) -> TrainSummary:
     store = _open_store(options, objective, teacher, student)
     payload = _payload(options, store, teacher)
     student = with_image_mode(student, _image_mode(options, teacher, store))
-    samples = TrainingSamples(SampleFile(options.data), _encoder(options, student, store), store, options.workers)
+    other = _teacher_encoder(options, student, teacher, store)
+    encoder = _encoder(options, student, store, teacher)
+    samples = TrainingSamples(SampleFile(options.data), encoder, store, options.workers, other)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
     arguments = _training_arguments(options, store, len(samples))
@@ -89,6 +92,9 @@ def train(options: TrainOptions) -> TrainSummary:
     model = load_model(student, dtype="float32")
     freeze_other_parts(model, parts)
     unused = freeze_unused_vision(model) if "vision" in parts else []
+    if options.switch_adapter is not None:
+        assert teacher is not None
+        model.switch_adapter = _switch_adapter(options, teacher, student)
     source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
     peer = objective.name in PEERS
     if peer:
@@ -99,7 +105,7 @@ def train(options: TrainOptions) -> TrainSummary:
         for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
             shard_frozen(whole)
     _report(options, samples, model, unused, resume)
-    stand_in = None if options.profile == "ddp" else stand_in_image(student)
+    stand_in = None if options.profile == "ddp" else stand_in_image(student, None if other is None else teacher)
     trainer = (PeerTrainer if peer else SwitchTrainer)(
         objective=objective,
         source=source,
@@ -129,7 +135,8 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
             raise ConfigError("--teacher-mode live runs the teacher: pass --teacher")
         return None
     teacher = open_checkpoint(options.teacher, options.trust_remote_code)
-    require_fit(teacher, student, objective.switch)
+    adapter, peer = options.switch_adapter is not None, objective.name in PEERS
+    require_fit(teacher, student, objective.switch, adapter, one_text=peer)
     if options.teacher_mode == "live" and (
         hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor)
     ):
@@ -155,7 +162,7 @@ def _open_store(
         )
     wanted: dict[str, Any] = {
         "tokenizer": hash_tokenizer(student.tokenizer),
-        "image_tokens": student.image_tokens,
+        "image_tokens": (teacher or student).image_tokens,
     }
     if teacher is not None:
         wanted["teacher"] = teacher_identity(teacher, vision=False)
@@ -208,14 +215,39 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
     return payload
 
 
-def _encoder(options: TrainOptions, student: Checkpoint, store: TeacherStore | None) -> SampleEncoder:
-    """Encode as the store says that its samples were; without a store as the options say."""
+def _switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:
+    """Make the adapter that `options` ask for. Raises CheckpointError if features cannot be brought to the teacher's number."""
+    torch.manual_seed(options.seed)
+    shapes = [(side.feature_tokens, side.feature_width) for side in (student, teacher)]
+    try:
+        return SwitchAdapter(str(options.switch_adapter), *shapes)
+    except ValueError as error:
+        raise CheckpointError(f"--switch-adapter from {student.path} to {teacher.path}: {error}") from None
+
+
+def _teacher_encoder(
+    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
+) -> SampleEncoder | None:
+    """Encode as the teacher reads samples, where the student reads them otherwise; else None."""
+    if teacher is None or teacher.image_tokens == student.image_tokens:
+        return None
+    return _encoder(options, teacher, store)
+
+
+def _encoder(
+    options: TrainOptions, student: Checkpoint, store: TeacherStore | None, teacher: Checkpoint | None = None
+) -> SampleEncoder:
+    """Encode as the store says that its samples were; without a store as the options say.
+
+    A student whose images become more tokens than the teacher's may have longer samples by as much.
+    """
+    longer = 0 if teacher is None else max(0, student.image_tokens - teacher.image_tokens)
     if store is None:
         template = load_template(options.template or "qwen2_base", student)
-        return SampleEncoder(student, template, options.images, options.max_length or 2048)
+        return SampleEncoder(student, template, options.images, (options.max_length or 2048) + longer)
     manifest = store.manifest
     template = template_from_dict(manifest.template)
-    return SampleEncoder(student, template, options.images, manifest.max_length, manifest.max_image_pixels)
+    return SampleEncoder(student, template, options.images, manifest.max_length + longer, manifest.max_image_pixels)
 
 
 def _load_teacher(

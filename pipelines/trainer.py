@@ -21,6 +21,7 @@ from switchkd.pipelines import resume_state
 from switchkd.pipelines.sample_order import StepBatches
 from switchkd.pipelines.stages import set_part_rates
 from switchkd.pipelines.teacher_source import TeacherSource
+from switchkd.pipelines.training_data import as_teacher_reads
 from switchkd.positions import count_positions, predicting_rows, targets
 from switchkd.switch import switch_states
 from switchkd.vlm import blank_image, capture_vision_features, in_place_of_lm_head
@@ -168,12 +169,13 @@ class SwitchTrainer(Trainer):
         switch = switch_head = None
         if self.objective.switch and features:
             assert self.teacher is not None
+            read = as_teacher_reads(batch)
             switch = switch_states(
                 self.teacher,
-                features[0],
-                batch["input_ids"][has_image],
-                batch["attention_mask"][has_image],
-                rows[has_image],
+                _adapted(student, features[0]),
+                read["input_ids"][has_image],
+                read["attention_mask"][has_image],
+                predicting_rows(read["labels"])[has_image],
             )
             switch_head = LMHead(self.teacher.lm_head.weight)
         return self.objective.fused(
@@ -196,8 +198,9 @@ class SwitchTrainer(Trainer):
         """
         student = self.accelerator.unwrap_model(model)
         blank = blank_image(student.config).to(self.args.device, student.dtype)
-        features: Tensor = student.model.get_image_features(pixel_values=blank).pooler_output[0]
-        return features.sum()
+        with capture_vision_features(student) as features:
+            projected: Tensor = student.model.get_image_features(pixel_values=blank).pooler_output[0]
+        return projected.sum() + _adapted(student, features[0]).sum()
 
     def _record(self, parts: LossParts, count: Tensor, positions: Tensor) -> None:
         sums = [torch.zeros_like(parts.ce) if part is None else part.detach() for part in parts]
@@ -267,6 +270,8 @@ class SwitchTrainer(Trainer):
         # The finished student gets the names that Llava checkpoints carry everywhere; a checkpoint of the run those that
         # the model itself uses, since only then does a resumed run find every weight again.
         finished = folder == self.args.output_dir
+        if state_dict is not None:
+            state_dict = resume_state.set_apart_adapter(Path(folder), state_dict)
         self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=finished)
         for processor in self.processing_class:
             processor.save_pretrained(folder)
@@ -298,3 +303,10 @@ class SwitchTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             resume_state.load_rng(Path(checkpoint), self.args.process_index)
+
+
+def _adapted(student: Any, features: Tensor) -> Tensor:
+    """Return V_S(x) as the teacher's projector takes it: through the student's switch adapter if it has one."""
+    adapter = getattr(student, "switch_adapter", None)
+    adapted: Tensor = features if adapter is None else adapter(features)
+    return adapted

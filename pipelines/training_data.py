@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from switchkd.vlm import Checkpoint, blank_image
 
 # English in the usual vocabularies. It weighs text against image tokens where lengths are compared; nothing else needs it.
 CHARACTERS_PER_TOKEN = 4
+TEACHER_READS = ("input_ids", "attention_mask", "labels")  # what its LLM takes of a batch
 
 
 class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
@@ -29,6 +31,8 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
         store: a whole store of this data file; None trains without a store (`sft`, a live teacher), for which
             every sample is looked at first, images decoded.
         workers: processes for that.
+        teacher_encoder: encodes as the teacher reads, where another tokenizer or number of image tokens makes that differ; the
+            store's digests are then those of its encodings, and every sample has both.
 
     Raises:
         StoreMismatch: the store has another number of samples; on access: a sample's text, mask or image is not the cached one.
@@ -36,9 +40,15 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
     """
 
     def __init__(
-        self, samples: SampleFile, encoder: SampleEncoder, store: TeacherStore | None, workers: int = 0
+        self,
+        samples: SampleFile,
+        encoder: SampleEncoder,
+        store: TeacherStore | None,
+        workers: int = 0,
+        teacher_encoder: SampleEncoder | None = None,
     ) -> None:
         self.samples, self.encoder, self.store = samples, encoder, store
+        self.teacher_encoder = teacher_encoder
         if store is None:
             statuses = survey(samples, Looker(encoder), workers).status
         elif len(store) != len(samples):
@@ -61,12 +71,14 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
         sample = self.samples[index]
         try:
             encoded = self.encoder.encode(sample)
+            if self.teacher_encoder is not None:
+                encoded = replace(encoded, teacher=self.teacher_encoder.encode(sample, pixels=False))
         except BadSample as bad:
             raise DataError(f"{self.samples.path}, {bad}; it was usable when the run was prepared") from None
         if self.store is None:
             return encoded, None
         stored = self.store[index]
-        if changed := encoded.digest.differing(SampleDigest(*stored.digest)):
+        if changed := (encoded.teacher or encoded).digest.differing(SampleDigest(*stored.digest)):
             raise StoreMismatch(
                 f"row {index} (id {sample.id}) of {self.samples.path}: its {' and '.join(changed)} changed since "
                 f"{self.store.path} was made; restore it, or cache again"
@@ -94,7 +106,7 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
             "the data file changed since it was cached: comparing samples", len(self.usable), "samples"
         ) as progress:
             for index in map(int, self.usable):
-                encoded = self.encoder.encode(self.samples[index], pixels=False)
+                encoded = (self.teacher_encoder or self.encoder).encode(self.samples[index], pixels=False)
                 if changed := encoded.digest.differing(SampleDigest(*self.store[index].digest)):
                     wrong.append(f"row {index} (id {self.samples[index].id}): {' and '.join(changed)}")
                 progress.advance(1)
@@ -115,6 +127,8 @@ class Collator:
 
     From a store: teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64 if it has top-k
     logits; teacher_hidden [P, d] if it has hidden states.
+
+    Where the teacher reads a sample otherwise: teacher_input_ids, teacher_attention_mask, teacher_labels [B, L_T].
     """
 
     def __init__(self, pad_id: int, stand_in: EncodedSample | None = None) -> None:
@@ -125,21 +139,35 @@ class Collator:
         if self.stand_in is not None and all(sample.pixels is None for sample in samples):
             samples.append(self.stand_in)
         batch = collate(samples, self.pad_id)
+        views = [sample.teacher for sample in samples if sample.teacher is not None]
+        if views:
+            read = collate(views, self.pad_id)
+            batch |= {f"teacher_{name}": read[name] for name in TEACHER_READS}
         stored = [found.payload for _, found in items if found is not None]
         if stored:
             batch |= teacher_columns(Payload.concatenate(stored))
         return batch
 
 
-def stand_in_image(checkpoint: Checkpoint) -> EncodedSample:
+def as_teacher_reads(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return input_ids, attention_mask and labels of a batch for the teacher's LLM."""
+    return {name: batch.get(f"teacher_{name}", batch[name]) for name in TEACHER_READS}
+
+
+def stand_in_image(checkpoint: Checkpoint, teacher: Checkpoint | None = None) -> EncodedSample:
     """Return a sample that is a blank image and no position, so that a batch of text alone runs what every other batch runs.
 
     Where layers are sharded, processes gather them together: one that has no image would wait for others that run the vision
     tower and the switch pathway, for ever. It adds nothing to any sum.
+
+    Args:
+        teacher: reads it otherwise, see `TrainingSamples`.
     """
     ids = np.full(checkpoint.image_tokens, checkpoint.image_token_id, np.int32)
     supervised = np.zeros(checkpoint.image_tokens, np.bool_)
-    return EncodedSample(ids, supervised, blank_image(checkpoint.config)[0], digest_sample(ids, supervised, None))
+    view = None if teacher is None else replace(stand_in_image(teacher), pixels=None)
+    digest = digest_sample(ids, supervised, None)
+    return EncodedSample(ids, supervised, blank_image(checkpoint.config)[0], digest, view)
 
 
 def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:

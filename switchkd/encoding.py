@@ -35,6 +35,7 @@ class EncodedSample:
     supervised: NDArray[np.bool_]  # [L]
     pixels: Tensor | None  # [3, H, W] float32
     digest: SampleDigest
+    teacher: "EncodedSample | None" = None  # as the teacher reads it, without pixels, where that is not the same
 
     @property
     def positions(self) -> int:

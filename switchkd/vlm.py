@@ -304,11 +304,17 @@ def in_place_of_lm_head(model: nn.Module, head: Callable[[Tensor], Tensor]) -> I
             module.forward = before  # type: ignore[method-assign]
 
 
-def require_fit(teacher: Checkpoint, student: Checkpoint, switch: bool) -> None:
+def require_fit(
+    teacher: Checkpoint, student: Checkpoint, switch: bool, adapter: bool = False, one_text: bool = False
+) -> None:
     """Check that a student can learn from a teacher.
 
-    Both pathways need one tokenizer, image token id and image token count; the switch pathway also needs features of one
-    width and number, since the teacher's projector reads the student's.
+    Both pathways need one tokenizer and image token id; the switch pathway also needs features of one width and number, since the
+    teacher's projector reads the student's.
+
+    Args:
+        adapter: whether a switch adapter maps the features, so that the latter need not be.
+        one_text: whether both read the same ids, image tokens included, even without the switch pathway.
 
     Raises:
         CheckpointError: names both sides of the first thing that does not fit.
@@ -323,20 +329,22 @@ def require_fit(teacher: Checkpoint, student: Checkpoint, switch: bool) -> None:
         raise CheckpointError(
             f"the image token ids differ ({teacher.image_token_id} and {student.image_token_id}): {sides}"
         )
-    if teacher.image_tokens != student.image_tokens:
+    switch = switch and not adapter
+    advice = "--switch-adapter linear, or --no-switch" if switch else "another teacher"
+    if (switch or one_text) and teacher.image_tokens != student.image_tokens:
         raise CheckpointError(
             f"an image becomes {teacher.image_tokens} tokens for the teacher and {student.image_tokens} for the student: "
-            f"{sides}. Choose towers with the same number of patches"
+            f"{sides}. Choose a tower with the same number of patches, {advice}"
         )
     if switch and teacher.feature_tokens != student.feature_tokens:
         raise CheckpointError(
             f"the switch pathway feeds the student's {student.feature_tokens} vision features to the teacher's projector, which "
-            f"takes {teacher.feature_tokens}: {sides}. Choose a vision tower with the teacher's number of patches, or --no-switch"
+            f"takes {teacher.feature_tokens}: {sides}. Choose a tower with the teacher's number of patches, {advice}"
         )
     if switch and teacher.feature_width != student.feature_width:
         raise CheckpointError(
             f"the switch pathway feeds the student's vision features (width {student.feature_width}) to the teacher's "
-            f"projector (width {teacher.feature_width}): {sides}. Choose a vision tower of the teacher's width, or --no-switch"
+            f"projector (width {teacher.feature_width}): {sides}. Choose a tower of the teacher's width, {advice}"
         )
 
 

@@ -1,0 +1,80 @@
+"""A learned map from the student's vision features to the teacher's, for towers of another width or number of patches.
+
+The paper's switch pathway feeds V_S(x) to the teacher's projector as it is, so both towers need features of one shape; lifting that
+is its future work (section 4.3.5). Here z_switch = L_T(P_T(A(V_S(x))), text), where A trains with the student and is thrown away
+after training: it is in no exported student.
+
+What is approximate: VSD then teaches the student's tower *and* A, so part of what it asks for may be learned by A alone; a
+resampled grid is not what a tower of the teacher's resolution would see.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = ("linear", "mlp")
+Shape = tuple[int, int]  # (n, d): features an image, their width
+
+
+class SwitchAdapter(nn.Module):
+    """Maps [B, n_S, d_S] to [B, n_T, d_T].
+
+    Another number of features goes through the square grid that they lie on: bilinear resampling, and a depthwise 3×3 convolution
+    with a residual, which starts as nothing. A number one short of a square is a grid whose first patch was dropped.
+
+    Args:
+        kind: "linear", one layer, orthogonal at the start; "mlp", two layers with GELU.
+        student, teacher: (n, d) of each side.
+
+    Raises:
+        ValueError: features that lie on no square grid, where their numbers differ; an unknown kind.
+    """
+
+    def __init__(self, kind: str, student: Shape, teacher: Shape) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"a switch adapter is {' or '.join(KINDS)}, got {kind!r}")
+        (count, width), (self.count, target_width) = student, teacher
+        self.resamples = count != self.count
+        if self.resamples:
+            grid_side(count), grid_side(self.count)
+            self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
+            nn.init.zeros_(self.local.weight)
+            nn.init.zeros_(self.local.bias)
+        first = nn.Linear(width, target_width)
+        nn.init.orthogonal_(first.weight)
+        nn.init.zeros_(first.bias)
+        self.map = first if kind == "linear" else nn.Sequential(first, nn.GELU(), nn.Linear(target_width, target_width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map V_S(x) [B, n_S, d_S] to what stands for V_T(x), [B, n_T, d_T]."""
+        features = features.to(next(self.parameters()).dtype)
+        if self.resamples:
+            features = self._resample(features)
+        mapped: Tensor = self.map(features)
+        return mapped
+
+    def _resample(self, features: Tensor) -> Tensor:
+        side, target = grid_side(features.shape[1]), grid_side(self.count)
+        if features.shape[1] < side * side:
+            features = torch.cat([features[:, :1], features], dim=1)  # the dropped patch, by its neighbour
+        grid = features.mT.unflatten(-1, (side, side))  # [B, d_S, side, side]
+        grid = F.interpolate(grid, (target, target), mode="bilinear", align_corners=False, antialias=target < side)
+        tokens = (grid + self.local(grid)).flatten(2).mT
+        return tokens[:, target * target - self.count :]
+
+
+def grid_side(count: int) -> int:
+    """Return the side of the square grid that features lie on, with or without its first patch.
+
+    Raises:
+        ValueError: there is none.
+    """
+    side = math.isqrt(count + 1)
+    if side * side - count not in (0, 1):
+        side = math.isqrt(count)
+    if side * side - count not in (0, 1):
+        raise ValueError(f"{count} features lie on no square grid, so they cannot be resampled")
+    return side
