@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import GenerationConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlavaForConditionalGeneration, TextStreamer
 
 from switchkd.encoding import SampleEncoder, pad_id_of
 from switchkd.pipelines import config
@@ -102,6 +102,47 @@ class Answerer:
             cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
             results[place] = self.tokenizer.decode(ids[:cut], skip_special_tokens=True).strip()
         return results
+
+    @torch.inference_mode()
+    def say(self, prompt: Prompt, heard: Callable[[str], None]) -> str:
+        """Return the answer to one prompt, and hand over its words as they come.
+
+        Args:
+            heard: is called with each piece of text; the pieces, joined and stripped, are the answer.
+        """
+        ids, pixels = prompt
+        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).long()[None].to(self.model.device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if pixels is not None:
+            inputs["pixel_values"] = pixels[None].to(self.model.device, self.model.dtype)
+        pieces: list[str] = []
+        self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.pad_id,
+            streamer=_Streamer(self.tokenizer, self.stop_ids, lambda piece: (pieces.append(piece), heard(piece))),
+        )
+        return "".join(pieces).strip()
+
+
+class _Streamer(TextStreamer):
+    """Hands over text as soon as its tokens make whole words; what ends an answer is left out."""
+
+    def __init__(self, tokenizer: Any, stop_ids: list[int], heard: Callable[[str], Any]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop_ids, self.heard = stop_ids, heard
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then token by token."""
+        if self.next_tokens_are_prompt or int(value.flatten()[0]) not in self.stop_ids:
+            super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass text on."""
+        if text:
+            self.heard(text)
 
 
 def _stop_ids(template: ConversationFormat, tokenizer: Any) -> list[int]:

@@ -372,6 +372,12 @@ def _finish(options: TrainOptions, trainer: SwitchTrainer, samples: TrainingSamp
         "skipped": dict(samples.skipped),
         "losses": {name: value for name, value in last.items() if name.startswith("loss")},
         "history": history,
+        "made_from": {
+            "template": samples.encoder.template.as_dict(),
+            "data": samples.samples.fingerprint,
+            "store": None if samples.store is None else samples.store.manifest.identity,
+            "teacher": None if samples.store is None else samples.store.manifest.teacher,
+        },
     }
     if trainer.is_world_process_zero():
         config.write_whole(options.output / SUMMARY, json.dumps(summary, indent=1))

@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,15 @@ class SampleEncoder:
         return ids, None if image is None else self._pixels(image, name)
 
     def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Tokenize segments one by one; returns (ids [L], supervised [L]). Raises BadSample if too long."""
+        """Tokenize segments; returns (ids [L], supervised [L]). Raises BadSample if too long.
+
+        Neighbours that are both supervised or both not are one text, as they are for whoever tokenizes a prompt as a whole: a
+        merge of the tokenizer may reach from one into the other.
+        """
         ids: list[int] = []
         supervised: list[bool] = []
-        for text, is_supervised in segments:
+        for is_supervised, run in groupby(segments, key=itemgetter(1)):
+            text = "".join(text for text, _ in run)
             for number, piece in enumerate(text.split(IMAGE_MARKER) if not is_supervised else [text]):
                 words = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
                 if self.image_token_id in words:  # no feature would stand behind it
