@@ -20,6 +20,7 @@ COMMANDS = {
     "ablate": ("ablate", "Train and judge a matrix of students from one recipe."),
     "store": ("store", "Look at a teacher store, check it, mend it."),
     "report": ("report", "Write a page about runs, evaluations and stores."),
+    "export": ("export", "Write a finished run as a folder for transformers, vLLM or a hub."),
     "chat": ("chat", "Talk to a model about an image."),
     "doctor": ("doctor", "Tell what this machine has and what is missing for which command."),
     "attend": ("attend", "Show what models look at while they answer."),

@@ -72,7 +72,7 @@ class Answerer:
         self.model, self.max_new_tokens = model, max_new_tokens
         self.tokenizer = encoder.tokenizer
         self.pad_id = pad_id_of(self.tokenizer)
-        self.stop_ids = _stop_ids(template, self.tokenizer)
+        self.stop_ids = stop_ids_of(template, self.tokenizer)
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Prompt | BadSample]) -> list[str | BadSample]:
@@ -145,7 +145,7 @@ class _Streamer(TextStreamer):
             self.heard(text)
 
 
-def _stop_ids(template: ConversationFormat, tokenizer: Any) -> list[int]:
+def stop_ids_of(template: ConversationFormat, tokenizer: Any) -> list[int]:
     """Return the ids that end an answer: the tokenizer's end token, and what the template puts after the text."""
     end = template.answer_end(tokenizer.eos_token)
     ids = tokenizer.encode(end, add_special_tokens=False) if end else []

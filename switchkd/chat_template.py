@@ -50,6 +50,26 @@ class ChatTemplate:
         """
         pairs = list(turns)
         messages = self._messages(pairs, has_image)
+        whole, segments = self._segments(pairs, messages)
+        if not whole.startswith(self._text(messages[:-1], prompt=True)):
+            raise NotRendered("the prompt before the last answer is no prefix of the whole conversation")
+        return self._with_markers(segments, has_image)
+
+    def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+        """Return the segments up to where the last turn's answer would begin; see `Template.prompt`."""
+        pairs = list(turns)
+        messages = self._messages(pairs, has_image)[:-1]
+        text = self._text(messages, prompt=True)
+        # Earlier answers are segments of their own, as in training.
+        before, segments = self._segments(pairs[:-1], messages[:-1]) if messages[:-1] else ("", [])
+        if not text.startswith(before):
+            raise NotRendered("earlier turns change when another follows")
+        return self._with_markers([*segments, (text[len(before) :], False)], has_image)
+
+    def _segments(
+        self, pairs: Sequence[tuple[str, str]], messages: list[dict[str, Any]]
+    ) -> tuple[str, list[tuple[str, bool]]]:
+        """Return the whole text of a conversation, and its segments (text, supervised)."""
         whole, spans = self._spans(messages)
         segments: list[tuple[str, bool]] = []
         done = 0
@@ -60,14 +80,7 @@ class ChatTemplate:
                 raise NotRendered(f"the answer {answer!r} became {whole[begin:end]!r}")
             segments += [(whole[done:begin], False), (whole[begin:end], True)]
             done = end
-        if not whole.startswith(self._text(messages[:-1], prompt=True)):
-            raise NotRendered("the prompt before the last answer is no prefix of the whole conversation")
-        return self._with_markers([*segments, (whole[done:], False)], has_image)
-
-    def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
-        """Return the segments up to where the last turn's answer would begin; see `Template.prompt`."""
-        messages = self._messages(list(turns), has_image)[:-1]
-        return self._with_markers([(self._text(messages, prompt=True), False)], has_image)
+        return whole, [*segments, (whole[done:], False)]
 
     def answer_end(self, eos: str | None) -> str:
         """Return what ends an answer."""

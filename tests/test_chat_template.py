@@ -14,7 +14,7 @@ from switchkd.chat_template import ChatTemplate, NotRendered, chat_template_of, 
 from switchkd.cli.main import main
 from switchkd.encoding import SampleEncoder
 from switchkd.errors import ConfigError, StoreMismatch
-from switchkd.pipelines.answering import _stop_ids
+from switchkd.pipelines.answering import stop_ids_of
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.train import train
@@ -154,7 +154,7 @@ def test_a_checkpoint_token_by_token(with_chat, tmp_path):
     expected = SampleEncoder(checkpoint, TEMPLATES["qwen2_instruct"], None, 64)
     assert spelled(encoder, encoder.encode(row)) == spelled(expected, expected.encode(row))
     end = checkpoint.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert _stop_ids(template, checkpoint.tokenizer) == sorted([1, end])
+    assert stop_ids_of(template, checkpoint.tokenizer) == sorted([1, end])
 
 
 def test_no_chat_template(teacher, with_chat, tmp_path):
