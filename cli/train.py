@@ -132,6 +132,11 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
 )
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--log-every", type=click.IntRange(1), default=10, show_default=True, help="In steps.")
+@click.option(
+    "--peak-tflops",
+    type=click.FloatRange(0, min_open=True),
+    help="TFLOP/s that one device can do at this precision; MFU is told over it.",
+)
 @click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="In steps.")
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="DataLoader processes.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")

@@ -71,6 +71,7 @@ class TrainOptions:
     teacher_dtype: str = "auto"
     seed: int = 42
     log_every: int = 10
+    peak_tflops: float | None = None  # of one device, in TFLOP/s; MFU is told over it
     save_every: int = 500
     workers: int = 0
     trust_remote_code: bool = False

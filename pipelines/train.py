@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration, TrainerCallback, TrainingArguments
+from transformers import LlavaForConditionalGeneration, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from switchkd.encoding import SampleEncoder, pad_id_of
@@ -19,13 +19,15 @@ from switchkd.objective import Objective
 from switchkd.peers import PEERS
 from switchkd.pipelines import config
 from switchkd.pipelines.config import TrainOptions
+from switchkd.pipelines.footprint import Footprint
 from switchkd.pipelines.peer_trainer import PeerTrainer, check_peer, make_peer
+from switchkd.pipelines.plot_run import plot_run
 from switchkd.pipelines.profiles import fit_fsdp, profile_arguments, shard_frozen
-from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.resume_state import last_checkpoint
 from switchkd.pipelines.stages import freeze_other_parts
 from switchkd.pipelines.stops import naming_the_last_checkpoint
 from switchkd.pipelines.teacher_source import LiveTeacher, StoredHidden, StoredTopK, TeacherSource
+from switchkd.pipelines.train_report import RunReport, tell_plan
 from switchkd.pipelines.trainer import SwitchTrainer
 from switchkd.pipelines.training_data import Collator, TrainingSamples, stand_in_image
 from switchkd.samples import SampleFile
@@ -104,22 +106,27 @@ def train(options: TrainOptions) -> TrainSummary:
         fit_fsdp(arguments, model)
         for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
             shard_frozen(whole)
-    _report(options, samples, model, unused, resume)
+    live = source.teacher if isinstance(source, LiveTeacher) else None
+    stored_head = source.head.numel() if isinstance(source, StoredHidden) else 0
+    footprint = Footprint(model, switch_teacher, live, stored_head, student.feature_tokens)
+    tell_plan(options, arguments, samples, footprint, unused, resume)
     stand_in = None if options.profile == "ddp" else stand_in_image(student, None if other is None else teacher)
     trainer = (PeerTrainer if peer else SwitchTrainer)(
         objective=objective,
         source=source,
         teacher=switch_teacher,
         group_by=options.group_by,
+        footprint=footprint,
+        peak_tflops=options.peak_tflops,
         part_rates=options.part_rates(),
         model=model,
         args=arguments,
         train_dataset=samples,
-        data_collator=Collator(pad_id_of(student.tokenizer), stand_in),
+        data_collator=Collator(pad_id_of(student.tokenizer), stand_in, samples.reading),
         processing_class=[student.tokenizer, student.image_processor],  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Report(len(samples), options.global_batch))
+    trainer.add_callback(RunReport(len(samples), options.global_batch))
     with naming_the_last_checkpoint(options.output):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return _finish(options, trainer, samples)
@@ -322,46 +329,6 @@ def _training_arguments(options: TrainOptions, store: TeacherStore | None, sampl
     return made
 
 
-class _Report(TrainerCallback):
-    """One line per logging interval: losses, learning rate, positions per second, time left."""
-
-    def __init__(self, samples: int, samples_per_step: int) -> None:
-        self.samples, self.samples_per_step = samples, samples_per_step
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress = Progress("training", state.max_steps, "steps", done=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.epoch = state.global_step * self.samples_per_step / self.samples  # the Trainer sees the run as one epoch
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs and "loss_ce" in logs and state.is_world_process_zero:
-            losses = " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in logs.items() if n.startswith("loss_"))
-            count = state.global_step - self.progress.done
-            self.progress.advance(
-                count, int(logs["positions"]), f"loss {logs['loss']:.4f} ({losses}), lr {logs['learning_rate']:.2e}"
-            )
-
-
-def _report(
-    options: TrainOptions,
-    samples: TrainingSamples,
-    model: LlavaForConditionalGeneration,
-    unused: list[str],
-    resume: Path | None,
-) -> None:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in model.parameters())
-    log.info("student: %s of %s parameters train (%s)", f"{trained:,}", f"{every:,}", options.train_parts)
-    if unused:
-        log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
-    log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")
-    if samples.store is not None:
-        log.info("store: %s", samples.store.path)
-    if resume is not None:
-        log.info("resuming from %s", resume)
-
-
 def _finish(options: TrainOptions, trainer: SwitchTrainer, samples: TrainingSamples) -> TrainSummary:
     trainer.save_model()
     history = trainer.state.log_history
@@ -380,6 +347,7 @@ def _finish(options: TrainOptions, trainer: SwitchTrainer, samples: TrainingSamp
         },
     }
     if trainer.is_world_process_zero():
+        plot_run(history, options.output)
         config.write_whole(options.output / SUMMARY, json.dumps(summary, indent=1))
     return TrainSummary(options.output, summary["steps"], len(samples), summary["skipped"], summary["losses"], False)
 

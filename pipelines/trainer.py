@@ -1,6 +1,7 @@
 """The trainer of stage two: transformers' Trainer with the objective of eq. 1 and a resume that is exact."""
 
 import logging
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from switchkd.errors import ConfigError, RunError
 from switchkd.fused import LMHead
 from switchkd.objective import FusedLoss, LossParts, Objective
 from switchkd.pipelines import resume_state
+from switchkd.pipelines.footprint import Footprint
+from switchkd.pipelines.meter import Meter
 from switchkd.pipelines.sample_order import StepBatches
 from switchkd.pipelines.stages import set_part_rates
 from switchkd.pipelines.teacher_source import TeacherSource
@@ -40,6 +43,8 @@ class SwitchTrainer(Trainer):
         source: where Align and VSD have the teacher's word from; None for "sft".
         teacher: frozen, for the switch pathway; None if VSD is off.
         group_by: which samples share a batch, see `SampleOrder`.
+        footprint: tells the FLOPs of what ran; None leaves them out of the log.
+        peak_tflops: of one device, for MFU.
         arguments: those of `transformers.Trainer`.
     """
 
@@ -51,10 +56,15 @@ class SwitchTrainer(Trainer):
         teacher: LlavaForConditionalGeneration | None,
         part_rates: dict[str, float] | None = None,
         group_by: str = "none",
+        footprint: Footprint | None = None,
+        peak_tflops: float | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.objective = objective
+        self.objective, self.peak_tflops = objective, peak_tflops
+        self.meter = Meter(footprint, knees=objective.name.startswith("dbild"), window=objective.window)
+        if teacher is not None:
+            self.meter.watch_projector(teacher.model.multi_modal_projector)
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.source = source
         self.group_by = group_by
@@ -106,6 +116,7 @@ class SwitchTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of one micro-batch: a sum over its positions, divided by the count of the global batch."""
+        self.meter.count(inputs)
         total, parts = self.loss_parts(model, inputs)
         count = self.objective.count(inputs["labels"])
         self._record(parts, count, count_positions(inputs["labels"]).sum())
@@ -113,15 +124,21 @@ class SwitchTrainer(Trainer):
             total = total + 0.0 * self._idle_vision(model)
         if num_items_in_batch is None:
             return total / count.clamp_min(1)
-        # DistributedDataParallel averages gradients over processes; the division is by all processes' count.
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return total * scale / num_items_in_batch
+        return total * self._averaged / num_items_in_batch
+
+    @property
+    def _averaged(self) -> int:
+        """What a loss is multiplied by: processes average gradients, and the division is by the count of all of them."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Return the micro-batches of one step and what the objective's mean divides by: the Trainer counts positions only."""
+        asked = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        logged = (self.state.global_step + 1) % self.state.logging_steps == 0
+        self.meter.step_begins(logged, time.perf_counter() - asked, batches)
         if self.objective.mean == "position" or count is None:
             return batches, count
         here = torch.stack([self.objective.count(batch["labels"]) for batch in batches]).sum().to(device)
@@ -187,6 +204,7 @@ class SwitchTrainer(Trainer):
             switch_head,
             on_image=has_image.repeat_interleave(rows.sum(-1)),
             weights=self.objective.weights(batch["labels"]),
+            look=self.meter.look,
         )
 
     def _idle_vision(self, model: nn.Module) -> Tensor:
@@ -224,6 +242,8 @@ class SwitchTrainer(Trainer):
                 logs[f"loss_{name}"] = mean
                 logs["loss"] += weight * mean
             logs["positions"] = positions
+            peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
+            logs |= self.meter.take(self.accelerator, self._averaged, peak)
             first = self.state.log_history == [] and self.is_world_process_zero()
             if self.objective.switch and first and means["vsd"] < NO_DISTANCE:
                 log.warning(

@@ -1,7 +1,9 @@
 """What stage two reads: samples joined with their stored teacher, every one checked against the store's digest."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,27 @@ from switchkd.vlm import Checkpoint, blank_image
 # English in the usual vocabularies. It weighs text against image tokens where lengths are compared; nothing else needs it.
 CHARACTERS_PER_TOKEN = 4
 TEACHER_READS = ("input_ids", "attention_mask", "labels")  # what its LLM takes of a batch
+
+
+class Stopwatch:
+    """Adds up seconds, in one process."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time that the block takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def take(self) -> float:
+        """Return the seconds so far, and start from 0."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
@@ -49,6 +72,7 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
     ) -> None:
         self.samples, self.encoder, self.store = samples, encoder, store
         self.teacher_encoder = teacher_encoder
+        self.reading = Stopwatch()  # of the store, in the process that reads
         if store is None:
             statuses = survey(samples, Looker(encoder), workers).status
         elif len(store) != len(samples):
@@ -77,7 +101,8 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
             raise DataError(f"{self.samples.path}, {bad}; it was usable when the run was prepared") from None
         if self.store is None:
             return encoded, None
-        stored = self.store[index]
+        with self.reading.running():
+            stored = self.store[index]
         if changed := (encoded.teacher or encoded).digest.differing(SampleDigest(*stored.digest)):
             raise StoreMismatch(
                 f"row {index} (id {sample.id}) of {self.samples.path}: its {' and '.join(changed)} changed since "
@@ -93,6 +118,12 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
         has_image = self.samples.has_image()[self.usable]
         lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * self.encoder.image_tokens
         return SampleOrder(grouping, seed, len(self), lengths, has_image, global_batch)
+
+    def longest(self) -> int:
+        """Return the estimated length of the longest sample, in tokens, at most what the encoder lets pass."""
+        lengths = self.order("length", 0, 1).lengths
+        assert lengths is not None
+        return min(int(lengths.max()), self.encoder.max_length)
 
     def require_same_texts(self) -> None:
         """Compare every sample with the store without decoding images; for a data file whose bytes changed.
@@ -124,6 +155,7 @@ class Collator:
 
     Args:
         stand_in: joins a batch of text alone, see `stand_in_image`; None leaves such a batch as it is.
+        reading: the samples' stopwatch; what it counted goes into the batch as `store_seconds`.
 
     From a store: teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64 if it has top-k
     logits; teacher_hidden [P, d] if it has hidden states.
@@ -131,8 +163,8 @@ class Collator:
     Where the teacher reads a sample otherwise: teacher_input_ids, teacher_attention_mask, teacher_labels [B, L_T].
     """
 
-    def __init__(self, pad_id: int, stand_in: EncodedSample | None = None) -> None:
-        self.pad_id, self.stand_in = pad_id, stand_in
+    def __init__(self, pad_id: int, stand_in: EncodedSample | None = None, reading: Stopwatch | None = None) -> None:
+        self.pad_id, self.stand_in, self.reading = pad_id, stand_in, reading
 
     def __call__(self, items: Sequence[tuple[EncodedSample, StoredSample | None]]) -> dict[str, Any]:
         samples = [encoded for encoded, _ in items]
@@ -146,6 +178,8 @@ class Collator:
         stored = [found.payload for _, found in items if found is not None]
         if stored:
             batch |= teacher_columns(Payload.concatenate(stored))
+        if self.reading is not None:
+            batch["store_seconds"] = self.reading.take()
         return batch
 
 

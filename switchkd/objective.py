@@ -168,6 +168,7 @@ class Objective:
         on_image: Tensor | None = None,
         weights: Tensor | None = None,
         chunk_positions: int | None = None,
+        look: Callable[[Tensor, TeacherSignal | None], None] | None = None,
     ) -> FusedLoss:
         """Compute `total(parts(…))` from hidden states; no more than a chunk of logits exists at a time.
 
@@ -182,11 +183,14 @@ class Objective:
             on_image: [P] bool, which positions belong to image samples; wanted with `switch_hidden`.
             weights: [P], see `parts`.
             chunk_positions: positions at a time.
+            look: called with each chunk's student logits and the teacher's word on it, for what is measured beside the loss.
         """
 
         def loss_of_chunk(chunk: Chunk) -> tuple[Tensor, Tensor]:
             rows = chunk.rows
             word = None if teacher is None else teacher.part(rows)
+            if look is not None:
+                look(chunk.logits, word)
             keep = targets.new_zeros(len(chunk.logits), dtype=torch.bool) if on_image is None else on_image[rows]
             weight = None if weights is None else weights[rows]
             parts = self.parts(chunk.logits, targets[rows], word, chunk.switch, keep, weight)
