@@ -6,12 +6,14 @@ Credentials and endpoint come from the environment, as obstore reads it: AWS_END
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from switchkd.errors import RunError, StoreError
 from switchkd.stores import layout
@@ -76,6 +78,14 @@ class Bucket:
         with self.reaching(key):
             return bytes(obstore.get(self._store, key).bytes())
 
+    def ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return runs of an object's bytes; those that lie close come in one request."""
+        if not spans:
+            return []
+        starts, ends = zip(*spans, strict=True)
+        with self.reaching(key):
+            return [bytes(data) for data in obstore.get_ranges(self._store, key, starts=starts, ends=ends)]
+
     def sizes(self, key: str = "") -> dict[str, int]:
         """Return the size of every object below `key`, from one listing."""
         begin = f"{key}/" if key else ""
@@ -92,10 +102,11 @@ class Bucket:
         """Whether a part's marker is there."""
         return self._has(f"{layout.part_key(part)}/{MARKER}")
 
-    def open(self, key: str) -> Any:
-        """Open with zarr through obstore."""
+    def load(self, key: str) -> NDArray[Any]:
+        """Read with zarr through obstore."""
         with self.reaching(key):
-            return zarr.open(ObjectStore(self._store, read_only=True), path=key, mode="r", zarr_format=3)
+            store = ObjectStore(self._store, read_only=True)
+            return np.asarray(zarr.open_array(store, path=key, mode="r", zarr_format=3)[...])
 
     @contextmanager
     def reaching(self, key: str = "") -> Iterator[None]:

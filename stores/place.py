@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from switchkd.errors import StoreError
 from switchkd.stores import layout
@@ -51,6 +53,9 @@ class Place(Protocol):
     def read(self, key: str) -> bytes:
         """Return the bytes of one file. Raises FileNotFoundError."""
 
+    def ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return runs of bytes of one file, each from its begin up to its end. Raises FileNotFoundError."""
+
     def sizes(self, key: str = "") -> dict[str, int]:
         """Return the bytes of every file below `key`, by its path from there."""
 
@@ -60,11 +65,8 @@ class Place(Protocol):
     def has_part(self, part: int) -> bool:
         """Whether a part is committed."""
 
-    def open(self, key: str) -> Any:
-        """Open the Zarr group or array at `key` for reading."""
-
-    def reaching(self) -> AbstractContextManager[None]:
-        """Return a context in which reading a Zarr array fails with this place's errors, not its library's."""
+    def load(self, key: str) -> NDArray[Any]:
+        """Return a whole Zarr array."""
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Return `function` of every item, in order; several at once where that hides latency."""
@@ -123,6 +125,14 @@ class Folder:
         """Return a file's bytes."""
         return (self.path / key).read_bytes()
 
+    def ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return runs of a file's bytes; shorter ones where it ends before."""
+        handle = os.open(self.path / key, os.O_RDONLY)
+        try:
+            return [os.pread(handle, end - begin, begin) for begin, end in spans]
+        finally:
+            os.close(handle)
+
     def sizes(self, key: str = "") -> dict[str, int]:
         """Return the size of every file below a folder."""
         folder = self.path / key
@@ -138,13 +148,9 @@ class Folder:
         """Whether the part's folder is there."""
         return layout.part_path(self.path, part).exists()
 
-    def open(self, key: str) -> Any:
-        """Open with zarr."""
-        return zarr.open(self.path / key, mode="r", zarr_format=3)
-
-    def reaching(self) -> AbstractContextManager[None]:
-        """Change nothing: reading files fails with OSError."""
-        return nullcontext()
+    def load(self, key: str) -> NDArray[Any]:
+        """Read with zarr."""
+        return np.asarray(zarr.open_array(self.path / key, mode="r", zarr_format=3)[...])
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Take one after the other."""

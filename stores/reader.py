@@ -14,7 +14,8 @@ from switchkd.stores import layout
 from switchkd.stores.codec import decode_hidden, decode_topk
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload, no_position
-from switchkd.stores.place import MARKER, Location, Place, place_of
+from switchkd.stores.place import MARKER, Location, place_of
+from switchkd.stores.shards import Shard
 
 _REWRITE = (
     "it was damaged after writing: delete its part's folder and run the same `switchkd cache-teacher` command again"
@@ -31,23 +32,9 @@ class StoredSample:
     payload: Payload  # read-only arrays; copy before changing them
 
 
-class _Arrays:
-    """The arrays of a part by name, each opened once: opening one costs a request."""
-
-    def __init__(self, place: Place, group: Any) -> None:
-        self.place, self.group = place, group
-        self._opened: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._opened:
-            with self.place.reaching():
-                self._opened[name] = self.group[name]
-        return self._opened[name]
-
-
 @dataclass(frozen=True)
 class _Part:
-    group: _Arrays
+    arrays: dict[str, Shard]
     entry: dict[str, Any]
     offset: NDArray[np.int64]
     status: NDArray[np.uint8]
@@ -73,12 +60,7 @@ class TeacherStore:
         self.path = self.place.path
         self.cache_bytes = cache_bytes
         self.manifest = read_manifest(self.path)
-        self.id_of_rank: NDArray[np.uint32] = self._read(self._open(layout.ID_OF_RANK, _RECREATE), remedy=_RECREATE)
-        # A chunk that is not there reads as zeros without an error.
-        if not np.array_equal(np.sort(self.id_of_rank), np.arange(self.manifest.vocab_rows)):
-            raise StoreError(
-                f"{self.path}, array {layout.ID_OF_RANK}: not each of {self.manifest.vocab_rows} ids once; {_RECREATE}"
-            )
+        self.id_of_rank = self._read_rank_table()
         self._parts: dict[int, _Part] = {}
         self._chunks: LRUCache[tuple[int, int], Payload] = LRUCache(cache_bytes, getsizeof=attrgetter("nbytes"))
         self._nothing = no_position(self.manifest)
@@ -149,7 +131,7 @@ class TeacherStore:
 
     def part_payload(self, part: int) -> Payload:
         """Return the payload of all positions of one part; not cached."""
-        return self._decode(part, slice(None))
+        return self._decode(self._part(part).arrays, slice(None))
 
     def part_positions(self, part: int) -> int:
         """Return the number of positions of one part."""
@@ -157,7 +139,7 @@ class TeacherStore:
 
     def part_stats(self, part: int) -> NDArray[np.float32]:
         """Return the statistics of all positions of one part, [P, 5]."""
-        return np.asarray(self._read(self._part(part).group[layout.STATS]))
+        return np.asarray(self._read(self._part(part).arrays[layout.STATS]))
 
     def _part(self, number: int) -> _Part:
         if number not in self._parts:
@@ -168,8 +150,7 @@ class TeacherStore:
         if not self.place.has_part(number):
             raise StoreError(f"{self.path} has no part {number}; run the same `switchkd cache-teacher` command again")
         key = layout.part_key(number)
-        group, where = self._open(key), self.place.at(key)
-        entry = group.attrs.get(layout.PART_KEY)
+        entry, where = self._part_entry(key), self.place.at(key)
         samples = len(self.manifest.part_samples(number))
         if not isinstance(entry, dict) or entry.get("part") != number or entry.get("samples") != samples:
             raise StoreError(f"{where} is not part {number} of this store ({samples} samples); {_REWRITE}")
@@ -177,50 +158,62 @@ class TeacherStore:
             raise StoreError(f"{where} was written for another store; {_REWRITE}")
         if "files" not in entry:
             raise StoreError(f"{where} does not list its files; {_REWRITE}")
-        self._check_files(key, entry["files"])
-        arrays = _Arrays(self.place, group)
+        arrays = self._arrays(key, entry["files"])
         offset, status, digest = (self._read(arrays[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST))
         return _Part(arrays, entry, offset, status, digest)
 
-    def _check_files(self, part_key: str, listed: dict[str, dict[str, Any]]) -> None:
-        self._require_files(part_key, listed)
-        # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
-        metadata = [name for name in listed if name.rpartition("/")[2] == "zarr.json"]
-        contents = self.place.each(self.place.read, [f"{part_key}/{name}" for name in metadata])
-        for name, content in zip(metadata, contents, strict=True):
-            if layout.digest_bytes(content) != listed[name].get("blake2b"):
-                raise StoreError(f"{self.place.at(f'{part_key}/{name}')} is not what was written; {_REWRITE}")
+    def _part_entry(self, part_key: str) -> Any:
+        try:
+            return json.loads(self.place.read(f"{part_key}/{MARKER}"))["attributes"].get(layout.PART_KEY)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"cannot open {self.place.at(part_key)}: {error}; {_REWRITE}") from error
 
-    def _require_files(self, part_key: str, listed: dict[str, dict[str, Any]]) -> None:
-        """Raise StoreError unless every file is there: a shard that is not reads as fill values without an error."""
+    def _arrays(self, part_key: str, listed: dict[str, dict[str, Any]]) -> dict[str, Shard]:
+        """Check a part's files and open its arrays."""
+        # A shard that is not there reads as fill values without an error, so the files are counted first.
         sizes = self.place.sizes(part_key)
         for name, expected in listed.items():
             if sizes.get(name) != expected.get("bytes"):
                 found = f"{sizes[name]} bytes" if name in sizes else "nothing"
                 where = self.place.at(f"{part_key}/{name}")
                 raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {_REWRITE}")
+        # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
+        metadata = [name for name in listed if name.rpartition("/")[2] == MARKER]
+        contents = self.place.each(self.place.read, [f"{part_key}/{name}" for name in metadata])
+        for name, content in zip(metadata, contents, strict=True):
+            if layout.digest_bytes(content) != listed[name].get("blake2b"):
+                raise StoreError(f"{self.place.at(f'{part_key}/{name}')} is not what was written; {_REWRITE}")
+        found_at = {f"{part_key}/{name}": size for name, size in sizes.items()}
+        arrays = {}
+        manifest = self.manifest
+        names = layout.payload_array_names(manifest.has_topk, manifest.has_hidden, manifest.hidden_dtype)
+        for name in (layout.OFFSET, layout.STATUS, layout.DIGEST, *names):
+            content = dict(zip(metadata, contents, strict=True)).get(f"{name}/{MARKER}")
+            if content is None:
+                raise StoreError(f"{self.place.at(part_key)} has no array {name}; {_REWRITE}")
+            try:
+                arrays[name] = Shard(self.place, f"{part_key}/{name}", content, found_at)
+            except ValueError as error:
+                raise StoreError(f"{self.place.at(part_key)}: {error}; {_REWRITE}") from error
+        return arrays
 
     def _chunk(self, part: int, chunk: int) -> Payload:
         key = (part, chunk)
         if key in self._chunks:
             return self._chunks[key]
         rows = slice(chunk * layout.CHUNK_POSITIONS, (chunk + 1) * layout.CHUNK_POSITIONS)
-        payload = self._decode(part, rows)
+        payload = self._decode(self._part(part).arrays, rows)
         for array in payload.arrays().values():
             array.flags.writeable = False  # every later reader of this chunk sees these very arrays
         if payload.nbytes <= self.cache_bytes:
             self._chunks[key] = payload
         return payload
 
-    def _decode(self, number: int, rows: slice) -> Payload:
+    def _decode(self, arrays: dict[str, Shard], rows: slice) -> Payload:
         """Read and unpack a run of positions of one part."""
-        manifest, part = self.manifest, self._part(number)
-        names = [layout.STATS]
-        names += [layout.GAP, layout.HEIGHT, layout.BOTTOM] if manifest.has_topk else []
-        names += [layout.STATE] if manifest.has_hidden else []
-        names += [layout.SCALE] if manifest.has_hidden and manifest.hidden_dtype == "int8" else []
-        found = {name: self._read(part.group[name], rows) for name in names}
-        self._require_files(layout.part_key(number), part.entry["files"])  # gone since the part was opened?
+        manifest = self.manifest
+        names = layout.payload_array_names(manifest.has_topk, manifest.has_hidden, manifest.hidden_dtype)
+        found = dict(zip(names, self.place.each(lambda name: self._read(arrays[name], rows), names), strict=True))
         stats = found[layout.STATS]
         ids = logits = hidden = None
         if manifest.has_topk:
@@ -231,21 +224,29 @@ class TeacherStore:
             hidden = decode_hidden(found[layout.STATE], found.get(layout.SCALE), manifest.hidden_dtype)
         return Payload(stats, ids, logits, hidden)
 
-    def _open(self, key: str, remedy: str = _REWRITE) -> Any:
+    def _read_rank_table(self) -> NDArray[np.uint32]:
         try:
-            return self.place.open(key)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"cannot open {self.place.at(key)}: {error}; {remedy}") from error
-
-    def _read(self, array: Any, rows: slice = slice(None), remedy: str = _REWRITE) -> Any:
-        try:
-            with self.place.reaching():
-                return array[rows]
+            table: NDArray[np.uint32] = self.place.load(layout.ID_OF_RANK)
         except RunError:
             raise
         # Each codec has its own way to say that bytes are damaged; there is nothing else to fail here.
         except Exception as error:
-            raise StoreError(f"{self.path}, array {array.path or array.store_path}: {error}; {remedy}") from error
+            raise StoreError(f"{self.place.at(layout.ID_OF_RANK)}: {error}; {_RECREATE}") from error
+        # A chunk that is not there reads as zeros without an error.
+        if not np.array_equal(np.sort(table), np.arange(self.manifest.vocab_rows)):
+            raise StoreError(
+                f"{self.path}, array {layout.ID_OF_RANK}: not each of {self.manifest.vocab_rows} ids once; {_RECREATE}"
+            )
+        return table
+
+    def _read(self, array: Shard, rows: slice = slice(None)) -> NDArray[Any]:
+        try:
+            return array[rows]
+        except RunError:
+            raise
+        # As above; PCodec and Zstd raise what they like.
+        except Exception as error:
+            raise StoreError(f"{self.place.at(array.key)}: {error}; {_REWRITE}") from error
 
 
 def read_manifest(path: Location) -> Manifest:

@@ -357,7 +357,7 @@ def test_a_network_that_fails_during_a_read_is_no_damage(filled, monkeypatch):
     def lost(*_, **__):
         raise obstore.exceptions.GenericError("Generic S3 error: connection reset")
 
-    for name in ("get_async", "get_range_async", "get_ranges_async"):
+    for name in ("get", "get_ranges"):
         monkeypatch.setattr(obstore, name, lost)
     with pytest.raises(RunError, match="connection reset.*run the same command again") as caught:
         [store[index] for index in range(4)]

@@ -373,7 +373,7 @@ def test_a_flipped_bit_in_a_chunk_is_found(copied, array):
     file = chunk_file(copied, array)
     for bit in some_bits(file, 4):
         flip(file, bit)
-        with pytest.raises(StoreError, match=rf"s\.zarr, array {array}: .*{re.escape(REWRITE)}$"):
+        with pytest.raises(StoreError, match=rf"s\.zarr/parts/\d+/{array}: .*{re.escape(REWRITE)}$"):
             read_all(copied)
         flip(file, bit)
     read_all(copied)
