@@ -10,6 +10,7 @@ import pytest
 import report_runs
 import tiny
 from chromium import PROGRAM, Page
+from test_docs import build_site
 from test_figures import luminance
 
 pytest.importorskip("matplotlib", reason="reports need the extra `viz`")
@@ -26,6 +27,7 @@ EACH_LOOK = pytest.mark.parametrize(
     [(DESK, False), (DESK, True), (PHONE, False), (PHONE, True)],
     ids=["desk-light", "desk-dark", "phone-light", "phone-dark"],
 )
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"  # to the side, in pixels
 # Elements that stick out to the right of the page and are not inside something that scrolls by itself.
 STICKING_OUT = """[...document.querySelectorAll('body *')].filter(e => {
   for (let p = e.parentElement; p; p = p.parentElement)
@@ -65,7 +67,7 @@ def test_the_report(report_page, tmp_path, screenshots, width, dark, request):
         assert [url for url in page.fetched if not url.startswith(("file:", "data:"))] == []
         assert page.complaints == []
         # It is as wide as its place, and every picture and image is drawn in it.
-        assert page.value("document.documentElement.scrollWidth") == width
+        assert page.value(OVERFLOW) <= 0
         assert page.value(STICKING_OUT) == []
         pictures = page.value("[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().width)")
         assert len(pictures) >= 11 and min(pictures) > 250
@@ -104,7 +106,7 @@ def test_the_attention_maps(attention_page, tmp_path, screenshots, width, dark, 
         page.screenshot(screenshots / f"attend-{request.node.callspec.id}.png")
         assert page.value("document.title") == "Where the models look"
         assert page.complaints == []
-        assert page.value("document.documentElement.scrollWidth") == width
+        assert page.value(OVERFLOW) <= 0
         assert page.value(STICKING_OUT) == []
         tops = page.value("[...document.querySelectorAll('.maps')].map(m => [...m.children].map(e => e.offsetTop))")
         assert [len(row) for row in tops] == [4, 4]
@@ -114,3 +116,26 @@ def test_the_attention_maps(attention_page, tmp_path, screenshots, width, dark, 
             "[...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width])"
         )
         assert all(complete and natural >= 200 and shown > 150 for complete, natural, shown in sides)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("latex2mathml", reason="building the site needs the packages of the extra `docs`")
+    return build_site(tmp_path_factory.mktemp("site"))
+
+
+@EACH_LOOK
+def test_the_site(site, tmp_path, screenshots, width, dark, request):
+    """Formulas are drawn, long lines scroll within their place, nothing is fetched from elsewhere."""
+    with Page(tmp_path / "profile", width, dark, mobile=width == PHONE) as page:
+        for name in ("index", "method", "commands", "payloads"):
+            page.open((site / f"{name}.html").as_uri())
+            if name in ("index", "method"):
+                page.screenshot(screenshots / f"site-{name}-{request.node.callspec.id}.png")
+            assert page.value(OVERFLOW) <= 0, name
+            assert [url for url in page.fetched if not url.startswith(("file:", "data:", "blob:"))] == []
+            background = luminance(rgb(page.value("getComputedStyle(document.body).backgroundColor")))
+            assert (background < 0.05) if dark else (background > 0.9)
+        page.open((site / "method.html").as_uri())
+        heights = page.value("[...document.querySelectorAll('math')].map(e => e.getBoundingClientRect().height)")
+        assert len(heights) >= 15 and min(heights) > 10

@@ -34,16 +34,19 @@ def test_the_page_of_commands_is_current():
     assert made == (DOCS / "commands.md").read_text(encoding="utf-8"), "docs/commands.md is old: run `make commands`"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The built site; a warning of MkDocs is an error."""
-    for package in ("mkdocs", "material", "latex2mathml"):
-        pytest.importorskip(package, reason="building the site needs the packages of the extra `docs`")
-    out = tmp_path_factory.mktemp("site")
+def build_site(out):
+    """Build the site into a folder; a warning of MkDocs is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    for package in ("mkdocs", "material", "latex2mathml"):
+        pytest.importorskip(package, reason="building the site needs the packages of the extra `docs`")
+    return build_site(tmp_path_factory.mktemp("site"))
 
 
 def test_the_site_has_every_page_and_the_specification(site):
@@ -68,4 +71,8 @@ def test_the_site_fetches_nothing(site):
 def test_formulas_became_mathml(site):
     for page in DOCS.glob("*.md"):
         if "```math" in page.read_text(encoding="utf-8"):
-            assert "<math" in (site / page.name).with_suffix(".html").read_text(encoding="utf-8")
+            formulas = re.findall(
+                r"<math.*?</math>", (site / page.name).with_suffix(".html").read_text(encoding="utf-8")
+            )
+            assert len(formulas) == page.read_text(encoding="utf-8").count("```math")
+            assert not [formula for formula in formulas if "\\" in formula], "LaTeX that latex2mathml does not know"

@@ -19,6 +19,8 @@ import tiny
 import yaml
 from docs_pages import LANGUAGES, PAGES, ROOT, blocks, code_spans, commands
 
+pytest.importorskip("matplotlib", reason="the documents draw pictures: extra `viz`")
+
 from switchkd.cli.main import main
 
 DATA_FILES = ("data.json", "llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json")

@@ -32,8 +32,9 @@ def serve(path: str) -> None:
 
     import torch
 
-    for name in ("audit", "cache_teacher", "dry_run", "evaluate", "train"):
+    for name in ("ablate", "attend", "audit", "cache_teacher", "dry_run", "evaluate", "report", "train"):
         importlib.import_module(f"switchkd.pipelines.{name}")
+    importlib.import_module("matplotlib.pyplot")
     torch.set_num_threads(1)  # a fork of a process with a pool of threads may hang
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as door:

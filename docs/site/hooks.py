@@ -35,4 +35,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _formula(source: str, *_: Any, **__: Any) -> str:
-    return f'<div class="formula">{convert(source, display="block")}</div>'
+    source, _, rest = source.partition("\\tag{")
+    number = f'<span class="number">({rest.partition("}")[0]})</span>' if rest else ""
+    return f'<div class="formula">{convert(source, display="block")}{number}</div>'
