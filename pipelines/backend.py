@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from switchkd.encoding import EncodedSample
-from switchkd.errors import ConfigError
+from switchkd.errors import ConfigError, RunError
 from switchkd.stores import Manifest, Payload
 
 # Samples handed over at a time: what one forward pass takes; vLLM makes its own batches from a queue.
 BATCH_SIZES = {"transformers": 16, "vllm": 128}
 _SOFTWARE = ("switchkd", "torch", "transformers", "zarr", "numcodecs")
+
+
+class TeacherStopped(RunError):
+    """The teacher runs no more; no sample is to blame."""
 
 
 class Backend(ABC):
@@ -29,7 +33,8 @@ class Backend(ABC):
         """Run the teacher over samples and pack each one's positions as the manifest asks.
 
         Raises:
-            RunError: logits of a sample are not finite, or the teacher failed.
+            RunError: logits of a sample are not finite.
+            TeacherStopped: the teacher failed.
         """
 
     def start(self, samples: Sequence[EncodedSample], manifest: Manifest) -> Any:

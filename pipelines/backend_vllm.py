@@ -7,7 +7,8 @@ sent: the prompt's ids, and the number of rows.
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from switchkd.encoding import EncodedSample
 from switchkd.errors import CheckpointError, RunError
-from switchkd.pipelines.backend import Backend
+from switchkd.pipelines.backend import Backend, TeacherStopped
 from switchkd.pipelines.capture import unpack
 from switchkd.pipelines.vllm_plugin import ARCHITECTURE
 from switchkd.pipelines.vllm_pooler import Runs, request_options
@@ -124,18 +125,15 @@ class VllmBackend(Backend):
         )
         params = PoolingParams(task="token_embed", extra_kwargs=how, skip_reading_prefix_cache=not cached_prefix)
         name = str(next(self._names))
-        self.engine.add_request(name, prompt, params)
+        with _engine_alive():
+            self.engine.add_request(name, prompt, params)
         return name
 
     def _wait(self, name: str, sample: EncodedSample) -> torch.Tensor:
         """Return the rows of one request."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         while name not in self._done:
-            try:
+            with _engine_alive():
                 finished = self.engine.step()
-            except EngineDeadError as error:
-                raise RunError(f"vLLM's engine died, its log above says why: {error}") from error
             self._done |= {output.request_id: output for output in finished}
         output = self._done.pop(name)
         if output.prompt_token_ids != sample.input_ids.tolist():
@@ -149,6 +147,19 @@ def predicting_runs(supervised: np.ndarray) -> Runs:
     wanted = np.flatnonzero(supervised[1:])
     breaks = np.flatnonzero(np.diff(wanted) > 1) + 1
     return [(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, breaks) if len(run)]
+
+
+@contextmanager
+def _engine_alive() -> Iterator[None]:
+    """Turn the death of the engine's process into a TeacherStopped."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise TeacherStopped(
+            "vLLM's engine died, its log above may say why; what was committed is whole, run the same command again"
+        ) from error
 
 
 def _start_engine(arguments: dict[str, Any]) -> Any:

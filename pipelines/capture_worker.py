@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from switchkd.encoding import EncodedSample, SampleEncoder
 from switchkd.errors import RunError
-from switchkd.pipelines.backend import Backend
+from switchkd.pipelines.backend import Backend, TeacherStopped
 from switchkd.pipelines.capture_options import CacheOptions, build_manifest, open_backend
 from switchkd.pipelines.progress import Progress
 from switchkd.samples import BadSample, SampleFile, Status
@@ -135,6 +135,8 @@ class CaptureWorker:
             return part, batch, []
         try:
             return part, batch, self.backend.finish(started)
+        except TeacherStopped:
+            raise
         except RunError as failure:
             for index, found in batch:
                 if isinstance(found, BadSample):

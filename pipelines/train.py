@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -47,6 +49,8 @@ from switchkd.vlm import (
     with_image_mode,
 )
 
+# Older ones cannot run Llava's LM head at masked rows alone; what caching needs works from 5.16 on.
+OLDEST_TRANSFORMERS = Version("5.22")
 SUMMARY = "summary.json"  # written last; a run that has it is finished
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,11 @@ def train(options: TrainOptions) -> TrainSummary:
         StoreMismatch: during the run, a sample that is not the one that was cached.
         RunError: the run cannot go on, see `stops.naming_the_last_checkpoint`.
     """
+    if Version(transformers.__version__) < OLDEST_TRANSFORMERS:
+        raise ConfigError(
+            f"training needs transformers {OLDEST_TRANSFORMERS} or newer, found {transformers.__version__}; "
+            "an environment for vLLM only caches: train in another"
+        )
     objective, parts = options.as_objective(), options.as_parts()
     check_peer(options)
     options = config.resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))

@@ -10,6 +10,7 @@ import training
 from training import Stop, assert_same_weights, history
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from switchkd.errors import ConfigError
 from switchkd.losses import dbild_loss
 from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
 from switchkd.pipelines.train import train
@@ -139,3 +140,10 @@ def test_align_alone_needs_no_teacher_weights(options):
 def test_every_objective_trains_with_the_switch(options, objective):
     train(replace(options, objective=objective, steps=2))
     assert all(value > 0 for entry in history(options.output) for value in entry[1:])
+
+
+def test_an_environment_that_only_caches_is_refused(options, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.19.0")
+    with pytest.raises(ConfigError, match=r"training needs transformers 5\.22 or newer, found 5\.19\.0"):
+        train(options)
+    assert not options.output.exists()

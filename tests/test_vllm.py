@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +35,7 @@ pytestmark = [
     # vLLM's own, on a CPU
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
 ]
+psutil = pytest.importorskip("psutil", reason="vLLM brings it")
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 
 TOLERANCE = 1e-4
@@ -319,6 +321,33 @@ def test_a_dry_run_probes_with_vllm(teachers, data, tmp_path):
     for text in ("hours on the CPU", "random samples with vllm", "hidden, int8"):
         assert text in said
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_the_engine_is_killed_and_the_store_is_finished_all_the_same(teachers, tmp_path):
+    data = tiny.data(tmp_path / "data", tiny.rows(300))
+    out = tmp_path / "s.zarr"
+    more = ("--part-size", 2, "--batch-size", 1)
+    command = [sys.executable, "-c", "from switchkd.cli.main import main; main()", "cache-teacher", *ENGINE]
+    command += ["--teacher", teachers["siglip"], "--data", data, "--images", data.parent / "images", "--out", out]
+    command += ["--template", "qa", "--max-length", 256, *more]
+    with subprocess.Popen(
+        [*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment(sys.executable)
+    ) as process:
+        deadline = time.monotonic() + 300
+        while not (out / "parts/00003").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        (engine,) = [child for child in psutil.Process(process.pid).children() if "EngineCore" in child.cmdline()[0]]
+        engine.kill()
+        errors = process.communicate()[1]
+    assert process.returncode == 1, errors
+    assert "Error: vLLM's engine died" in errors
+    assert 3 < len(TeacherStore(out).parts()) < 150
+    words = ("--teacher", teachers["siglip"], "--data", data, "--images", data.parent / "images", "--out", out)
+    switchkd(TRAINER, "cache-teacher", *words, "--template", "qa", "--max-length", 256, *more)
+    store = TeacherStore(out)
+    store.require_whole()
+    assert not any(findings for _, findings in verify(store))
 
 
 def test_tensor_parallel_workers_share_the_teacher(teachers, data, tmp_path):
