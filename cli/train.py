@@ -41,6 +41,11 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
     type=click.Choice(["linear", "mlp"]),
     help="Map the student's vision features to the teacher's width and number with a layer, or two, that train along.",
 )
+@click.option(
+    "--vocab-map",
+    is_flag=True,
+    help="The teacher has another tokenizer: compare entries and positions that stand for the same text.",
+)
 @click.option("--temperature", type=float, help="τ.  [default: 3 for (d)bild, 1 for fkl and rkl]")
 @click.option(
     "--window", type=click.IntRange(2), help="Look for DBiLD's knee among this many leading logits.  [default: all]"

@@ -41,6 +41,7 @@ class TrainOptions:
     align_weight: float = 1.0  # λ1
     vsd_weight: float = 1.0  # λ2
     switch_adapter: str | None = None  # or "linear", "mlp": maps the student's features to the teacher's shape
+    vocab_map: bool = False  # the teacher has another tokenizer
     temperature: float | None = None
     window: int | None = None
     mean: str = "position"  # or sample: of each sample first

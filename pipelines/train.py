@@ -14,12 +14,12 @@ from packaging.version import Version
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from switchkd.encoding import SampleEncoder, pad_id_of
+from switchkd.encoding import pad_id_of
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
 from switchkd.peers import PEERS
-from switchkd.pipelines import config
+from switchkd.pipelines import bridges, config
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.footprint import Footprint
 from switchkd.pipelines.peer_trainer import PeerTrainer, check_peer, make_peer
@@ -35,8 +35,7 @@ from switchkd.pipelines.training_data import Collator, TrainingSamples, stand_in
 from switchkd.samples import SampleFile
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
-from switchkd.switch_adapter import SwitchAdapter
-from switchkd.templates import load_template, template_from_dict
+from switchkd.templates import load_template
 from switchkd.vlm import (
     Checkpoint,
     freeze,
@@ -90,12 +89,13 @@ def train(options: TrainOptions) -> TrainSummary:
     teacher = _open_teacher(options, objective, student)
     store = _open_store(options, objective, teacher, student)
     payload = _payload(options, store, teacher)
+    bridges.check_vocab_map(options, teacher, payload)
     student = with_image_mode(student, _image_mode(options, teacher, store))
-    other = _teacher_encoder(options, student, teacher, store)
-    encoder = _encoder(options, student, store, teacher)
+    encoder, other = bridges.encoders(options, student, teacher, store)
     samples = TrainingSamples(SampleFile(options.data), encoder, store, options.workers, other)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
+    vocabularies = bridges.make_vocab_map(teacher, student, samples) if teacher and options.vocab_map else None
     arguments = _training_arguments(options, store, len(samples))
     resume = last_checkpoint(options.output)
     config.record(options.output, config.plain(options))
@@ -105,7 +105,7 @@ def train(options: TrainOptions) -> TrainSummary:
     unused = freeze_unused_vision(model) if "vision" in parts else []
     if options.switch_adapter is not None:
         assert teacher is not None
-        model.switch_adapter = _switch_adapter(options, teacher, student)
+        model.switch_adapter = bridges.make_switch_adapter(options, teacher, student)
     source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
     peer = objective.name in PEERS
     if peer:
@@ -124,6 +124,7 @@ def train(options: TrainOptions) -> TrainSummary:
         objective=objective,
         source=source,
         teacher=switch_teacher,
+        vocab_map=vocabularies,
         group_by=options.group_by,
         footprint=footprint,
         peak_tflops=options.peak_tflops,
@@ -131,7 +132,9 @@ def train(options: TrainOptions) -> TrainSummary:
         model=model,
         args=arguments,
         train_dataset=samples,
-        data_collator=Collator(pad_id_of(student.tokenizer), stand_in, samples.reading),
+        data_collator=Collator(
+            pad_id_of(student.tokenizer), stand_in, samples.reading, pad_id_of((teacher or student).tokenizer)
+        ),
         processing_class=[student.tokenizer, student.image_processor],  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
@@ -152,7 +155,7 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
         return None
     teacher = open_checkpoint(options.teacher, options.trust_remote_code)
     adapter, peer = options.switch_adapter is not None, objective.name in PEERS
-    require_fit(teacher, student, objective.switch, adapter, one_text=peer)
+    require_fit(teacher, student, objective.switch, adapter, one_text=peer, vocab_map=options.vocab_map)
     if options.teacher_mode == "live" and (
         hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor)
     ):
@@ -177,7 +180,7 @@ def _open_store(
             "--objective sft --no-switch"
         )
     wanted: dict[str, Any] = {
-        "tokenizer": hash_tokenizer(student.tokenizer),
+        "tokenizer": hash_tokenizer((teacher or student).tokenizer),
         "image_tokens": (teacher or student).image_tokens,
     }
     if teacher is not None:
@@ -229,41 +232,6 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
             f"pass --window {manifest.top_k} or cache with a larger --k"
         )
     return payload
-
-
-def _switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:
-    """Make the adapter that `options` ask for. Raises CheckpointError if features cannot be brought to the teacher's number."""
-    torch.manual_seed(options.seed)
-    shapes = [(side.feature_tokens, side.feature_width) for side in (student, teacher)]
-    try:
-        return SwitchAdapter(str(options.switch_adapter), *shapes)
-    except ValueError as error:
-        raise CheckpointError(f"--switch-adapter from {student.path} to {teacher.path}: {error}") from None
-
-
-def _teacher_encoder(
-    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
-) -> SampleEncoder | None:
-    """Encode as the teacher reads samples, where the student reads them otherwise; else None."""
-    if teacher is None or teacher.image_tokens == student.image_tokens:
-        return None
-    return _encoder(options, teacher, store)
-
-
-def _encoder(
-    options: TrainOptions, student: Checkpoint, store: TeacherStore | None, teacher: Checkpoint | None = None
-) -> SampleEncoder:
-    """Encode as the store says that its samples were; without a store as the options say.
-
-    A student whose images become more tokens than the teacher's may have longer samples by as much.
-    """
-    longer = 0 if teacher is None else max(0, student.image_tokens - teacher.image_tokens)
-    if store is None:
-        template = load_template(options.template or "qwen2_base", student)
-        return SampleEncoder(student, template, options.images, (options.max_length or 2048) + longer)
-    manifest = store.manifest
-    template = template_from_dict(manifest.template)
-    return SampleEncoder(student, template, options.images, manifest.max_length + longer, manifest.max_image_pixels)
 
 
 def _load_teacher(

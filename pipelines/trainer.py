@@ -25,9 +25,10 @@ from switchkd.pipelines.sample_order import StepBatches
 from switchkd.pipelines.stages import set_part_rates
 from switchkd.pipelines.teacher_source import TeacherSource
 from switchkd.pipelines.training_data import as_teacher_reads
-from switchkd.positions import count_positions, predicting_rows, targets
+from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
 from switchkd.switch import switch_states
 from switchkd.vlm import blank_image, capture_vision_features, in_place_of_lm_head
+from switchkd.vocab_map import VocabMap, loss_over_vocabularies
 
 PARTS = ("ce", "align", "vsd")
 NO_DISTANCE = 1e-6  # nats per position; what rounding leaves of a VSD that is 0
@@ -42,6 +43,7 @@ class SwitchTrainer(Trainer):
         part_rates: peak learning rates of parts of the student that have their own, see `stages.set_part_rates`.
         source: where Align and VSD have the teacher's word from; None for "sft".
         teacher: frozen, for the switch pathway; None if VSD is off.
+        vocab_map: for a teacher with another tokenizer; its source must know whole rows.
         group_by: which samples share a batch, see `SampleOrder`.
         footprint: tells the FLOPs of what ran; None leaves them out of the log.
         peak_tflops: of one device, for MFU.
@@ -54,6 +56,7 @@ class SwitchTrainer(Trainer):
         objective: Objective,
         source: TeacherSource | None,
         teacher: LlavaForConditionalGeneration | None,
+        vocab_map: VocabMap | None = None,
         part_rates: dict[str, float] | None = None,
         group_by: str = "none",
         footprint: Footprint | None = None,
@@ -67,6 +70,7 @@ class SwitchTrainer(Trainer):
             self.meter.watch_projector(teacher.model.multi_modal_projector)
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.source = source
+        self.vocab_map = None if vocab_map is None else vocab_map.to(self.args.device)
         self.group_by = group_by
         if source is not None:
             source.to(self.args.device)
@@ -195,6 +199,24 @@ class SwitchTrainer(Trainer):
                 predicting_rows(read["labels"])[has_image],
             )
             switch_head = LMHead(self.teacher.lm_head.weight)
+        weights = self.objective.weights(batch["labels"])
+        if self.vocab_map is not None:
+            assert self.source is not None
+            theirs = predicting_rows(batch["teacher_labels"])
+            return loss_over_vocabularies(
+                self.objective,
+                self.vocab_map,
+                states,
+                LMHead(student.lm_head.weight),
+                targets(batch["labels"]),
+                self.source.signal(batch),
+                batch["partner"],
+                switch,
+                switch_head,
+                on_image=has_image.repeat_interleave(theirs.sum(-1)),
+                weights=weights,
+                switch_weights=teacher_weights(batch["labels"], batch["teacher_labels"], weights),
+            )
         return self.objective.fused(
             states,
             LMHead(student.lm_head.weight),
@@ -203,7 +225,7 @@ class SwitchTrainer(Trainer):
             switch,
             switch_head,
             on_image=has_image.repeat_interleave(rows.sum(-1)),
-            weights=self.objective.weights(batch["labels"]),
+            weights=weights,
             look=self.meter.look,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from switchkd.encoding import EncodedSample, SampleEncoder, collate
@@ -20,6 +21,7 @@ from switchkd.pipelines.survey import Looker, survey
 from switchkd.samples import BadSample, SampleFile, Status
 from switchkd.stores import Payload, StoredSample, TeacherStore
 from switchkd.vlm import Checkpoint, blank_image
+from switchkd.vocab_map import align_positions
 
 # English in the usual vocabularies. It weighs text against image tokens where lengths are compared; nothing else needs it.
 CHARACTERS_PER_TOKEN = 4
@@ -110,6 +112,17 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
             )
         return encoded, stored
 
+    def aligned(self, count: int) -> float:
+        """Return the share of the student's positions that have a partner among the teacher's, over the first samples."""
+        assert self.teacher_encoder is not None
+        partners = []
+        for index in map(int, self.usable[:count]):
+            sides = [
+                encoder.encode(self.samples[index], pixels=False) for encoder in (self.encoder, self.teacher_encoder)
+            ]
+            partners.append(_partners([replace(sides[0], teacher=sides[1])]))
+        return float((np.concatenate(partners) >= 0).mean())
+
     def order(self, grouping: str, seed: int, global_batch: int) -> SampleOrder:
         """Return the order in which epochs take the samples; see `SampleOrder`.
 
@@ -160,11 +173,19 @@ class Collator:
     From a store: teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64 if it has top-k
     logits; teacher_hidden [P, d] if it has hidden states.
 
-    Where the teacher reads a sample otherwise: teacher_input_ids, teacher_attention_mask, teacher_labels [B, L_T].
+    Where the teacher reads a sample otherwise: teacher_input_ids, teacher_attention_mask, teacher_labels [B, L_T];
+    with another tokenizer also partner [P] int64, the teacher's position of each of the student's, or -1.
     """
 
-    def __init__(self, pad_id: int, stand_in: EncodedSample | None = None, reading: Stopwatch | None = None) -> None:
+    def __init__(
+        self,
+        pad_id: int,
+        stand_in: EncodedSample | None = None,
+        reading: Stopwatch | None = None,
+        teacher_pad_id: int | None = None,
+    ) -> None:
         self.pad_id, self.stand_in, self.reading = pad_id, stand_in, reading
+        self.teacher_pad_id = pad_id if teacher_pad_id is None else teacher_pad_id
 
     def __call__(self, items: Sequence[tuple[EncodedSample, StoredSample | None]]) -> dict[str, Any]:
         samples = [encoded for encoded, _ in items]
@@ -173,14 +194,27 @@ class Collator:
         batch = collate(samples, self.pad_id)
         views = [sample.teacher for sample in samples if sample.teacher is not None]
         if views:
-            read = collate(views, self.pad_id)
+            read = collate(views, self.teacher_pad_id)
             batch |= {f"teacher_{name}": read[name] for name in TEACHER_READS}
+        if any(view.starts is not None for view in views):
+            batch["partner"] = torch.from_numpy(_partners(samples))
         stored = [found.payload for _, found in items if found is not None]
         if stored:
             batch |= teacher_columns(Payload.concatenate(stored))
         if self.reading is not None:
             batch["store_seconds"] = self.reading.take()
         return batch
+
+
+def _partners(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
+    """Align a batch's positions with the teacher's, [P]; see `vocab_map.align_positions`."""
+    found, before = [np.empty(0, np.int64)], 0
+    for sample in samples:
+        if sample.starts is not None and sample.teacher is not None and sample.teacher.starts is not None:
+            partner = align_positions(sample.starts, sample.teacher.starts)
+            found.append(np.where(partner < 0, -1, partner + before))
+            before += len(sample.teacher.starts)
+    return np.concatenate(found)
 
 
 def as_teacher_reads(batch: dict[str, Any]) -> dict[str, torch.Tensor]:

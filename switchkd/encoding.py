@@ -37,6 +37,9 @@ class EncodedSample:
     pixels: Tensor | None  # [3, H, W] float32
     digest: SampleDigest
     teacher: "EncodedSample | None" = None  # as the teacher reads it, without pixels, where that is not the same
+    starts: NDArray[np.int64] | None = (
+        None  # [P], where in the answers each position's token begins, see `token_starts`
+    )
 
     @property
     def positions(self) -> int:
@@ -52,6 +55,7 @@ class SampleEncoder:
         images: the image folder; may be None for text-only data.
         max_length: tokens, image tokens included; longer samples are refused, never cut.
         max_image_pixels: larger images are refused before they are decoded.
+        with_starts: whether encoded samples say where their positions begin, for two tokenizers to be aligned.
 
     Raises:
         DataError: the image folder does not exist.
@@ -65,6 +69,7 @@ class SampleEncoder:
         images: Path | None,
         max_length: int,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        with_starts: bool = False,
     ) -> None:
         if images is not None and not images.is_dir():
             raise DataError(
@@ -83,6 +88,7 @@ class SampleEncoder:
         self.images = images
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
+        self.with_starts = with_starts
         self._pixel_cache: LRUCache[bytes, Tensor] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,19 +109,22 @@ class SampleEncoder:
             ids, supervised = self.encode_text(sample)
             data = image_bytes_of(sample, self.images)
             image = self._pixels(data, sample.image) if data is not None and pixels else None
-        return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data))
+            starts = self.token_starts(self._segments(sample))[int(supervised[0]) :] if self.with_starts else None
+        return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data), starts=starts)
 
     def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Encode one sample's text, its image's tokens with it: (input_ids [L], supervised [L]). Raises BadSample."""
         sample.require_ok()
-        try:
-            segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
-        except NotRendered as error:
-            raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
-        ids, supervised = self.tokenize(segments)
+        ids, supervised = self.tokenize(self._segments(sample))
         if not supervised[1:].any():
             raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
         return ids, supervised
+
+    def _segments(self, sample: Sample) -> list[tuple[str, bool]]:
+        try:
+            return self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
+        except NotRendered as error:
+            raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
 
     def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
         """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
@@ -145,6 +154,18 @@ class SampleEncoder:
         if not len(ids):
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
         return ids, None if image is None else self._pixels(image, name)
+
+    def token_starts(self, segments: list[tuple[str, bool]]) -> NDArray[np.int64]:
+        """Return where each supervised token begins, in order: the number of its segment · 2³² + characters of it before the token.
+
+        Equal numbers for two tokenizers mean that the same text comes before; only what ends a segment may differ.
+        """
+        found: list[int] = []
+        for number, text in enumerate(text for text, is_supervised in segments if is_supervised):
+            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            # A token begins where the one before it ends; its own offset may leave out a space.
+            found += [(number << 32) + end for end in [0, *(end for _, end in offsets)][: len(offsets)]]
+        return np.array(found, np.int64)
 
     def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokenize segments; returns (ids [L], supervised [L]). Raises BadSample if too long.

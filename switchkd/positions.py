@@ -33,6 +33,17 @@ def count_positions(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORED).sum(-1)
 
 
+def teacher_weights(labels: Tensor, teacher_labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Return weights of the teacher's positions that give each sample the weight it has by the student's, [P_T] float32.
+
+    Args:
+        labels, teacher_labels: [B, L], [B, L_T], of one batch under two tokenizers. weights: [P], the student's; None for 1 each.
+    """
+    ours, theirs = count_positions(labels), count_positions(teacher_labels)
+    total = ours.float() if weights is None else torch.stack([part.sum() for part in weights.split(ours.tolist())])
+    return (total / theirs.clamp_min(1)).repeat_interleave(theirs)
+
+
 def per_sample_weights(labels: Tensor) -> Tensor:
     """Return the weight of each position in a mean over samples: 1 / the positions of its sample, [P] float32."""
     counts = count_positions(labels)

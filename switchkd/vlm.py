@@ -305,7 +305,12 @@ def in_place_of_lm_head(model: nn.Module, head: Callable[[Tensor], Tensor]) -> I
 
 
 def require_fit(
-    teacher: Checkpoint, student: Checkpoint, switch: bool, adapter: bool = False, one_text: bool = False
+    teacher: Checkpoint,
+    student: Checkpoint,
+    switch: bool,
+    adapter: bool = False,
+    one_text: bool = False,
+    vocab_map: bool = False,
 ) -> None:
     """Check that a student can learn from a teacher.
 
@@ -315,17 +320,18 @@ def require_fit(
     Args:
         adapter: whether a switch adapter maps the features, so that the latter need not be.
         one_text: whether both read the same ids, image tokens included, even without the switch pathway.
+        vocab_map: whether two tokenizers are mapped, so that they need not be one.
 
     Raises:
         CheckpointError: names both sides of the first thing that does not fit.
     """
     sides = f"teacher {teacher.path}, student {student.path}"
-    if hash_tokenizer(teacher.tokenizer) != hash_tokenizer(student.tokenizer):
+    if not vocab_map and hash_tokenizer(teacher.tokenizer) != hash_tokenizer(student.tokenizer):
         raise CheckpointError(
             f"the tokenizers differ ({len(teacher.tokenizer)} and {len(student.tokenizer)} entries): {sides}. "
-            "Logits can only be compared over one vocabulary; give both models the same tokenizer"
+            "Logits can only be compared over one vocabulary; give both models the same tokenizer, or pass --vocab-map"
         )
-    if teacher.image_token_id != student.image_token_id:
+    if not vocab_map and teacher.image_token_id != student.image_token_id:
         raise CheckpointError(
             f"the image token ids differ ({teacher.image_token_id} and {student.image_token_id}): {sides}"
         )

@@ -98,16 +98,21 @@ def checkpoint(
     strategy="full",
     tied=True,
     grid=None,
+    words_of=None,
 ) -> Path:
-    """Save a tiny Llava with tokenizer and image processor, and return its folder; with `grid` its projector is LDPv2."""
+    """Save a tiny Llava with tokenizer and image processor, and return its folder; with `grid` its projector is LDPv2.
+
+    `words_of` is a tokenizer instead of one of `words`.
+    """
+    words_of = words_of or tokenizer(words)
     torch.manual_seed(seed)
-    text = text_config(language, width, layers, rows or len(words), tied)
+    text = text_config(language, width, layers, rows or len(words_of), tied)
     vision = vision or vision_config()
     kind = LlavaConfig if grid is None else partial(SwitchLlavaConfig, projector_grid=grid)
     config = kind(
         vision_config=vision,
         text_config=text,
-        image_token_index=words.index("<image>"),
+        image_token_index=words_of.convert_tokens_to_ids("<image>"),
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=tied,
@@ -118,7 +123,7 @@ def checkpoint(
             if parameter.ndim > 1:
                 parameter.mul_(3)
     model.save_pretrained(folder)
-    tokenizer(words).save_pretrained(folder)
+    words_of.save_pretrained(folder)
     processor = CLIPImageProcessorPil(
         size={"height": vision.image_size, "width": vision.image_size},
         do_center_crop=False,
