@@ -324,9 +324,12 @@ def test_a_dry_run_probes_with_vllm(teachers, data, tmp_path):
 
 
 def test_the_engine_is_killed_and_the_store_is_finished_all_the_same(teachers, tmp_path):
-    data = tiny.data(tmp_path / "data", tiny.rows(300))
+    rows = tiny.rows(1000)
+    for index, row in enumerate(rows):
+        row["image"] = f"{index % 20:03d}.png"
+    data = tiny.data(tmp_path / "data", rows)
     out = tmp_path / "s.zarr"
-    more = ("--part-size", 2, "--batch-size", 1)
+    more = ("--part-size", 10, "--batch-size", 5)
     command = [sys.executable, "-c", "from switchkd.cli.main import main; main()", "cache-teacher", *ENGINE]
     command += ["--teacher", teachers["siglip"], "--data", data, "--images", data.parent / "images", "--out", out]
     command += ["--template", "qa", "--max-length", 256, *more]
@@ -334,15 +337,16 @@ def test_the_engine_is_killed_and_the_store_is_finished_all_the_same(teachers, t
         [*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment(sys.executable)
     ) as process:
         deadline = time.monotonic() + 300
-        while not (out / "parts/00003").exists():
+        while not (out / "parts/00001").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
+        # vLLM names its processes.
         (engine,) = [child for child in psutil.Process(process.pid).children() if "EngineCore" in child.cmdline()[0]]
         engine.kill()
         errors = process.communicate()[1]
     assert process.returncode == 1, errors
     assert "Error: vLLM's engine died" in errors
-    assert 3 < len(TeacherStore(out).parts()) < 150
+    assert 1 < len(TeacherStore(out).parts()) < 100
     words = ("--teacher", teachers["siglip"], "--data", data, "--images", data.parent / "images", "--out", out)
     switchkd(TRAINER, "cache-teacher", *words, "--template", "qa", "--max-length", 256, *more)
     store = TeacherStore(out)
