@@ -16,7 +16,7 @@ from switchkd.pipelines.attention import Look, Onlooker, overlap
 from switchkd.pipelines.config import write_whole
 from switchkd.pipelines.figures import PAGES, matplotlib_ready
 from switchkd.pipelines.progress import Progress
-from switchkd.pipelines.report import write_page
+from switchkd.pipelines.report_page import write_page
 
 PAGE, PICTURE = "attend.html", "attend.png"
 COLORS = "inferno"  # light is much, in colour and in grey, and for the colour-blind
@@ -77,8 +77,8 @@ def attend(options: AttendOptions) -> list[Row]:
         pass
     if not options.asked:
         raise ConfigError("attend needs at least one --image with its --question")
-    models = {"teacher": options.teacher, "baseline": options.baseline, "student": options.model}
-    models = {name: path for name, path in models.items() if path is not None}
+    given = {"teacher": options.teacher, "baseline": options.baseline, "student": options.model}
+    models = {name: path for name, path in given.items() if path is not None}
     looks: dict[str, list[Look]] = {}
     with Progress("looking", len(models) * len(options.asked), "images") as progress:
         for name, path in models.items():  # one after the other: only one model is in memory

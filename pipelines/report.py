@@ -6,40 +6,32 @@ security policy forbids scripts altogether.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-import switchkd
-from switchkd.errors import ConfigError
 from switchkd.pipelines import figures
-from switchkd.pipelines.config import write_whole
 from switchkd.pipelines.figures import Figure
 from switchkd.pipelines.plot_store import store_statistics
-from switchkd.pipelines.report_inputs import EvalRun, Inputs, TrainRun, find_inputs
-from switchkd.pipelines.report_samples import Chosen, choose_samples
+from switchkd.pipelines.report_inputs import Inputs, TrainRun, find_inputs
+from switchkd.pipelines.report_page import Section, Table, write_page
+from switchkd.pipelines.report_samples import choose_samples
+from switchkd.pipelines.report_scores import scores_of
 from switchkd.pipelines.student_knees import knees_beside
 from switchkd.stores.info import describe
 from switchkd.stores.place import Location
 
 PAGE = "report.html"
-TEMPLATES = Path(__file__).parent / "assets"
-# The five competencies of the paper's Figure 1 and Table 1 → benchmarks by name.
-COMPETENCIES = {
-    "Perception & understanding": ("mme", "mmbench", "mmbench-cn"),
-    "Cognition & reasoning": ("vqav2", "gqa", "scienceqa", "mmmu"),
-    "OCR": ("textvqa",),
-    "Domain-specific": ("vizwiz",),
-    "Hallucination": ("pope",),
-}
-LOSSES = {"loss_ce": "CE", "loss_align": "Align", "loss_vsd": "VSD"}
-# Further entries of a history → title, unit.
+LOSSES = {"loss_ce": "CE", "loss_align": "Align", "loss_vsd": "VSD"}  # a peer's objective may have others
+LOGGED = "`switchkd train` logs it at every `--log-every`"
+# Further entries of a history → title, unit, what brings it.
 CURVES = {
-    "learning_rate": ("Learning rate", "learning rate"),
-    "positions_per_second": ("Speed", "positions / s"),
-    "grad_norm": ("Gradient norm", "norm before clipping"),
+    "learning_rate": ("Learning rate", "learning rate", LOGGED),
+    "positions_per_second": ("Speed", "positions / s", LOGGED),
+    "wait_share": ("Time spent waiting for data", "share of the time", LOGGED),
+    "grad_norm": ("Gradient norm", "norm before clipping", LOGGED),
+    "vsd_gradient_norm": ("Gradient of VSD in the vision features", "norm", "train with `--switch`"),
 }
 TEACHER = {"teacher": len(figures.SERIES) - 1}  # what a store says of its teacher has one colour everywhere
 
@@ -53,31 +45,6 @@ class ReportOptions:
     samples: int = 8  # questions side by side
     knees: int = 0  # random samples on which students are run for their knees; 0: not at all
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page."""
-
-    title: str
-    figures: list[Figure] = field(default_factory=list)
-    tables: list["Table"] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # what would bring what is left out
-    chosen: Chosen | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first column names the rows."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold figures, and stand at the right."""
-        return [all(row[i][:1] in "+-0123456789" for row in self.rows) for i in range(len(self.head))]
 
 
 @dataclass(frozen=True)
@@ -98,33 +65,13 @@ def report(options: ReportOptions) -> Report:
     with figures.matplotlib_ready("report"):
         pass
     inputs = find_inputs(options.runs)
-    sections = [_training(inputs), _store(inputs, options), _scores(inputs), _samples(inputs, options)]
+    sections = [_training(inputs), _store(inputs, options), scores_of(inputs), _samples(inputs, options)]
     options.out.mkdir(parents=True, exist_ok=True)
     pictures = [figure.write_png(options.out) for section in sections for figure in section.figures]
     made_of = [str(run.path) for runs in (inputs.trains, inputs.evals) for run in runs]
     made_of += [str(store.path) for _, store in inputs.stores]
     write_page(options.out / PAGE, "report.html", title="Switch-KD report", sections=sections, made_of=made_of)
     return Report(options.out / PAGE, pictures, [line for section in sections for line in section.missing])
-
-
-def write_page(path: Path, template: str, **content: Any) -> None:
-    """Fill one of the package's page templates, everything escaped, and write it. Raises ConfigError if jinja2 is missing."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError:
-        raise ConfigError("pages are made with jinja2: pip install 'switchkd[viz]'") from None
-    places = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    places.filters["code"] = _code
-    places.globals |= {"palette": figures.PALETTE, "version": switchkd.__version__}
-    write_whole(path, places.get_template(template).render(**content))
-
-
-def _code(text: str) -> Any:
-    """Escape a line of ours, and set what stands in backticks as code."""
-    from markupsafe import Markup, escape
-
-    pieces = [escape(piece) for piece in text.split("`")]
-    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(pieces))
 
 
 def _size(count: int) -> str:
@@ -139,20 +86,33 @@ def _training(inputs: Inputs) -> Section:
         section.missing.append("No training run was given: name a folder that `switchkd train --output` wrote.")
         return section
     section.tables.append(_train_table(inputs.trains))
-    for key, word in LOSSES.items():
+    logged = {key for run in inputs.trains for entry in run.history for key in entry if key.startswith("loss_")}
+    for key, word in (LOSSES | {key: key.removeprefix("loss_") for key in sorted(logged - LOSSES.keys())}).items():
         runs = [run for run in inputs.trains if any(entry.get(key) for entry in run.history)]
         if runs:
             title = f"{word}, nats per position"
             section.figures.append(_curve(inputs, runs, key, f"loss-{word.lower()}", title, "nats per position"))
         else:
-            section.missing.append(f"No run has {word}: train with a teacher to have Align, with --switch to have VSD.")
-    for key, (title, unit) in CURVES.items():
+            section.missing.append(
+                f"No run has {word}: train with a teacher to have Align, with `--switch` to have VSD."
+            )
+    for key, (title, unit, remedy) in CURVES.items():
         runs = [run for run in inputs.trains if any(key in entry for entry in run.history)]
         if runs:
             section.figures.append(_curve(inputs, runs, key, key.replace("_", "-"), title, unit))
         else:
-            section.missing.append(
-                f"No run has logged its {title.lower()}, as `switchkd train` does at every `--log-every`."
+            section.missing.append(f"No run has “{title}”: {remedy}.")
+    for number, run in enumerate(inputs.trains):
+        entries = [entry for entry in run.history if "knee_student_mean" in entry]
+        if entries:
+            steps = [entry["step"] for entry in entries]
+            curves = {
+                who: (steps, [entry[f"knee_{key}_mean"] for entry in entries])
+                for who, key in ((run.label, "student"), ("teacher", "teacher"))
+            }
+            title = f"Mean knee of {run.label} and its teacher, by step"
+            section.figures.append(
+                figures.lines(f"knees-by-step-{number}", title, curves, "step", "k", inputs.series | TEACHER)
             )
     return section
 
@@ -240,71 +200,6 @@ def _student_knees(section: Section, inputs: Inputs, options: ReportOptions) -> 
             f"{title}: the same {len(student):,} positions, of at most {options.knees} random samples; medians "
             f"{np.median(student):,.0f} and {np.median(teacher):,.0f}."
         )
-
-
-def _scores(inputs: Inputs) -> Section:
-    """Tables of scores, and the radar of the paper's Figure 1."""
-    section = Section("Scores")
-    if not inputs.evals:
-        section.missing.append("No evaluation was given: name a folder that `switchkd eval --output` wrote.")
-        return section
-    plain = [run for run in inputs.evals if not run.on_benchmarks]
-    if plain:
-        section.tables.append(_exact_match_table(plain))
-    judged = [run for run in inputs.evals if run.on_benchmarks]
-    if judged:
-        section.tables.append(_benchmark_table(judged))
-        section.notes.append(
-            "Benchmark scores are percent with a 95 % interval; MME is percent of 2,000 perception points."
-        )
-    shapes = {run.label: shape for run in judged if (shape := _competencies(run)) is not None}
-    if shapes:
-        title = "Five competencies, mean score in percent"
-        names = [name.replace(" & ", " &\n") for name in COMPETENCIES]
-        section.figures.append(figures.radar("radar", title, names, shapes, inputs.series))
-    else:
-        section.missing.append(
-            "The radar of five competencies (the paper's Figure 1) is left out: it needs scores on all ten benchmarks, "
-            "`switchkd eval --task all`."
-        )
-    return section
-
-
-def _exact_match_table(runs: list[EvalRun]) -> Table:
-    kinds = sorted({kind for run in runs for kind in run.scores["by_type"]})
-    rows = []
-    for run in runs:
-        by_type = [f"{run.scores['by_type'][k]:.4f}" if k in run.scores["by_type"] else "" for k in kinds]
-        skipped = f"{sum(run.scores['skipped'].values()):,}"
-        rows.append([run.label, f"{run.scores['accuracy']:.4f}", *by_type, f"{run.scores['questions']:,}", skipped])
-    return Table(["model", "exact match", *kinds, "questions", "skipped"], rows)
-
-
-def _benchmark_table(runs: list[EvalRun]) -> Table:
-    columns = dict.fromkeys((row["title"], row["split"]) for run in runs for row in run.scores["benchmarks"])
-    averages = dict.fromkeys(name for run in runs for name in run.scores["averages"])
-    rows = []
-    for run in runs:
-        found = {(row["title"], row["split"]): row for row in run.scores["benchmarks"]}
-        means = [run.scores["averages"].get(name, {}).get("score") for name in averages]
-        cells = [_score_cell(found.get(column)) for column in columns]
-        rows.append([run.label, *cells, *("" if mean is None else f"{mean:.1f}" for mean in means)])
-    return Table(["model", *(f"{t} ({s})" for t, s in columns), *(name.capitalize() for name in averages)], rows)
-
-
-def _score_cell(row: dict[str, Any] | None) -> str:
-    if row is None or row["score"] is None:
-        return ""
-    low, high = row["interval"] or (None, None)
-    return f"{row['score']:.1f}" + ("" if low is None else f" ({low:.1f} … {high:.1f})")
-
-
-def _competencies(run: EvalRun) -> list[float] | None:
-    """Return the mean score of each competency, or None if one of the ten benchmarks has no score."""
-    scores = {row["name"]: row["score"] for row in run.scores["benchmarks"] if row["score"] is not None}
-    if any(name not in scores for names in COMPETENCIES.values() for name in names):
-        return None
-    return [float(np.mean([scores[name] for name in names])) for names in COMPETENCIES.values()]
 
 
 def _samples(inputs: Inputs, options: ReportOptions) -> Section:

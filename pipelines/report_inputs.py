@@ -73,7 +73,9 @@ def find_inputs(given: Sequence[tuple[str | None, Location]]) -> Inputs:
         DataError: nothing at or below a place, or a damaged file. StoreError: a damaged store.
     """
     found = Inputs()
-    trains, evals, stores = [], [], []
+    trains: list[tuple[str | None, Location]] = []
+    evals: list[tuple[str | None, Location]] = []
+    stores: list[tuple[str | None, Location]] = []
     for label, place in given:
         folders = [place] if isinstance(place, str) else [Path(path) for path in _folders(place)]
         if not folders:

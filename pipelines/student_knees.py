@@ -48,7 +48,8 @@ def knees_beside(run: TrainRun, store: TeacherStore, samples: int, device: str) 
     data = SampleFile(Path(run.options["data"]))
     chosen = choose_samples(store, samples, seed=0)
     model: Any = freeze(load_model(checkpoint, dtype="float32")).to(device)
-    of_student, of_teacher = [np.empty(0)], [np.empty(0)]
+    of_student: list[NDArray[Any]] = [np.empty(0)]
+    of_teacher: list[NDArray[Any]] = [np.empty(0)]
     with Progress(f"knees of {run.label}", len(chosen), "samples") as progress:
         for start in range(0, len(chosen), BATCH):
             indices = chosen[start : start + BATCH]

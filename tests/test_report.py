@@ -17,8 +17,9 @@ from switchkd.cli.main import main
 from switchkd.errors import DataError
 from switchkd.losses import kneedle
 from switchkd.pipelines.benchmarks.registry import AVERAGES
-from switchkd.pipelines.report import COMPETENCIES, ReportOptions, report
+from switchkd.pipelines.report import ReportOptions, report
 from switchkd.pipelines.report_inputs import find_inputs
+from switchkd.pipelines.report_scores import COMPETENCIES
 from switchkd.pipelines.student_knees import knees_beside
 from switchkd.stores import TeacherStore
 
@@ -62,6 +63,8 @@ def test_everything_that_the_runs_hold_is_there(page, runs):
     assert {"CE, nats per position", "Align, nats per position", "VSD, nats per position", "Learning rate"} <= set(
         titles
     )
+    assert {"Speed", "Time spent waiting for data", "Gradient norm"} <= set(titles)
+    assert {"Gradient of VSD in the vision features", "Mean knee of switch-kd and its teacher, by step"} <= set(titles)
     assert {"Knee of the teacher, t.zarr", "Probability outside the top 4, t.zarr", "Size of the parts, t.zarr"} <= set(
         titles
     )
@@ -143,7 +146,8 @@ def test_what_is_not_there_is_left_out_and_said(runs, tmp_path):
     for words in (
         "No store was given",
         "No evaluation was given",
-        "No run has VSD: train with a teacher to have Align, with --switch to have VSD",
+        "No run has VSD: train with a teacher to have Align",
+        "No run has “Gradient of VSD in the vision features”",
         "No question was answered by every evaluation",
     ):
         assert words in text
