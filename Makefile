@@ -11,11 +11,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(VENV)/.installed  ## make .venv with everything that demo and tests need
+install: $(VENV)/.installed  ## make .venv with everything that demo, tests and documents need
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
 	touch $@
 
 demo: install  ## cache a teacher, train two students, print the table (demo-run/)
@@ -86,7 +86,6 @@ types: install  ## mypy over the package as it is installed
 check: lint types test  ## everything that must pass before a change is proposed
 
 docs: install commands  ## the documents as a site (build/site/index.html)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict --quiet
 
 commands: install  ## rewrite docs/commands.md from the commands themselves
