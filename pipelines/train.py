@@ -24,7 +24,7 @@ from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.footprint import Footprint
 from switchkd.pipelines.peer_trainer import PeerTrainer, check_peer, make_peer
 from switchkd.pipelines.plot_run import plot_run
-from switchkd.pipelines.profiles import fit_fsdp, profile_arguments, shard_frozen
+from switchkd.pipelines.profiles import fit_fsdp, loading_whole, profile_arguments, require_checkpoint, shard_frozen
 from switchkd.pipelines.resume_state import last_checkpoint
 from switchkd.pipelines.stages import freeze_other_parts
 from switchkd.pipelines.stops import naming_the_last_checkpoint
@@ -98,15 +98,18 @@ def train(options: TrainOptions) -> TrainSummary:
     vocabularies = bridges.make_vocab_map(teacher, student, samples) if teacher and options.vocab_map else None
     arguments = _training_arguments(options, store, len(samples))
     resume = last_checkpoint(options.output)
+    if resume is not None:
+        require_checkpoint(options.profile, resume, arguments.world_size)
     config.record(options.output, config.plain(options))
 
-    model = load_model(student, dtype="float32")
+    with loading_whole(arguments):
+        model = load_model(student, dtype="float32")
+        source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
     freeze_other_parts(model, parts)
     unused = freeze_unused_vision(model) if "vision" in parts else []
     if options.switch_adapter is not None:
         assert teacher is not None
         model.switch_adapter = bridges.make_switch_adapter(options, teacher, student)
-    source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
     peer = objective.name in PEERS
     if peer:
         assert isinstance(source, LiveTeacher)

@@ -10,7 +10,7 @@ from training import assert_equal_runs, history, two_processes
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.profiles import profile_arguments
+from switchkd.pipelines.profiles import profile_arguments, require_checkpoint
 from switchkd.pipelines.train import train
 
 cached, hidden, options = training.cached, training.hidden, training.options
@@ -131,6 +131,37 @@ def test_a_run_goes_on_with_other_processes(options, monkeypatch, tmp_path, befo
         assert done.returncode == 0, done.stderr[-3000:]
         assert "accumulation 2: a step of this run has 4 samples" in done.stderr
     assert_equal_runs(tmp_path / "whole", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_zero3_equals_one_process_and_goes_on(options, tmp_path):
+    """With DeepSpeed itself, on CPUs over gloo; one sample at a time, as above."""
+    pytest.importorskip("deepspeed", reason="--profile zero3 needs the extra deepspeed")
+    train(options)
+    for prelude, code in ((DYING, 1), ("", 0)):
+        done = two_processes(
+            options, tmp_path, prelude=prelude, batch_size=1, accumulation=2, save_every=1, profile="zero3"
+        )
+        assert done.returncode == code, done.stderr[-3000:]
+    assert "resuming from" in done.stderr
+    assert_equal_runs(options.output, tmp_path / "two")
+    for folder in (tmp_path / "two", tmp_path / "two/checkpoint-6"):
+        _, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not report["unexpected_keys"] and not set(report["missing_keys"]) - {"lm_head.weight"}
+
+
+def test_deepspeeds_checkpoints_go_on_as_they_were_written(tmp_path):
+    for process in range(2):
+        (tmp_path / f"rng_{process}.json").touch()
+    require_checkpoint("fsdp", tmp_path, 4)
+    with pytest.raises(ConfigError, match="written with --profile ddp or fsdp, zero3 cannot read it"):
+        require_checkpoint("zero3", tmp_path, 2)
+    (tmp_path / "latest").touch()
+    require_checkpoint("zero3", tmp_path, 2)
+    with pytest.raises(ConfigError, match="written with --profile zero3, ddp cannot read it: pass --profile zero3"):
+        require_checkpoint("ddp", tmp_path, 2)
+    with pytest.raises(ConfigError, match="by 2 processes, and only as many can read it, not 4"):
+        require_checkpoint("zero3", tmp_path, 4)
 
 
 def test_a_run_keeps_its_global_batch(options, monkeypatch):
