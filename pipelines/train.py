@@ -38,6 +38,7 @@ from switchkd.stores.reader import pick_store
 from switchkd.templates import load_template
 from switchkd.vlm import (
     Checkpoint,
+    checkpoint_language,
     freeze,
     freeze_unused_vision,
     load_lm_head,
@@ -237,6 +238,13 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
     return payload
 
 
+def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
+    """Return the dtype that the frozen weights are kept in; under bfloat16 autocast more bits would never be used."""
+    if options.teacher_dtype == "auto" and options.precision == "bfloat16":
+        return "bfloat16"
+    return teacher.resolve_dtype(options.teacher_dtype)
+
+
 def _load_teacher(
     options: TrainOptions,
     objective: Objective,
@@ -247,17 +255,21 @@ def _load_teacher(
     """Load of the teacher what the run needs, and no more: (source of its word, model of the switch pathway)."""
     if not objective.needs_teacher:
         return None, None
-    dtype = "" if teacher is None else teacher.resolve_dtype(options.teacher_dtype)
+    dtype = "" if teacher is None else _teacher_dtype(options, teacher)
     if store is None:
         assert teacher is not None
         whole = load_model(teacher, dtype=dtype)
         freeze(whole)
+        if options.teacher_checkpointing:
+            checkpoint_language(whole)
         return LiveTeacher(whole, teacher.vocab_rows), whole if objective.switch else None
     switch = None
     if objective.switch:
         assert teacher is not None
         switch = load_model(teacher, vision=False, dtype=dtype)
         freeze(switch)
+        if options.teacher_checkpointing:
+            checkpoint_language(switch)
     if payload == "topk":
         return StoredTopK(store.manifest.vocab_rows, options.tail), switch
     assert teacher is not None

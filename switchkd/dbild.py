@@ -116,11 +116,11 @@ def _both_branches(
     divergence: str,
 ) -> Tensor:
     """L_t + L_s of eq. 7 for every position, [T]: teacher-led, then student-led (ids [T, k_max], k [T])."""
+    widths = [ids.shape[-1] for ids, _ in leads]
+    both = torch.cat([ids for ids, _ in leads], dim=-1)  # one gather, so that its backward makes one [T, N] tensor
+    of_student, of_teacher = ((z.gather(-1, both) / temperature).split(widths, dim=-1) for z in (student, teacher))
     total = student.new_zeros(len(student))
-    for ids, k in leads:
+    for s, t, (ids, k) in zip(of_student, of_teacher, leads, strict=True):
         keep = torch.arange(ids.shape[-1], device=ids.device) < k.unsqueeze(-1)  # [T, k_max]
-        of_student = student.gather(-1, ids) / temperature
-        of_teacher = teacher.gather(-1, ids) / temperature
-        pair = (of_student, of_teacher) if divergence == "reverse_kl" else (of_teacher, of_student)
-        total = total + pair_kl(*pair, keep)
+        total = total + pair_kl(*((s, t) if divergence == "reverse_kl" else (t, s)), keep)
     return total

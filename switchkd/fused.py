@@ -8,7 +8,7 @@ fused linear cross entropy (arXiv 2410.10989), for any loss that is a sum over p
 Plain torch: matrix products run in the libraries of the device, and what is left is a few passes over a chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 
 # Logits of a chunk, 64 MiB in float32: enough positions for efficient matrix products, little beside the LM head itself.
 CHUNK_LOGITS = 1 << 24
+# A loss makes some ten tensors of the size of what it is given: on a CPU it gets blocks of a chunk whose tensors stay in cache and
+# in memory that is at hand, on an accelerator whole chunks.
+BLOCK_LOGITS = {"cpu": 1 << 21}
 
 
 class LMHead(NamedTuple):
@@ -32,16 +35,19 @@ class LMHead(NamedTuple):
         return at_least_float32(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
 
-class Chunk(NamedTuple):
+class Block(NamedTuple):
     """Some consecutive positions, as a loss sees them."""
 
     rows: slice  # of the T positions
+    in_chunk: slice  # the same, counted from the beginning of the chunk
     logits: Tensor  # [c, V], float32 or float64
     switch: Tensor | None  # z_switch at those of them that belong to images, [c', V_T]; None if there is none
 
 
-# A chunk → (what is minimised, its parts for the log), sums over the chunk's positions
-LossOfChunk = Callable[[Chunk], tuple[Tensor, Tensor]]
+# A block → (what is minimised, its parts for the log), sums over the block's positions
+LossOfBlock = Callable[[Block], tuple[Tensor, Tensor]]
+# What is done once for a chunk of positions → the loss of its blocks
+OpenChunk = Callable[[slice], LossOfBlock]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def loss_in_chunks(
     hidden: Tensor,
     head: LMHead,
-    loss_of_chunk: LossOfChunk,
+    open_chunk: OpenChunk,
     *,
     switch_hidden: Tensor | None = None,
     switch_head: LMHead | None = None,
@@ -68,11 +74,12 @@ def loss_in_chunks(
     Args:
         hidden: the student's final hidden states, [T, d].
         head: the student's LM head; may be tied to its embedding.
-        loss_of_chunk: differentiable in the chunk's logits; anything else that it reads receives no gradient.
+        open_chunk: given a chunk's positions, returns the loss of its blocks: differentiable in a block's logits; anything else
+            that it reads receives no gradient.
         switch_hidden: the switch pathway's hidden states at the positions of image samples, in order, [T', d_T].
         switch_head: the teacher's LM head, wanted with `switch_hidden`.
         on_image: [T] bool with T' True; wanted with `switch_hidden`.
-        chunk_positions: positions at a time; by default what makes `CHUNK_LOGITS` logits.
+        chunk_positions: positions at a time, at most; by default what makes `CHUNK_LOGITS` logits.
 
     Raises:
         ValueError: the switch pathway's arguments do not go together.
@@ -84,7 +91,7 @@ def loss_in_chunks(
             raise ValueError(f"on_image marks {int(on_image.sum())} positions, switch_hidden has {len(switch_hidden)}")
     autocast = hidden.device.type if torch.is_autocast_enabled(hidden.device.type) else None
     work = _Work(
-        loss_of_chunk=loss_of_chunk,
+        open_chunk=open_chunk,
         switch_head=switch_head,
         on_image=on_image,
         positions=chunk_positions or max(1, CHUNK_LOGITS // len(head.weight)),
@@ -100,23 +107,16 @@ def loss_in_chunks(
 class _Work:
     """What is done, apart from the tensors that receive a gradient."""
 
-    loss_of_chunk: LossOfChunk
+    open_chunk: OpenChunk
     switch_head: LMHead | None
     on_image: Tensor | None
-    positions: int  # in a chunk
+    positions: int  # in a chunk, at most
     dtype: torch.dtype  # of the student's matrix products
     with_gradients: bool
 
-    def spans(self, count: int) -> Iterator[tuple[slice, slice]]:
-        """Yield each chunk's positions, and its part of the switch pathway's positions."""
-        starts = list(range(0, count, self.positions))
-        if self.on_image is None:
-            before = [0] * (len(starts) + 1)
-        else:
-            chunks = [chunk.sum() for chunk in torch.split(self.on_image, self.positions)] if starts else []
-            before = [0, *(torch.stack(chunks).cumsum(0).tolist() if chunks else [])]
-        for number, start in enumerate(starts):
-            yield slice(start, min(start + self.positions, count)), slice(before[number], before[number + 1])
+    def images_before(self, count: int) -> list[int]:
+        """Return how many of the first 0, 1 … count positions belong to images."""
+        return [0, *self.on_image.cumsum(0).tolist()] if self.on_image is not None else [0] * (count + 1)
 
 
 class _InChunks(torch.autograd.Function):
@@ -125,22 +125,37 @@ class _InChunks(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, switch_hidden: Tensor | None, work: _Work
     ) -> tuple[Tensor, Tensor]:
         wanted = [work.with_gradients and needed for needed in ctx.needs_input_grad[:4]]
-        sums = _Gradients(hidden, weight, bias, switch_hidden, wanted)
+        sums = _Gradients((hidden, weight, bias, switch_hidden), wanted)
         head = LMHead(weight.to(work.dtype), None if bias is None else bias.to(work.dtype))
+        before = work.images_before(len(hidden))
+        block_rows = max(1, BLOCK_LOGITS.get(hidden.device.type, CHUNK_LOGITS) // len(weight))
         total = parts = None
-        for rows, switch_rows in work.spans(len(hidden)):
+        chunks = max(1, -(-len(hidden) // work.positions))
+        step = max(1, -(-len(hidden) // chunks))  # chunks of one size: a small one costs as many passes over the head
+        for start in range(0, len(hidden), step):
+            rows = slice(start, min(start + step, len(hidden)))
+            switch_rows = slice(before[rows.start], before[rows.stop])
             states = hidden[rows].to(work.dtype)
-            switch = None
+            logits, switch = head.logits(states), None
             if switch_hidden is not None and work.switch_head is not None and switch_rows.stop > switch_rows.start:
                 switch = work.switch_head.logits(switch_hidden[switch_rows])
-            chunk = Chunk(rows, head.logits(states), switch)
-            loss, of_parts, of_logits, of_switch = _loss_and_gradients(work.loss_of_chunk, chunk, any(wanted))
-            total, parts = (loss, of_parts) if total is None or parts is None else (total + loss, parts + of_parts)
-            if of_logits is not None:
-                sums.add(rows, states, head.weight, of_logits)
-            if of_switch is not None and work.switch_head is not None:
-                sums.add_switch(switch_rows, work.switch_head.weight, of_switch)
-            del chunk, of_logits, of_switch  # before the next chunk is made
+            loss_of_block = work.open_chunk(rows)
+            for first in range(rows.start, rows.stop, block_rows):
+                last = min(first + block_rows, rows.stop)
+                of_switch = slice(before[first] - switch_rows.start, before[last] - switch_rows.start)
+                block = Block(
+                    slice(first, last),
+                    slice(first - start, last - start),
+                    logits[first - start : last - start],
+                    switch[of_switch] if switch is not None and of_switch.stop > of_switch.start else None,
+                )
+                loss, of_parts = _replace_by_gradients(loss_of_block, block, any(wanted))
+                total, parts = (loss, of_parts) if total is None or parts is None else (total + loss, parts + of_parts)
+            if any(wanted):
+                sums.add(rows, states, head.weight, logits)
+                if switch is not None and work.switch_head is not None:
+                    sums.add_switch(switch_rows, work.switch_head.weight, switch)
+            del logits, switch, block, loss_of_block  # before the next chunk is made
         if total is None or parts is None:
             total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
             parts = total.new_zeros(0)
@@ -165,30 +180,31 @@ class _InChunks(torch.autograd.Function):
         return (*gradients, None)
 
 
-def _loss_and_gradients(
-    loss_of_chunk: LossOfChunk, chunk: Chunk, with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return a chunk's (loss, parts, d loss / d logits, d loss / d switch logits)."""
+def _replace_by_gradients(loss_of_block: LossOfBlock, block: Block, with_gradients: bool) -> tuple[Tensor, Tensor]:
+    """Return a block's (loss, parts), and write the loss's gradients over the block's logits."""
     if not with_gradients:
-        return *loss_of_chunk(chunk), None, None
-    inputs = [chunk.logits.requires_grad_()] + ([] if chunk.switch is None else [chunk.switch.requires_grad_()])
+        return loss_of_block(block)
+    places = [z for z in (block.logits, block.switch) if z is not None]
+    inputs = [z.detach().requires_grad_() for z in places]
+    block = block._replace(logits=inputs[0], switch=inputs[1] if len(inputs) > 1 else None)
     with torch.enable_grad():
-        loss, parts = loss_of_chunk(chunk)
+        loss, parts = loss_of_block(block)
         found = torch.autograd.grad(loss, inputs, allow_unused=True)
-    return loss.detach(), parts.detach(), found[0], found[1] if chunk.switch is not None else None
+    for place, gradient in zip(places, found, strict=True):
+        place.copy_(gradient) if gradient is not None else place.zero_()
+    return loss.detach(), parts.detach()
 
 
 class _Gradients:
     """Gradients of the four inputs, filled chunk by chunk; None where none is wanted."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, switch_hidden: Tensor | None, wanted: list[bool]
-    ) -> None:
-        self.dtypes = [x.dtype if x is not None else None for x in (hidden, weight, bias, switch_hidden)]
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=_sum_dtype(weight)) if wanted[1] else None
-        self.bias = torch.zeros_like(bias, dtype=_sum_dtype(bias)) if bias is not None and wanted[2] else None
-        self.switch = torch.zeros_like(switch_hidden) if switch_hidden is not None and wanted[3] else None
+    def __init__(self, inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> None:
+        self.inputs = [x if is_wanted else None for x, is_wanted in zip(inputs, wanted, strict=True)]
+        hidden, _, bias, switch_hidden = self.inputs
+        self.hidden = None if hidden is None else torch.zeros_like(hidden)
+        self.weight: Tensor | None = None  # the largest; made by the first chunk
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=_sum_dtype(bias))
+        self.switch = None if switch_hidden is None else torch.zeros_like(switch_hidden)
 
     def add(self, rows: slice, states: Tensor, weight: Tensor, of_logits: Tensor) -> None:
         """Carry the gradient of a chunk's logits [c, V] back through the student's LM head."""
@@ -197,7 +213,10 @@ class _Gradients:
         of_logits = of_logits.to(states.dtype)
         if self.hidden is not None:
             self.hidden[rows] = of_logits @ weight
-        if self.weight is not None and self.weight.dtype == states.dtype:
+        wanted = self.inputs[1]
+        if wanted is not None and self.weight is None:
+            self.weight = (of_logits.T @ states).to(_sum_dtype(wanted))
+        elif self.weight is not None and self.weight.dtype == states.dtype:
             self.weight.addmm_(of_logits.T, states)
         elif self.weight is not None:
             self.weight += of_logits.T @ states
@@ -208,9 +227,12 @@ class _Gradients:
             self.switch[rows] = of_logits.to(weight.dtype) @ weight
 
     def finished(self) -> list[Tensor | None]:
-        """Return the gradients in their inputs' dtypes."""
+        """Return the gradients in their inputs' dtypes; zeros where no chunk came by."""
         found = (self.hidden, self.weight, self.bias, self.switch)
-        return [None if g is None or d is None else g.to(d) for g, d in zip(found, self.dtypes, strict=True)]
+        return [
+            None if x is None else torch.zeros_like(x) if gradient is None else gradient.to(x.dtype)
+            for x, gradient in zip(self.inputs, found, strict=True)
+        ]
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor
 from switchkd.dbild import Divergence, bild_loss, dbild_loss
 from switchkd.divergences import kl_loss
 from switchkd.errors import ConfigError
-from switchkd.fused import Chunk, LMHead, at_least_float32, loss_in_chunks
+from switchkd.fused import Block, LMHead, at_least_float32, loss_in_chunks
 from switchkd.peers import PEERS
 from switchkd.positions import count_positions, per_sample_weights
 from switchkd.signals import TeacherSignal
@@ -183,23 +183,27 @@ class Objective:
             on_image: [P] bool, which positions belong to image samples; wanted with `switch_hidden`.
             weights: [P], see `parts`.
             chunk_positions: positions at a time.
-            look: called with each chunk's student logits and the teacher's word on it, for what is measured beside the loss.
+            look: called with each block's student logits and the teacher's word on it, for what is measured beside the loss.
         """
 
-        def loss_of_chunk(chunk: Chunk) -> tuple[Tensor, Tensor]:
-            rows = chunk.rows
+        def open_chunk(rows: slice) -> Callable[[Block], tuple[Tensor, Tensor]]:
             word = None if teacher is None else teacher.part(rows)
-            if look is not None:
-                look(chunk.logits, word)
-            keep = targets.new_zeros(len(chunk.logits), dtype=torch.bool) if on_image is None else on_image[rows]
+            return partial(loss_of_block, word)
+
+        def loss_of_block(word: TeacherSignal | None, block: Block) -> tuple[Tensor, Tensor]:
+            rows = block.rows
+            keep = targets.new_zeros(len(block.logits), dtype=torch.bool) if on_image is None else on_image[rows]
             weight = None if weights is None else weights[rows]
-            parts = self.parts(chunk.logits, targets[rows], word, chunk.switch, keep, weight)
+            here = None if word is None else word.part(block.in_chunk)
+            if look is not None:
+                look(block.logits.detach(), here)
+            parts = self.parts(block.logits, targets[rows], here, block.switch, keep, weight)
             return self.total(parts), torch.stack([parts.ce.new_zeros(()) if part is None else part for part in parts])
 
         total, sums = loss_in_chunks(
             hidden,
             head,
-            loss_of_chunk,
+            open_chunk,
             switch_hidden=switch_hidden,
             switch_head=switch_head,
             on_image=on_image,

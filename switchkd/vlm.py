@@ -9,12 +9,14 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -236,6 +238,15 @@ def load_lm_head(checkpoint: Checkpoint, dtype: str) -> Tensor:
 def freeze(model: nn.Module) -> nn.Module:
     """Stop gradients to every parameter; activations still carry them."""
     return model.requires_grad_(False).eval()
+
+
+def checkpoint_language(model: LlavaForConditionalGeneration) -> None:
+    """Recompute the activations of each language layer in the backward pass instead of keeping them; results are the same.
+
+    For a frozen teacher: transformers' own switch works in training mode alone, in which dropout is on.
+    """
+    for layer in model.model.language_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:

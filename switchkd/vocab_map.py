@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.fused import Chunk, LMHead, loss_in_chunks
+from switchkd.fused import Block, LMHead, loss_in_chunks
 from switchkd.objective import FusedLoss, LossParts, Objective
 from switchkd.signals import DenseSignal, TeacherSignal
 
@@ -147,32 +147,32 @@ def loss_over_vocabularies(
         weights: [P_S]. switch_weights: [P_T], of the teacher's positions.
     """
 
-    def of_student(chunk: Chunk) -> tuple[Tensor, Tensor]:
-        rows = chunk.rows
+    def of_student(block: Block) -> tuple[Tensor, Tensor]:
+        rows = block.rows
         weight = None if weights is None else weights[rows]
-        ce = objective.parts(chunk.logits, targets[rows], None, None, targets[rows] < 0, weight).ce
+        ce = objective.parts(block.logits, targets[rows], None, None, targets[rows] < 0, weight).ce
         there = partner[rows] >= 0
         word = _rows_of(teacher, partner[rows][there])
         signal = DenseSignal(vocabularies.of_teacher(word))
-        ours = vocabularies.of_student(chunk.logits[there])
+        ours = vocabularies.of_student(block.logits[there])
         align = objective.distance(ours, signal, None if weight is None else weight[there])
         return ce + objective.align_weight * align, torch.stack([ce, align])
 
-    total, sums = loss_in_chunks(hidden, head, of_student, chunk_positions=chunk_positions)
+    total, sums = loss_in_chunks(hidden, head, lambda _: of_student, chunk_positions=chunk_positions)
     ce, align = sums if len(sums) else total.detach().expand(2)
     if switch_hidden is None:
         return FusedLoss(total, LossParts(ce, align, None))
     assert switch_head is not None and on_image is not None
     seen = on_image.nonzero().squeeze(-1)
 
-    def of_switch(chunk: Chunk) -> tuple[Tensor, Tensor]:
-        rows = seen[chunk.rows]
+    def of_switch(block: Block) -> tuple[Tensor, Tensor]:
+        rows = seen[block.rows]
         signal = DenseSignal(_rows_of(teacher, rows)[:, : vocabularies.teacher_rows])
         weight = None if switch_weights is None else switch_weights[rows]
-        vsd = objective.distance(chunk.logits[:, : vocabularies.teacher_rows], signal, weight)
+        vsd = objective.distance(block.logits[:, : vocabularies.teacher_rows], signal, weight)
         return objective.vsd_weight * vsd, vsd.unsqueeze(0)
 
-    switched, sums = loss_in_chunks(switch_hidden, switch_head, of_switch, chunk_positions=chunk_positions)
+    switched, sums = loss_in_chunks(switch_hidden, switch_head, lambda _: of_switch, chunk_positions=chunk_positions)
     vsd = sums[0] if len(sums) else switched.detach()
     return FusedLoss(total + switched, LossParts(ce, align, vsd))
 

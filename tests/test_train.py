@@ -109,6 +109,20 @@ def test_samples_are_encoded_within_the_bounds_of_the_store(options, cached, tmp
     assert used == [("qa", 77, 1 << 30)]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "precision", "expected"),
+    [("auto", "float32", "float32"), ("auto", "bfloat16", "bfloat16"), ("float32", "bfloat16", "float32")],
+)
+def test_the_teachers_dtype_follows_the_precision(options, monkeypatch, chosen, precision, expected):
+    from switchkd.pipelines import train as stage
+
+    load, dtypes = stage.load_model, []
+    monkeypatch.setattr(stage, "load_model", lambda *a, **named: dtypes.append(named["dtype"]) or load(*a, **named))
+    train(replace(options, steps=1, teacher_dtype=chosen, precision=precision, teacher_checkpointing=True))
+    assert dtypes == ["float32", expected]  # student, teacher
+    assert all(value > 0 for value in history(options.output)[0][1:])
+
+
 def test_sft_needs_no_teacher_and_skips_bad_samples(options, tmp_path):
     rows = tiny.rows(8)
     rows[2]["image"] = "nowhere.png"
