@@ -15,7 +15,7 @@ from switchkd.errors import CheckpointError, ConfigError, DataError, RunError
 from switchkd.pipelines import ablate as module
 from switchkd.pipelines.ablate import AblateOptions, ablate
 from switchkd.pipelines.ablation_report import NONE, Result, markdown, rows_of
-from switchkd.pipelines.recipe import shipped_recipes
+from switchkd.pipelines.recipe import SHIPPED, shipped_recipes
 
 pytest.importorskip("matplotlib", reason="the table's plot is drawn with matplotlib")
 
@@ -261,3 +261,20 @@ def test_the_list_and_what_is_missing():
         done = CliRunner().invoke(main, words)
         assert done.exit_code == 2
         assert message in done.output
+
+
+@pytest.mark.slow
+def test_every_table_runs_from_its_shipped_recipe(teacher, student, tmp_path):
+    """Tiny checkpoints in the place of the paper's: each row of Tables 1 to 6 as shipped, in one folder, with bfloat16."""
+    data = tiny.data(tmp_path / "data", tiny.rows(6, text_only=(1,)))
+    values = {name: str(data) for name in ("pt_data", "ft_data", "eval_data")}
+    values |= {name: str(data.parent / "images") for name in ("pt_images", "ft_images", "eval_images")}
+    values |= {name: str(teacher) for name in ("teacher_3b", "teacher_7b", "teacher")}
+    values |= {name: str(student) for name in ("student_05b", "student_15b", "student")} | {"workers": "0"}
+    cells = {}
+    for table in ("table1", "table2", "table3", "table4", "table5", "table6"):
+        content = [yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()) for name in ("paper", table)]
+        known = {name for entry in content for key in ("variables", "defaults") for name in entry.get(key, {})}
+        given = {name: value for name, value in values.items() if name in known}
+        cells[table] = ablate(AblateOptions(table, tmp_path / "work", given)).cells
+    assert cells == {"table1": 8, "table2": 4, "table3": 4, "table4": 7, "table5": 5, "table6": 6}  # with teachers
