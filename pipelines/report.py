@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from switchkd.errors import InputError
 from switchkd.pipelines import figures
 from switchkd.pipelines.figures import Figure
 from switchkd.pipelines.plot_store import store_statistics
@@ -31,7 +32,7 @@ CURVES = {
     "positions_per_second": ("Speed", "positions / s", LOGGED),
     "wait_share": ("Time spent waiting for data", "share of the time", LOGGED),
     "grad_norm": ("Gradient norm", "norm before clipping", LOGGED),
-    "vsd_gradient_norm": ("Gradient of VSD in the vision features", "norm", "train with `--switch`"),
+    "vsd_gradient_norm": ("Gradient of VSD in the vision features", "norm", f"train with `--switch`; {LOGGED}"),
 }
 TEACHER = {"teacher": len(figures.SERIES) - 1}  # what a store says of its teacher has one colour everywhere
 
@@ -185,12 +186,16 @@ def _student_knees(section: Section, inputs: Inputs, options: ReportOptions) -> 
     finished = [run for run in inputs.trains if run.summary is not None]
     if not options.knees or len(inputs.stores) != 1 or not finished:
         section.missing.append(
-            "The knees of students are left out: give one store, finished runs that learned from it, and --knees N, the number of "
-            "samples to run them on."
+            "The knees of students are left out: give one store, finished runs that learned from it, and `--knees N`, the number "
+            "of samples to run them on."
         )
         return
     for number, run in enumerate(finished):
-        student, teacher = knees_beside(run, inputs.stores[0][1], options.knees, options.device)
+        try:
+            student, teacher = knees_beside(run, inputs.stores[0][1], options.knees, options.device)
+        except InputError as error:  # one run that cannot be run again need not cost the report
+            section.missing.append(f"The knees of {run.label} are left out: {error}")
+            continue
         title = f"Knees of {run.label} and its teacher"
         groups = {run.label: student, "teacher": teacher}
         section.figures.append(

@@ -213,6 +213,15 @@ def test_knees_of_the_student_are_those_of_its_logits(runs):
 SCORES = [50.0, 60.0, 70.0, 80.0, 60.0, 40.0, 20.0, 55.0, 45.0, 90.0]
 
 
+def test_a_run_whose_data_are_gone_costs_its_own_knees_only(runs, tmp_path):
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    record = tmp_path / "runs/sft/run.yaml"
+    record.write_text(record.read_text().replace(str(runs / "data/data.json"), "/nowhere.json"))
+    done, _ = write([tmp_path, runs / "stores"], tmp_path / "out", knees=2)
+    assert any("The knees of sft are left out: no data" in line for line in done.missing)
+    assert [path.stem for path in done.pictures if path.stem.startswith("knees-student")] == ["knees-student-1"]
+
+
 def test_the_benchmark_table_and_the_radar(tmp_path):
     report_runs.benchmarks(tmp_path / "ours", SCORES)
     report_runs.benchmarks(tmp_path / "theirs", [score - 10 for score in SCORES])
