@@ -175,4 +175,5 @@ class Footprint:
         return _Stack.of(model.model.language_model).forward_flops(tokens, pairs)
 
     def _head(self, model: LlavaForConditionalGeneration, positions: float) -> float:
-        return 2.0 * model.lm_head.weight.numel() * positions
+        weights: int = model.lm_head.weight.numel()
+        return 2 * weights * positions

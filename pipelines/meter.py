@@ -85,7 +85,7 @@ class Meter:
             if not (self.looking and inputs[0].requires_grad):
                 return None
             seen = inputs[0].view_as(inputs[0])
-            seen.register_hook(self._add_square)
+            seen.register_hook(self._add_square)  # type: ignore[no-untyped-call]
             return (seen, *inputs[1:])
 
         projector.register_forward_pre_hook(before)

@@ -34,7 +34,9 @@ FINISHED = "trainer_state.json"  # the Trainer writes it last
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's weights on the CPU, gathered where they are sharded; empty on all processes but the first."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     return {name: tensor for name, tensor in weights.items() if name not in _tied(model)}
 
 
@@ -63,7 +65,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         raise CheckpointError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}")
     if unknown := sorted(found - expected):
         raise CheckpointError(f"{folder} holds unknown weights, the first is {unknown[0]}")
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
     if _reads(model):
         for file in files:
             weights |= load_file(file)
@@ -73,7 +75,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, Any]) -> None:
     """Save the state of optimizer and scheduler: tensors apart, the rest as JSON. Every process calls it, the first writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole = get_optimizer_state_dict(model, optimizer, options=options)
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     if not _is_first():
         return
     tensors: dict[str, Tensor] = {}
@@ -108,7 +110,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return scheduler
 
 
-def _tied(model: nn.Module) -> set[str]:
+def _tied(model: Any) -> set[str]:
     """Names under which the model shows another parameter once more; no checkpoint holds them."""
     return set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
 

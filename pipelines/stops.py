@@ -29,7 +29,7 @@ def naming_the_last_checkpoint(run: Path) -> Iterator[None]:
         log.warning("the last good checkpoint: %s", _last(run))
         raise
     except (StoreMismatch, DataError) as error:
-        raise type(error)(f"{own_words(error)}\n{_advice(run)}") from error
+        raise type(error)(f"{own_words(error)}. {_advice(run)}") from error
     except RunError as error:
         raise RunError(f"{own_words(error)}\n{_advice(run)}") from error
     except SafetensorError as error:  # what safetensors makes of a full disk

@@ -142,6 +142,7 @@ def train(options: TrainOptions) -> TrainSummary:
         processing_class=[student.tokenizer, student.image_processor],  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
+    assert options.global_batch is not None  # resolved above
     trainer.add_callback(RunReport(len(samples), options.global_batch))
     with naming_the_last_checkpoint(options.output):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

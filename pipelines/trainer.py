@@ -110,7 +110,7 @@ class SwitchTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; on CPUs accelerate would copy models where it was asked to shard them."""
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp and not self.is_fsdp_enabled:
+        if self.args.fsdp and not self.accelerator.is_fsdp2:
             self.is_fsdp_enabled = True
             state = self.accelerator.state
             state.distributed_type = DistributedType.FSDP

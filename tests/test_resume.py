@@ -25,7 +25,7 @@ def test_nothing_that_is_written_is_a_pickle(options):
     train(options)
     for file in options.output.rglob("*"):
         if file.is_file():
-            assert file.suffix in {".json", ".safetensors", ".yaml", ".jinja"}, file
+            assert file.suffix in {".json", ".safetensors", ".yaml", ".jinja", ".png"}, file
             data = file.read_bytes()
             assert not data.startswith(b"PK"), file  # a torch archive
             with pytest.raises((ValueError, UnicodeDecodeError, IndexError)):
