@@ -102,7 +102,7 @@ def write_report(workdir: Path, recipe: Recipe, results: list[Result], final: bo
     write_whole(paths[2], _csv(cells))
     if final:
         paths.append(workdir / f"{recipe.name}.png")
-        draw(paths[-1], recipe.title, rows)
+        draw(paths[-1], recipe.title, axes, rows)
     return tuple(paths)
 
 
@@ -120,6 +120,15 @@ def markdown(axes: list[str], rows: list[Row], kinds: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _name(axes: list[str], row: Row) -> str:
+    """Name a row in the plot: "student small, teacher large"."""
+    if row.results[0].cell is None:
+        return row.labels[0]
+    spoken = {"student": "student {}", "teacher": "teacher {}", "switch": "{} switch"}
+    pairs = zip(axes, row.labels, strict=True)
+    return ", ".join(spoken.get(axis, "{}").format(word) for axis, word in pairs if word != NONE)
+
+
 def _questions(row: Row) -> int:
     return row.results[0].questions
 
@@ -134,8 +143,8 @@ def _csv(lines: list[list[Any]]) -> str:
     return out.getvalue()
 
 
-def draw(path: Path, title: str, rows: list[Row]) -> None:
-    """Draw a bar per row, its spread, and a dot per seed."""
+def draw(path: Path, title: str, axis_names: list[str], rows: list[Row]) -> None:
+    """Draw each row's mean, its spread, and a dot per seed; no bars, since the scale does not begin at 0."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -143,14 +152,14 @@ def draw(path: Path, title: str, rows: list[Row]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
     places = range(len(rows))
-    names = [", ".join(word for word in row.labels if word not in ("", NONE)) for row in rows]
-    spreads = [row.spread or 0.0 for row in rows]
-    colors = ["#bbbbbb" if row.results[0].cell is None else "#4477aa" for row in rows]
-    axes.barh(places, [row.mean for row in rows], xerr=spreads, color=colors, capsize=3, height=0.6)
+    names = [_name(axis_names, row) for row in rows]
     for place, row in zip(places, rows, strict=True):
-        axes.plot(row.accuracies, [place] * len(row.results), "o", color="#222222", markersize=3.5)
+        color = "#888888" if row.results[0].cell is None else "#4477aa"
+        axes.errorbar(row.mean, place, xerr=row.spread or 0.0, fmt="|", color=color, markersize=16, capsize=3)
+        axes.plot(row.accuracies, [place] * len(row.results), "o", color=color, markersize=4, alpha=0.7)
     low = min(value for row in rows for value in row.accuracies)
-    axes.set(xlim=(max(0.0, low - 0.1), 1.0), xlabel="accuracy; bar: mean, whisker: standard deviation, dot: a seed")
+    axes.set(xlim=(max(0.0, low - 0.05), 1.0), xlabel="accuracy; line: mean, whisker: standard deviation, dot: a seed")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_title(title, fontsize=10)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
