@@ -36,7 +36,7 @@ def command() -> None:
 @click.option("--strict", is_flag=True, help="Exit 1 if a row would be skipped.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
 @click.pass_context
-def check(ctx: click.Context, strict: bool, data: Path, **options: Any) -> None:
+def check(ctx: click.Context, /, strict: bool, data: Path, **options: Any) -> None:
     """Tell what a data file holds: kinds, lengths, and what would be skipped and why."""
     quiet_libraries()
     from switchkd.pipelines.data_check import CheckOptions, check_data, lines

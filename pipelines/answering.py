@@ -116,13 +116,18 @@ class Answerer:
         if pixels is not None:
             inputs["pixel_values"] = pixels[None].to(self.model.device, self.model.dtype)
         pieces: list[str] = []
+
+        def hear(piece: str) -> None:
+            pieces.append(piece)
+            heard(piece)
+
         self.model.generate(
             **inputs,
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.stop_ids,
             pad_token_id=self.pad_id,
-            streamer=_Streamer(self.tokenizer, self.stop_ids, lambda piece: (pieces.append(piece), heard(piece))),
+            streamer=_Streamer(self.tokenizer, self.stop_ids, hear),
         )
         return "".join(pieces).strip()
 

@@ -71,7 +71,7 @@ def model_card(
 
 
 def _own_class(checkpoint: Checkpoint) -> bool:
-    return checkpoint.config.model_type != "llava"
+    return bool(checkpoint.config.model_type != "llava")
 
 
 def _rows(rows: dict[str, Any]) -> str:

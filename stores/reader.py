@@ -184,15 +184,15 @@ class TeacherStore:
             if layout.digest_bytes(content) != listed[name].get("blake2b"):
                 raise StoreError(f"{self.place.at(f'{part_key}/{name}')} is not what was written; {_REWRITE}")
         found_at = {f"{part_key}/{name}": size for name, size in sizes.items()}
+        described = dict(zip(metadata, contents, strict=True))
         arrays = {}
         manifest = self.manifest
         names = layout.payload_array_names(manifest.has_topk, manifest.has_hidden, manifest.hidden_dtype)
         for name in (layout.OFFSET, layout.STATUS, layout.DIGEST, *names):
-            content = dict(zip(metadata, contents, strict=True)).get(f"{name}/{MARKER}")
-            if content is None:
+            if f"{name}/{MARKER}" not in described:
                 raise StoreError(f"{self.place.at(part_key)} has no array {name}; {_REWRITE}")
             try:
-                arrays[name] = Shard(self.place, f"{part_key}/{name}", content, found_at)
+                arrays[name] = Shard(self.place, f"{part_key}/{name}", described[f"{name}/{MARKER}"], found_at)
             except ValueError as error:
                 raise StoreError(f"{self.place.at(part_key)}: {error}; {_REWRITE}") from error
         return arrays

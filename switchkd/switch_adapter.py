@@ -42,6 +42,7 @@ class SwitchAdapter(nn.Module):
             grid_side(count), grid_side(self.count)
             self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
             nn.init.zeros_(self.local.weight)
+            assert self.local.bias is not None
             nn.init.zeros_(self.local.bias)
         first = nn.Linear(width, target_width)
         nn.init.orthogonal_(first.weight)
@@ -62,7 +63,7 @@ class SwitchAdapter(nn.Module):
             features = torch.cat([features[:, :1], features], dim=1)  # the dropped patch, by its neighbour
         grid = features.mT.unflatten(-1, (side, side))  # [B, d_S, side, side]
         grid = F.interpolate(grid, (target, target), mode="bilinear", align_corners=False, antialias=target < side)
-        tokens = (grid + self.local(grid)).flatten(2).mT
+        tokens: Tensor = (grid + self.local(grid)).flatten(2).mT
         return tokens[:, target * target - self.count :]
 
 
