@@ -25,7 +25,7 @@ EXTRAS = {
     "ray": "`cache-teacher --engine ray`",
     "s3": "stores at s3://, gs://, az://",
     "fast": "faster reading of stores on local disks",
-    "viz": "`store plot`, `report`, pictures of `ablate`",
+    "viz": "`store plot`, `report`, `attend`, pictures of `train` and `ablate`",
     "deepspeed": "`train` under DeepSpeed",
     "eval": "`eval` of MMBench spreadsheets",
     "docs": "`make docs`",
