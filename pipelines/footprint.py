@@ -128,12 +128,15 @@ class Footprint:
             total += self._projector(self.live, work.images) + self._vision(self.live, work.images)
         return total + 2 * self.stored_head * work.positions
 
-    def memory(self, rows: int, length: int, *, processes: int, sharded: str | None, half: bool) -> dict[str, float]:
+    def memory(
+        self, rows: int, length: int, *, processes: int, sharded: str | None, half: bool, checkpointed: bool = False
+    ) -> dict[str, float]:
         """Return what a process needs at its peak, bytes by kind.
 
         Args:
             rows, length: of a batch, every row with an image and of the full length.
             sharded: None, "student", or "all" for the teacher's layers too. half: bfloat16 autocast.
+            checkpointed: whether the teacher's activations are computed again in the backward pass.
         """
         student = list(self.student.parameters())
         trained = sum(p.numel() for p in student if p.requires_grad)
@@ -150,8 +153,11 @@ class Footprint:
         if self.vision_trains:
             kept += vision * _Stack.of(self.student.model.vision_tower).kept_bytes(element, True)
         if self.switch is not None:
-            language = _Stack.of(self.switch.model.language_model)
-            kept += tokens * language.kept_bytes(self.switch.lm_head.weight.element_size(), False)
+            language, size = _Stack.of(self.switch.model.language_model), self.switch.lm_head.weight.element_size()
+            through = language.kept_bytes(size, False)
+            if checkpointed:  # inputs of the layers, and one layer at a time
+                through = language.layers * language.width * size + through // language.layers
+            kept += tokens * through
         head = self.student.lm_head.weight
         chunk = min(CHUNK_LOGITS, tokens * len(head))
         return {

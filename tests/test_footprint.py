@@ -150,6 +150,18 @@ def test_weights_gradients_and_optimizer_are_exact(models):
     student.zero_grad()
 
 
+def test_a_checkpointed_teacher_keeps_the_inputs_of_its_layers(models):
+    student, teacher = models
+
+    def activations(switch, **more):
+        footprint = Footprint(student, switch, None, 0, VISION)
+        return footprint.memory(ROWS, LENGTH, processes=1, sharded=None, half=False, **more)["activations"]
+
+    alone, whole = activations(None), activations(teacher)
+    inputs = 5 * ROWS * LENGTH * 96 * 4  # 5 layers of width 96, float32
+    assert activations(teacher, checkpointed=True) == alone + inputs + (whole - alone) / 5
+
+
 def test_sharding_divides_what_it_shards(models):
     student, teacher = models
     footprint = Footprint(student, teacher, None, 0, VISION)
