@@ -19,8 +19,8 @@ LOSS_TENSORS = 8
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (parameters, those that train) of each part that the model has: vision, projector, language."""
-    found = dict.fromkeys(PARTS, (0, 0))
+    """Return (parameters, those that train) of each part that the model has: vision, projector, language, adapters of a peer."""
+    found = dict.fromkeys((*PARTS, "adapters"), (0, 0))
     for name, parameter in model.named_parameters():
         every, trained = found[part_of(name)]
         found[part_of(name)] = every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad
