@@ -64,7 +64,7 @@ bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what captu
 		$(VLLM_VENV)/bin/python benchmarks/backends.py
 
 # Parity, and what caching needs of the package under vLLM's older transformers.
-VLLM_TESTS := $(addprefix tests/test_,vllm.py vllm_pooler.py cache_teacher.py dry_run.py encoding.py fingerprints.py vlm.py)
+VLLM_TESTS := $(addprefix tests/test_,vllm.py vllm_export.py vllm_pooler.py cache_teacher.py dry_run.py encoding.py fingerprints.py vlm.py)
 # vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
 VLLM_NEEDS := accelerate|cachetools|click|datasets|hypothesis|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr
 $(VLLM_VENV)/.installed: pyproject.toml constraints.txt

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlavaProcessor
 
 from switchkd.encoding import pad_id_of
@@ -85,6 +86,7 @@ def _write_model(checkpoint: Checkpoint, template: ConversationFormat, folder: P
         do_sample=False, eos_token_id=stop_ids_of(template, tokenizer), pad_token_id=pad_id_of(tokenizer)
     )
     model.save_pretrained(folder)
+    _name_as_published(folder)
     source = chat_template_source(template, tokenizer.eos_token)
     tokenizer.chat_template = source
     tokenizer.save_pretrained(folder)
@@ -103,6 +105,25 @@ def _write_model(checkpoint: Checkpoint, template: ConversationFormat, folder: P
     )
     processor.save_pretrained(folder)
     checkpoint.image_processor.save_pretrained(folder)  # a file of its own, for programs that look for nothing else
+
+
+def _name_as_published(folder: Path) -> None:
+    """Give the vision tower's tensors the level `vision_model` that published Llavas have and vLLM expects.
+
+    transformers reads both names, and since 5.19 writes the shorter one.
+    """
+
+    def longer(name: str) -> str:
+        head, tower, rest = name.partition("vision_tower.")
+        return f"{head}{tower}vision_model.{rest}" if tower and not rest.startswith("vision_model.") else name
+
+    for path in folder.glob("*.safetensors"):
+        save_file({longer(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {longer(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _scores(options: ExportOptions) -> list[EvalScores]:
