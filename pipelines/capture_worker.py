@@ -5,6 +5,7 @@ A worker may be this process, one of several started by Slurm, Kubernetes or tor
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -121,7 +122,9 @@ class CaptureWorker:
             usable = [found for _, found in batch if isinstance(found, EncodedSample)]
             if self.options.strict and len(usable) < len(batch):
                 raise next(found for _, found in batch if isinstance(found, BadSample))
-            under_way.append((part, batch, self.backend.start(usable, self.manifest) if usable else None))
+            with self._blaming(batch):
+                started = self.backend.start(usable, self.manifest) if usable else None
+            under_way.append((part, batch, started))
             if len(under_way) >= self.backend.ahead:
                 yield self._finished(*under_way.popleft())
         while under_way:
@@ -130,11 +133,14 @@ class CaptureWorker:
     def _finished(
         self, part: int, batch: list[tuple[int, Encoded]], started: Any
     ) -> tuple[int, list[tuple[int, Encoded]], list[Payload]]:
-        """Take a started batch; on failure find out which sample it was."""
-        if started is None:
-            return part, batch, []
+        with self._blaming(batch):
+            return part, batch, [] if started is None else self.backend.finish(started)
+
+    @contextmanager
+    def _blaming(self, batch: list[tuple[int, Encoded]]) -> Iterator[None]:
+        """If a batch fails, find out which sample it was, and name its row."""
         try:
-            return part, batch, self.backend.finish(started)
+            yield
         except TeacherStopped:
             raise
         except RunError as failure:

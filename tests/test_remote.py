@@ -23,9 +23,10 @@ from switchkd.cli.main import main
 from switchkd.errors import RunError, StoreError, StoreMismatch
 from switchkd.stores import TeacherStore
 from switchkd.stores.info import describe
-from switchkd.stores.layout import GAP, ID_OF_RANK, PARTS, part_key
+from switchkd.stores.layout import GAP, ID_OF_RANK, PARTS, part_key, writer_prefix
 from switchkd.stores.place import place_of
 from switchkd.stores.reader import pick_store
+from switchkd.stores.status import status
 from switchkd.stores.verify import missing_parts, repair, verify
 
 pytestmark = pytest.mark.s3
@@ -335,6 +336,15 @@ def test_repair_drops_the_bad_parts_and_the_next_run_writes_exactly_these(filled
 
 def test_describe_is_the_local_stores(filled, local):
     assert replace(describe(filled), path=local) == describe(local)
+
+
+def test_status_is_read_from_the_bucket(url):
+    writer = synthetic.open_writer(url, MANIFEST)
+    for part in (3, 1):
+        writer.write_part(part, synthetic.part_arrays(MANIFEST, part))
+    found = status(url)
+    assert (found.done, found.missing, found.samples) == ([1, 3], [0, 2, 4], 8)
+    assert [w.name for w in found.writers] == [writer_prefix()]
 
 
 # What cannot be reached
