@@ -241,7 +241,7 @@ def run_python(code, *arguments):
 def environment(python):
     """The shim on PYTHONPATH is for vLLM's environment alone."""
     kept = {name: value for name, value in os.environ.items() if python == sys.executable or name != "PYTHONPATH"}
-    return kept | {"HF_HUB_OFFLINE": "1"}
+    return kept | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 def switchkd(python, *words, **variables):
