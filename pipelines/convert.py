@@ -22,10 +22,9 @@ from switchkd.pipelines.model_parts import (
     load_tower,
     read_vision_config,
     tokenizer_with_image,
-    with_image_mode,
 )
 from switchkd.projectors import model_class
-from switchkd.vlm import PIL_BACKEND, as_checkpoint_error, load_model, open_checkpoint
+from switchkd.vlm import PIL_BACKEND, as_checkpoint_error, load_model, open_checkpoint, processor_in_mode
 
 TOWER, LANGUAGE = "vision_tower", "language_model"  # folders beside the weights in layouts that name their parts
 log = logging.getLogger(__name__)
@@ -173,7 +172,7 @@ def _processor(source: Path, tower: Path | None, ratio: str | None, side: int) -
         if folder is not None and (folder / "preprocessor_config.json").is_file():
             with as_checkpoint_error(folder):
                 processor = AutoImageProcessor.from_pretrained(folder, **PIL_BACKEND)
-            return with_image_mode(processor, "pad" if ratio == "pad" else "own", side)
+            return processor_in_mode(processor, "pad" if ratio == "pad" else "own", side, folder)
     raise CheckpointError(f"{source} has no image processor: pass the vision tower's folder as --vision")
 
 

@@ -23,13 +23,11 @@ from switchkd.pipelines.model_parts import (
     read_vision_config,
     require_all_weights,
     tokenizer_with_image,
-    with_image_mode,
 )
 from switchkd.projectors import GRID, SwitchLlavaConfig, model_class, tokens_of
-from switchkd.vlm import PIL_BACKEND, as_checkpoint_error, open_checkpoint, probe_vision
+from switchkd.vlm import IMAGE_MODES, PIL_BACKEND, as_checkpoint_error, open_checkpoint, probe_vision, processor_in_mode
 
 PROJECTORS = ("mlp", "ldpv2")
-IMAGE_MODES = ("own", "square", "pad")
 log = logging.getLogger(__name__)
 
 
@@ -77,7 +75,7 @@ def init_student(options: InitOptions) -> InitSummary:
         text = AutoConfig.from_pretrained(options.language, trust_remote_code=remote)
     tokenizer = tokenizer_with_image(options.language, options.tokenizer, remote)
     config = _config(options, vision, text, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    processor = with_image_mode(processor, options.image_mode, vision.image_size)
+    processor = processor_in_mode(processor, options.image_mode, vision.image_size, options.vision)
 
     torch.manual_seed(options.seed)  # for rows that a new <image> token adds to the embedding
     language = _load_language(options, len(tokenizer))

@@ -6,7 +6,6 @@ from typing import Any
 from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from switchkd.errors import CheckpointError
 from switchkd.vlm import CONFIGS, as_checkpoint_error, load_model, open_checkpoint
@@ -82,21 +81,3 @@ def tokenizer_with_image(language: Path, other: Path | None = None, trust_remote
     if IMAGE_TOKEN not in vocabulary:
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     return tokenizer
-
-
-def with_image_mode(processor: Any, mode: str, side: int) -> Any:
-    """Return an image processor that keeps a tower's normalisation and brings images to side×side pixels as `mode` says.
-
-    "own" keeps the processor as it is; "square" stretches the image; "pad" fills it up to a square with the mean colour
-    first, as LLaVA-1.5.
-    """
-    if mode == "own":
-        return processor
-    return LlavaImageProcessorPil(
-        do_pad=mode == "pad",
-        size={"height": side, "width": side},
-        do_center_crop=False,
-        resample=processor.resample,
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-    )

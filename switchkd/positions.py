@@ -40,7 +40,9 @@ def teacher_weights(labels: Tensor, teacher_labels: Tensor, weights: Tensor | No
         labels, teacher_labels: [B, L], [B, L_T], of one batch under two tokenizers. weights: [P], the student's; None for 1 each.
     """
     ours, theirs = count_positions(labels), count_positions(teacher_labels)
-    total = ours.float() if weights is None else torch.stack([part.sum() for part in weights.split(ours.tolist())])
+    total = (
+        ours.float() if weights is None else torch.stack([part.sum() for part in torch.split(weights, ours.tolist())])
+    )
     return (total / theirs.clamp_min(1)).repeat_interleave(theirs)
 
 

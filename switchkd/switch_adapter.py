@@ -41,9 +41,8 @@ class SwitchAdapter(nn.Module):
         if self.resamples:
             grid_side(count), grid_side(self.count)
             self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
-            nn.init.zeros_(self.local.weight)
-            assert self.local.bias is not None
-            nn.init.zeros_(self.local.bias)
+            for parameter in self.local.parameters():
+                nn.init.zeros_(parameter)
         first = nn.Linear(width, target_width)
         nn.init.orthogonal_(first.weight)
         nn.init.zeros_(first.bias)
@@ -61,7 +60,7 @@ class SwitchAdapter(nn.Module):
         side, target = grid_side(features.shape[1]), grid_side(self.count)
         if features.shape[1] < side * side:
             features = torch.cat([features[:, :1], features], dim=1)  # the dropped patch, by its neighbour
-        grid = features.mT.unflatten(-1, (side, side))  # [B, d_S, side, side]
+        grid = features.mT.reshape(len(features), -1, side, side)  # [B, d_S, side, side]
         grid = F.interpolate(grid, (target, target), mode="bilinear", align_corners=False, antialias=target < side)
         tokens: Tensor = (grid + self.local(grid)).flatten(2).mT
         return tokens[:, target * target - self.count :]

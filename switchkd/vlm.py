@@ -119,12 +119,20 @@ IMAGE_MODES = ("own", "square", "pad")
 
 
 def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:
-    """Return the checkpoint with another way of making images square.
+    """Return the checkpoint with another way of making images square; see `processor_in_mode`."""
+    side = checkpoint.config.vision_config.image_size
+    processor = processor_in_mode(checkpoint.image_processor, mode, side, checkpoint.path)
+    return checkpoint if mode == "own" else replace(checkpoint, image_processor=processor)
+
+
+def processor_in_mode(processor: Any, mode: str, side: int, path: Path) -> Any:
+    """Return an image processor with another way of making images square.
 
     Args:
-        mode: "own", the checkpoint's image processor as it is; "square", resized to the tower's size whatever the shape, nothing
-            cut off; "pad", first filled up to a square with the processor's mean colour, as LLaVA 1.5 does (Llava's processor of
-            transformers, so that what is saved opens anywhere).
+        mode: "own", the image processor as it is; "square", resized to the tower's size whatever the shape, nothing cut off; "pad",
+            first filled up to a square with the processor's mean colour, as LLaVA 1.5 does (Llava's processor of transformers,
+            so that what is saved opens anywhere).
+        side: the tower's size, in pixels. path: of the checkpoint, for the error.
 
     Raises:
         CheckpointError: the image processor has no mean colour.
@@ -132,14 +140,13 @@ def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:
     if mode not in IMAGE_MODES:
         raise ConfigError(f"image mode is one of {', '.join(IMAGE_MODES)}, got {mode!r}")
     if mode == "own":
-        return checkpoint
-    side = checkpoint.config.vision_config.image_size
-    settings = checkpoint.image_processor.to_dict()
+        return processor
+    settings = processor.to_dict()
     settings |= {"size": {"height": side, "width": side}, "do_resize": True, "do_center_crop": False}
-    kind: Any = type(checkpoint.image_processor)
+    kind: Any = type(processor)
     if mode == "pad":
         if not settings.get("image_mean"):
-            raise CheckpointError(f"{checkpoint.path}: its image processor has no mean colour to fill images up with")
+            raise CheckpointError(f"{path}: its image processor has no mean colour to fill images up with")
         kind = LlavaImageProcessorPil
         names = (
             "do_rescale",
@@ -152,7 +159,7 @@ def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:
         )
         shape = {name: settings[name] for name in ("size", "do_resize", "do_center_crop")}
         settings = shape | {name: settings[name] for name in names if name in settings} | {"do_pad": True}
-    return replace(checkpoint, image_processor=kind.from_dict(settings))
+    return kind.from_dict(settings)
 
 
 def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, str]:
