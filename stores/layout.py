@@ -36,14 +36,6 @@ DIGEST_COLUMNS = ("input_ids", "supervised", "image")
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
 
 
-def payload_array_names(has_topk: bool, has_hidden: bool, hidden_dtype: str) -> list[str]:
-    """Return the names of a part's arrays with a row a position."""
-    names = [STATS]
-    names += [GAP, HEIGHT, BOTTOM] if has_topk else []
-    names += [STATE] if has_hidden else []
-    return names + ([SCALE] if has_hidden and hidden_dtype == "int8" else [])
-
-
 def part_name(part: int) -> str:
     """Return the name of part number `part`, as it stands under `parts/`."""
     return f"{part:05d}"

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from switchkd.errors import StoreError, StoreMismatch
+from switchkd.stores import layout
 from switchkd.stores.layout import FORMAT, VERSION, digest_bytes
 
 
@@ -78,6 +79,14 @@ class Manifest:
     def has_hidden(self) -> bool:
         """Whether final hidden states are kept."""
         return self.payload in ("hidden", "both")
+
+    @property
+    def position_arrays(self) -> list[str]:
+        """Names of the arrays that have a row for every position."""
+        names = [layout.STATS]
+        names += [layout.GAP, layout.HEIGHT, layout.BOTTOM] if self.has_topk else []
+        names += [layout.STATE] if self.has_hidden else []
+        return names + ([layout.SCALE] if self.has_hidden and self.hidden_dtype == "int8" else [])
 
     @property
     def identity(self) -> str:

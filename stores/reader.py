@@ -186,9 +186,7 @@ class TeacherStore:
         found_at = {f"{part_key}/{name}": size for name, size in sizes.items()}
         described = dict(zip(metadata, contents, strict=True))
         arrays = {}
-        manifest = self.manifest
-        names = layout.payload_array_names(manifest.has_topk, manifest.has_hidden, manifest.hidden_dtype)
-        for name in (layout.OFFSET, layout.STATUS, layout.DIGEST, *names):
+        for name in (layout.OFFSET, layout.STATUS, layout.DIGEST, *self.manifest.position_arrays):
             if f"{name}/{MARKER}" not in described:
                 raise StoreError(f"{self.place.at(part_key)} has no array {name}; {_REWRITE}")
             try:
@@ -212,7 +210,7 @@ class TeacherStore:
     def _decode(self, arrays: dict[str, Shard], rows: slice) -> Payload:
         """Read and unpack a run of positions of one part."""
         manifest = self.manifest
-        names = layout.payload_array_names(manifest.has_topk, manifest.has_hidden, manifest.hidden_dtype)
+        names = manifest.position_arrays
         found = dict(zip(names, self.place.each(lambda name: self._read(arrays[name], rows), names), strict=True))
         stats = found[layout.STATS]
         ids = logits = hidden = None
