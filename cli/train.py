@@ -140,10 +140,14 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
     help="What its frozen weights are kept in; auto: bfloat16 under --precision bfloat16, else as the checkpoint has them.",
 )
 @click.option(
+    "--student-checkpointing",
+    is_flag=True,
+    help="Recompute the student's activations in the backward pass: less memory, a third more of its time.",
+)
+@click.option(
     "--teacher-checkpointing",
     is_flag=True,
-    help="Recompute the teacher's activations on the switch pathway in the backward pass: less memory, a third more of its time. "
-    "The student's: `trainer: {gradient_checkpointing: true}` in a config file.",
+    help="The same for the frozen teacher on the switch pathway: half more of its time.",
 )
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--log-every", type=click.IntRange(1), default=10, show_default=True, help="In steps.")

@@ -18,6 +18,7 @@ RECORD = "run.yaml"
 # Options that may change between two starts of one run: they do not change what is computed. How the global batch is made up
 # (batch size, accumulation, processes) may change, the global batch may not.
 FREE = {
+    "student_checkpointing",
     "teacher_checkpointing",
     "log_every",
     "save_every",
@@ -80,7 +81,8 @@ class TrainOptions:
     profile: str = "ddp"  # how processes share the work, see profiles.py
     precision: str = "float32"  # or bfloat16: autocast over float32 master weights
     teacher_dtype: str = "auto"  # the checkpoint's; bfloat16 under --precision bfloat16
-    teacher_checkpointing: bool = False  # recompute the frozen teacher's activations in the backward pass
+    student_checkpointing: bool = False  # recompute the student's activations in the backward pass
+    teacher_checkpointing: bool = False  # the frozen teacher's
     seed: int = 42
     log_every: int = 10
     peak_tflops: float | None = None  # of one device, in TFLOP/s; MFU is told over it

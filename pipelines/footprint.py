@@ -57,12 +57,15 @@ class _Stack:
         """2 FLOPs a weight and token, and 4 a unit of attention and pair of tokens (scores, and the mean they weigh)."""
         return 2 * (self.weights + self.convolved) * tokens + 4 * self.layers * self.attention * pairs
 
-    def kept_bytes(self, element: int, trains: bool) -> int:
+    def kept_bytes(self, element: int, trains: bool, checkpointed: bool = False) -> int:
         """Bytes a token that all layers keep for the backward pass; norms compute in float32, `element` bytes elsewhere.
 
         A layer keeps the inputs of its norms, q, k, v and the attention's output, and what its activation and product are
-        made of; a linear layer keeps its input only if its weight trains.
+        made of; a linear layer keeps its input only if its weight trains. Checkpointed, all keep their inputs alone, and one layer
+        at a time the rest.
         """
+        if checkpointed:
+            return self.layers * self.width * element + self.kept_bytes(element, trains) // self.layers
         d, f = self.width, self.inner
         attention = 4 * self.attention
         if self.gated:
@@ -129,14 +132,22 @@ class Footprint:
         return total + 2 * self.stored_head * work.positions
 
     def memory(
-        self, rows: int, length: int, *, processes: int, sharded: str | None, half: bool, checkpointed: bool = False
+        self,
+        rows: int,
+        length: int,
+        *,
+        processes: int,
+        sharded: str | None,
+        half: bool,
+        student_checkpointed: bool = False,
+        teacher_checkpointed: bool = False,
     ) -> dict[str, float]:
         """Return what a process needs at its peak, bytes by kind.
 
         Args:
             rows, length: of a batch, every row with an image and of the full length.
             sharded: None, "student", or "all" for the teacher's layers too. half: bfloat16 autocast.
-            checkpointed: whether the teacher's activations are computed again in the backward pass.
+            student_checkpointed, teacher_checkpointed: whose activations are computed again in the backward pass.
         """
         student = list(self.student.parameters())
         trained = sum(p.numel() for p in student if p.requires_grad)
@@ -149,15 +160,14 @@ class Footprint:
                 frozen += p.nbytes / (processes if sharded == "all" and id(p) in inside else 1)
         element = 2 if half else 4
         tokens, vision = rows * length, rows * self.vision_tokens
-        kept = tokens * _Stack.of(self.student.model.language_model).kept_bytes(element, self.language_trains)
+        language = _Stack.of(self.student.model.language_model)
+        kept = tokens * language.kept_bytes(element, self.language_trains, student_checkpointed)
         if self.vision_trains:
-            kept += vision * _Stack.of(self.student.model.vision_tower).kept_bytes(element, True)
+            tower = _Stack.of(self.student.model.vision_tower)
+            kept += vision * tower.kept_bytes(element, True, student_checkpointed)
         if self.switch is not None:
-            language, size = _Stack.of(self.switch.model.language_model), self.switch.lm_head.weight.element_size()
-            through = language.kept_bytes(size, False)
-            if checkpointed:  # inputs of the layers, and one layer at a time
-                through = language.layers * language.width * size + through // language.layers
-            kept += tokens * through
+            through, size = _Stack.of(self.switch.model.language_model), self.switch.lm_head.weight.element_size()
+            kept += tokens * through.kept_bytes(size, False, teacher_checkpointed)
         head = self.student.lm_head.weight
         chunk = min(CHUNK_LOGITS, tokens * len(head))
         return {

@@ -38,7 +38,7 @@ from switchkd.stores.reader import pick_store
 from switchkd.templates import load_template
 from switchkd.vlm import (
     Checkpoint,
-    checkpoint_language,
+    checkpoint_layers,
     freeze,
     freeze_unused_vision,
     load_lm_head,
@@ -108,6 +108,8 @@ def train(options: TrainOptions) -> TrainSummary:
         source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
     freeze_other_parts(model, parts)
     unused = freeze_unused_vision(model) if "vision" in parts else []
+    if options.student_checkpointing:
+        checkpoint_layers(model.model.vision_tower, model.model.language_model, dropout=True)
     if options.switch_adapter is not None:
         assert teacher is not None
         model.switch_adapter = bridges.make_switch_adapter(options, teacher, student)
@@ -262,7 +264,7 @@ def _load_teacher(
         whole = load_model(teacher, dtype=dtype)
         freeze(whole)
         if options.teacher_checkpointing:
-            checkpoint_language(whole)
+            checkpoint_layers(whole.model.language_model)
         return LiveTeacher(whole, teacher.vocab_rows), whole if objective.switch else None
     switch = None
     if objective.switch:
@@ -270,7 +272,7 @@ def _load_teacher(
         switch = load_model(teacher, vision=False, dtype=dtype)
         freeze(switch)
         if options.teacher_checkpointing:
-            checkpoint_language(switch)
+            checkpoint_layers(switch.model.language_model)
     if payload == "topk":
         return StoredTopK(store.manifest.vocab_rows, options.tail), switch
     assert teacher is not None
@@ -304,6 +306,8 @@ def _training_arguments(options: TrainOptions, store: TeacherStore | None, sampl
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
+    if both := {"gradient_checkpointing", "activation_checkpointing"} & set(options.trainer):
+        raise ConfigError(f"trainer: {min(both)} is for other models: pass --student-checkpointing")
     if options.precision not in ("float32", "bfloat16"):
         raise ConfigError(f"precision is float32 or bfloat16, got {options.precision!r}")
     arguments |= profile_arguments(options.profile, os.environ) | options.trainer

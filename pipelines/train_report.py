@@ -58,7 +58,8 @@ def tell_plan(
         processes=arguments.world_size,
         sharded=SHARDED[options.profile],
         half=options.precision == "bfloat16",
-        checkpointed=options.teacher_checkpointing,
+        student_checkpointed=options.student_checkpointing,
+        teacher_checkpointed=options.teacher_checkpointing,
     )
     log.info(
         "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",

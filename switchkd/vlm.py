@@ -247,13 +247,18 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def checkpoint_language(model: LlavaForConditionalGeneration) -> None:
-    """Recompute the activations of each language layer in the backward pass instead of keeping them; results are the same.
+def checkpoint_layers(*towers: nn.Module | None, dropout: bool = False) -> None:
+    """Recompute the activations of each layer in the backward pass instead of keeping them; results are the same.
 
-    For a frozen teacher: transformers' own switch works in training mode alone, in which dropout is on.
+    A layer is what lies in a module list. transformers' own switch works in training mode alone, which a frozen teacher is not in,
+    and makes embeddings require a gradient, so that the backward pass goes through towers that do not train.
+
+    Args:
+        towers: vision towers or language models; None is passed over. dropout: whether random numbers are drawn in them.
     """
-    for layer in model.model.language_model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    lists = (m for tower in towers if tower is not None for m in tower.modules() if isinstance(m, nn.ModuleList))
+    for layer in (layer for layers in lists for layer in layers):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout)
 
 
 def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -91,6 +92,22 @@ def interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(SwitchTrainer, "compute_loss", counting)
 
 
+@contextmanager
+def kept_bytes(models):
+    """Count the bytes that autograd keeps for the backward pass, each storage once, parameters not."""
+    parameters = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other storage takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
 RUN = "from switchkd.cli.main import main; main()"
 
 
@@ -99,7 +116,8 @@ def flags_of(options, **changed):
     words = {"student": options.student, "teacher": options.teacher, "data": options.data, "images": options.images}
     words |= {"cache": options.cache, "output": options.output, "steps": 6, "batch_size": 4, "lr": 5e-3}
     words |= {"log_every": 1, "save_every": 2} | changed
-    return [text for name, value in words.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    flags = (("--" + name.replace("_", "-"), value) for name, value in words.items())
+    return [text for flag, value in flags for text in ([flag] if value is True else [flag, str(value)])]
 
 
 def two_processes(options, tmp_path, prelude="", **changed):
