@@ -109,6 +109,13 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
     help="Which samples share a batch: any, those of similar length, or so apart for image samples and text alone.",
 )
 @click.option(
+    "--packing",
+    type=click.IntRange(2),
+    metavar="TOKENS",
+    help="Put the samples of a batch into rows of up to this many tokens, each seen as if it were alone: less padding, the same "
+    "losses.  [default: one sample a row]",
+)
+@click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=2e-5, show_default=True, help="Peak learning rate."
 )
 @click.option("--lr-vision", type=click.FloatRange(0, min_open=True), help="Of the vision tower.  [default: --lr]")

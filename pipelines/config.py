@@ -20,6 +20,7 @@ RECORD = "run.yaml"
 FREE = {
     "student_checkpointing",
     "teacher_checkpointing",
+    "packing",
     "log_every",
     "save_every",
     "workers",
@@ -70,6 +71,7 @@ class TrainOptions:
     stage: str | None = None  # whose defaults these options were made from, see stages.py
     train_parts: str = "vision,projector,language"
     group_by: str = "none"  # or "length", "modality-length": which samples share a batch
+    packing: int | None = None  # tokens of a row that samples of a batch share; None: one sample a row
     lr: float = 2e-5
     lr_vision: float | None = None  # of a part; None: lr
     lr_projector: float | None = None

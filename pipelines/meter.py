@@ -31,7 +31,7 @@ class Meter:
 
     def _start_over(self) -> None:
         self._since = time.perf_counter()
-        self._waited = self._store = self._rows = self._tokens = self._pairs = 0.0
+        self._waited = self._store = self._samples = self._tokens = self._pairs = 0.0
         self._images = self._image_tokens = self._image_pairs = 0.0
         self._on_device: Tensor | None = None  # real tokens, positions, positions with an image
         self._knees: dict[str, list[Tensor]] = {"teacher": [], "student": []}
@@ -46,15 +46,16 @@ class Meter:
 
     def count(self, batch: dict[str, Any]) -> None:
         """Count one micro-batch on its way into the model."""
-        rows, length = batch["input_ids"].shape
+        rows, length = batch.get("packing", batch["input_ids"]).shape
         images = len(batch["pixel_values"]) if "pixel_values" in batch else 0
-        self._rows += rows
+        self._samples += len(batch["input_ids"])
         self._tokens += rows * length
         self._pairs += rows * length**2
         self._images += images
-        read = batch.get("teacher_input_ids", batch["input_ids"]).shape[1]  # by the teacher on the switch pathway
-        self._image_tokens += images * read
-        self._image_pairs += images * read**2
+        read = images, batch.get("teacher_input_ids", batch["input_ids"]).shape[1]
+        rows, length = batch["switch_packing"].shape if "switch_packing" in batch else read
+        self._image_tokens += rows * length
+        self._image_pairs += rows * length**2
         positions = count_positions(batch["labels"])
         found = torch.stack(
             [batch["attention_mask"].sum(), positions.sum(), positions[batch["has_image"]].sum()]
@@ -105,7 +106,7 @@ class Meter:
         device = accelerator.device
         on_device = torch.zeros(3, dtype=torch.float64) if self._on_device is None else self._on_device
         square = torch.zeros((), dtype=torch.float64) if self._vsd_square is None else self._vsd_square
-        plain = [self._rows, self._tokens, self._pairs, self._images, self._image_tokens, self._image_pairs]
+        plain = [self._samples, self._tokens, self._pairs, self._images, self._image_tokens, self._image_pairs]
         sums = [
             torch.tensor([*plain, self._waited, self._store, 1.0], dtype=torch.float64),
             on_device,
@@ -113,7 +114,7 @@ class Meter:
         ]
         reduced = accelerator.reduce(torch.cat([s.to(device) for s in sums]), reduction="sum").tolist()
         (
-            rows,
+            samples,
             tokens,
             pairs,
             images,
@@ -129,7 +130,7 @@ class Meter:
         ) = reduced
         found = {
             "seconds": seconds,
-            "samples_per_second": rows / seconds,
+            "samples_per_second": samples / seconds,
             "positions_per_second": positions / seconds,
             "padding_share": 1 - real / max(tokens, 1),
             "wait_seconds": waited / processes,

@@ -43,6 +43,8 @@ def check_peer(options: TrainOptions) -> None:
         raise ConfigError(
             f"objective {name} compares {what}, which no store holds: pass --teacher-mode live, and the teacher runs in every step"
         )
+    if options.packing is not None:
+        raise ConfigError(f"objective {name} compares images sample by sample: leave --packing out")
     if options.profile != "ddp":
         raise ConfigError(f"objective {name} trains with --profile ddp only, got {options.profile}")
 

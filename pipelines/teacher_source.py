@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from switchkd.packing import out_of_rows, text_inputs
 from switchkd.pipelines.training_data import as_teacher_reads
 from switchkd.positions import predicting_rows
 from switchkd.signals import HiddenSignal, SparseSignal, TailPolicy, TeacherSignal
@@ -73,14 +74,15 @@ class LiveTeacher:
     def signal(self, batch: dict[str, Any]) -> TeacherSignal:
         """See `TeacherSource.signal`."""
         pixels, read = batch.get("pixel_values"), as_teacher_reads(batch)
+        source = batch.get("teacher_packing", batch.get("packing"))
         states = self.teacher.model(
-            input_ids=read["input_ids"],
-            attention_mask=read["attention_mask"],
+            **text_inputs(read["input_ids"], read["attention_mask"], source),
             pixel_values=None if pixels is None else pixels.to(self.teacher.dtype),
             use_cache=False,
         ).last_hidden_state
-        head = self.teacher.lm_head.weight[: self.vocab_rows]
-        return HiddenSignal(states[predicting_rows(read["labels"])], head)
+        rows = predicting_rows(read["labels"])
+        found = states[rows] if source is None else out_of_rows(states, source, rows)
+        return HiddenSignal(found, self.teacher.lm_head.weight[: self.vocab_rows])
 
     def to(self, device: torch.device) -> None:
         """Move the teacher."""

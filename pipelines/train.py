@@ -18,6 +18,7 @@ from switchkd.encoding import pad_id_of
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
+from switchkd.packing import require_apart
 from switchkd.peers import PEERS
 from switchkd.pipelines import bridges, config
 from switchkd.pipelines.config import TrainOptions
@@ -106,6 +107,11 @@ def train(options: TrainOptions) -> TrainSummary:
     with loading_whole(arguments):
         model = load_model(student, dtype="float32")
         source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
+    live = source.teacher if isinstance(source, LiveTeacher) else None
+    if options.packing is not None:
+        require_apart(model.model.language_model, str(options.student))
+        if (packed := switch_teacher or live) is not None:
+            require_apart(packed.model.language_model, str(options.teacher))
     freeze_other_parts(model, parts)
     unused = freeze_unused_vision(model) if "vision" in parts else []
     if options.student_checkpointing:
@@ -121,7 +127,6 @@ def train(options: TrainOptions) -> TrainSummary:
         fit_fsdp(arguments, model)
         for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
             shard_frozen(whole)
-    live = source.teacher if isinstance(source, LiveTeacher) else None
     stored_head = source.head.numel() if isinstance(source, StoredHidden) else 0
     footprint = Footprint(model, switch_teacher, live, stored_head, student.feature_tokens)
     tell_plan(options, arguments, samples, footprint, unused, resume)
@@ -139,7 +144,11 @@ def train(options: TrainOptions) -> TrainSummary:
         args=arguments,
         train_dataset=samples,
         data_collator=Collator(
-            pad_id_of(student.tokenizer), stand_in, samples.reading, pad_id_of((teacher or student).tokenizer)
+            pad_id_of(student.tokenizer),
+            stand_in,
+            samples.reading,
+            pad_id_of((teacher or student).tokenizer),
+            options.packing,
         ),
         processing_class=[student.tokenizer, student.image_processor],  # saved with every checkpoint, see SwitchTrainer
     )

@@ -52,18 +52,21 @@ def tell_plan(
         options.batch_size, options.accumulation,
     )  # fmt: skip
     length = samples.longest()
+    rows = 1 if options.packing is None else max(1, options.packing // length)  # samples a row
+    rows, width = -(-options.batch_size // rows), rows * length
     memory = footprint.memory(
-        options.batch_size,
-        length,
+        rows,
+        width,
         processes=arguments.world_size,
         sharded=SHARDED[options.profile],
         half=options.precision == "bfloat16",
         student_checkpointed=options.student_checkpointing,
         teacher_checkpointed=options.teacher_checkpointing,
+        packed=options.packing is not None,
     )
     log.info(
         "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",
-        options.batch_size, length, _gigabytes(sum(memory.values())),
+        rows, width, _gigabytes(sum(memory.values())),
         ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items() if size),
     )  # fmt: skip
     if resume is not None:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import seed_worker
 from switchkd.errors import ConfigError, RunError
 from switchkd.fused import LMHead
 from switchkd.objective import FusedLoss, LossParts, Objective
+from switchkd.packing import into_rows, text_inputs
 from switchkd.pipelines import resume_state
 from switchkd.pipelines.footprint import Footprint
 from switchkd.pipelines.meter import Meter
@@ -165,7 +166,7 @@ class SwitchTrainer(Trainer):
         """
         student = self.accelerator.unwrap_model(model)
         rows = predicting_rows(batch["labels"])
-        pixels = batch.get("pixel_values")
+        pixels, source = batch.get("pixel_values"), batch.get("packing")
         found: list[FusedLoss] = []
 
         def loss_of_states(states: Tensor) -> Tensor:
@@ -174,10 +175,10 @@ class SwitchTrainer(Trainer):
 
         with capture_vision_features(student) as features, in_place_of_lm_head(student, loss_of_states):
             total = model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                **text_inputs(batch["input_ids"], batch["attention_mask"], source),
                 pixel_values=None if pixels is None else pixels.to(student.dtype),
-                logits_to_keep=rows,
+                # Samples come row by row, so positions are in the same order in rows and one sample a line.
+                logits_to_keep=rows if source is None else into_rows(rows, source),
                 use_cache=False,
             ).logits
         return FusedLoss(total, found[0].parts)
@@ -197,6 +198,7 @@ class SwitchTrainer(Trainer):
                 read["input_ids"][has_image],
                 read["attention_mask"][has_image],
                 predicting_rows(read["labels"])[has_image],
+                batch.get("switch_packing"),
             )
             switch_head = LMHead(self.teacher.lm_head.weight)
         weights = self.objective.weights(batch["labels"])

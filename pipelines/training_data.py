@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from switchkd.encoding import EncodedSample, SampleEncoder, collate
 from switchkd.errors import DataError, StoreMismatch
 from switchkd.fingerprints import SampleDigest, digest_sample
+from switchkd.packing import layout, pack_rows
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.sample_order import SampleOrder
 from switchkd.pipelines.survey import Looker, survey
@@ -169,12 +171,17 @@ class Collator:
     Args:
         stand_in: joins a batch of text alone, see `stand_in_image`; None leaves such a batch as it is.
         reading: the samples' stopwatch; what it counted goes into the batch as `store_seconds`.
+        row_tokens: makes the batch ready for rows of this many tokens: its samples come row by row, and it says how they are laid
+            out, see `switchkd.packing`. None leaves their order.
 
     From a store: teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64 if it has top-k
     logits; teacher_hidden [P, d] if it has hidden states.
 
     Where the teacher reads a sample otherwise: teacher_input_ids, teacher_attention_mask, teacher_labels [B, L_T];
     with another tokenizer also partner [P] int64, the teacher's position of each of the student's, or -1.
+
+    With `row_tokens`: packing [R, N] int64; teacher_packing, of the same samples a row, where the teacher reads them otherwise; and
+    switch_packing, of the samples with an image as the teacher reads them, which share rows of their own.
     """
 
     def __init__(
@@ -183,27 +190,52 @@ class Collator:
         stand_in: EncodedSample | None = None,
         reading: Stopwatch | None = None,
         teacher_pad_id: int | None = None,
+        row_tokens: int | None = None,
     ) -> None:
         self.pad_id, self.stand_in, self.reading = pad_id, stand_in, reading
+        self.row_tokens = row_tokens
         self.teacher_pad_id = pad_id if teacher_pad_id is None else teacher_pad_id
 
     def __call__(self, items: Sequence[tuple[EncodedSample, StoredSample | None]]) -> dict[str, Any]:
+        items = list(items)
+        if self.stand_in is not None and all(encoded.pixels is None for encoded, _ in items):
+            items.append((self.stand_in, None))
+        rows: list[list[int]] = []
+        if self.row_tokens is not None:
+            rows = pack_rows([len(encoded.input_ids) for encoded, _ in items], self.row_tokens)
+            items = [items[index] for row in rows for index in row]
         samples = [encoded for encoded, _ in items]
-        if self.stand_in is not None and all(sample.pixels is None for sample in samples):
-            samples.append(self.stand_in)
-        batch = collate(samples, self.pad_id)
+        room = 1 if rows else 0
+        batch = collate(samples, self.pad_id, room)
         views = [sample.teacher for sample in samples if sample.teacher is not None]
         if views:
-            read = collate(views, self.teacher_pad_id)
+            read = collate(views, self.teacher_pad_id, room)
             batch |= {f"teacher_{name}": read[name] for name in TEACHER_READS}
         if any(view.starts is not None for view in views):
             batch["partner"] = torch.from_numpy(_partners(samples))
         stored = [found.payload for _, found in items if found is not None]
         if stored:
             batch |= teacher_columns(Payload.concatenate(stored))
+        if self.row_tokens is not None:
+            batch |= _layouts(samples, [len(row) for row in rows], self.row_tokens)
         if self.reading is not None:
             batch["store_seconds"] = self.reading.take()
         return batch
+
+
+def _layouts(samples: Sequence[EncodedSample], per_row: Sequence[int], row_tokens: int) -> dict[str, torch.Tensor]:
+    """Return the layouts of a batch that holds `per_row` samples a row, row by row; see `Collator`."""
+    numbers = iter(range(len(samples)))
+    rows = [list(islice(numbers, count)) for count in per_row]
+    lengths = [len(sample.input_ids) for sample in samples]
+    found = {"packing": layout(rows, lengths, max(lengths) + 1)}
+    read = [len((sample.teacher or sample).input_ids) for sample in samples]
+    if any(sample.teacher is not None for sample in samples):
+        found["teacher_packing"] = layout(rows, read, max(read) + 1)
+    shown = [length for length, sample in zip(read, samples, strict=True) if sample.pixels is not None]
+    if shown:
+        found["switch_packing"] = layout(pack_rows(shown, row_tokens), shown, max(read) + 1)
+    return found
 
 
 def _partners(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:

@@ -208,14 +208,17 @@ def _naming(sample: Sample) -> Iterator[None]:
         raise BadSample(bad.status, f"row {sample.index}: {bad.detail}", bad.tokens) from None
 
 
-def collate(samples: Sequence[EncodedSample], pad_id: int) -> dict[str, Any]:
+def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dict[str, Any]:
     """Pad encoded samples on the right into one batch.
+
+    Args:
+        room: columns of padding beyond the longest sample.
 
     Returns:
         input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and
         pixel_values [number of images, 3, H, W] if there is an image.
     """
-    length = max(len(sample.input_ids) for sample in samples)
+    length = max(len(sample.input_ids) for sample in samples) + room
     input_ids = torch.full((len(samples), length), pad_id)
     labels = torch.full((len(samples), length), IGNORED)
     attention_mask = torch.zeros(len(samples), length, dtype=torch.long)

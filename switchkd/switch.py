@@ -3,6 +3,8 @@
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from switchkd.packing import into_rows, out_of_rows, positions_in_rows
+
 
 def switch_states(
     teacher: LlavaForConditionalGeneration,
@@ -10,6 +12,7 @@ def switch_states(
     input_ids: Tensor,
     attention_mask: Tensor,
     rows: Tensor,
+    packing: Tensor | None = None,
 ) -> Tensor:
     """Return the final hidden states behind z_switch = L_T(P_T(V_S(x)), text) at the rows asked for.
 
@@ -21,6 +24,7 @@ def switch_states(
         features: V_S(x), [B, n, d_v], with graph.
         input_ids: [B, L], as many image tokens a sample as the projector makes of its features. attention_mask: [B, L].
         rows: [B, L] bool, the rows that predict supervised tokens (`positions.predicting_rows`).
+        packing: how the samples share rows, see `packing.layout`; None gives each its own.
 
     Returns:
         [P, d], in row-major order of `rows`; the teacher's LM head turns them into z_switch.
@@ -35,6 +39,14 @@ def switch_states(
         raise ValueError(f"{int(is_image.sum())} image tokens for projected features of {tuple(image_embeds.shape)}")
     # Autocast leaves embeddings in float32 and projects in bfloat16.
     embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(embeds.dtype))
-    states = teacher.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
-    found: Tensor = states.last_hidden_state[rows]
-    return found
+    language = teacher.model.language_model
+    if packing is None:
+        states = language(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        found: Tensor = states[rows]
+        return found
+    states = language(
+        inputs_embeds=into_rows(embeds, packing),
+        position_ids=positions_in_rows(attention_mask, packing),
+        use_cache=False,
+    ).last_hidden_state
+    return out_of_rows(states, packing, rows)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from training import assert_equal_runs
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.encoding import SampleEncoder, collate
@@ -159,6 +160,15 @@ def test_the_exported_student_knows_nothing_of_it(place, teacher, tmp_path):
         assert not report["unexpected_keys"] and not set(report["missing_keys"]) - {"lm_head.weight"}
     before = load_file(chosen.student / "model.safetensors")
     assert before.keys() == load_file(chosen.output / "model.safetensors").keys()
+
+
+def test_samples_that_share_rows_change_nothing(place, teacher, tmp_path):
+    """An image is nine tokens to the student, four to the teacher."""
+    plain = options(place, teacher, tmp_path, "narrower, more patches", steps=3, log_every=1)
+    train(plain)
+    packed = replace(plain, packing=60, output=tmp_path / "packed")
+    train(packed)
+    assert_equal_runs(plain.output, packed.output)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(place, teacher, tmp_path):

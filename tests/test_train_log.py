@@ -129,6 +129,19 @@ def test_the_plan_is_told_before_the_first_step(options, monkeypatch, caplog):
         assert f"{kind} 0." in said.partition("memory, estimated")[2], kind
 
 
+def test_the_estimate_of_a_packed_run_counts_rows_and_their_mask(options, monkeypatch, caplog):
+    def stop(self, **_):
+        raise training.Stop
+
+    monkeypatch.setattr(SwitchTrainer, "train", stop)
+    for packing, said in ((30, "2 x 28 tokens"), (4, "4 x 14 tokens")):
+        with caplog.at_level("INFO", logger="switchkd"), pytest.raises(training.Stop):
+            train(replace(options, packing=packing))
+        told = " ".join(caplog.text.split()).partition("memory, estimated")[2]
+        caplog.clear()
+        assert said in told and "mask 0." in told
+
+
 def test_metrics_reach_report_to(options):
     if importlib.util.find_spec("tensorboard") is None:
         pytest.skip("tensorboard is not installed")

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from training import assert_equal_runs
 from transformers import PreTrainedTokenizerFast
 
 from switchkd.encoding import SampleEncoder
@@ -247,6 +248,18 @@ def test_cached_equals_live(place, tmp_path):
     cached = train(replace(short, output=tmp_path / "a"))
     live = train(replace(short, output=tmp_path / "b", cache=None, teacher_mode="live", template="qa"))
     assert cached.losses == pytest.approx(live.losses, rel=5e-3)
+
+
+@pytest.mark.parametrize("mode", ("cached", "live"))
+def test_samples_that_share_rows_change_nothing(place, tmp_path, mode):
+    """Both models lay out their own tokens."""
+    plain = replace(place, steps=3, log_every=1, lr=1e-3, mean="sample", output=tmp_path / "plain")
+    if mode == "live":
+        plain = replace(plain, cache=None, teacher_mode="live", template="qa")
+    train(plain)
+    packed = replace(plain, packing=60, output=tmp_path / "packed")
+    train(packed)
+    assert_equal_runs(plain.output, packed.output)
 
 
 def test_refusals(place, tmp_path):
