@@ -112,8 +112,8 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
     "--packing",
     type=click.IntRange(2),
     metavar="TOKENS",
-    help="Put the samples of a batch into rows of up to this many tokens, each seen as if it were alone: less padding, the same "
-    "losses.  [default: one sample a row]",
+    help="Put the samples of a batch into rows of up to this many tokens, each seen as if it were alone: less padding, "
+    "none with rows longer than the batch; the same losses.  [default: one sample a row]",
 )
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), default=2e-5, show_default=True, help="Peak learning rate."

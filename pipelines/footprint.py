@@ -141,7 +141,7 @@ class Footprint:
         half: bool,
         student_checkpointed: bool = False,
         teacher_checkpointed: bool = False,
-        packed: bool = False,
+        masked: bool = False,
     ) -> dict[str, float]:
         """Return what a process needs at its peak, bytes by kind.
 
@@ -149,7 +149,7 @@ class Footprint:
             rows, length: of a batch, every row with an image and of the full length.
             sharded: None, "student", or "all" for the teacher's layers too. half: bfloat16 autocast.
             student_checkpointed, teacher_checkpointed: whose activations are computed again in the backward pass.
-            packed: whether rows may hold several samples; attention then needs a mask of all pairs.
+            masked: whether attention needs a mask of all pairs of a row.
         """
         student = list(self.student.parameters())
         trained = sum(p.numel() for p in student if p.requires_grad)
@@ -178,7 +178,7 @@ class Footprint:
             "optimizer": 8 * trained / share,  # Adam's two moments
             "teacher": frozen + self.stored_head * element * (not teachers),
             "activations": float(kept),
-            "mask": float(packed * tokens * length * (1 + element)),  # bool, and as it is added to scores
+            "mask": float(masked * tokens * length * (1 + element)),  # bool, and as it is added to scores
             "loss": 4.0 * LOSS_TENSORS * chunk + 4 * head.numel() * head.requires_grad,
         }
 

@@ -21,10 +21,18 @@ class Meter:
         footprint: tells FLOPs; None leaves them out.
         window: of the knee search, see `kneedle`; knees are measured only with an objective that has them.
         knees: whether it has them.
+        in_blocks: whether student and switch teacher attend within samples only, see `block_attention`.
     """
 
-    def __init__(self, footprint: Footprint | None, *, knees: bool, window: int | None) -> None:
-        self.footprint, self.knees, self.window = footprint, knees, window
+    def __init__(
+        self,
+        footprint: Footprint | None,
+        *,
+        knees: bool,
+        window: int | None,
+        in_blocks: tuple[bool, bool] = (False, False),
+    ) -> None:
+        self.footprint, self.knees, self.window, self.in_blocks = footprint, knees, window, in_blocks
         self.looking = False  # whether this step will be logged
         self._start_over()
         self._since = 0.0  # the clock starts with the first step
@@ -33,7 +41,8 @@ class Meter:
         self._since = time.perf_counter()
         self._waited = self._store = self._samples = self._tokens = self._pairs = 0.0
         self._images = self._image_tokens = self._image_pairs = 0.0
-        self._on_device: Tensor | None = None  # real tokens, positions, positions with an image
+        # Real tokens, positions, positions with an image, pairs of tokens of one sample: the student's, on the switch pathway.
+        self._on_device: Tensor | None = None
         self._knees: dict[str, list[Tensor]] = {"teacher": [], "student": []}
         self._vsd_square: Tensor | None = None
 
@@ -57,9 +66,11 @@ class Meter:
         self._image_tokens += rows * length
         self._image_pairs += rows * length**2
         positions = count_positions(batch["labels"])
-        found = torch.stack(
-            [batch["attention_mask"].sum(), positions.sum(), positions[batch["has_image"]].sum()]
-        ).double()
+        lengths = batch["attention_mask"].sum(-1)
+        read_lengths = batch.get("teacher_attention_mask", batch["attention_mask"]).sum(-1)
+        shown = batch["has_image"]
+        counts = lengths, positions, positions[shown], lengths**2, read_lengths[shown] ** 2
+        found = torch.stack([count.sum() for count in counts]).double()
         self._on_device = found if self._on_device is None else self._on_device + found
 
     @torch.no_grad()
@@ -104,7 +115,7 @@ class Meter:
         """
         seconds = time.perf_counter() - self._since
         device = accelerator.device
-        on_device = torch.zeros(3, dtype=torch.float64) if self._on_device is None else self._on_device
+        on_device = torch.zeros(5, dtype=torch.float64) if self._on_device is None else self._on_device
         square = torch.zeros((), dtype=torch.float64) if self._vsd_square is None else self._vsd_square
         plain = [self._samples, self._tokens, self._pairs, self._images, self._image_tokens, self._image_pairs]
         sums = [
@@ -126,8 +137,12 @@ class Meter:
             real,
             positions,
             shown,
+            own_pairs,
+            own_image_pairs,
             square_sum,
         ) = reduced
+        pairs = own_pairs if self.in_blocks[0] else pairs
+        image_pairs = own_image_pairs if self.in_blocks[1] else image_pairs
         found = {
             "seconds": seconds,
             "samples_per_second": samples / seconds,

@@ -14,11 +14,11 @@ from packaging.version import Version
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from switchkd.block_attention import prepare_rows
 from switchkd.encoding import pad_id_of
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.objective import Objective
-from switchkd.packing import require_apart
 from switchkd.peers import PEERS
 from switchkd.pipelines import bridges, config
 from switchkd.pipelines.config import TrainOptions
@@ -109,9 +109,9 @@ def train(options: TrainOptions) -> TrainSummary:
         source, switch_teacher = _load_teacher(options, objective, teacher, store, payload)
     live = source.teacher if isinstance(source, LiveTeacher) else None
     if options.packing is not None:
-        require_apart(model.model.language_model, str(options.student))
+        prepare_rows(model.model.language_model, str(options.student))
         if (packed := switch_teacher or live) is not None:
-            require_apart(packed.model.language_model, str(options.teacher))
+            prepare_rows(packed.model.language_model, str(options.teacher))
     freeze_other_parts(model, parts)
     unused = freeze_unused_vision(model) if "vision" in parts else []
     if options.student_checkpointing:

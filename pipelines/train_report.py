@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from switchkd.block_attention import attends_in_blocks
 from switchkd.pipelines import config
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.footprint import Footprint, count_parameters
@@ -62,7 +63,7 @@ def tell_plan(
         half=options.precision == "bfloat16",
         student_checkpointed=options.student_checkpointing,
         teacher_checkpointed=options.teacher_checkpointing,
-        packed=options.packing is not None,
+        masked=options.packing is not None and not attends_in_blocks(footprint.student.model.language_model),
     )
     log.info(
         "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",

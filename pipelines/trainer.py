@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, Trainer
 from transformers.trainer_utils import seed_worker
 
+from switchkd.block_attention import attends_in_blocks
 from switchkd.errors import ConfigError, RunError
 from switchkd.fused import LMHead
 from switchkd.objective import FusedLoss, LossParts, Objective
@@ -66,7 +67,15 @@ class SwitchTrainer(Trainer):
     ) -> None:
         super().__init__(**arguments)
         self.objective, self.peak_tflops = objective, peak_tflops
-        self.meter = Meter(footprint, knees=objective.name.startswith("dbild"), window=objective.window)
+        self.meter = Meter(
+            footprint,
+            knees=objective.name.startswith("dbild"),
+            window=objective.window,
+            in_blocks=(
+                attends_in_blocks(self.model.model.language_model),
+                teacher is not None and attends_in_blocks(teacher.model.language_model),
+            ),
+        )
         if teacher is not None:
             self.meter.watch_projector(teacher.model.multi_modal_projector)
         self.teacher = None if teacher is None else teacher.to(self.args.device)

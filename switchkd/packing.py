@@ -2,7 +2,7 @@
 
 A batch stays what it is, [B, L] with one sample a line, and everything that is counted and compared stays per sample. Only what a
 language model reads is laid out in rows [R, N]. Its attention is block-diagonal: position ids begin anew with each sample, by which
-transformers' masks tell samples apart (`masking_utils.find_packed_sequence_indices`; no attention mask may be passed).
+`block_attention` and transformers' masks (`masking_utils.find_packed_sequence_indices`) tell samples apart where no mask is passed.
 
 The layout is one tensor, `source` [R, N] int64: which element of the flattened [B, L] stands in which place. What fills a row up
 points to the last column of the batch, which holds padding alone (`encoding.collate`'s `room`).
@@ -11,15 +11,9 @@ points to the last column of the batch, which holds padding alone (`encoding.col
 import heapq
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from switchkd.errors import ConfigError
-
-PROBE = (5, 8)  # tokens of the samples that a language model is tried with
-HALF_TOLERANCE, TOLERANCE = 3e-2, 1e-4  # of a token's state; rounding stays below, another sample's influence does not
+from torch import Tensor
 
 
 def pack_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -89,8 +83,11 @@ def into_rows(batch: Tensor, source: Tensor) -> Tensor:
 
 
 def positions_in_rows(attention_mask: Tensor, source: Tensor) -> Tensor:
-    """Return the position ids of rows, [R, N]: the index of each token in its sample, 0 for padding."""
-    return source % attention_mask.shape[1] * into_rows(attention_mask, source)
+    """Return the position ids of rows, [R, N]: the index of each token in its sample; padding counts anew from 0, too."""
+    is_text = into_rows(attention_mask, source).bool()
+    behind = torch.arange(source.shape[1], device=source.device) - is_text.sum(-1, keepdim=True)
+    # No padding counts further than a sample does, for models that learn their positions.
+    return torch.where(is_text, source, behind.clamp_min(0)) % attention_mask.shape[1]
 
 
 def out_of_rows(states: Tensor, source: Tensor, wanted: Tensor) -> Tensor:
@@ -115,45 +112,3 @@ def text_inputs(input_ids: Tensor, attention_mask: Tensor, source: Tensor | None
     if source is None:
         return {"input_ids": input_ids, "attention_mask": attention_mask}
     return {"input_ids": into_rows(input_ids, source), "position_ids": positions_in_rows(attention_mask, source)}
-
-
-@torch.no_grad()
-def require_apart(language: nn.Module, name: str) -> None:
-    """Try whether a language model keeps samples of one row apart; some layers mix whatever stands in a row.
-
-    Two short samples of random embeddings are run alone, and in rows in either order. Takes no longer than a few dozen tokens do.
-
-    Args:
-        language: any of transformers' decoders, with weights. name: of the model, for the error.
-
-    Raises:
-        ConfigError: it does not, or takes no position ids.
-    """
-    config: Any = language.config
-    weight = language.get_input_embeddings().weight  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    samples = [torch.randn(1, n, weight.shape[1], generator=generator).to(weight) * weight.std() for n in PROBE]
-    orders = ((0, 1), (1, 0))
-    rows = torch.cat([torch.cat([samples[sample] for sample in order], 1) for order in orders])
-    position_ids = torch.stack([torch.cat([torch.arange(PROBE[sample]) for sample in order]) for order in orders])
-    training = language.training
-    language.eval()
-    try:
-        alone = [language(inputs_embeds=sample, use_cache=False).last_hidden_state for sample in samples]
-        together = language(
-            inputs_embeds=rows, position_ids=position_ids.to(weight.device), use_cache=False
-        ).last_hidden_state
-    except TypeError as error:
-        raise ConfigError(
-            f"--packing: the language model of {name} ({config.model_type}) takes no position ids ({error}); "
-            "leave --packing out"
-        ) from error
-    finally:
-        language.train(training)
-    expected = torch.cat([torch.cat([alone[sample] for sample in order], 1) for order in orders]).float()
-    apart = (together.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if not apart.max() <= (TOLERANCE if weight.dtype == torch.float32 else HALF_TOLERANCE):
-        raise ConfigError(
-            f"--packing: the language model of {name} ({config.model_type}) does not keep samples of one row apart: their states "
-            f"change by {float(apart.max()):.0%}. It needs attention that heeds position ids in all layers; leave --packing out"
-        )

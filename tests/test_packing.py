@@ -23,12 +23,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from switchkd import packing
+from switchkd import block_attention
+from switchkd.block_attention import attends_in_blocks, prepare_rows
 from switchkd.encoding import EncodedSample, SampleEncoder, collate
 from switchkd.errors import ConfigError
 from switchkd.fingerprints import digest_sample
 from switchkd.objective import Objective
-from switchkd.packing import into_rows, layout, out_of_rows, pack_rows, positions_in_rows, require_apart
+from switchkd.packing import into_rows, layout, out_of_rows, pack_rows, positions_in_rows
 from switchkd.pipelines.teacher_source import LiveTeacher, StoredHidden, StoredTopK
 from switchkd.pipelines.train import train
 from switchkd.pipelines.trainer import SwitchTrainer
@@ -83,7 +84,7 @@ def test_a_layout_there_and_back():
     assert back.flatten().tolist() == batch[wanted].tolist()
     padded = layout([[0], [1, 2]], lengths, 5)
     assert into_rows(mask, padded).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert positions_in_rows(mask, padded).tolist() == [[0, 1, 2, 0, 0], [0, 0, 1, 2, 3]]
+    assert positions_in_rows(mask, padded).tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
 
 
 def made(words, supervised):
@@ -108,10 +109,13 @@ def awkward(encoded, student):
     return [sample for sample, _ in encoded[:6]] + [silent, stand_in_image(open_checkpoint(student)), first]
 
 
-def parts_and_gradients(student, teacher, batch, source="live", **of_objective):
+def parts_and_gradients(student, teacher, batch, source="live", blocks=False, **of_objective):
     """The loss of one batch in float64, as the trainer computes it: total, CE, Align, VSD, and all gradients."""
     model = load_model(open_checkpoint(student), dtype="float64").train()
     whole = freeze(load_model(open_checkpoint(teacher), dtype="float64"))
+    for each in (model, whole) if blocks else ():
+        prepare_rows(each.model.language_model, "here")
+        assert attends_in_blocks(each.model.language_model)
     trainer = SwitchTrainer(
         objective=Objective(**of_objective),
         source={
@@ -137,17 +141,26 @@ def assert_equal(mine, theirs):
         torch.testing.assert_close(mine[1][name], theirs[1][name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.fixture(scope="module")
+def alone(awkward, student, teacher):
+    """Sums over batches of one sample each."""
+    found = [parts_and_gradients(student, teacher, collate([sample], 0)) for sample in awkward if sample.positions]
+    parts = [torch.stack([each[i] for each, _ in found if i < len(each)]).sum() for i in range(4)]
+    names = {name for _, gradients in found for name in gradients}
+    return parts, {name: sum(gradients[name] for _, gradients in found if name in gradients) for name in names}
+
+
+@pytest.mark.parametrize("blocks", (False, True), ids=("masks", "blocks"))
 @pytest.mark.parametrize("row_tokens", ROW_TOKENS.values(), ids=ROW_TOKENS)
-def test_loss_and_gradients_are_those_of_samples_alone(awkward, student, teacher, row_tokens):
+def test_loss_and_gradients_are_those_of_samples_alone(awkward, alone, student, teacher, row_tokens, blocks):
     """Against every sample in a batch of its own: no padding, no neighbour, a sum over batches."""
     batch = Collator(0, row_tokens=row_tokens)([(sample, None) for sample in awkward])
     assert sorted(len(sample.input_ids) for sample in awkward) == [3, 4, 5, 7, 11, 11, 11, 11, 17]
     assert batch["packing"].shape[0] == {2: 9, 14: 7, 32: 3, 10_000: 1}[row_tokens]
-    found = parts_and_gradients(student, teacher, batch)
-    alone = [parts_and_gradients(student, teacher, collate([sample], 0)) for sample in awkward if sample.positions]
-    expected = [torch.stack([parts[i] for parts, _ in alone if i < len(parts)]).sum() for i in range(4)]
-    gradients = {name: sum(g[name] for _, g in alone if name in g) for name in found[1]}
-    assert_equal(found, (expected, gradients))
+    found = parts_and_gradients(student, teacher, batch, blocks=blocks)
+    assert found[1].keys() >= alone[1].keys()  # the blank image adds gradients of 0
+    assert_equal((found[0], {name: found[1][name] for name in alone[1]}), alone)
+    assert not any(gradient.any() for name, gradient in found[1].items() if name not in alone[1])
 
 
 @pytest.mark.parametrize("source", ("topk", "hidden", "live"))
@@ -161,13 +174,15 @@ def test_every_source_of_the_teachers_word(encoded, student, teacher, cached, hi
         if "teacher_hidden" in batch:
             batch["teacher_hidden"] = batch["teacher_hidden"].double()
     objective = {"mean": "sample", "align_weight": 0.7, "vsd_weight": 0.3}
-    assert_equal(*(parts_and_gradients(student, teacher, batch, source, **objective) for batch in rows))
+    assert_equal(
+        *(parts_and_gradients(student, teacher, batch, source, "packing" in batch, **objective) for batch in rows)
+    )
 
 
 @pytest.mark.parametrize("samples", (slice(3, 4), slice(0, 1)), ids=("text alone", "an image"))
 def test_batches_of_one_kind(encoded, student, teacher, samples):
     batches = [Collator(0, row_tokens=tokens)([encoded[samples][0]] * 3) for tokens in (None, 100)]
-    assert_equal(*(parts_and_gradients(student, teacher, batch) for batch in batches))
+    assert_equal(*(parts_and_gradients(student, teacher, batch, blocks="packing" in batch) for batch in batches))
 
 
 def test_no_sample_predicts_the_first_token_of_the_next(awkward):
@@ -186,13 +201,14 @@ def running_on(attention_mask, source):
     return torch.arange(source.shape[1]).expand(source.shape)
 
 
+@pytest.mark.parametrize("blocks", (False, True), ids=("masks", "blocks"))
 @pytest.mark.parametrize(("where", "changed"), [("switchkd.packing", (0, 1, 2, 3)), ("switchkd.switch", (0, 3))])
-def test_a_plain_causal_mask_gives_another_loss(awkward, student, teacher, monkeypatch, where, changed):
+def test_a_plain_causal_mask_gives_another_loss(awkward, student, teacher, monkeypatch, where, changed, blocks):
     """What the tests above would find if samples saw each other, on the standard pathways or on the switch pathway."""
     batch = Collator(0, row_tokens=10_000)([(sample, None) for sample in awkward])
-    right = parts_and_gradients(student, teacher, batch)[0]
+    right = parts_and_gradients(student, teacher, batch, blocks=blocks)[0]
     monkeypatch.setattr(f"{where}.positions_in_rows", running_on)
-    wrong = parts_and_gradients(student, teacher, batch)[0]
+    wrong = parts_and_gradients(student, teacher, batch, blocks=blocks)[0]
     assert {i for i in range(4) if abs(wrong[i] - right[i]) > 1e-5 * right[i]} == set(changed)  # total, CE, Align, VSD
 
 
@@ -209,11 +225,15 @@ def logged(run):
     ],
     ids=("rows of two or three", "accumulated", "checkpointed"),
 )
-def test_a_packed_run_has_the_weights_of_an_unpacked_one(options, tmp_path, changed):
+def test_a_packed_run_has_the_weights_of_an_unpacked_one(options, monkeypatch, tmp_path, changed):
     train(options)
     packed = replace(options, output=tmp_path / "packed", **changed)
+    if changed["packing"] == 32:
+        monkeypatch.setattr(block_attention, "_is_plain", lambda config: False)  # masks
     train(packed)
     assert_equal_runs(options.output, packed.output)
+    configs = [json.loads((run / "config.json").read_text()) for run in (options.output, packed.output)]
+    assert configs[0] == configs[1]
     if changed["packing"] == 10_000:
         assert all(entry["padding_share"] == 0 for entry in logged(packed.output))
     elif changed["packing"] == 2:
@@ -295,8 +315,9 @@ MIXING = {
 def test_language_models_that_keep_samples_apart(kind, dtype):
     torch.manual_seed(0)
     model = AutoModel.from_config(APART[kind]()) if kind in APART else language(SLIDING[kind])
-    require_apart(model.to(dtype), "here")
+    prepare_rows(model.to(dtype), "here")
     assert model.training
+    assert attends_in_blocks(model) == (kind in APART)
 
 
 @pytest.mark.parametrize("kind", MIXING)
@@ -306,7 +327,7 @@ def test_language_models_that_do_not_are_refused(kind):
     with pytest.raises(
         ConfigError, match=rf"language model of here \({kind}.*not keep samples of one row apart: .* leave"
     ):
-        require_apart(language(config, **more), "here")
+        prepare_rows(language(config, **more), "here")
 
 
 def test_refused_before_the_first_step(options, monkeypatch):
@@ -314,7 +335,7 @@ def test_refused_before_the_first_step(options, monkeypatch):
     with pytest.raises(ConfigError, match="llava-kd compares images sample by sample: leave --packing out"):
         train(replace(options, packing=32, **peers))
     assert not options.output.exists()
-    monkeypatch.setattr(packing, "TOLERANCE", -1.0)
+    monkeypatch.setattr(block_attention, "TOLERANCE", -1.0)
     with pytest.raises(ConfigError, match=r"language model of .*student.* \(qwen2\) does not keep"):
         train(replace(options, packing=32, steps=1))
     train(replace(options, steps=1))  # and the same output may be used without

@@ -13,6 +13,7 @@ from training import two_processes
 
 from switchkd.encoding import SampleEncoder
 from switchkd.pipelines import plot_run
+from switchkd.pipelines.footprint import Footprint, Work
 from switchkd.pipelines.train import train
 from switchkd.pipelines.trainer import SwitchTrainer
 from switchkd.pipelines.training_data import Collator, TrainingSamples
@@ -134,12 +135,34 @@ def test_the_estimate_of_a_packed_run_counts_rows_and_their_mask(options, monkey
         raise training.Stop
 
     monkeypatch.setattr(SwitchTrainer, "train", stop)
-    for packing, said in ((30, "2 x 28 tokens"), (4, "4 x 14 tokens")):
+    for packing, said, masked in ((30, "2 x 28 tokens", False), (4, "4 x 14 tokens", True)):
+        if masked:
+            monkeypatch.setattr("switchkd.block_attention._is_plain", lambda config: False)
         with caplog.at_level("INFO", logger="switchkd"), pytest.raises(training.Stop):
             train(replace(options, packing=packing))
         told = " ".join(caplog.text.split()).partition("memory, estimated")[2]
         caplog.clear()
-        assert said in told and "mask 0." in told
+        assert said in told and ("mask 0." in told) == masked
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_the_flops_of_a_packed_step_are_those_of_its_rows(options, whole_batch, monkeypatch, masked):
+    if masked:
+        monkeypatch.setattr("switchkd.block_attention._is_plain", lambda config: False)
+    train(replace(options, steps=1, batch_size=12, packing=10_000))
+    (entry,) = logged(options.output)
+    batch, student, teacher = whole_batch
+    lengths, on = batch["attention_mask"].sum(-1), batch["has_image"]
+    positions = predicting_rows(batch["labels"]).sum(-1)
+    counts = []
+    for of, count in ((lengths, positions), (lengths[on], positions[on])):
+        total = of.sum().item()
+        counts.append((total, total**2 if masked else (of**2).sum().item(), count.sum().item()))
+    (tokens, pairs, positions), (image_tokens, image_pairs, shown) = counts
+    work = Work(tokens, pairs, on.sum().item(), image_tokens, image_pairs, positions, shown)
+    expected = Footprint(student, teacher, None, 0, 4).flops(work)
+    assert entry["tflops_per_second"] * entry["seconds"] * 1e12 == pytest.approx(expected, rel=1e-9)
+    assert entry["padding_share"] == 0
 
 
 def test_metrics_reach_report_to(options):
