@@ -24,7 +24,7 @@ def knee_of_sorted(descending: Tensor, window: int | None = None, whole: tuple[i
         raise ValueError(f"a knee needs at least 2 logits a row, got {count}")
     top, bottom = descending[:, :1].double(), bottom.double()
     spread = (top - bottom).clamp_min(torch.finfo(torch.float64).tiny)
-    height = (descending.double() - bottom) / spread  # y_i; 0 everywhere if all logits are equal
+    height = (descending.double() - bottom).div_(spread)  # y_i; 0 everywhere if all logits are equal
     rank = torch.arange(1, descending.shape[-1] + 1, dtype=torch.float64, device=descending.device)
-    distance = (1 - rank / count - height).masked_fill(descending == -torch.inf, -torch.inf)
+    distance = height.neg_().add_(1 - rank / count).masked_fill_(descending == -torch.inf, -torch.inf)
     return distance.argmax(dim=-1).add_(1).clamp_min_(2)

@@ -46,6 +46,16 @@ def test_leads_are_those_of_a_stable_sort(positions, rows, spectrum, dtype):
     assert_leads(found, z)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_what_an_accelerator_runs_finds_the_same(spectrum, dtype, monkeypatch):
+    z = SPECTRA[spectrum](normal(5, 3000)).to(dtype)
+    found, top = lead_of_rows(z), top_of_rows(z, 100)
+    monkeypatch.setattr(selection, "_in_numpy", lambda rows: False)
+    assert_leads(lead_of_rows(z), z)
+    assert torch.equal(lead_of_rows(z)[1], found[1]) and torch.equal(top_of_rows(z, 100), top)
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 0.75, 2.0, 9.0]), min_size=2, max_size=40),
