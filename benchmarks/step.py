@@ -4,12 +4,12 @@
 
 Models have the sizes of Qwen2.5-3B, Qwen2.5-0.5B and SigLIP-SO400M to each other, in small: language models of 7.9 and 1.0
 million parameters (2.77 : 0.36), vision towers of 1.2 million, LM heads in proportion; random weights. A batch has 16 samples, one
-of text alone, 144 image tokens each, answers of 8 to 64 tokens. Float32, one thread; a step is forward, backward and AdamW. How
-time and memory are measured: side_by_side.py.
+of text alone, 144 image tokens each behind a system prompt of 12, answers of 8 to 64 tokens. Float32, one thread; a step is
+forward, backward and AdamW. How time and memory are measured: side_by_side.py.
 
 Live: whole teacher with its vision tower, whole logits of all rows of both models, DBiLD from all pairs or in linear time; whole
 logits of the switch pathway too. Bare: what must run and nothing else, that is student forward and backward, the switch pathway's
-forward and backward on image samples, LM heads at supervised positions, with a sum for a loss; then AdamW.
+forward and backward on image samples behind the system prompt, LM heads at supervised positions, with a sum for a loss; then AdamW.
 """
 
 import argparse
@@ -78,12 +78,14 @@ def make_batch() -> dict[str, Tensor]:
     answers = torch.randint(8, 65, (SAMPLES,), generator=generator).tolist()
     length = IMAGE_TOKENS + PROMPT + max(answers)
     ids = torch.zeros(SAMPLES, length, dtype=torch.long)
+    system = torch.randint(2, VOCABULARY, (PROMPT // 2,), generator=generator)
     labels = torch.full((SAMPLES, length), IGNORED)
     mask = torch.zeros(SAMPLES, length, dtype=torch.long)
     for row, answer in enumerate(answers):
         image = IMAGE_TOKENS if row else 0
         end = image + PROMPT + answer
         ids[row, :end] = torch.randint(2, VOCABULARY, (end,), generator=generator)
+        ids[row, : PROMPT // 2] = system
         ids[row, PROMPT // 2 : PROMPT // 2 + image] = IMAGE_TOKEN
         mask[row, :end] = 1
         labels[row, end - answer : end] = ids[row, end - answer : end]
@@ -105,7 +107,7 @@ class Bench:
         self.blind.load_state_dict(self.teacher.state_dict(), strict=False)
         freeze(self.blind)
         self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad], lr=1e-4)
-        self.batch = make_batch()
+        self.batch, self.known = make_batch(), KnownText()
         self.rows = predicting_rows(self.batch["labels"])
         with torch.no_grad():
             hidden = self.teacher.model(**self.inputs()).last_hidden_state[self.rows]
@@ -122,10 +124,13 @@ class Bench:
         loss().backward()
         self.optimizer.step()
 
-    def switched(self, teacher: LlavaForConditionalGeneration, features: Tensor, rows: Tensor) -> Tensor:
+    def switched(
+        self, teacher: LlavaForConditionalGeneration, features: Tensor, rows: Tensor, known: KnownText | None = None
+    ) -> Tensor:
         """Return the switch pathway's final states on image samples at `rows` [B, L]."""
         on = self.batch["has_image"]
-        return switch_states(teacher, features, self.batch["input_ids"][on], self.batch["attention_mask"][on], rows[on])
+        ids, mask = self.batch["input_ids"][on], self.batch["attention_mask"][on]
+        return switch_states(teacher, features, ids, mask, rows[on], known)
 
     def live(self, distance: Callable[[Tensor, Tensor], Tensor], switch: bool) -> Tensor:
         """The loss with the whole teacher run beside the student, whole logits of both."""
@@ -165,7 +170,7 @@ class Bench:
             of_teacher = F.linear(self.batch["teacher_hidden"], self.blind.lm_head.weight)
         loss = logits.sum() + of_teacher.sum()
         if switch:
-            loss = loss + self.blind.lm_head(self.switched(self.blind, features[0], self.rows)).sum()
+            loss = loss + self.blind.lm_head(self.switched(self.blind, features[0], self.rows, self.known)).sum()
         return loss / self.rows.sum()
 
 

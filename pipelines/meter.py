@@ -73,6 +73,11 @@ class Meter:
         found = torch.stack([count.sum() for count in counts]).double()
         self._on_device = found if self._on_device is None else self._on_device + found
 
+    def leave_out(self, images: int, length: int, known: int) -> None:
+        """Take back what `count` counted of the switch pathway: `known` of the `length` tokens of each row did not run."""
+        self._image_tokens -= images * known
+        self._image_pairs -= images * known * length
+
     @torch.no_grad()
     def look(self, logits: Tensor, teacher: TeacherSignal | None) -> None:
         """Measure the knees of some positions, in a step that will be logged: student logits [c, V], the teacher's word on them."""

@@ -28,7 +28,7 @@ from switchkd.pipelines.stages import set_part_rates
 from switchkd.pipelines.teacher_source import TeacherSource
 from switchkd.pipelines.training_data import as_teacher_reads
 from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
-from switchkd.switch import switch_states
+from switchkd.switch import KnownText, switch_states
 from switchkd.vlm import blank_image, capture_vision_features, in_place_of_lm_head
 from switchkd.vocab_map import VocabMap, loss_over_vocabularies
 
@@ -79,6 +79,8 @@ class SwitchTrainer(Trainer):
         if teacher is not None:
             self.meter.watch_projector(teacher.model.multi_modal_projector)
         self.teacher = None if teacher is None else teacher.to(self.args.device)
+        # Sharded layers are gathered by all processes together, which need not know the same text.
+        self.known = None if self.args.fsdp else KnownText()
         self.source = source
         self.vocab_map = None if vocab_map is None else vocab_map.to(self.args.device)
         self.group_by = group_by
@@ -208,7 +210,10 @@ class SwitchTrainer(Trainer):
                 read["attention_mask"][has_image],
                 predicting_rows(read["labels"])[has_image],
                 batch.get("switch_packing"),
+                self.known,
             )
+            if self.known is not None and "switch_packing" not in batch:
+                self.meter.leave_out(len(features[0]), read["input_ids"].shape[1], self.known.length)
             switch_head = LMHead(self.teacher.lm_head.weight)
         weights = self.objective.weights(batch["labels"])
         if self.vocab_map is not None:
