@@ -33,7 +33,7 @@ from switchkd.pipelines.teacher_source import StoredHidden, StoredTopK
 from switchkd.pipelines.trainer import SwitchTrainer
 from switchkd.pipelines.training_data import teacher_columns
 from switchkd.positions import IGNORED, predicting_rows
-from switchkd.switch import switch_states
+from switchkd.switch import KnownText, switch_states
 from switchkd.vlm import LlavaWithoutVision, capture_vision_features, freeze
 
 VOCABULARY, IMAGE_TOKEN, IMAGE_TOKENS, PROMPT = 3072, 1, 144, 24
@@ -130,7 +130,7 @@ class Bench:
         """Return the switch pathway's final states on image samples at `rows` [B, L]."""
         on = self.batch["has_image"]
         ids, mask = self.batch["input_ids"][on], self.batch["attention_mask"][on]
-        return switch_states(teacher, features, ids, mask, rows[on], known)
+        return switch_states(teacher, features, ids, mask, rows[on], known=known)
 
     def live(self, distance: Callable[[Tensor, Tensor], Tensor], switch: bool) -> Tensor:
         """The loss with the whole teacher run beside the student, whole logits of both."""
