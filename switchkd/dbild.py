@@ -73,7 +73,7 @@ def bild_loss(
     student, teacher = _prepare(student_logits, teacher_logits, temperature, divergence)
     if not 2 <= top_k <= teacher.vocab_rows:
         raise ValueError(f"top_k must lie between 2 and the {teacher.vocab_rows} vocabulary rows, got {top_k}")
-    k = torch.full((len(student),), top_k, device=student.device)
+    k = torch.full(student.shape[:1], top_k, device=student.device)
     leads = (teacher.top(top_k), k), (top_of_rows(student, top_k), k)
     per_position = _both_branches(student, teacher.rows(student).to(student.dtype), leads, temperature, divergence)
     return reduce_positions(per_position, reduction)
@@ -86,13 +86,13 @@ def reduce_positions(per_position: Tensor, reduction: Reduction) -> Tensor:
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     total = per_position.sum()
-    return total / max(len(per_position), 1) if reduction == "mean" else total
+    return total / max(per_position.shape[0], 1) if reduction == "mean" else total
 
 
 def as_signal(student_logits: Tensor, teacher: Tensor | TeacherSignal) -> TeacherSignal:
     """Wrap plain teacher logits and check that both sides speak of the same T positions and N rows (else ValueError)."""
     signal: TeacherSignal = DenseSignal(teacher) if isinstance(teacher, Tensor) else teacher
-    expected, found = tuple(student_logits.shape), (len(signal), signal.vocab_rows)
+    expected, found = tuple(student_logits.shape), (signal.positions, signal.vocab_rows)
     if expected != found:
         raise ValueError(f"student logits are {expected} (positions, rows) but the teacher speaks of {found}")
     return signal
@@ -119,7 +119,7 @@ def _both_branches(
     widths = [ids.shape[-1] for ids, _ in leads]
     both = torch.cat([ids for ids, _ in leads], dim=-1)  # one gather, so that its backward makes one [T, N] tensor
     of_student, of_teacher = ((z.gather(-1, both) / temperature).split(widths, dim=-1) for z in (student, teacher))
-    total = student.new_zeros(len(student))
+    total = student.new_zeros(student.shape[:1])
     for s, t, (ids, k) in zip(of_student, of_teacher, leads, strict=True):
         keep = torch.arange(ids.shape[-1], device=ids.device) < k.unsqueeze(-1)  # [T, k_max]
         total = total + pair_kl(*((s, t) if divergence == "reverse_kl" else (t, s)), keep)

@@ -56,6 +56,8 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+# It calls autograd itself: a compiled program steps out of its graph here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def loss_in_chunks(
     hidden: Tensor,
     head: LMHead,

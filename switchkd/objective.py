@@ -144,6 +144,8 @@ class Objective:
         align = self.distance(student_logits[:, :rows], teacher, weights)
         vsd = None
         if switch is not None:
+            if torch.compiler.is_compiling():  # a mask selects a number of positions that a compiler does not know
+                on_image = torch.nonzero_static(on_image, size=switch.shape[0]).squeeze(-1)
             on_image_weights = None if weights is None else weights[on_image]
             vsd = self.distance(switch[:, :rows], teacher.select(on_image), on_image_weights)
         return LossParts(ce, align, vsd)

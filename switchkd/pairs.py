@@ -34,7 +34,7 @@ def pair_kl(u: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     Returns:
         [T], nats, the dtype of u. Differentiable once.
     """
-    value: Tensor = _PairKL.apply(u, v, keep)  # type: ignore[no-untyped-call]
+    value: Tensor = _pair_kl(u, v, keep, u.requires_grad, v.requires_grad)[0]
     return value
 
 
@@ -42,31 +42,46 @@ _Sums = dict[str, Tensor]
 _Weighted = Callable[[Tensor, Tensor, Tensor, _Sums], tuple[Tensor, Tensor]]
 
 
-class _PairKL(torch.autograd.Function):
-    """The gradient is known in closed form with the value, so the forward pass keeps it and nothing else."""
+# The gradient is known in closed form with the value, so the forward pass keeps it and nothing else. An operator of torch, so that
+# compiled and exported programs hold a call where the arithmetic depends on the values.
+@torch.library.custom_op("switchkd::pair_kl", mutates_args=())
+def _pair_kl(u: Tensor, v: Tensor, keep: Tensor, wants_u: bool, wants_v: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (KL [T], dKL/du, dKL/dv [T, K]); a gradient that is not wanted is empty."""
+    wanted = wants_u, wants_v
+    sums = _plain_sums(u, keep), _plain_sums(v, keep)
+    value, *gradients = _kl_and_gradients(u, v, keep, *sums, _plain_weighted, wanted)
+    unsafe = torch.minimum(sums[0]["z"], sums[1]["z"]) < SMALLEST_SAFE_Z
+    if unsafe.any():
+        u, v, keep = u[unsafe], v[unsafe], keep[unsafe]
+        sums = _log_sums(u, keep), _log_sums(v, keep)
+        value[unsafe], *better = _kl_and_gradients(u, v, keep, *sums, _log_weighted, wanted)
+        for gradient, exact in zip(gradients, better, strict=True):
+            if gradient is not None and exact is not None:
+                gradient[unsafe] = exact
+    of_u, of_v = (u.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return value, of_u, of_v
 
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-        plain_u, plain_v = _plain_sums(u, keep), _plain_sums(v, keep)
-        value, grad_u, grad_v = _kl_and_gradients(u, v, keep, plain_u, plain_v, _plain_weighted, ctx.needs_input_grad)
-        unsafe = torch.minimum(plain_u["z"], plain_v["z"]) < SMALLEST_SAFE_Z
-        if unsafe.any():
-            u, v, keep = u[unsafe], v[unsafe], keep[unsafe]
-            sums = _log_sums(u, keep), _log_sums(v, keep)
-            exact, exact_u, exact_v = _kl_and_gradients(u, v, keep, *sums, _log_weighted, ctx.needs_input_grad)
-            value[unsafe] = exact
-            for plain, better in ((grad_u, exact_u), (grad_v, exact_v)):
-                if plain is not None and better is not None:
-                    plain[unsafe] = better
-        ctx.save_for_backward(grad_u, grad_v)
-        return value
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        grad_u, grad_v = ctx.saved_tensors
-        scale = grad_value.unsqueeze(-1)
-        return (None if grad_u is None else scale * grad_u, None if grad_v is None else scale * grad_v, None)
+@_pair_kl.register_fake
+def _(u: Tensor, v: Tensor, keep: Tensor, wants_u: bool, wants_v: bool) -> tuple[Tensor, Tensor, Tensor]:
+    of_u, of_v = (torch.empty_like(x) if wanted else x.new_empty(0) for x, wanted in ((u, wants_u), (v, wants_v)))
+    return u.new_empty(u.shape[0]), of_u, of_v
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.wanted = inputs[3:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable
+def _scale_gradients(ctx: Any, of_value: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    scale = of_value.unsqueeze(-1)
+    saved = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    return (*(scale * gradient if wanted else None for gradient, wanted in saved), None, None, None)
+
+
+_pair_kl.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
 def _kl_and_gradients(

@@ -25,8 +25,8 @@ def top_of_rows(logits: Tensor, count: int) -> Tensor:
 
     Equal logits come in the order of their ids, so that the order of eq. 12's pairs is defined.
     """
-    tops = [_top(block, count) for block in _blocks(logits)]
-    return torch.cat(tops) if tops else torch.zeros(0, count, dtype=torch.long, device=logits.device)
+    found: Tensor = _top_of_rows(logits.detach(), count)
+    return found
 
 
 def lead_of_rows(logits: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
@@ -42,18 +42,50 @@ def lead_of_rows(logits: Tensor, window: int | None = None) -> tuple[Tensor, Ten
     Raises:
         ValueError: fewer than two columns, or a window below 2.
     """
+    if window is not None and window < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
+    if logits.shape[-1] < 2:
+        raise ValueError(f"a knee needs at least 2 logits a row, got {logits.shape[-1]}")
+    found: tuple[Tensor, Tensor] = _lead_of_rows(logits.detach(), window)
+    return found
+
+
+# Operators of torch, so that compiled and exported programs hold a call where what is done depends on the logits.
+
+
+@torch.library.custom_op("switchkd::top_of_rows", mutates_args=())
+def _top_of_rows(logits: Tensor, count: int) -> Tensor:
+    tops = [_top(block, count) for block in _blocks(logits)]
+    return torch.cat(tops) if tops else torch.zeros(0, count, dtype=torch.long, device=logits.device)
+
+
+@_top_of_rows.register_fake
+def _(logits: Tensor, count: int) -> Tensor:
+    return logits.new_empty(logits.shape[0], count, dtype=torch.long)
+
+
+@torch.library.custom_op("switchkd::lead_of_rows", mutates_args=())
+def _lead_of_rows(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     rows, count = logits.shape
     if not rows:
-        return torch.zeros(0, 2, dtype=torch.long, device=logits.device), torch.zeros(
-            0, dtype=torch.long, device=logits.device
-        )
+        none = torch.zeros(0, dtype=torch.long, device=logits.device)
+        return none.new_zeros(0, 2), none
     if window is not None and window < count:
         ids = top_of_rows(logits, window)
-        k = knee_of_sorted(logits.detach().gather(-1, ids), window)
-        return ids[:, : int(k.max())], k
+        k = knee_of_sorted(logits.gather(-1, ids), window)
+        return ids[:, : int(k.max())].contiguous(), k
     leads = [_lead(block, window) for block in _blocks(logits)]
     longest = max(ids.shape[-1] for ids, _ in leads)
     return torch.cat([F.pad(ids, (0, longest - ids.shape[-1])) for ids, _ in leads]), torch.cat([k for _, k in leads])
+
+
+@_lead_of_rows.register_fake
+def _(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    longest = torch.library.get_ctx().new_dynamic_size(min=2)
+    return (
+        logits.new_empty(logits.shape[0], longest, dtype=torch.long),
+        logits.new_empty(logits.shape[0], dtype=torch.long),
+    )
 
 
 def kneedle(logits: Tensor, window: int | None = None) -> Tensor:
@@ -148,8 +180,7 @@ def _sorted_from(logits: Tensor, heights: Tensor, floor: Tensor, from_bin: Tenso
         rows = (x.numpy() for x in (logits, heights, floor, values, ids))
         for row, height, bottom, of_values, of_ids in zip(*rows, strict=True):
             places = np.flatnonzero(height >= bottom.astype(height.dtype))
-            order = _falling_order(row[places])
-            of_ids[: len(places)] = places[order]
+            of_ids[: len(places)] = places[_falling_order(row[places])]
             of_values[: len(places)] = row[of_ids[: len(places)]]
         return values, ids
     flat = (heights >= floor.unsqueeze(-1)).view(-1).nonzero().squeeze(-1)  # row-major, ids ascending

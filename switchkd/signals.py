@@ -42,7 +42,8 @@ class TeacherSignal(Protocol):
         """N."""
         ...
 
-    def __len__(self) -> int:
+    @property
+    def positions(self) -> int:
         """T."""
         ...
 
@@ -71,8 +72,19 @@ class TeacherSignal(Protocol):
         ...
 
 
-def _largest(k: Tensor) -> int:
-    return int(k.max()) if len(k) else 2
+@torch.library.custom_op("switchkd::ids_up_to", mutates_args=())  # of torch, as those of `selection`
+def _ids_up_to(cached: Tensor, rows: Tensor, k: Tensor) -> Tensor:
+    """Return the leading ids of [T, N] rows up to the largest k, [T, k_max]: first the [T, K] cached, then the rows' order."""
+    largest = int(k.max()) if len(k) else 2
+    if largest <= cached.shape[-1]:
+        return cached[:, :largest].clone()
+    others = rows.scatter(-1, cached, -torch.inf)  # guesses may equal the smallest cached logit; they come after it
+    return torch.cat([cached, others.topk(largest - cached.shape[-1], dim=-1).indices], dim=-1)
+
+
+@_ids_up_to.register_fake
+def _(cached: Tensor, rows: Tensor, k: Tensor) -> Tensor:
+    return cached.new_empty(cached.shape[0], torch.library.get_ctx().new_dynamic_size(min=2))
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,10 @@ class DenseSignal:
         """N."""
         return self.logits.shape[-1]
 
-    def __len__(self) -> int:
-        return len(self.logits)
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.logits.shape[0]
 
     def lead(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """See `TeacherSignal.lead`. Found once: Align and VSD share the teacher's order and knee."""
@@ -125,8 +139,10 @@ class HiddenSignal:
         """N."""
         return len(self.head)
 
-    def __len__(self) -> int:
-        return len(self.hidden)
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.hidden.shape[0]
 
     def lead(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """See `TeacherSignal.lead`."""
@@ -165,8 +181,10 @@ class SparseSignal:
     vocab_rows: int  # N
     tail: TailPolicy = "student"
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.ids.shape[0]
 
     def lead(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """See `TeacherSignal.lead`.
@@ -183,13 +201,7 @@ class SparseSignal:
             k = self.knee.clamp(2, self.vocab_rows)
         else:
             k = self.knee.clamp(2, cached)
-        largest = _largest(k)
-        if largest <= cached:
-            return self.ids[:, :largest], k
-        others = rows.scatter(
-            -1, self.ids, -torch.inf
-        )  # guesses may equal the smallest cached logit; they come after it
-        return torch.cat([self.ids, others.topk(largest - cached, dim=-1).indices], dim=-1), k
+        return _ids_up_to(self.ids, rows.detach(), k), k
 
     def top(self, count: int) -> Tensor:
         """See `TeacherSignal.top`. Raises ValueError if fewer than `count` are cached."""
