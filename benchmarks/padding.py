@@ -1,28 +1,29 @@
 """Padding and speed of training by how samples are grouped and packed, on lengths like those of LLaVA's Mix-665K.
 
     python benchmarks/padding.py            # the share of padding; seconds
-    python benchmarks/padding.py --steps    # also whole training steps, some ten minutes on one core
+    python benchmarks/padding.py --steps    # also whole training steps, a quarter of an hour on one core
 
 Lengths are drawn, not read: 94 % of the samples have an image of 576 tokens and short text (log-normal, median 100 tokens), 6 % are
 text alone and long (median 500, cut at 2,048), as in the published mixture of 665,298 rows with 40,688 of text alone. The order
 is made, as the trainer makes it, from characters: 4 a token on average, between 3 and 5.
 
 Steps are forward and backward passes of the trainer's own loss from a store's hidden states, with the switch pathway, on the
-models of step.py; float32, one thread, CPU time. Everything is a quarter as long there (images of 144 tokens), which keeps shares
-as they are. Each way takes the same 192 samples in twelve batches of 16, and all ways take turns. Plain attention of rows is
-measured both ways, in blocks and with masks: the latter stands for models whose attention is not plain.
+models of step.py; float32, one thread, CPU time, and the most that torch held at once. Everything is a quarter as long there
+(images of 144 tokens), which keeps shares as they are. Each way takes the same 192 samples in twelve batches of 16, and all ways
+take turns. Plain attention of rows is measured both ways, in blocks and with masks: the latter stands for models whose attention
+is not plain.
 """
 
 import argparse
 import statistics
 import tempfile
 from functools import partial
-from time import process_time
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from side_by_side import measure, peak_bytes
 from step import IMAGE_TOKEN, VOCABULARY, make_model
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 
@@ -138,21 +139,19 @@ class Steps:
             found.append(batch)
         return found
 
-    def seconds(self, batches: list[dict[str, Any]], blocks: bool) -> float:
-        """Run an epoch: CPU seconds."""
+    def run(self, batches: list[dict[str, Any]], blocks: bool) -> None:
+        """Run an epoch."""
         for model in (self.student, self.teacher):
             if blocks:
                 prepare_rows(model.model.language_model, "the benchmark's model")
             model.model.language_model.set_attn_implementation(NAME if blocks else "sdpa")
-        start = process_time()
         for batch in batches:
             self.student.zero_grad()
             self.trainer.compute_loss(self.student, batch).backward()
-        return process_time() - start
 
 
-def steps(rounds: int = 2) -> None:
-    """Print samples per second of every way."""
+def steps(rounds: int = 3) -> None:
+    """Print samples per second of every way, and the peak of memory."""
     ways: dict[str, tuple[str, int | None, bool]] = {
         "`--group-by none`": ("none", None, False),
         "`--group-by length`": ("length", None, False),
@@ -164,18 +163,20 @@ def steps(rounds: int = 2) -> None:
     }
     bench = Steps()
     runs = {
-        name: partial(bench.seconds, bench.batches(grouping, rows and rows // SHORTER), blocks)
+        name: partial(bench.run, bench.batches(grouping, rows and rows // SHORTER), blocks)
         for name, (grouping, rows, blocks) in ways.items()
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(run())
+            times[name].append(measure(run))
+            print(name, times[name], flush=True)
+    peaks = {name: peak_bytes(run) for name, run in runs.items()}
     middle = {name: statistics.median(found) for name, found in times.items()}
     base = middle["`--group-by none`"]
-    print("\n| options | samples/s | times as many |\n| --- | ---: | ---: |")
+    print("\n| options | samples/s | times as many | peak, MB |\n| --- | ---: | ---: | ---: |")
     for name, seconds in middle.items():
-        print(f"| {name} | {SAMPLES / seconds:.2f} | {base / seconds:.2f} |")
+        print(f"| {name} | {SAMPLES / seconds:.2f} | {base / seconds:.2f} | {peaks[name] / 1e6:,.0f} |")
 
 
 def main() -> None:

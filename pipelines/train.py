@@ -14,7 +14,7 @@ from packaging.version import Version
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from switchkd.block_attention import prepare_rows
+from switchkd.block_attention import check_layers, prepare_rows
 from switchkd.encoding import pad_id_of
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
@@ -89,6 +89,10 @@ def train(options: TrainOptions) -> TrainSummary:
         return _finished(options)
     student = open_checkpoint(options.student, options.trust_remote_code)
     teacher = _open_teacher(options, objective, student)
+    if options.packing is not None:
+        check_layers(student.config.text_config, str(options.student))
+        if teacher is not None and (objective.switch or options.teacher_mode == "live"):
+            check_layers(teacher.config.text_config, str(options.teacher))
     store = _open_store(options, objective, teacher, student)
     payload = _payload(options, store, teacher)
     bridges.check_vocab_map(options, teacher, payload)

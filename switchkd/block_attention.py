@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from switchkd.errors import ConfigError
 
 NAME = "switchkd_blocks"  # of the attention; transformers makes no mask for a name that its masks do not know
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that can keep samples apart
 PROBE = (5, 8)  # tokens of the samples that a language model is tried with
 HALF_TOLERANCE, TOLERANCE = 3e-2, 1e-4  # of a token's state; rounding stays below, another sample's influence does not
 
@@ -69,6 +70,24 @@ def _is_plain(config: Any) -> bool:
         return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
     windows = ("sliding_window", "attention_chunk_size")
     return config._attn_implementation == "sdpa" and all(getattr(config, name, None) is None for name in windows)
+
+
+def check_layers(config: Any, name: str) -> None:
+    """Refuse a language model whose config tells of layers that mix what stands in a row, before anything is loaded.
+
+    Not every config tells; `prepare_rows` tries the model itself.
+
+    Args:
+        config: of the language model. name: of the model, for the error.
+
+    Raises:
+        ConfigError: convolutions, linear attention, state spaces.
+    """
+    if mixing := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION):
+        raise ConfigError(
+            f"--packing: the language model of {name} ({config.model_type}) has layers of kind {', '.join(mixing)}, which mix "
+            "samples of one row; leave --packing out"
+        )
 
 
 def prepare_rows(language: Any, name: str) -> None:

@@ -330,6 +330,15 @@ def test_language_models_that_do_not_are_refused(kind):
         prepare_rows(language(config, **more), "here")
 
 
+def test_layers_that_mix_are_refused_by_their_config(options, tmp_path, monkeypatch):
+    layers = partial(Lfm2Config, layer_types=["conv", "full_attention"])
+    monkeypatch.setitem(tiny.LANGUAGES, "lfm2", layers)
+    folder = tiny.checkpoint(tmp_path / "lfm2", 1, language="lfm2")
+    with pytest.raises(ConfigError, match=r"language model of .*lfm2 \(lfm2\) has layers of kind conv, which mix"):
+        train(replace(options, packing=32, student=folder))
+    assert not options.output.exists()
+
+
 def test_refused_before_the_first_step(options, monkeypatch):
     peers = {"objective": "llava-kd", "switch": False, "teacher_mode": "live", "template": "qa"}
     with pytest.raises(ConfigError, match="llava-kd compares images sample by sample: leave --packing out"):
