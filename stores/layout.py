@@ -1,6 +1,7 @@
 """Names, shapes and codecs of a store's arrays; the one place that knows where things lie."""
 
 import hashlib
+import math
 import os
 import socket
 import warnings
@@ -29,7 +30,9 @@ HIDDEN_DTYPES = ("float16", "bfloat16", "int8")
 # Columns of `stats`, in order; all over the N rows in use, before anything is cut or rounded.
 STAT_COLUMNS = ("z_max", "z_min", "logsumexp", "tail_logsumexp", "knee")
 
-CHUNK_POSITIONS = 256  # the unit of random access
+# The unit of random access: a sample has some hundred positions, and a chunk is unpacked whole. But small chunks pack badly.
+CHUNK_NUMBERS = 1 << 14
+CHUNK_POSITIONS = (32, 256)  # at least, at most
 DIGEST_COLUMNS = ("input_ids", "supervised", "image")
 
 # numcodecs says on every use that its codecs are outside the Zarr v3 specification; the format's README says it once.
@@ -85,18 +88,28 @@ def array_options(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> di
     from zarr.codecs.numcodecs import PCodec
 
     positional = name in (GAP, HEIGHT, BOTTOM, STATE, SCALE, STATS)
-    rows = CHUNK_POSITIONS if positional else max(shape[0], 1)
-    # Columns that are distributed alike share a chunk: each statistic has its own, gaps grow along a row.
-    columns = [1 if name == STATS else _gap_columns(shape[1]) if name == GAP else size for size in shape[1:]]
+    rows = chunk_positions(shape) if positional else max(shape[0], 1)
+    # Gaps grow along a row; columns that are distributed alike share a chunk.
+    columns = [_gap_columns(size) if name == GAP else size for size in shape[1:]]
     chunks = (rows, *columns)
     shards = tuple(max(-(-size // chunk), 1) * chunk for size, chunk in zip(shape, chunks, strict=True))
     options: dict[str, Any] = {"shape": shape, "chunks": chunks, "shards": shards, "filters": []}
     if name in (GAP, HEIGHT):  # gaps and heights are differences already
-        pcodec = PCodec(level=8, delta_spec="try_consecutive", delta_encoding_order=0)
+        pcodec = PCodec(level=6, delta_spec="try_consecutive", delta_encoding_order=0)
         return options | {"serializer": pcodec, "compressors": [Crc32cCodec()]}
-    if name in (BOTTOM, STATS, SCALE, OFFSET) or (name == STATE and dtype != np.int8):
+    if name == STATE and dtype != np.int8:  # trying out what fits best takes as long as packing and finds nothing
+        pcodec = PCodec(level=8, mode_spec="classic", delta_spec="none")
+        return options | {"serializer": pcodec, "compressors": [Crc32cCodec()]}
+    if name in (BOTTOM, STATS, SCALE, OFFSET):
         return options | {"serializer": PCodec(level=8), "compressors": [Crc32cCodec()]}
     return options | {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
+
+
+def chunk_positions(shape: tuple[int, ...]) -> int:
+    """Return the positions that a chunk of an array of this shape [P, …] holds: a power of 2."""
+    least, most = CHUNK_POSITIONS
+    fitting = max(CHUNK_NUMBERS // max(math.prod(shape[1:]), 1), 1)
+    return min(max(1 << fitting.bit_length() - 1, least), most)
 
 
 def _gap_columns(top_k: int) -> int:

@@ -127,7 +127,7 @@ class Folder:
 
     def ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return runs of a file's bytes; shorter ones where it ends before."""
-        handle = os.open(self.path / key, os.O_RDONLY)
+        handle = os.open(f"{self.path}/{key}", os.O_RDONLY)  # as text: joining paths takes longer than opening the file
         try:
             return [os.pread(handle, end - begin, begin) for begin, end in spans]
         finally:

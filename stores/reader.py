@@ -1,6 +1,7 @@
 """Reading a store: random access by sample, from any process."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -31,6 +32,11 @@ class StoredSample:
     digest: tuple[int, int, int]  # text, supervised mask, image
     payload: Payload  # read-only arrays; copy before changing them
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its payload in memory."""
+        return self.payload.nbytes
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -44,8 +50,9 @@ class _Part:
 class TeacherStore:
     """A store opened for reading: `len(store)`, `store[i]`.
 
-    Keeps decoded chunks up to `cache_bytes`, so that samples that are read again, or lie beside each other, cost nothing.
-    May be sent to DataLoader workers, forked or spawned; each opens the files anew. On an object store: spawned ones only.
+    Keeps up to `cache_bytes` of what was read last: samples, so that reading one again costs nothing, and the chunks that they
+    lie in, so that reading their neighbours costs little. May be sent to DataLoader workers, forked or spawned; each opens the
+    files anew. On an object store: spawned ones only.
 
     Args:
         path: the store's folder, or its URL on an object store.
@@ -61,8 +68,10 @@ class TeacherStore:
         self.cache_bytes = cache_bytes
         self.manifest = read_manifest(self.path)
         self.id_of_rank = self._read_rank_table()
+        self._ids = self.id_of_rank.astype(np.int32)  # the type that a payload has
         self._parts: dict[int, _Part] = {}
-        self._chunks: LRUCache[tuple[int, int], Payload] = LRUCache(cache_bytes, getsizeof=attrgetter("nbytes"))
+        # Chunks [rows, …] as they are stored by (part, array, number), and samples by index.
+        self._cache: LRUCache[Any, Any] = LRUCache(cache_bytes, getsizeof=attrgetter("nbytes"))
         self._nothing = no_position(self.manifest)
 
     @classmethod
@@ -83,15 +92,19 @@ class TeacherStore:
     def __getitem__(self, index: int) -> StoredSample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a store with {len(self)}")
+        kept: StoredSample | None = self._cache.get(index)
+        if kept is not None:
+            return kept
         number, row = divmod(index, self.manifest.part_size)
         part = self._part(number)
         begin, end = int(part.offset[row]), int(part.offset[row + 1])
-        first, last = begin // layout.CHUNK_POSITIONS, max(end - 1, begin) // layout.CHUNK_POSITIONS
-        chunks = [self._chunk(number, chunk) for chunk in range(first, last + 1)] if end > begin else [self._nothing]
-        start = first * layout.CHUNK_POSITIONS if end > begin else begin
-        text, supervised, image = (int(value) for value in part.digest[row])
-        payload = Payload.concatenate(chunks).slice(begin - start, end - start)
-        return StoredSample(int(part.status[row]), (text, supervised, image), payload)
+        text, supervised, image = part.digest[row].tolist()
+        payload = self._unpack(number, self._rows(number, begin, end)) if end > begin else self._nothing
+        for array in payload.arrays().values():
+            array.flags.writeable = False  # every later reader of this sample sees these very arrays
+        sample = StoredSample(int(part.status[row]), (text, supervised, image), payload)
+        self._keep(index, sample)
+        return sample
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "cache_bytes": self.cache_bytes}
@@ -131,7 +144,9 @@ class TeacherStore:
 
     def part_payload(self, part: int) -> Payload:
         """Return the payload of all positions of one part; not cached."""
-        return self._decode(self._part(part).arrays, slice(None))
+        arrays, names = self._part(part).arrays, self.manifest.position_arrays
+        found = self.place.each(lambda name: self._read_all(arrays[name]), names)
+        return self._unpack(part, dict(zip(names, found, strict=True)))
 
     def part_positions(self, part: int) -> int:
         """Return the number of positions of one part."""
@@ -139,7 +154,7 @@ class TeacherStore:
 
     def part_stats(self, part: int) -> NDArray[np.float32]:
         """Return the statistics of all positions of one part, [P, 5]."""
-        return np.asarray(self._read(self._part(part).arrays[layout.STATS]))
+        return np.asarray(self._read_all(self._part(part).arrays[layout.STATS]))
 
     def _part(self, number: int) -> _Part:
         if number not in self._parts:
@@ -159,7 +174,9 @@ class TeacherStore:
         if "files" not in entry:
             raise StoreError(f"{where} does not list its files; {_REWRITE}")
         arrays = self._arrays(key, entry["files"])
-        offset, status, digest = (self._read(arrays[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST))
+        offset, status, digest = (
+            self._read_all(arrays[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST)
+        )
         return _Part(arrays, entry, offset, status, digest)
 
     def _part_entry(self, part_key: str) -> Any:
@@ -195,29 +212,44 @@ class TeacherStore:
                 raise StoreError(f"{self.place.at(part_key)}: {error}; {_REWRITE}") from error
         return arrays
 
-    def _chunk(self, part: int, chunk: int) -> Payload:
-        key = (part, chunk)
-        if key in self._chunks:
-            return self._chunks[key]
-        rows = slice(chunk * layout.CHUNK_POSITIONS, (chunk + 1) * layout.CHUNK_POSITIONS)
-        payload = self._decode(self._part(part).arrays, rows)
-        for array in payload.arrays().values():
-            array.flags.writeable = False  # every later reader of this chunk sees these very arrays
-        if payload.nbytes <= self.cache_bytes:
-            self._chunks[key] = payload
-        return payload
+    def _rows(self, part: int, begin: int, end: int) -> dict[str, NDArray[Any]]:
+        """Return positions begin … end - 1 of a part's arrays as they are stored, from chunks that were kept or are read now."""
+        shards = self._part(part).arrays
+        numbers = {name: shards[name].chunks_of(begin, end) for name in self.manifest.position_arrays}
+        chunks = {(name, at): self._cache.get((part, name, at)) for name, those in numbers.items() for at in those}
+        wanted: dict[str, list[int]] = {}
+        for (name, at), kept in chunks.items():
+            if kept is None:
+                wanted.setdefault(name, []).append(at)
+        read = self.place.each(lambda name: self._read(shards[name], wanted[name]), wanted)
+        for name, arrays in zip(wanted, read, strict=True):
+            for at, array in zip(wanted[name], arrays, strict=True):
+                chunks[name, at] = array
+                self._keep((part, name, at), array)
+        rows = {}
+        for name, those in numbers.items():
+            pieces, size = [chunks[name, at] for at in those], shards[name].chunk_rows
+            pieces[-1] = pieces[-1][: end - those[-1] * size]
+            pieces[0] = pieces[0][begin - those[0] * size :]
+            rows[name] = np.concatenate(pieces)
+        return rows
 
-    def _decode(self, arrays: dict[str, Shard], rows: slice) -> Payload:
-        """Read and unpack a run of positions of one part."""
-        manifest = self.manifest
-        names = manifest.position_arrays
-        found = dict(zip(names, self.place.each(lambda name: self._read(arrays[name], rows), names), strict=True))
-        stats = found[layout.STATS]
+    def _keep(self, key: Any, value: Any) -> None:
+        """Put something into the cache, if there is room for it at all."""
+        if value.nbytes <= self.cache_bytes:
+            self._cache[key] = value
+
+    def _unpack(self, part: int, found: dict[str, NDArray[Any]]) -> Payload:
+        """Unpack a run of positions of one part."""
+        manifest, stats = self.manifest, found[layout.STATS]
         ids = logits = hidden = None
         if manifest.has_topk:
-            gap, height, bottom = found[layout.GAP], found[layout.HEIGHT], found[layout.BOTTOM]
+            packed = (found[name] for name in (layout.GAP, layout.HEIGHT, layout.BOTTOM))
             logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
-            ids, logits = decode_topk(gap, height, bottom, logsumexp, self.id_of_rank, manifest.fine, manifest.coarse)
+            try:
+                ids, logits = decode_topk(*packed, logsumexp, self._ids, manifest.fine, manifest.coarse)
+            except ValueError as error:
+                raise StoreError(f"{self.place.at(layout.part_key(part))}: {error}; {_REWRITE}") from error
         if manifest.has_hidden:
             hidden = decode_hidden(found[layout.STATE], found.get(layout.SCALE), manifest.hidden_dtype)
         return Payload(stats, ids, logits, hidden)
@@ -237,9 +269,13 @@ class TeacherStore:
             )
         return table
 
-    def _read(self, array: Shard, rows: slice = slice(None)) -> NDArray[Any]:
+    def _read_all(self, array: Shard) -> NDArray[Any]:
+        whole = self._read(array, range(array.chunk_count))
+        return np.concatenate(whole)[: len(array)]
+
+    def _read(self, array: Shard, numbers: Sequence[int]) -> list[NDArray[Any]]:
         try:
-            return array[rows]
+            return array.read(numbers)
         except RunError:
             raise
         # As above; PCodec and Zstd raise what they like.

@@ -1,12 +1,13 @@
-"""Reading an array of a part straight from its shard: the shard's index once, then the inner chunks that are asked for.
+"""An array of a part as one file, its shard: writing it whole, and reading the inner chunks that are asked for.
 
-zarr gives the same numbers, but reads a shard's inner chunks one after the other, each through its event loop, and that costs
-several times what decoding them does. Only the codecs that this format uses are known here.
+zarr gives the same numbers and reads and writes the same file, but takes a shard's inner chunks one after the other, each through
+its event loop, and that costs several times what coding them does. Only the codecs that this format uses are known here.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -21,9 +22,77 @@ from switchkd.stores.place import Place
 _EMPTY = np.iinfo(np.uint64).max  # in an index: this inner chunk holds nothing but the fill value
 _CHECKSUM = 4  # bytes of a crc32c
 
+Step = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the metadata of an array say: a table of rows or a list, in one shard.
+
+    Raises:
+        ValueError: they are not those of an array of this format.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...]  # shape of an inner chunk
+    grid: tuple[int, ...]  # how many of them, along each axis
+    fill: int | float
+    steps: list[tuple[Step, Step]]  # what each codec does, and what undoes it
+
+    @classmethod
+    def parse(cls, key: str, metadata: bytes) -> "Description":
+        """Read an array's zarr.json; `key` is the array's place, for messages."""
+        try:
+            data = json.loads(metadata)
+            shape, dtype = tuple(data["shape"]), np.dtype(data["data_type"])
+            (sharding,) = data["codecs"]
+            chunks = tuple(sharding["configuration"]["chunk_shape"])
+            steps = [_steps(codec, dtype) for codec in sharding["configuration"]["codecs"]]
+            shard, fill = data["chunk_grid"]["configuration"]["chunk_shape"], data["fill_value"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{key}/zarr.json does not describe an array of a store: {error!r}") from error
+        if any(size > room for size, room in zip(shape, shard, strict=True)):
+            raise ValueError(f"{key} lies in several shards; a part has one an array")
+        return cls(shape, dtype, chunks, tuple(n // c for n, c in zip(shard, chunks, strict=True)), fill, steps)
+
+    @property
+    def file(self) -> str:
+        """The shard's name below the array's folder."""
+        return "/".join(["c", *("0" for _ in self.shape)])
+
+    @property
+    def index_bytes(self) -> int:
+        """The size of the index at the shard's end."""
+        return math.prod(self.grid) * 16 + _CHECKSUM
+
+
+def encode_shard(description: Description, values: NDArray[Any]) -> bytes | None:
+    """Return the bytes of the shard that holds an array; None if its values are 0 throughout, which needs no file.
+
+    Inner chunks lie in the file as they do in the array, so that those of a run of rows are read in one go.
+    """
+    whole = np.zeros([n * c for n, c in zip(description.grid, description.chunks, strict=True)], description.dtype)
+    whole[tuple(slice(size) for size in description.shape)] = values
+    contents: list[bytes] = []
+    index = np.full((math.prod(description.grid), 2), _EMPTY, "<u8")
+    end = 0
+    for entry, where in zip(index, product(*map(range, description.grid)), strict=True):
+        corner = zip(where, description.chunks, strict=True)
+        chunk = np.ascontiguousarray(whole[tuple(slice(at * n, (at + 1) * n) for at, n in corner)])
+        if not chunk.view(np.uint8).any():
+            continue
+        data: Any = chunk
+        for code, _ in description.steps:
+            data = code(data)
+        contents.append(data)
+        entry[:] = end, len(data)
+        end += len(data)
+    return b"".join([*contents, _with_checksum(index.tobytes())]) if contents else None
+
 
 class Shard:
-    """An array of a part that lies in one shard; `shard[rows]` reads along the first axis.
+    """An array of a part, to be read by chunks of `chunk_rows` rows.
 
     Args:
         place: where the store lies. key: the array's, inside the store.
@@ -37,80 +106,108 @@ class Shard:
     """
 
     def __init__(self, place: Place, key: str, metadata: bytes, sizes: dict[str, int]) -> None:
-        try:
-            data = json.loads(metadata)
-            self.shape = tuple(data["shape"])
-            self.dtype = np.dtype(data["data_type"])
-            (sharding,) = data["codecs"]
-            inner = sharding["configuration"]
-            self.chunks = tuple(inner["chunk_shape"])
-            self._steps = [_step(codec, self.dtype) for codec in reversed(inner["codecs"])]
-            grid = data["chunk_grid"]["configuration"]["chunk_shape"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{key}/zarr.json does not describe an array of a store: {error!r}") from error
-        if any(size > shard for size, shard in zip(self.shape, grid, strict=True)):
-            raise ValueError(f"{key} lies in several shards; a part has one an array")
         self.place, self.key = place, key
-        self._file = "/".join([key, "c", *("0" for _ in self.shape)])
+        self._about = Description.parse(key, metadata)
+        self._file = f"{key}/{self._about.file}"
+        self._chunk_size = math.prod(self._about.chunks)
         self._size = sizes.get(self._file)
-        self._fill = data["fill_value"]
-        self._grid = tuple(size // chunk for size, chunk in zip(grid, self.chunks, strict=True))
         self._index: NDArray[np.uint64] | None = None  # [*grid, 2]: offset and bytes of every inner chunk
 
     def __len__(self) -> int:
-        return int(self.shape[0])
+        return int(self._about.shape[0])
 
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        start, stop, _ = rows.indices(len(self))
-        step = self.chunks[0]
-        first, last = start // step, -(-stop // step)
-        if self._size is None or stop <= start:
-            return np.full((max(stop - start, 0), *self.shape[1:]), self._fill, self.dtype)
-        wanted = list(product(range(first, last), *(range(size) for size in self._grid[1:])))
-        whole = np.empty(((last - first) * step, *(n * c for n, c in zip(self._grid[1:], self.chunks[1:], strict=True))),
-                         self.dtype)  # fmt: skip
-        for where, chunk in zip(wanted, self._read(wanted), strict=True):
-            corner = (where[0] - first, *where[1:])
-            whole[tuple(slice(at * n, (at + 1) * n) for at, n in zip(corner, self.chunks, strict=True))] = chunk
-        return whole[(slice(start - first * step, stop - first * step), *(slice(size) for size in self.shape[1:]))]
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of an inner chunk."""
+        return self._about.chunks[0]
 
-    def _read(self, wanted: list[tuple[int, ...]]) -> Iterable[NDArray[Any] | int | float]:
-        """Return the decoded inner chunks at these places of the grid."""
+    @property
+    def chunk_count(self) -> int:
+        """Number of chunks along the rows; 1 if there is no row."""
+        return self._about.grid[0]
+
+    def chunks_of(self, begin: int, end: int) -> range:
+        """Return the numbers of the chunks that rows begin … end - 1 lie in."""
+        return range(begin // self.chunk_rows, -(-end // self.chunk_rows))
+
+    def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
+        """Return chunks by their numbers, each [chunk_rows, …]; behind the array's end they hold the fill value."""
+        about = self._about
+        if self._size is None:
+            empty = np.full((self.chunk_rows, *about.shape[1:]), about.fill, about.dtype)
+            return [empty] * len(numbers)
         if self._index is None:
-            self._index = self._read_index()
-        entries = [tuple(map(int, self._index[where])) for where in wanted]
-        spans = [(offset, offset + size) for offset, size in entries if offset != _EMPTY]
-        contents = iter(self.place.ranges(self._file, spans))
-        return [self._fill if offset == _EMPTY else self._decode(next(contents)) for offset, _ in entries]
+            self._index = self._read_index(self._size)
+        entries = self._index[list(numbers)].reshape(-1, 2).tolist()
+        pieces = [self._decode(data) for data in self._contents(entries)]
+        wide = len(pieces) // max(len(numbers), 1)
+        if wide == 1:
+            return pieces
+        columns = about.shape[1]
+        return [np.concatenate(pieces[i : i + wide], axis=1)[:, :columns] for i in range(0, len(pieces), wide)]
 
-    def _read_index(self) -> NDArray[np.uint64]:
-        assert self._size is not None
-        length = math.prod(self._grid) * 16 + _CHECKSUM
-        (data,) = self.place.ranges(self._file, [(self._size - length, self._size)])
-        return np.frombuffer(_checked(data), "<u8").reshape(*self._grid, 2)
+    def _contents(self, entries: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Return the bytes of inner chunks, None for those that were not written; neighbours are read in one go."""
+        runs: list[tuple[int, int]] = []
+        begin = end = -1
+        for offset, size in entries:
+            if offset == end:
+                end += size
+                runs[-1] = (begin, end)
+            elif offset != _EMPTY:
+                begin, end = offset, offset + size
+                runs.append((begin, end))
+        found = zip(runs, self.place.ranges(self._file, runs), strict=True)
+        contents: list[bytes | None] = []
+        begin, end, data = 0, 0, b""
+        for offset, size in entries:
+            if offset == _EMPTY:
+                contents.append(None)
+                continue
+            if not begin <= offset < end:
+                (begin, end), data = next(found)
+            contents.append(data[offset - begin : offset - begin + size])
+        return contents
 
-    def _decode(self, data: bytes) -> NDArray[Any]:
+    def _read_index(self, size: int) -> NDArray[np.uint64]:
+        (data,) = self.place.ranges(self._file, [(size - self._about.index_bytes, size)])
+        return np.frombuffer(_checked(data), "<u8").reshape(*self._about.grid, 2)
+
+    def _decode(self, data: bytes | None) -> NDArray[Any]:
+        about = self._about
+        if data is None:
+            return np.full(about.chunks, about.fill, about.dtype)
         value: Any = data
-        for step in self._steps:
-            value = step(value)
-        if value.dtype != self.dtype or value.size != math.prod(self.chunks):
-            raise ValueError(f"a chunk of {self.key} holds {value.size} {value.dtype}, not {self.chunks} {self.dtype}")
-        decoded: NDArray[Any] = value.reshape(self.chunks)
+        for _, undo in reversed(about.steps):
+            value = undo(value)
+        if value.dtype != about.dtype or value.size != self._chunk_size:
+            raise ValueError(
+                f"a chunk of {self.key} holds {value.size} {value.dtype}, not {about.chunks} {about.dtype}"
+            )
+        decoded: NDArray[Any] = value.reshape(about.chunks)
         return decoded
 
 
-def _step(codec: dict[str, Any], dtype: np.dtype[Any]) -> Callable[[Any], Any]:
-    """Return what undoes one codec of a chain."""
+def _steps(codec: dict[str, Any], dtype: np.dtype[Any]) -> tuple[Step, Step]:
+    """Return what one codec of a chain does, and what undoes it."""
     match codec["name"]:
         case "crc32c":
-            return _checked
+            return _with_checksum, _checked
         case "zstd":
-            return Zstd().decode  # type: ignore[no-any-return]
+            zstd = Zstd(**codec["configuration"])
+            return zstd.encode, zstd.decode
         case "numcodecs.pcodec":
-            return PCodec().decode  # type: ignore[no-any-return]
+            pcodec = PCodec(**codec["configuration"])
+            return pcodec.encode, pcodec.decode
         case "bytes" if dtype.itemsize == 1 or codec["configuration"]["endian"] == "little":
-            return lambda data: np.frombuffer(data, dtype.newbyteorder("<"))
+            stored = dtype.newbyteorder("<")
+            return lambda values: values.astype(stored).tobytes(), lambda data: np.frombuffer(data, stored)
     raise ValueError(f"unknown codec {codec}")
+
+
+def _with_checksum(data: bytes) -> bytes:
+    """Return the bytes, followed by their crc32c."""
+    return data + google_crc32c.value(data).to_bytes(_CHECKSUM, "little")
 
 
 def _checked(data: bytes) -> bytes:

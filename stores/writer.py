@@ -25,6 +25,7 @@ from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
 from switchkd.stores.place import MARKER, Files, Location, place_of
 from switchkd.stores.reader import TeacherStore, read_manifest
+from switchkd.stores.shards import Description, encode_shard
 
 
 @dataclass(frozen=True)
@@ -123,22 +124,20 @@ class StoreWriter:
         return data
 
     def _part_files(self, part: int, data: dict[str, NDArray[Any]]) -> Files:
-        """Encode a part's arrays and what it says about itself.
-
-        In memory: zarr writes with several threads, and some of them go on after one has failed; no folder could be removed
-        under them.
-        """
+        """Encode a part's arrays and what it says about itself: zarr describes them, their shards are made here."""
         buffers: dict[str, Buffer] = {}
         group = zarr.create_group(MemoryStore(buffers))
         for name, values in data.items():
-            array = group.create_array(
-                name, dtype=values.dtype, **layout.array_options(name, values.shape, values.dtype)
-            )
-            array[...] = values
+            group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape, values.dtype))
         group[layout.STATS].attrs["columns"] = list(layout.STAT_COLUMNS)
         group[layout.DIGEST].attrs["columns"] = list(layout.DIGEST_COLUMNS)
         files = _contents(buffers)
         del files[MARKER]  # which holds this list
+        for name, values in data.items():
+            about = Description.parse(name, files[f"{name}/{MARKER}"])
+            shard = encode_shard(about, values)
+            if shard is not None:
+                files[f"{name}/{about.file}"] = shard
         group.attrs[layout.PART_KEY] = {
             "part": part,
             "store": self.manifest.identity,

@@ -13,9 +13,9 @@ import synthetic
 from torch.utils.data import DataLoader
 
 from switchkd.errors import StoreError, StoreMismatch
-from switchkd.stores import TeacherStore
+from switchkd.stores import TeacherStore, layout
 from switchkd.stores.info import describe
-from switchkd.stores.layout import CHUNK_POSITIONS, STAT_COLUMNS, part_path
+from switchkd.stores.layout import STAT_COLUMNS, part_path
 from switchkd.stores.reader import pick_store, read_manifest
 
 README = Path(__file__).parents[1] / "stores/README.md"
@@ -77,11 +77,11 @@ def test_every_sample_comes_back(path):
 def test_the_store_holds_the_cases_that_matter():
     """The seeds give samples without positions, and samples that lie in one, two and three chunks."""
     of = synthetic.manifest()
-    seen = set()
+    seen, size = set(), layout.chunk_positions((1, of.top_k))
     for part in range(of.part_count):
         ends = np.cumsum(synthetic.part_arrays(of, part).positions)
         for begin, end in zip([0, *ends[:-1]], ends, strict=True):
-            seen.add((end - 1) // CHUNK_POSITIONS - begin // CHUNK_POSITIONS + 1 if end > begin else 0)
+            seen.add((end - 1) // size - begin // size + 1 if end > begin else 0)
     assert {0, 1, 2, 3} <= seen
 
 
@@ -202,11 +202,13 @@ def test_a_small_cache_reads_the_same(path, cache_bytes):
         assert_same(small[index], large[index])
 
 
-def test_a_cached_chunk_is_not_read_again(path, monkeypatch):
+def test_what_was_read_is_not_read_again(path, monkeypatch):
     store = TeacherStore(path)
     index = lengths(store.manifest).index(600)
     first = store[index]
     monkeypatch.setattr(store, "_read", lambda *_: pytest.fail("read from disk"))
+    assert_same(store[index], first)
+    del store._cache[index]  # its chunks are still there
     assert_same(store[index], first)
 
 
@@ -214,12 +216,25 @@ def test_one_sample_reads_its_chunks_only(path, monkeypatch):
     store = TeacherStore(path)
     index = lengths(store.manifest).index(3)
     store.part_statuses(index // store.manifest.part_size)
-    rows_read = []
+    chunks = []
     read = store._read
-    monkeypatch.setattr(store, "_read", lambda array, rows: rows_read.append(rows) or read(array, rows))
+    monkeypatch.setattr(store, "_read", lambda array, numbers: chunks.append(numbers) or read(array, numbers))
     store[index]
-    assert 3 <= len(rows_read) <= 6  # three arrays, at most two chunks
-    assert all(rows.stop - rows.start == CHUNK_POSITIONS for rows in rows_read)
+    assert len(chunks) == len(store.manifest.position_arrays)
+    assert all(1 <= len(numbers) <= 2 for numbers in chunks)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (256, 256)])
+def test_chunks_of_another_size_read_the_same(tmp_path, monkeypatch, least, most):
+    """A reader takes the size of a chunk from the array: it was 256 positions for every array once."""
+    monkeypatch.setattr(layout, "CHUNK_POSITIONS", (least, most))
+    of = synthetic.manifest(payload="both", hidden_dtype="int8", hidden_width=400, samples=9)
+    other = TeacherStore(synthetic.fill(tmp_path / "other.zarr", of))
+    monkeypatch.undo()
+    store = TeacherStore(synthetic.fill(tmp_path / "s.zarr", of))
+    for index in range(len(store)):
+        assert_same(other[index], store[index])
+    assert other._part(0).arrays[layout.STATE].chunk_rows != store._part(0).arrays[layout.STATE].chunk_rows
 
 
 def test_a_pickled_store_reads_the_same_and_carries_no_data(path):

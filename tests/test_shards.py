@@ -1,0 +1,111 @@
+"""A part's arrays as files: zarr reads what is written here, and what zarr writes is read here."""
+
+import numpy as np
+import pytest
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from switchkd.stores import layout
+from switchkd.stores.place import Folder
+from switchkd.stores.shards import Description, Shard, encode_shard
+
+POSITIONS = (0, 1, 255, 256, 257, 600)
+
+
+def arrays(positions):
+    """One array of each kind, by its name: some zeros, some chunks of nothing but zeros."""
+    random = np.random.default_rng(positions)
+    made = {
+        layout.GAP: random.integers(0, 1 << 16, (positions, 100)).astype(np.uint16),
+        layout.HEIGHT: random.integers(0, 400, (positions, 100)).astype(np.uint16),
+        layout.BOTTOM: random.integers(0, 400, positions).astype(np.uint16),
+        layout.STATS: random.normal(size=(positions, 5)).astype(np.float32),
+        layout.STATE: random.normal(size=(positions, 40)).astype(np.float16),
+        layout.SCALE: random.random((positions, 2)).astype(np.float16),
+        layout.OFFSET: np.arange(positions + 1),
+        layout.DIGEST: random.integers(0, 1 << 64, (positions, 3), dtype=np.uint64),
+        layout.STATUS: np.zeros(positions, np.uint8),
+    }
+    made[layout.GAP][:300, :32] = made[layout.HEIGHT][300:] = made[layout.STATS][:] = 0
+    return made
+
+
+def described(name, values):
+    """An empty array of a part, its metadata and the files of its group."""
+    files = {}
+    group = zarr.create_group(MemoryStore(files))
+    array = group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape, values.dtype))
+    return array, Description.parse(name, files[f"{name}/zarr.json"].to_bytes()), files
+
+
+def shard_of(folder, name, files):
+    """Open an array whose files are laid into a folder."""
+    for key, content in files.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(content.to_bytes())
+    return Shard(Folder(folder), name, files[f"{name}/zarr.json"].to_bytes(), {key: len(files[key]) for key in files})
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", arrays(0))
+def test_zarr_reads_what_is_written_here(name, positions):
+    values = arrays(positions)[name]
+    array, description, files = described(name, values)
+    content = encode_shard(description, values)
+    assert (content is None) == (not values.any())
+    if content is not None:
+        files[f"{name}/{description.file}"] = default_buffer_prototype().buffer.from_bytes(content)
+    assert np.array_equal(array[...], values)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", arrays(0))
+def test_what_zarr_writes_is_read_here(tmp_path, name, positions):
+    values = arrays(positions)[name]
+    array, _, files = described(name, values)
+    array[...] = values
+    shard = shard_of(tmp_path, name, files)
+    assert len(shard) == len(values)
+    for numbers in (range(shard.chunk_count), [shard.chunk_count - 1], [0, shard.chunk_count - 1]):
+        for number, chunk in zip(numbers, shard.read(numbers), strict=True):
+            begin = number * shard.chunk_rows
+            expected = values[begin : begin + shard.chunk_rows]
+            assert np.array_equal(chunk[: len(expected)], expected)
+            assert chunk.shape == (shard.chunk_rows, *values.shape[1:])
+
+
+def test_both_write_the_same_chunks():
+    """Only their order in the file differs: rows after rows here, so that a sample's chunks are read in one go."""
+    values = arrays(600)[layout.GAP]
+    array, description, files = described(layout.GAP, values)
+    array[...] = values
+    here, there = encode_shard(description, values), files[f"{layout.GAP}/{description.file}"].to_bytes()
+    assert len(here) == len(there) and here != there
+
+    def chunks(content):
+        index = np.frombuffer(content[-description.index_bytes : -4], "<u8").reshape(-1, 2)
+        return [content[begin : begin + size] for begin, size in index.tolist() if size < len(content)]
+
+    assert chunks(here) == chunks(there)
+    assert b"".join(chunks(here)) == here[: -description.index_bytes]
+
+
+def test_rows_that_lie_together_are_read_in_one_go(tmp_path, monkeypatch):
+    values = arrays(600)[layout.GAP]
+    _, description, files = described(layout.GAP, values)
+    content = encode_shard(description, values)
+    files[f"{layout.GAP}/{description.file}"] = default_buffer_prototype().buffer.from_bytes(content)
+    shard = shard_of(tmp_path, layout.GAP, files)
+    shard.read([0])  # the index
+    asked = []
+    ranges = Folder.ranges
+    monkeypatch.setattr(Folder, "ranges", lambda *a: asked.append(a[2]) or ranges(*a))
+    shard.read(range(3, shard.chunk_count))
+    assert [len(spans) for spans in asked] == [1]
+
+
+@pytest.mark.parametrize("metadata", (b"", b"[]", b'{"shape": [3]}'))
+def test_metadata_of_something_else_are_refused(metadata):
+    with pytest.raises(ValueError, match=r"^a/zarr\.json does not describe an array of a store"):
+        Description.parse("a", metadata)
