@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.fused import Block, LMHead, loss_in_chunks
+from switchkd.fused import Block, LMHead, LossOfBlock, loss_in_chunks
 from switchkd.objective import FusedLoss, LossParts, Objective
 from switchkd.signals import DenseSignal, TeacherSignal
 
@@ -147,32 +147,41 @@ def loss_over_vocabularies(
         weights: [P_S]. switch_weights: [P_T], of the teacher's positions.
     """
 
-    def of_student(block: Block) -> tuple[Tensor, Tensor]:
-        rows = block.rows
-        weight = None if weights is None else weights[rows]
-        ce = objective.parts(block.logits, targets[rows], None, None, targets[rows] < 0, weight).ce
-        there = partner[rows] >= 0
-        word = _rows_of(teacher, partner[rows][there])
-        signal = DenseSignal(vocabularies.of_teacher(word))
-        ours = vocabularies.of_student(block.logits[there])
-        align = objective.distance(ours, signal, None if weight is None else weight[there])
-        return ce + objective.align_weight * align, torch.stack([ce, align])
+    def open_student(chunk: slice) -> LossOfBlock:
+        there = partner[chunk] >= 0
+        words = _rows_of(teacher, partner[chunk][there])
+        before = [0, *there.cumsum(0).tolist()]
 
-    total, sums = loss_in_chunks(hidden, head, lambda _: of_student, chunk_positions=chunk_positions)
+        def of_student(block: Block) -> tuple[Tensor, Tensor]:
+            rows, inside = block.rows, block.in_chunk
+            weight = None if weights is None else weights[rows]
+            ce = objective.parts(block.logits, targets[rows], None, None, targets[rows] < 0, weight).ce
+            signal = DenseSignal(vocabularies.of_teacher(words[before[inside.start] : before[inside.stop]]))
+            ours = vocabularies.of_student(block.logits[there[inside]])
+            align = objective.distance(ours, signal, None if weight is None else weight[there[inside]])
+            return ce + objective.align_weight * align, torch.stack([ce, align])
+
+        return of_student
+
+    total, sums = loss_in_chunks(hidden, head, open_student, chunk_positions=chunk_positions)
     ce, align = sums if len(sums) else total.detach().expand(2)
     if switch_hidden is None:
         return FusedLoss(total, LossParts(ce, align, None))
     assert switch_head is not None and on_image is not None
     seen = on_image.nonzero().squeeze(-1)
 
-    def of_switch(block: Block) -> tuple[Tensor, Tensor]:
-        rows = seen[block.rows]
-        signal = DenseSignal(_rows_of(teacher, rows)[:, : vocabularies.teacher_rows])
-        weight = None if switch_weights is None else switch_weights[rows]
-        vsd = objective.distance(block.logits[:, : vocabularies.teacher_rows], signal, weight)
-        return objective.vsd_weight * vsd, vsd.unsqueeze(0)
+    def open_switch(chunk: slice) -> LossOfBlock:
+        words = _rows_of(teacher, seen[chunk])[:, : vocabularies.teacher_rows]
 
-    switched, sums = loss_in_chunks(switch_hidden, switch_head, lambda _: of_switch, chunk_positions=chunk_positions)
+        def of_switch(block: Block) -> tuple[Tensor, Tensor]:
+            weight = None if switch_weights is None else switch_weights[seen[block.rows]]
+            logits = block.logits[:, : vocabularies.teacher_rows]
+            vsd = objective.distance(logits, DenseSignal(words[block.in_chunk]), weight)
+            return objective.vsd_weight * vsd, vsd.unsqueeze(0)
+
+        return of_switch
+
+    switched, sums = loss_in_chunks(switch_hidden, switch_head, open_switch, chunk_positions=chunk_positions)
     vsd = sums[0] if len(sums) else switched.detach()
     return FusedLoss(total + switched, LossParts(ce, align, vsd))
 

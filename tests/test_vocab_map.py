@@ -178,6 +178,34 @@ def test_align_and_ce_of_two_vocabularies_by_a_loop():
     torch.testing.assert_close(found.parts.ce, ce)
 
 
+@pytest.mark.parametrize("block_logits", (1, 18))
+def test_chunks_and_blocks_change_nothing_and_a_chunk_makes_its_teacher_logits_once(monkeypatch, block_logits):
+    generator = torch.Generator().manual_seed(2)
+    hidden, head, theirs, their_head, switch = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((7, 5), (9, 5), (6, 4), (8, 4), (4, 4))
+    )
+    teacher = HiddenSignal(theirs.detach(), their_head.detach())
+    sizes = []
+    of_part = HiddenSignal.part
+    monkeypatch.setattr(HiddenSignal, "part", lambda self, rows: sizes.append(self.positions) or of_part(self, rows))
+
+    def gradients(**chunks):
+        loss = loss_over_vocabularies(
+            Objective(), VocabMap(torch.tensor([0, 2, 5]), torch.tensor([1, 0, 6]), 9, 8), hidden, LMHead(head),
+            torch.arange(7), teacher, torch.tensor([0, -1, 2, -1, -1, 3, 5]), switch, LMHead(their_head.detach()),
+            torch.tensor([1, 0, 1, 1, 0, 1]).bool(), **chunks,
+        )  # fmt: skip
+        return torch.autograd.grad(loss.total, (hidden, head, switch))
+
+    whole = gradients()
+    sizes.clear()
+    monkeypatch.setattr("switchkd.fused.BLOCK_LOGITS", {"cpu": block_logits})
+    for one, other in zip(gradients(chunk_positions=4), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert sizes == [2, 2, 4]  # partners in two chunks of the student's positions; the switch pathway's chunk
+
+
 def test_no_position_has_a_partner():
     hidden, head = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3)
     vocabularies = VocabMap(torch.arange(2), torch.arange(2), 5, 5)
