@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from training import assert_equal_runs
+from training import assert_equal_runs, two_processes
 from transformers import PreTrainedTokenizerFast
 
 from switchkd.encoding import SampleEncoder
@@ -276,6 +276,17 @@ def test_cached_equals_live(place, tmp_path):
     cached = train(replace(short, output=tmp_path / "a"))
     live = train(replace(short, output=tmp_path / "b", cache=None, teacher_mode="live", template="qa"))
     assert cached.losses == pytest.approx(live.losses, rel=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ("ddp", "fsdp"))
+def test_two_processes_equal_one(place, tmp_path, profile):
+    options = replace(place, output=tmp_path / "run", steps=3, batch_size=4, log_every=1)
+    train(options)
+    changed = {"steps": 3, "batch_size": 1, "accumulation": 2, "lr": options.lr, "vsd_weight": options.vsd_weight}
+    done = two_processes(options, tmp_path, vocab_map=True, profile=profile, **changed)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal_runs(options.output, tmp_path / "two")
 
 
 @pytest.mark.parametrize("mode", ("cached", "live"))

@@ -116,8 +116,12 @@ def flags_of(options, **changed):
     words = {"student": options.student, "teacher": options.teacher, "data": options.data, "images": options.images}
     words |= {"cache": options.cache, "output": options.output, "steps": 6, "batch_size": 4, "lr": 5e-3}
     words |= {"log_every": 1, "save_every": 2} | changed
-    flags = (("--" + name.replace("_", "-"), value) for name, value in words.items())
-    return [text for flag, value in flags for text in ([flag] if value is True else [flag, str(value)])]
+    flags = (
+        ("--" + ("no-" if value is False else "") + name.replace("_", "-"), value)
+        for name, value in words.items()
+        if value is not None
+    )
+    return [text for flag, value in flags for text in ([flag] if isinstance(value, bool) else [flag, str(value)])]
 
 
 def two_processes(options, tmp_path, prelude="", **changed):
