@@ -10,7 +10,7 @@ from typing import Any
 from switchkd.encoding import SampleEncoder
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.pipelines import config
-from switchkd.pipelines.answering import Answerer, Prompt, encoded_batches, read_lines
+from switchkd.pipelines.answering import Answerer, AnswerOptions, Prompt, encoded_batches, read_lines
 from switchkd.pipelines.progress import Progress
 from switchkd.samples import BadSample, Sample, SampleFile
 from switchkd.templates import load_template
@@ -19,22 +19,15 @@ from switchkd.vlm import load_model, open_checkpoint
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 
 
-@dataclass(frozen=True)
-class EvalOptions:
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(AnswerOptions):
     """What `switchkd eval` was asked for; fields are its options."""
 
     model: Path
     data: Path
     output: Path
     images: Path | None = None
-    template: str = "qwen2_base"
     max_new_tokens: int = 32
-    max_length: int = 2048
-    batch_size: int = 64
-    workers: int = 0  # processes that prepare images beside the model
-    device: str = "cpu"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,14 @@ def test_scores_of_this_student_and_of_no_other(run, teacher, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run / "run", folder)
     name = json.loads((folder / "summary.json").read_text())["made_from"]["template"]["name"]
-    options = EvalOptions(folder, run / "data.json", folder / "eval", run / "images", template=name, max_new_tokens=2)
+    options = EvalOptions(
+        model=folder,
+        data=run / "data.json",
+        output=folder / "eval",
+        images=run / "images",
+        template=name,
+        max_new_tokens=2,
+    )
     scores = evaluate(options)
     card = (export(ExportOptions(folder, tmp_path / "out")) / "README.md").read_text()
     assert f"Exact match on data.json, {scores.questions} questions, greedy, template {name}" in card

@@ -12,7 +12,7 @@ from switchkd.encoding import SampleEncoder
 from switchkd.errors import ConfigError, DataError, InputError
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.pipelines import config
-from switchkd.pipelines.answering import Answerer, Prompt, encoded_batches, read_lines
+from switchkd.pipelines.answering import Answerer, AnswerOptions, Prompt, encoded_batches, read_lines
 from switchkd.pipelines.benchmarks.base import Benchmark, Question, fingerprint, require_files, units_of
 from switchkd.pipelines.benchmarks.registry import parse_tasks
 from switchkd.pipelines.benchmarks.results import Result, folder_name, score, write_result
@@ -25,22 +25,15 @@ from switchkd.vlm import load_model, open_checkpoint
 PREDICTIONS = "predictions.jsonl"
 
 
-@dataclass(frozen=True)
-class BenchmarkOptions:
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(AnswerOptions):
     """What `switchkd eval --task …` was asked for; fields are its options."""
 
     tasks: tuple[str, ...]  # NAME, NAME:SPLIT or all
     benchmarks: Path  # the folder of the benchmarks' folders
     output: Path
     model: Path | None = None  # not needed to score what was answered before
-    template: str = "qwen2_base"
     max_new_tokens: int = 128
-    max_length: int = 2048
-    batch_size: int = 64
-    workers: int = 0  # processes that prepare images beside the model
-    device: str = "cpu"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
     score_only: bool = False
     retry_failed: bool = False
     baseline: Path | None = None
