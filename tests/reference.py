@@ -144,3 +144,21 @@ def mixed_heads(attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.stack(
         [sum(w * a for w, a in zip(row, attention, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
     )
+
+
+def attention_within_samples(query: Tensor, key: Tensor, value: Tensor, samples: list[list[int]]) -> Tensor:
+    """Softmax attention, token by token, to those of the same sample up to it: [R, h, N, d], [R, h_kv, N, d] twice → [R, N, h, d].
+
+    `samples` are the lengths of the samples of each row.
+    """
+    rows, heads, _, width = query.shape
+    shared = heads // key.shape[1]
+    out = []
+    for r in range(rows):
+        begins = [sum(samples[r][:s]) for s, length in enumerate(samples[r]) for _ in range(length)]
+        for n, first in enumerate(begins):
+            for h in range(heads):
+                keys, values = key[r, h // shared, first : n + 1], value[r, h // shared, first : n + 1]
+                scores = torch.stack([query[r, h, n] @ k for k in keys]) / math.sqrt(width)
+                out.append(sum(w * v for w, v in zip(scores.softmax(0), values, strict=True)))
+    return torch.stack(out).view(rows, -1, heads, width)

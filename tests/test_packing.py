@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import reference
 import tiny
 import torch
 import training
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from switchkd import block_attention
-from switchkd.block_attention import attends_in_blocks, prepare_rows
+from switchkd.block_attention import attend_in_blocks, attends_in_blocks, prepare_rows
 from switchkd.encoding import EncodedSample, SampleEncoder, collate
 from switchkd.errors import ConfigError
 from switchkd.fingerprints import digest_sample
@@ -85,6 +86,26 @@ def test_a_layout_there_and_back():
     padded = layout([[0], [1, 2]], lengths, 5)
     assert into_rows(mask, padded).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert positions_in_rows(mask, padded).tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("samples", ([[3, 1, 4], [6, 2]], [[8], [8]], [[1, 1, 1, 5], [4, 4]]), ids=str)
+@pytest.mark.parametrize("kv_heads", (4, 2, 1))
+def test_attention_in_blocks_by_a_loop(samples, kv_heads):
+    """Heads that share keys and values, too."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 8, 6), (2, kv_heads, 8, 6), (2, kv_heads, 8, 6))
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 4 // kv_heads
+    position_ids = torch.tensor([[place for length in row for place in range(length)] for row in samples])
+    weigh = torch.randn(2, 8, 4, 6, generator=generator, dtype=torch.float64)
+    ways = (
+        attend_in_blocks(module, *leaves, None, position_ids=position_ids)[0],
+        reference.attention_within_samples(*leaves, samples),
+    )
+    results = [[found, *torch.autograd.grad((found * weigh).sum(), leaves)] for found in ways]
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
 
 def made(words, supervised):
