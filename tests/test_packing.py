@@ -1,6 +1,7 @@
 """Samples that share a row: the same loss, gradients and weights as without, in any row length; and what cannot share one."""
 
 import json
+import tempfile
 from dataclasses import replace
 from functools import partial
 
@@ -146,7 +147,7 @@ def parts_and_gradients(student, teacher, batch, source="live", blocks=False, **
         }[source],
         teacher=whole if of_objective.get("switch", True) else None,
         model=model,
-        args=TrainingArguments("nowhere", use_cpu=True, report_to="none", remove_unused_columns=False),
+        args=TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none", remove_unused_columns=False),
     )
     loss = trainer.loss_parts(model, dict(batch))
     loss.total.backward()
