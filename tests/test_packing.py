@@ -342,6 +342,12 @@ def test_language_models_that_keep_samples_apart(kind, dtype):
     assert attends_in_blocks(model) == (kind in APART)
 
 
+def test_eager_attention_stays_what_it_is():
+    model = AutoModel.from_config(tiny.text_config(rows=15), attn_implementation="eager")
+    prepare_rows(model, "here")
+    assert model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("kind", MIXING)
 @pytest.mark.filterwarnings("ignore")
 def test_language_models_that_do_not_are_refused(kind):
