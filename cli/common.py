@@ -61,6 +61,9 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
 
 def quiet_libraries() -> None:
     """Print our own log lines to standard error, and keep the libraries' progress bars out of them."""
+    # transformers imports torchao where it is installed, which tells of every kernel that this machine cannot use.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -141,10 +141,11 @@ from switchkd.cli.common import PATH, STORE, config_option, lines_of, quiet_libr
 )
 @click.option(
     "--teacher-dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
     default="auto",
     show_default=True,
-    help="What its frozen weights are kept in; auto: bfloat16 under --precision bfloat16, else as the checkpoint has them.",
+    help="What its frozen weights are kept in; auto: bfloat16 under --precision bfloat16, else as the checkpoint has them; int8: "
+    "the layers of its LLM, the rest as auto.",
 )
 @click.option(
     "--student-checkpointing",

@@ -82,7 +82,7 @@ class TrainOptions:
     grad_clip: float = 1.0
     profile: str = "ddp"  # how processes share the work, see profiles.py
     precision: str = "float32"  # or bfloat16: autocast over float32 master weights
-    teacher_dtype: str = "auto"  # the checkpoint's; bfloat16 under --precision bfloat16
+    teacher_dtype: str = "auto"  # the checkpoint's; bfloat16 under --precision bfloat16; or "int8", see int8_teacher.py
     student_checkpointing: bool = False  # recompute the student's activations in the backward pass
     teacher_checkpointing: bool = False  # the frozen teacher's
     seed: int = 42

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.fused import CHUNK_LOGITS
+from switchkd.pipelines.int8_teacher import stored_bytes
 from switchkd.pipelines.profiles import layers_of
 from switchkd.pipelines.stages import PARTS, part_of
 
@@ -159,7 +160,7 @@ class Footprint:
         for teacher in teachers:
             inside = {id(p) for layer in layers_of(teacher) for p in layer.parameters()}
             for p in teacher.parameters():
-                frozen += p.nbytes / (processes if sharded == "all" and id(p) in inside else 1)
+                frozen += stored_bytes(p) / (processes if sharded == "all" and id(p) in inside else 1)
         element = 2 if half else 4
         tokens, vision = rows * length, rows * self.vision_tokens
         language = _Stack.of(self.student.model.language_model)

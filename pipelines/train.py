@@ -23,6 +23,8 @@ from switchkd.peers import PEERS
 from switchkd.pipelines import bridges, config
 from switchkd.pipelines.config import TrainOptions
 from switchkd.pipelines.footprint import Footprint
+from switchkd.pipelines.int8_teacher import NAME as INT8
+from switchkd.pipelines.int8_teacher import check_int8, to_int8
 from switchkd.pipelines.peer_trainer import PeerTrainer, check_peer, make_peer
 from switchkd.pipelines.plot_run import plot_run
 from switchkd.pipelines.profiles import fit_fsdp, loading_whole, profile_arguments, require_checkpoint, shard_frozen
@@ -83,6 +85,7 @@ def train(options: TrainOptions) -> TrainSummary:
         )
     objective, parts = options.as_objective(), options.as_parts()
     check_peer(options)
+    check_int8(options)
     options = config.resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
     if (options.output / SUMMARY).is_file():
         config.record(options.output, config.plain(options))
@@ -255,10 +258,11 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
 
 
 def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
-    """Return the dtype that the frozen weights are kept in; under bfloat16 autocast more bits would never be used."""
-    if options.teacher_dtype == "auto" and options.precision == "bfloat16":
+    """Return the dtype that the frozen weights are kept in, int8 layers aside; more bits than autocast's would never be used."""
+    asked = "auto" if options.teacher_dtype == INT8 else options.teacher_dtype
+    if asked == "auto" and options.precision == "bfloat16":
         return "bfloat16"
-    return teacher.resolve_dtype(options.teacher_dtype)
+    return teacher.resolve_dtype(asked)
 
 
 def _load_teacher(
@@ -284,6 +288,8 @@ def _load_teacher(
         assert teacher is not None
         switch = load_model(teacher, vision=False, dtype=dtype)
         freeze(switch)
+        if options.teacher_dtype == INT8:
+            to_int8(switch.model.language_model)
         if options.teacher_checkpointing:
             checkpoint_layers(switch.model.language_model)
     if payload == "topk":
