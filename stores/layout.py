@@ -31,7 +31,7 @@ HIDDEN_DTYPES = ("float16", "bfloat16", "int8")
 STAT_COLUMNS = ("z_max", "z_min", "logsumexp", "tail_logsumexp", "knee")
 
 # The unit of random access: a sample has some hundred positions, and a chunk is unpacked whole. But small chunks pack badly.
-CHUNK_NUMBERS = 1 << 14
+CHUNK_NUMBERS = 1 << 13
 CHUNK_POSITIONS = (32, 256)  # at least, at most
 DIGEST_COLUMNS = ("input_ids", "supervised", "image")
 
@@ -113,4 +113,4 @@ def chunk_positions(shape: tuple[int, ...]) -> int:
 
 
 def _gap_columns(top_k: int) -> int:
-    return min(top_k, max(32, top_k // 8))
+    return min(top_k, max(64, top_k // 8))

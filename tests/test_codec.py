@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from switchkd.stores.codec import (
     LARGEST_LEVEL,
+    _ranks,
     decode_hidden,
     decode_topk,
     encode_hidden,
@@ -101,6 +102,26 @@ def test_a_large_vocabulary_uses_wide_gaps(vocab_rows):
     assert (gap.dtype, height.dtype, bottom.dtype) == (np.uint32, np.uint16, np.uint16)
     assert gap.tolist() == [[0, vocab_rows - 9, 6]]
     assert round_trip(ids, logits, logsumexp, id_of_rank, 0.004, 0.125)[0].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("top_k", (1, 3, 4, 8, 128))
+@pytest.mark.parametrize("dtype", (np.uint16, np.uint32))
+def test_gaps_add_up_to_ranks(top_k, dtype):
+    """Sums of four at once are those of one after the other, up to the largest rank that 16 bits hold."""
+    random = np.random.default_rng(top_k)
+    ranks = np.sort([random.choice(1 << 16, top_k, replace=False) for _ in range(50)], axis=-1)
+    ranks[0] = np.arange((1 << 16) - top_k, 1 << 16)
+    ranks[1] = np.arange(top_k)
+    gaps = np.diff(ranks, axis=-1, prepend=-1) - 1
+    found = _ranks(gaps.astype(dtype))
+    assert found.dtype == dtype and np.array_equal(found, ranks)
+    assert _ranks(np.empty((0, top_k), dtype)).shape == (0, top_k)
+
+
+def test_ranks_beyond_the_vocabulary_are_refused():
+    packed = np.array([[0, 60]], np.uint16), np.zeros((1, 2), np.uint16), np.zeros(1, np.uint16)
+    with pytest.raises(ValueError, match="ranks reach 61, the vocabulary has 61 rows"):
+        decode_topk(*packed, np.zeros(1, np.float32), np.arange(61, dtype=np.uint32), 0.004, 0.125)
 
 
 def test_the_ladder_costs_what_it_promises():
