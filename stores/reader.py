@@ -216,17 +216,21 @@ class TeacherStore:
         """Return positions begin … end - 1 of a part's arrays as they are stored, from chunks that were kept or are read now."""
         shards = self._part(part).arrays
         numbers = {name: shards[name].chunks_of(begin, end) for name in self.manifest.position_arrays}
-        chunks = {(name, at): self._cache.get((part, name, at)) for name, those in numbers.items() for at in those}
+        chunks: dict[tuple[str, int], NDArray[Any]] = {}
         wanted: dict[str, list[int]] = {}
-        for (name, at), kept in chunks.items():
-            if kept is None:
-                wanted.setdefault(name, []).append(at)
+        for name, those in numbers.items():
+            for at in those:
+                kept = self._cache.get((part, name, at))
+                if kept is None:
+                    wanted.setdefault(name, []).append(at)
+                else:
+                    chunks[name, at] = kept
         read = self.place.each(lambda name: self._read(shards[name], wanted[name]), wanted)
         for name, arrays in zip(wanted, read, strict=True):
             for at, array in zip(wanted[name], arrays, strict=True):
                 chunks[name, at] = array
                 self._keep((part, name, at), array)
-        rows = {}
+        rows: dict[str, NDArray[Any]] = {}
         for name, those in numbers.items():
             pieces, size = [chunks[name, at] for at in those], shards[name].chunk_rows
             pieces[-1] = pieces[-1][: end - those[-1] * size]
@@ -244,7 +248,7 @@ class TeacherStore:
         manifest, stats = self.manifest, found[layout.STATS]
         ids = logits = hidden = None
         if manifest.has_topk:
-            packed = (found[name] for name in (layout.GAP, layout.HEIGHT, layout.BOTTOM))
+            packed = found[layout.GAP], found[layout.HEIGHT], found[layout.BOTTOM]
             logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
             try:
                 ids, logits = decode_topk(*packed, logsumexp, self._ids, manifest.fine, manifest.coarse)

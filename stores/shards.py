@@ -146,7 +146,7 @@ class Shard:
         columns = about.shape[1]
         return [np.concatenate(pieces[i : i + wide], axis=1)[:, :columns] for i in range(0, len(pieces), wide)]
 
-    def _contents(self, entries: Sequence[tuple[int, int]]) -> list[bytes | None]:
+    def _contents(self, entries: Sequence[Sequence[int]]) -> list[bytes | None]:
         """Return the bytes of inner chunks, None for those that were not written; neighbours are read in one go."""
         runs: list[tuple[int, int]] = []
         begin = end = -1
@@ -207,7 +207,8 @@ def _steps(codec: dict[str, Any], dtype: np.dtype[Any]) -> tuple[Step, Step]:
 
 def _with_checksum(data: bytes) -> bytes:
     """Return the bytes, followed by their crc32c."""
-    return data + google_crc32c.value(data).to_bytes(_CHECKSUM, "little")
+    checksum: int = google_crc32c.value(data)
+    return data + checksum.to_bytes(_CHECKSUM, "little")
 
 
 def _checked(data: bytes) -> bytes:
