@@ -87,5 +87,6 @@ def _interrupt(*_: Any) -> NoReturn:
 def _out_of_memory(error: RuntimeError) -> str:
     """Return advice if the device's memory ran out; any other RuntimeError is a bug of ours and keeps its traceback."""
     if "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return f"out of memory: lower --batch-size ({str(error).splitlines()[0]})"
+        advice = "lower --batch-size; training also has --student-checkpointing and --teacher-checkpointing"
+        return f"out of memory: {advice} ({str(error).splitlines()[0]})"
     raise error
