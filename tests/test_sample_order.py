@@ -93,7 +93,11 @@ def test_epochs_that_do_not_fill_their_last_step_go_over_into_the_next(samples):
 
 def test_grouping_saves_padding():
     """Lengths as in Mix-665K, see benchmarks/padding.py; estimated from characters as the trainer does."""
-    shares = padding.shares(samples=6000, batch=16)
+    drawn = padding.draw(6000)
+    shares = {
+        grouping: padding_share(drawn.epoch(grouping, 16 * 8), drawn.tokens, 16)
+        for grouping in ("none", "length", "modality-length")
+    }
     assert shares["none"] > 0.25
     assert shares["length"] < 0.1
     assert shares["modality-length"] < 0.1
