@@ -1,14 +1,15 @@
-"""Random reads from a store beside a raw memory map of the same arrays, in one run.
+"""Random reads from a store beside raw memory maps of the same arrays, in one run.
 
     python benchmarks/read.py
 
 Two made-up stores with samples of 16 to 240 positions: 2,000 samples of payload `topk`, k = 128, logits shaped like a language
-model's (V = 49,152, a steep head and a long tail over frequent ids); 600 of payload `hidden`, d = 576, float16. The memory map
-holds what the store is unpacked to: ids (int32), logits, hidden states and statistics (float32).
+model's (V = 49,152, a steep head and a long tail over frequent ids); 600 of payload `hidden`, d = 576, float16. Beside it are two
+maps: one of the store's own arrays, neither compressed nor with checksums, unpacked by the same code; and one of what they are
+unpacked to, ids (int32), logits, hidden states and statistics (float32).
 
-Both sides do the same final work, the trainer's: a DataLoader takes samples in random order, 32 a batch, and joins them into the
+All sides do the same final work, the trainer's: a DataLoader takes samples in random order, 32 a batch, and joins them into the
 tensors that a training step gets (`teacher_columns`), in this process or in 1 or 2 workers that hand them over in shared memory. A
-sample of the memory map is a view, and joining copies it; a sample of the store is read, checked and unpacked.
+sample of a memory map is a view, which joining or unpacking copies; a sample of the store is read, checked and unpacked.
 
 *First epoch*: nothing is kept, every chunk is unpacked again for every sample; with the files in memory, and with the operating
 system's cache emptied of them first. *Second epoch*: the store has kept what its process read in the first. Figures are medians of
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,18 +96,30 @@ class Samples(Dataset[Payload]):
 
 
 class FromMaps:
-    """Takes a sample's rows out of raw memory maps, as views."""
+    """Takes a sample's rows out of raw memory maps, as views, and makes a payload of them."""
 
-    def __init__(self, folder: Path, payload: Payload, counts: np.ndarray) -> None:
+    def __init__(
+        self, folder: Path, arrays: dict[str, np.ndarray], counts: np.ndarray, unpack: Callable[..., Payload]
+    ) -> None:
+        self.unpack = unpack
         self.offset = np.concatenate([[0], np.cumsum(counts)])
         self.maps = {}
-        for name, array in payload.arrays().items():
-            array.tofile(folder / name)
-            self.maps[name] = np.memmap(folder / name, array.dtype, "r", shape=array.shape)
+        folder.mkdir()
+        for number, (name, array) in enumerate(arrays.items()):
+            array.tofile(folder / str(number))
+            mapped = np.memmap(folder / str(number), array.dtype, "r", shape=array.shape)
+            self.maps[name] = np.asarray(mapped)  # slices of the subclass take longer
 
     def __call__(self, index: int) -> Payload:
         begin, end = self.offset[index], self.offset[index + 1]
-        return Payload(**{name: array[begin:end] for name, array in self.maps.items()})
+        return self.unpack({name: array[begin:end] for name, array in self.maps.items()})
+
+
+def stored_arrays(store: TeacherStore) -> dict[str, np.ndarray]:
+    """Return a store's arrays as they are before its codecs, all parts joined."""
+    parts = [store._part(part).arrays for part in store.parts()]
+    names = store.manifest.position_arrays
+    return {name: np.concatenate([store._read_all(arrays[name]) for arrays in parts]) for name in names}
 
 
 class FromStore:
@@ -155,27 +169,34 @@ def measure(name: str, folder: Path) -> None:
     order = random.permutation(len(counts))[: len(counts) // BATCH * BATCH]
     path = folder / "s.zarr"
     write_store(path, counts, payload)
-    raw = FromMaps(folder, payload, counts)
+    store = TeacherStore(path)
+    maps = {
+        "stored": FromMaps(folder / "stored", stored_arrays(store), counts, partial(store._unpack, 0)),
+        "unpacked": FromMaps(folder / "unpacked", payload.arrays(), counts, lambda arrays: Payload(**arrays)),
+    }
     raw_bytes = sum(array.nbytes for array in payload.arrays().values()) / len(payload)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / len(payload)
     print(
         f"{name}: {len(counts):,} samples, {len(payload):,} positions; {size:.0f} bytes a position, {raw_bytes:.0f} raw"
     )
-    print(
-        "\n| | memory map, samples/s | store, samples/s | store, positions/s | ratio |\n| --- | ---: | ---: | ---: | ---: |"
-    )
+    print("\n| samples/s | store | positions/s | map of its arrays | ratio | map of what they unpack to | ratio |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for workers in (0, 1, 2):
         for what in ("first epoch, files on disk", "first epoch, files in memory", "second epoch"):
-            found: dict[str, list[float]] = {"raw": [], "store": []}
+            found: dict[str, list[float]] = {"store": [], "stored": [], "unpacked": []}
             epochs, cache_bytes = (2, 1 << 30) if what == "second epoch" else (1, 0)
             for _ in range(REPEATS):
-                for side, read in (("raw", raw), ("store", FromStore(path, cache_bytes))):
+                for side, read in {"store": FromStore(path, cache_bytes), **maps}.items():
                     if what.endswith("disk"):
                         forget(folder)
                     found[side].append(rate(read, order, workers, epochs))
-            a, b = (statistics.median(found[side]) for side in ("raw", "store"))
+            ours, stored, unpacked = (statistics.median(rates) for rates in found.values())
             where = f"{workers} worker{'s' * (workers > 1)}" if workers else "in this process"
-            print(f"| {where}, {what} | {a:,.0f} | {b:,.0f} | {b * counts.mean():,.0f} | {b / a:.0%} |", flush=True)
+            print(
+                f"| {where}, {what} | {ours:,.0f} | {ours * counts.mean():,.0f} | {stored:,.0f} | {ours / stored:.0%} | "
+                f"{unpacked:,.0f} | {ours / unpacked:.0%} |",
+                flush=True,
+            )
 
 
 def main() -> None:
