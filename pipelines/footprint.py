@@ -12,8 +12,8 @@ from transformers import LlavaForConditionalGeneration
 
 from switchkd.fused import CHUNK_LOGITS
 from switchkd.pipelines.int8_teacher import stored_bytes
-from switchkd.pipelines.profiles import layers_of
 from switchkd.pipelines.stages import PARTS, part_of
+from switchkd.vlm import layers_of
 
 # Tensors of a chunk's size that the loss holds at once: logits of student and teacher, their order, a gradient of each.
 LOSS_TENSORS = 8

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from switchkd.errors import ConfigError
+from switchkd.vlm import layers_of
 
 PROFILES = {
     "ddp": "every process holds whole models; gradients are averaged",
@@ -92,11 +93,6 @@ def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
     finally:
         if arguments.deepspeed is not None:
             set_hf_deepspeed_config(arguments.hf_deepspeed_config)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model's towers: what lies in its module lists, the unit that is sharded and gathered."""
-    return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
 def fit_fsdp(arguments: TrainingArguments, model: nn.Module) -> None:

@@ -247,17 +247,21 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model's towers: what lies in its module lists, the unit that is sharded, gathered and checkpointed."""
+    return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
+
+
 def checkpoint_layers(*towers: nn.Module | None, dropout: bool = False) -> None:
     """Recompute the activations of each layer in the backward pass instead of keeping them; results are the same.
 
-    A layer is what lies in a module list. transformers' own switch works in training mode alone, which a frozen teacher is not in,
-    and makes embeddings require a gradient, so that the backward pass goes through towers that do not train.
+    transformers' own switch works in training mode alone, which a frozen teacher is not in, and makes embeddings require a
+    gradient, so that the backward pass goes through towers that do not train.
 
     Args:
         towers: vision towers or language models; None is passed over. dropout: whether random numbers are drawn in them.
     """
-    lists = (m for tower in towers if tower is not None for m in tower.modules() if isinstance(m, nn.ModuleList))
-    for layer in (layer for layers in lists for layer in layers):
+    for layer in (layer for tower in towers if tower is not None for layer in layers_of(tower)):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout)
 
 
