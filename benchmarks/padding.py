@@ -134,7 +134,7 @@ class Steps:
         collator = Collator(0, row_tokens=row_tokens)
         found = []
         for start in range(0, SAMPLES, BATCH):
-            batch = collator([(self.samples[sample], None) for sample in order[start : start + BATCH]])
+            batch = collator([(self.samples[sample], sample) for sample in order[start : start + BATCH]])
             batch["teacher_hidden"] = torch.randn(int(count_positions(batch["labels"]).sum()), 256)
             found.append(batch)
         return found

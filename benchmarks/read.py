@@ -20,7 +20,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,14 +30,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from switchkd.pipelines.training_data import teacher_columns
-from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore
+from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore, layout
 from switchkd.stores.codec import ranks_by_frequency
+from switchkd.stores.part import read_whole
+from switchkd.stores.payload import unfilled
 
 SAMPLES = {"topk": 2000, "hidden": 600}
 PART, TOP_K, WIDTH, VOCAB_ROWS = 250, 128, 576, 49_152
 REPEATS, BATCH = 3, 32
 
-Read = Callable[[int], Payload]
+Read = Callable[[Sequence[int]], Payload]
 
 
 def make_topk(random: np.random.Generator, positions: int) -> Payload:
@@ -82,17 +84,17 @@ def write_store(path: Path, counts: np.ndarray, payload: Payload) -> None:
         writer.write_part(part, PartArrays(zeros, np.ones((len(mine), 3), np.uint64), mine, arrays))
 
 
-class Samples(Dataset[Payload]):
-    """The payload of each sample, however it is read."""
+class Indices(Dataset[int]):
+    """The numbers of the samples; a batch of them is read when it is joined."""
 
-    def __init__(self, read: Read, samples: int) -> None:
-        self.read, self.samples = read, samples
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
 
     def __len__(self) -> int:
         return self.samples
 
-    def __getitem__(self, index: int) -> Payload:
-        return self.read(index)
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 class FromMaps:
@@ -110,31 +112,43 @@ class FromMaps:
             mapped = np.memmap(folder / str(number), array.dtype, "r", shape=array.shape)
             self.maps[name] = np.asarray(mapped)  # slices of the subclass take longer
 
-    def __call__(self, index: int) -> Payload:
-        begin, end = self.offset[index], self.offset[index + 1]
-        return self.unpack({name: array[begin:end] for name, array in self.maps.items()})
+    def __call__(self, indices: Sequence[int]) -> Payload:
+        spans = [slice(self.offset[index], self.offset[index + 1]) for index in indices]
+        return self.unpack({name: np.concatenate([array[span] for span in spans]) for name, array in self.maps.items()})
 
 
 def stored_arrays(store: TeacherStore) -> dict[str, np.ndarray]:
     """Return a store's arrays as they are before its codecs, all parts joined."""
     parts = [store._part(part).arrays for part in store.parts()]
     names = store.manifest.position_arrays
-    return {name: np.concatenate([store._read_all(arrays[name]) for arrays in parts]) for name in names}
+    return {name: np.concatenate(read_whole(store.place, [arrays[name] for arrays in parts])) for name in names}
+
+
+def unpack(store: TeacherStore, rows: dict[str, np.ndarray]) -> Payload:
+    """Unpack rows of a store's arrays as the store does."""
+    found = unfilled(store.manifest, len(rows[layout.STATS]))
+    store._unpack(rows, [0], found)
+    return found
 
 
 class FromStore:
-    """Reads a sample from a store."""
+    """Reads samples from a store."""
 
     def __init__(self, path: Path, cache_bytes: int) -> None:
         self.store = TeacherStore(path, cache_bytes)
 
-    def __call__(self, index: int) -> Payload:
-        return self.store[index].payload
+    def __call__(self, indices: Sequence[int]) -> Payload:
+        return self.store.payload(indices)
 
 
-def batch(samples: list[Payload]) -> dict[str, Tensor]:
-    """Join samples as the trainer does."""
-    return teacher_columns(Payload.concatenate(samples))
+class Columns:
+    """Makes of a batch's samples what the trainer makes of them."""
+
+    def __init__(self, read: Read) -> None:
+        self.read = read
+
+    def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return teacher_columns(self.read(indices))
 
 
 def forget(folder: Path) -> None:
@@ -149,9 +163,13 @@ def forget(folder: Path) -> None:
 
 def rate(read: Read, order: np.ndarray, workers: int, epochs: int) -> float:
     """Return samples/s of the last epoch."""
-    samples = Samples(read, len(order))
     loader = DataLoader(
-        samples, BATCH, sampler=order.tolist(), num_workers=workers, collate_fn=batch, persistent_workers=workers > 0
+        Indices(len(order)),
+        BATCH,
+        sampler=order.tolist(),
+        num_workers=workers,
+        collate_fn=Columns(read),
+        persistent_workers=workers > 0,
     )
     for _ in range(epochs):
         batches = iter(loader)
@@ -171,7 +189,7 @@ def measure(name: str, folder: Path) -> None:
     write_store(path, counts, payload)
     store = TeacherStore(path)
     maps = {
-        "stored": FromMaps(folder / "stored", stored_arrays(store), counts, partial(store._unpack, 0)),
+        "stored": FromMaps(folder / "stored", stored_arrays(store), counts, partial(unpack, store)),
         "unpacked": FromMaps(folder / "unpacked", payload.arrays(), counts, lambda arrays: Payload(**arrays)),
     }
     raw_bytes = sum(array.nbytes for array in payload.arrays().values()) / len(payload)

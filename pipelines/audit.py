@@ -25,7 +25,7 @@ from switchkd.positions import predicting_rows
 from switchkd.samples import SampleFile, Status
 from switchkd.selection import lead_of_rows
 from switchkd.signals import DenseSignal, SparseSignal, TailPolicy, TeacherSignal
-from switchkd.stores import Payload, TeacherStore
+from switchkd.stores import TeacherStore
 from switchkd.stores.place import Location
 from switchkd.stores.reader import pick_store
 from switchkd.templates import template_from_dict
@@ -107,7 +107,7 @@ def audit(options: AuditOptions) -> AuditReport:
             states = final_states(model, batch, teacher)
             alone = torch.cat([final_states(model, [sample], teacher) for sample in batch])
             live, control = (model.lm_head(x)[:, : manifest.vocab_rows].float() for x in (states, alone))
-            columns = teacher_columns(Payload.concatenate([store[index].payload for index in indices]))
+            columns = teacher_columns(store.payload(indices))
             columns = {name: column.to(options.device) for name, column in columns.items()}
             s = student_logits(batch, states)[:, : manifest.vocab_rows].float()
             signals: dict[str, TeacherSignal] = {name: source.signal(columns) for name, source in sources.items()}
@@ -139,7 +139,7 @@ def choose_samples(store: TeacherStore, count: int, seed: int) -> list[int]:
 def encode_as_cached(encoder: SampleEncoder, samples: SampleFile, store: TeacherStore, index: int) -> EncodedSample:
     """Encode a sample. Raises StoreMismatch if it is not the one that was cached."""
     encoded = encoder.encode(samples[index])
-    if changed := encoded.digest.differing(SampleDigest(*store[index].digest)):
+    if changed := encoded.digest.differing(SampleDigest(*store.digest(index))):
         raise StoreMismatch(f"row {index}: its {' and '.join(changed)} changed since {store.path} was made")
     return encoded
 

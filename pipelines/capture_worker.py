@@ -22,7 +22,7 @@ from switchkd.pipelines.progress import Progress
 from switchkd.samples import BadSample, SampleFile, Status
 from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
 from switchkd.stores.codec import ranks_by_frequency
-from switchkd.stores.payload import no_position
+from switchkd.stores.payload import unfilled
 from switchkd.templates import load_template
 from switchkd.vlm import open_checkpoint, with_image_mode
 
@@ -197,7 +197,7 @@ def assemble(found: list[tuple[EncodedSample, Payload] | BadSample], manifest: M
         status=np.array([item.status if isinstance(item, BadSample) else Status.OK for item in found], np.uint8),
         digest=np.array([(0, 0, 0) if isinstance(item, BadSample) else item[0].digest for item in found], np.uint64),
         positions=np.array([0 if isinstance(item, BadSample) else item[0].positions for item in found], np.int64),
-        payload=Payload.concatenate([no_position(manifest), *payloads]),
+        payload=Payload.concatenate([unfilled(manifest, 0), *payloads]),
     )
 
 

@@ -57,6 +57,6 @@ def knees_beside(run: TrainRun, store: TeacherStore, samples: int, device: str) 
             with torch.no_grad():
                 logits = model.lm_head(final_states(model, batch, checkpoint))[:, : manifest.vocab_rows]
             of_student.append(kneedle(logits.float()).cpu().numpy())
-            of_teacher += [store[index].payload.stat("knee") for index in indices]
+            of_teacher.append(store.payload(indices).stat("knee"))
             progress.advance(len(batch), positions=len(logits))
     return np.concatenate(of_student), np.concatenate(of_teacher)

@@ -153,7 +153,7 @@ def train(options: TrainOptions) -> TrainSummary:
         data_collator=Collator(
             pad_id_of(student.tokenizer),
             stand_in,
-            samples.reading,
+            None if store is None else samples.payload,
             pad_id_of((teacher or student).tokenizer),
             options.packing,
         ),

@@ -2,8 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -21,38 +20,18 @@ from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.sample_order import SampleOrder
 from switchkd.pipelines.survey import Looker, survey
 from switchkd.samples import BadSample, SampleFile, Status
-from switchkd.stores import Payload, StoredSample, TeacherStore
+from switchkd.stores import Payload, TeacherStore
 from switchkd.vlm import Checkpoint, blank_image
 from switchkd.vocab_map import align_positions
 
 # English in the usual vocabularies. It weighs text against image tokens where lengths are compared; nothing else needs it.
 CHARACTERS_PER_TOKEN = 4
+_NOT_IN_THE_FILE = -1  # the index of a sample that stands in
 TEACHER_READS = ("input_ids", "attention_mask", "labels")  # what its LLM takes of a batch
 
 
-class Stopwatch:
-    """Adds up seconds, in one process."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the time that the block takes."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def take(self) -> float:
-        """Return the seconds so far, and start from 0."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
-    """The usable samples of a data file, each with what the teacher said about it.
+class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
+    """The usable samples of a data file, each with its index there, and what the teacher said about them.
 
     Args:
         store: a whole store of this data file; None trains without a store (`sft`, a live teacher), for which
@@ -62,7 +41,7 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
             store's digests are then those of its encodings, and every sample has both.
 
     Raises:
-        StoreMismatch: the store has another number of samples; on access: a sample's text, mask or image is not the cached one.
+        StoreMismatch: the store has another number of samples.
         DataError: no usable sample.
     """
 
@@ -76,7 +55,6 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
     ) -> None:
         self.samples, self.encoder, self.store = samples, encoder, store
         self.teacher_encoder = teacher_encoder
-        self.reading = Stopwatch()  # of the store, in the process that reads
         if store is None:
             statuses = survey(samples, Looker(encoder), workers).status
         elif len(store) != len(samples):
@@ -94,7 +72,7 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
     def __len__(self) -> int:
         return len(self.usable)
 
-    def __getitem__(self, item: int) -> tuple[EncodedSample, StoredSample | None]:
+    def __getitem__(self, item: int) -> tuple[EncodedSample, int]:
         index = int(self.usable[item])
         sample = self.samples[index]
         try:
@@ -103,16 +81,22 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
                 encoded = replace(encoded, teacher=self.teacher_encoder.encode(sample, pixels=False))
         except BadSample as bad:
             raise DataError(f"{self.samples.path}, {bad}; it was usable when the run was prepared") from None
-        if self.store is None:
-            return encoded, None
-        with self.reading.running():
-            stored = self.store[index]
-        if changed := (encoded.teacher or encoded).digest.differing(SampleDigest(*stored.digest)):
-            raise StoreMismatch(
-                f"row {index} (id {sample.id}) of {self.samples.path}: its {' and '.join(changed)} changed since "
-                f"{self.store.path} was made; restore it, or cache again"
-            )
-        return encoded, stored
+        return encoded, index
+
+    def payload(self, items: Sequence[tuple[EncodedSample, int]]) -> Payload:
+        """Return what the teacher said about some of these samples, all their positions joined.
+
+        Raises:
+            StoreMismatch: a sample's text, mask or image is not the cached one.
+        """
+        assert self.store is not None
+        for encoded, index in items:
+            if changed := (encoded.teacher or encoded).digest.differing(SampleDigest(*self.store.digest(index))):
+                raise StoreMismatch(
+                    f"row {index} (id {self.samples[index].id}) of {self.samples.path}: its {' and '.join(changed)} changed "
+                    f"since {self.store.path} was made; restore it, or cache again"
+                )
+        return self.store.payload([index for _, index in items])
 
     def aligned(self, count: int) -> float:
         """Return the share of the student's positions that have a partner among the teacher's, over the first samples."""
@@ -153,7 +137,7 @@ class TrainingSamples(Dataset[tuple[EncodedSample, StoredSample | None]]):
         ) as progress:
             for index in map(int, self.usable):
                 encoded = (self.teacher_encoder or self.encoder).encode(self.samples[index], pixels=False)
-                if changed := encoded.digest.differing(SampleDigest(*self.store[index].digest)):
+                if changed := encoded.digest.differing(SampleDigest(*self.store.digest(index))):
                     wrong.append(f"row {index} (id {self.samples[index].id}): {' and '.join(changed)}")
                 progress.advance(1)
         if wrong:
@@ -170,7 +154,8 @@ class Collator:
 
     Args:
         stand_in: joins a batch of text alone, see `stand_in_image`; None leaves such a batch as it is.
-        reading: the samples' stopwatch; what it counted goes into the batch as `store_seconds`.
+        payload: gives the teacher's word of some samples, as `TrainingSamples.payload` does; the seconds that it takes go into the
+            batch as `store_seconds`. None: there is no store.
         row_tokens: makes the batch ready for rows of this many tokens: its samples come row by row, and it says how they are laid
             out, see `switchkd.packing`. None leaves their order.
 
@@ -188,18 +173,18 @@ class Collator:
         self,
         pad_id: int,
         stand_in: EncodedSample | None = None,
-        reading: Stopwatch | None = None,
+        payload: Callable[[Sequence[tuple[EncodedSample, int]]], Payload] | None = None,
         teacher_pad_id: int | None = None,
         row_tokens: int | None = None,
     ) -> None:
-        self.pad_id, self.stand_in, self.reading = pad_id, stand_in, reading
+        self.pad_id, self.stand_in, self.payload = pad_id, stand_in, payload
         self.row_tokens = row_tokens
         self.teacher_pad_id = pad_id if teacher_pad_id is None else teacher_pad_id
 
-    def __call__(self, items: Sequence[tuple[EncodedSample, StoredSample | None]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[tuple[EncodedSample, int]]) -> dict[str, Any]:
         items = list(items)
         if self.stand_in is not None and all(encoded.pixels is None for encoded, _ in items):
-            items.append((self.stand_in, None))
+            items.append((self.stand_in, _NOT_IN_THE_FILE))
         rows: list[list[int]] = []
         if self.row_tokens is not None:
             rows = pack_rows([len(encoded.input_ids) for encoded, _ in items], self.row_tokens)
@@ -213,13 +198,12 @@ class Collator:
             batch |= {f"teacher_{name}": read[name] for name in TEACHER_READS}
         if any(view.starts is not None for view in views):
             batch["partner"] = torch.from_numpy(_partners(samples))
-        stored = [found.payload for _, found in items if found is not None]
-        if stored:
-            batch |= teacher_columns(Payload.concatenate(stored))
         if self.row_tokens is not None:
             batch |= _layouts(samples, [len(row) for row in rows], self.row_tokens)
-        if self.reading is not None:
-            batch["store_seconds"] = self.reading.take()
+        if self.payload is not None:
+            start = time.perf_counter()
+            batch |= teacher_columns(self.payload([item for item in items if item[1] != _NOT_IN_THE_FILE]))
+            batch["store_seconds"] = time.perf_counter() - start
         return batch
 
 
@@ -271,13 +255,13 @@ def stand_in_image(checkpoint: Checkpoint, teacher: Checkpoint | None = None) ->
 
 
 def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
-    """Return a payload as the columns of a batch; see `Collator`."""
+    """Return a payload as the columns of a batch, see `Collator`; the large ones share its memory."""
     columns = {}
     if payload.ids is not None and payload.logits is not None:
-        columns["teacher_ids"] = torch.tensor(payload.ids, dtype=torch.long)
-        columns["teacher_logits"] = torch.tensor(payload.logits)
+        columns["teacher_ids"] = torch.from_numpy(payload.ids).long()  # as the losses index
+        columns["teacher_logits"] = torch.from_numpy(payload.logits)
         columns["teacher_tail"] = torch.tensor(payload.stat("tail_logsumexp"))
-        columns["teacher_knee"] = torch.tensor(payload.stat("knee")).long()
+        columns["teacher_knee"] = torch.from_numpy(payload.stat("knee")).long()
     if payload.hidden is not None:
-        columns["teacher_hidden"] = torch.tensor(payload.hidden)
+        columns["teacher_hidden"] = torch.from_numpy(payload.hidden)
     return columns

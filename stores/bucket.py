@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from switchkd.errors import RunError, StoreError
 from switchkd.stores import layout
-from switchkd.stores.place import MARKER, Files, Location
+from switchkd.stores.place import MARKER, Files, Location, Request
 
 try:
     import obstore
@@ -78,13 +78,10 @@ class Bucket:
         with self.reaching(key):
             return bytes(obstore.get(self._store, key).bytes())
 
-    def ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return runs of an object's bytes; those that lie close come in one request."""
-        if not spans:
-            return []
-        starts, ends = zip(*spans, strict=True)
-        with self.reaching(key):
-            return [bytes(data) for data in obstore.get_ranges(self._store, key, starts=starts, ends=ends)]
+    def ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
+        """Ask for several objects at once; runs of one that lie close come in one request."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from pool.map(self._ranges_of, requests)
 
     def sizes(self, key: str = "") -> dict[str, int]:
         """Return the size of every object below `key`, from one listing."""
@@ -160,6 +157,14 @@ class Bucket:
 
     def sweep(self) -> None:
         """Do nothing: objects without a marker may be those of a living writer, and the next commit clears them."""
+
+    def _ranges_of(self, request: Request) -> list[bytes]:
+        key, spans = request
+        if not spans:
+            return []
+        starts, ends = zip(*spans, strict=True)
+        with self.reaching(key):
+            return [bytes(data) for data in obstore.get_ranges(self._store, key, starts=starts, ends=ends)]
 
     def _has(self, key: str) -> bool:
         try:

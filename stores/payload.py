@@ -28,11 +28,6 @@ class Payload:
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: array for name, array in named if array is not None}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(array.nbytes for array in self.arrays().values())
-
     def stat(self, name: str) -> NDArray[np.float32]:
         """Return one statistic, [P]."""
         column: NDArray[np.float32] = self.stats[:, STAT_COLUMNS.index(name)]
@@ -56,11 +51,11 @@ class Payload:
         return Payload(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})
 
 
-def no_position(manifest: Manifest) -> Payload:
-    """Return the payload of no position, with the arrays that a store of this manifest has."""
+def unfilled(manifest: Manifest, positions: int) -> Payload:
+    """Return a payload with the arrays that a store of this manifest has, their contents still to be written."""
     return Payload(
-        stats=np.empty((0, len(STAT_COLUMNS)), np.float32),
-        ids=np.empty((0, manifest.top_k), np.int32) if manifest.has_topk else None,
-        logits=np.empty((0, manifest.top_k), np.float32) if manifest.has_topk else None,
-        hidden=np.empty((0, manifest.hidden_width), np.float32) if manifest.has_hidden else None,
+        stats=np.empty((positions, len(STAT_COLUMNS)), np.float32),
+        ids=np.empty((positions, manifest.top_k), np.int32) if manifest.has_topk else None,
+        logits=np.empty((positions, manifest.top_k), np.float32) if manifest.has_topk else None,
+        hidden=np.empty((positions, manifest.hidden_width), np.float32) if manifest.has_hidden else None,
     )

@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +23,10 @@ from switchkd.stores import layout
 
 Location = Path | str  # a folder, or the URL of a prefix
 Files = dict[str, bytes]  # by their paths inside a store or part
+Request = tuple[
+    str, Sequence[tuple[int, int]]
+]  # a file's key, and runs of its bytes: each from its begin up to its end
+AHEAD = 64  # files of a folder that are open at once
 MARKER = "zarr.json"  # a part or a store on an object store is there if its own group's metadata are
 
 T = TypeVar("T")
@@ -53,8 +59,11 @@ class Place(Protocol):
     def read(self, key: str) -> bytes:
         """Return the bytes of one file. Raises FileNotFoundError."""
 
-    def ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return runs of bytes of one file, each from its begin up to its end. Raises FileNotFoundError."""
+    def ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
+        """Yield the runs of bytes of one file after another; later files come while the caller has its hands on earlier ones.
+
+        A file of which nothing is wanted need not be there. Raises FileNotFoundError.
+        """
 
     def sizes(self, key: str = "") -> dict[str, int]:
         """Return the bytes of every file below `key`, by its path from there."""
@@ -125,13 +134,28 @@ class Folder:
         """Return a file's bytes."""
         return (self.path / key).read_bytes()
 
-    def ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return runs of a file's bytes; shorter ones where it ends before."""
-        handle = os.open(f"{self.path}/{key}", os.O_RDONLY)  # as text: joining paths takes longer than opening the file
+    def ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
+        """Open files ahead and have the disk fetch their runs meanwhile; a run is shorter where its file ends before."""
+        handles: deque[int] = deque()
+        coming = (request for request in requests if request[1])
         try:
-            return [os.pread(handle, end - begin, begin) for begin, end in spans]
+            for _, spans in requests:
+                if not spans:
+                    yield []
+                    continue
+                for key, ahead in islice(coming, AHEAD - len(handles)):
+                    # As text: joining paths takes longer than opening the file.
+                    handles.append(os.open(f"{self.path}/{key}", os.O_RDONLY))
+                    _expect(handles[-1], ahead)
+                handle = handles.popleft()
+                try:
+                    found = [os.pread(handle, end - begin, begin) for begin, end in spans]
+                finally:
+                    os.close(handle)
+                yield found
         finally:
-            os.close(handle)
+            for handle in handles:
+                os.close(handle)
 
     def sizes(self, key: str = "") -> dict[str, int]:
         """Return the size of every file below a folder."""
@@ -178,6 +202,13 @@ class Folder:
         """Look beside the store and into `.writing/`."""
         _sweep(self.path.parent, f".{self.path.name}.")
         _sweep(self.path / layout.WRITING, "")
+
+
+def _expect(handle: int, spans: Sequence[tuple[int, int]]) -> None:
+    """Have the system read runs of a file's bytes into memory in the background, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        for begin, end in spans:
+            os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Reading a store: random access by sample, from any process."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,17 @@ from switchkd.errors import RunError, StoreError, StoreMismatch
 from switchkd.stores import layout
 from switchkd.stores.codec import decode_hidden, decode_topk
 from switchkd.stores.manifest import Manifest
-from switchkd.stores.payload import Payload, no_position
+from switchkd.stores.part import REWRITE, Part, open_part, read_chunks, read_whole
+from switchkd.stores.payload import Payload, unfilled
 from switchkd.stores.place import MARKER, Location, place_of
-from switchkd.stores.shards import Shard
 
-_REWRITE = (
-    "it was damaged after writing: delete its part's folder and run the same `switchkd cache-teacher` command again"
-)
 _RECREATE = "it was damaged after writing: restore it, or delete the store and cache again"
+UNPACKED_TOGETHER = 256  # positions: with fewer at a time, calling numpy costs more than what it does
+
+_Span = tuple[int, int, int]  # a part, and where a run of its positions begins and ends
+_Key = tuple[int, int, int]  # a part, the rows of a chunk, and the chunk's number
+_Chunks = dict[str, NDArray[Any]]  # of all arrays with chunks of so many rows: [rows, …], as they are stored
+_ON_ITS_WAY: _Chunks = {}
 
 
 @dataclass(frozen=True)
@@ -30,29 +33,15 @@ class StoredSample:
 
     status: int  # 0: usable
     digest: tuple[int, int, int]  # text, supervised mask, image
-    payload: Payload  # read-only arrays; copy before changing them
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its payload in memory."""
-        return self.payload.nbytes
-
-
-@dataclass(frozen=True)
-class _Part:
-    arrays: dict[str, Shard]
-    entry: dict[str, Any]
-    offset: NDArray[np.int64]
-    status: NDArray[np.uint8]
-    digest: NDArray[np.uint64]
+    payload: Payload
 
 
 class TeacherStore:
     """A store opened for reading: `len(store)`, `store[i]`.
 
-    Keeps up to `cache_bytes` of what was read last: samples, so that reading one again costs nothing, and the chunks that they
-    lie in, so that reading their neighbours costs little. May be sent to DataLoader workers, forked or spawned; each opens the
-    files anew. On an object store: spawned ones only.
+    Keeps up to `cache_bytes` of the chunks that were read last, as they are stored, so that reading a sample again, or its
+    neighbours, takes less. May be sent to DataLoader workers, forked or spawned; each opens the files anew. On an object store:
+    spawned ones only.
 
     Args:
         path: the store's folder, or its URL on an object store.
@@ -69,10 +58,8 @@ class TeacherStore:
         self.manifest = read_manifest(self.path)
         self.id_of_rank = self._read_rank_table()
         self._ids = self.id_of_rank.astype(np.int32)  # the type that a payload has
-        self._parts: dict[int, _Part] = {}
-        # Chunks [rows, …] as they are stored by (part, array, number), and samples by index.
-        self._cache: LRUCache[Any, Any] = LRUCache(cache_bytes, getsizeof=attrgetter("nbytes"))
-        self._nothing = no_position(self.manifest)
+        self._parts: dict[int, Part] = {}
+        self._cache: LRUCache[_Key, _Chunks] = LRUCache(cache_bytes, getsizeof=_nbytes)
 
     @classmethod
     def open(cls, path: Location) -> "TeacherStore":
@@ -90,21 +77,41 @@ class TeacherStore:
         return self.manifest.samples
 
     def __getitem__(self, index: int) -> StoredSample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of a store with {len(self)}")
-        kept: StoredSample | None = self._cache.get(index)
-        if kept is not None:
-            return kept
-        number, row = divmod(index, self.manifest.part_size)
-        part = self._part(number)
-        begin, end = int(part.offset[row]), int(part.offset[row + 1])
-        text, supervised, image = part.digest[row].tolist()
-        payload = self._unpack(number, self._rows(number, begin, end)) if end > begin else self._nothing
-        for array in payload.arrays().values():
-            array.flags.writeable = False  # every later reader of this sample sees these very arrays
-        sample = StoredSample(int(part.status[row]), (text, supervised, image), payload)
-        self._keep(index, sample)
-        return sample
+        number, row = self._locate(index)
+        return StoredSample(int(self._part(number).status[row]), self.digest(index), self.payload([index]))
+
+    def digest(self, index: int) -> tuple[int, int, int]:
+        """Return what a sample had when it was cached: digests of its text, its supervised mask, its image.
+
+        Raises:
+            IndexError: no such sample. StoreError, RunError: see above.
+        """
+        number, row = self._locate(index)
+        text, supervised, image = self._part(number).digest[row].tolist()
+        return text, supervised, image
+
+    def payload(self, indices: Sequence[int]) -> Payload:
+        """Return the positions of several samples, joined in the order of `indices`.
+
+        Takes less time than one sample after the other: all their chunks are asked for at once, what one needs comes while
+        another is unpacked, and short ones are unpacked together.
+
+        Raises:
+            IndexError: no such sample. StoreError, RunError: see above.
+        """
+        places = [self._locate(index) for index in indices]
+        self.place.each(self._part, {number for number, _ in places} - self._parts.keys())
+        every = ((number, *self._parts[number].offset[row : row + 2].tolist()) for number, row in places)
+        spans: list[_Span] = [(number, begin, end) for number, begin, end in every if begin < end]
+        counts = [end - begin for _, begin, end in spans]
+        joined = unfilled(self.manifest, sum(counts))
+        pieces, done = self._pieces(spans), 0
+        for run in _runs(counts, UNPACKED_TOGETHER):
+            taken = list(islice(pieces, len(counts[run])))
+            rows = {name: np.concatenate([array for each in taken for array in each[name]]) for name in taken[0]}
+            begin, done = done, done + sum(counts[run])
+            self._unpack(rows, [part for part, _, _ in spans[run]], joined.slice(begin, done))
+        return joined
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "cache_bytes": self.cache_bytes}
@@ -144,9 +151,11 @@ class TeacherStore:
 
     def part_payload(self, part: int) -> Payload:
         """Return the payload of all positions of one part; not cached."""
-        arrays, names = self._part(part).arrays, self.manifest.position_arrays
-        found = self.place.each(lambda name: self._read_all(arrays[name]), names)
-        return self._unpack(part, dict(zip(names, found, strict=True)))
+        arrays = self._part(part).arrays
+        rows = dict(zip(arrays, read_whole(self.place, list(arrays.values())), strict=True))
+        found = unfilled(self.manifest, self.part_positions(part))
+        self._unpack(rows, [part], found)
+        return found
 
     def part_positions(self, part: int) -> int:
         """Return the number of positions of one part."""
@@ -154,109 +163,75 @@ class TeacherStore:
 
     def part_stats(self, part: int) -> NDArray[np.float32]:
         """Return the statistics of all positions of one part, [P, 5]."""
-        return np.asarray(self._read_all(self._part(part).arrays[layout.STATS]))
+        return read_whole(self.place, [self._part(part).arrays[layout.STATS]])[0]
 
-    def _part(self, number: int) -> _Part:
+    def _part(self, number: int) -> Part:
         if number not in self._parts:
-            self._parts[number] = self._open_part(number)
+            self._parts[number] = open_part(self.place, self.manifest, number)
         return self._parts[number]
 
-    def _open_part(self, number: int) -> _Part:
-        if not self.place.has_part(number):
-            raise StoreError(f"{self.path} has no part {number}; run the same `switchkd cache-teacher` command again")
-        key = layout.part_key(number)
-        entry, where = self._part_entry(key), self.place.at(key)
-        samples = len(self.manifest.part_samples(number))
-        if not isinstance(entry, dict) or entry.get("part") != number or entry.get("samples") != samples:
-            raise StoreError(f"{where} is not part {number} of this store ({samples} samples); {_REWRITE}")
-        if entry.get("store") != self.manifest.identity:
-            raise StoreError(f"{where} was written for another store; {_REWRITE}")
-        if "files" not in entry:
-            raise StoreError(f"{where} does not list its files; {_REWRITE}")
-        arrays = self._arrays(key, entry["files"])
-        offset, status, digest = (
-            self._read_all(arrays[name]) for name in (layout.OFFSET, layout.STATUS, layout.DIGEST)
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the number of a sample's part, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a store with {len(self)}")
+        return divmod(index, self.manifest.part_size)
+
+    def _pieces(self, spans: Sequence[_Span]) -> Iterator[dict[str, list[NDArray[Any]]]]:
+        """Yield, for each run of positions, the pieces of the arrays as they are stored, from chunks that were kept or are read."""
+        known: dict[_Key, _Chunks] = {}
+        plans: list[list[tuple[list[str], list[_Key]]]] = []  # what is read for each run
+        for part, begin, end in spans:
+            plans.append([])
+            for size, names in self._parts[part].by_chunk_rows.items():
+                missing = []
+                for key in _keys(part, size, begin, end):
+                    if key not in known:
+                        known[key] = self._cache.get(key, _ON_ITS_WAY)
+                        if known[key] is _ON_ITS_WAY:
+                            missing.append(key)
+                if missing:
+                    plans[-1].append((names, missing))
+        coming = read_chunks(
+            self.place,
+            [
+                (self._parts[keys[0][0]].arrays[name], [at for _, _, at in keys])
+                for plan in plans
+                for names, keys in plan
+                for name in names
+            ],
         )
-        return _Part(arrays, entry, offset, status, digest)
+        for (part, begin, end), plan in zip(spans, plans, strict=True):
+            for names, keys in plan:
+                for key, *chunks in zip(keys, *islice(coming, len(names)), strict=True):
+                    known[key] = dict(zip(names, chunks, strict=True))
+                    self._keep(key, known[key])
+            yield {
+                name: [
+                    known[key][name][max(begin - key[2] * size, 0) : end - key[2] * size]
+                    for key in _keys(part, size, begin, end)
+                ]
+                for size, names in self._parts[part].by_chunk_rows.items()
+                for name in names
+            }
 
-    def _part_entry(self, part_key: str) -> Any:
-        try:
-            return json.loads(self.place.read(f"{part_key}/{MARKER}"))["attributes"].get(layout.PART_KEY)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"cannot open {self.place.at(part_key)}: {error}; {_REWRITE}") from error
+    def _keep(self, key: _Key, chunks: _Chunks) -> None:
+        """Put chunks into the cache, if there is room for them at all."""
+        if _nbytes(chunks) <= self.cache_bytes:
+            self._cache[key] = chunks
 
-    def _arrays(self, part_key: str, listed: dict[str, dict[str, Any]]) -> dict[str, Shard]:
-        """Check a part's files and open its arrays."""
-        # A shard that is not there reads as fill values without an error, so the files are counted first.
-        sizes = self.place.sizes(part_key)
-        for name, expected in listed.items():
-            if sizes.get(name) != expected.get("bytes"):
-                found = f"{sizes[name]} bytes" if name in sizes else "nothing"
-                where = self.place.at(f"{part_key}/{name}")
-                raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {_REWRITE}")
-        # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
-        metadata = [name for name in listed if name.rpartition("/")[2] == MARKER]
-        contents = self.place.each(self.place.read, [f"{part_key}/{name}" for name in metadata])
-        for name, content in zip(metadata, contents, strict=True):
-            if layout.digest_bytes(content) != listed[name].get("blake2b"):
-                raise StoreError(f"{self.place.at(f'{part_key}/{name}')} is not what was written; {_REWRITE}")
-        found_at = {f"{part_key}/{name}": size for name, size in sizes.items()}
-        described = dict(zip(metadata, contents, strict=True))
-        arrays = {}
-        for name in (layout.OFFSET, layout.STATUS, layout.DIGEST, *self.manifest.position_arrays):
-            if f"{name}/{MARKER}" not in described:
-                raise StoreError(f"{self.place.at(part_key)} has no array {name}; {_REWRITE}")
+    def _unpack(self, rows: dict[str, NDArray[Any]], parts: Sequence[int], out: Payload) -> None:
+        """Unpack positions, which come from these parts, into `out`."""
+        manifest = self.manifest
+        out.stats[...] = rows[layout.STATS]
+        if out.ids is not None and out.logits is not None:
+            packed = rows[layout.GAP], rows[layout.HEIGHT], rows[layout.BOTTOM], out.stat("logsumexp")
             try:
-                arrays[name] = Shard(self.place, f"{part_key}/{name}", described[f"{name}/{MARKER}"], found_at)
+                decode_topk(*packed, self._ids, manifest.fine, manifest.coarse, (out.ids, out.logits))
             except ValueError as error:
-                raise StoreError(f"{self.place.at(part_key)}: {error}; {_REWRITE}") from error
-        return arrays
-
-    def _rows(self, part: int, begin: int, end: int) -> dict[str, NDArray[Any]]:
-        """Return positions begin … end - 1 of a part's arrays as they are stored, from chunks that were kept or are read now."""
-        shards = self._part(part).arrays
-        numbers = {name: shards[name].chunks_of(begin, end) for name in self.manifest.position_arrays}
-        chunks: dict[tuple[str, int], NDArray[Any]] = {}
-        wanted: dict[str, list[int]] = {}
-        for name, those in numbers.items():
-            for at in those:
-                kept = self._cache.get((part, name, at))
-                if kept is None:
-                    wanted.setdefault(name, []).append(at)
-                else:
-                    chunks[name, at] = kept
-        read = self.place.each(lambda name: self._read(shards[name], wanted[name]), wanted)
-        for name, arrays in zip(wanted, read, strict=True):
-            for at, array in zip(wanted[name], arrays, strict=True):
-                chunks[name, at] = array
-                self._keep((part, name, at), array)
-        rows: dict[str, NDArray[Any]] = {}
-        for name, those in numbers.items():
-            pieces, size = [chunks[name, at] for at in those], shards[name].chunk_rows
-            pieces[-1] = pieces[-1][: end - those[-1] * size]
-            pieces[0] = pieces[0][begin - those[0] * size :]
-            rows[name] = np.concatenate(pieces)
-        return rows
-
-    def _keep(self, key: Any, value: Any) -> None:
-        """Put something into the cache, if there is room for it at all."""
-        if value.nbytes <= self.cache_bytes:
-            self._cache[key] = value
-
-    def _unpack(self, part: int, found: dict[str, NDArray[Any]]) -> Payload:
-        """Unpack a run of positions of one part."""
-        manifest, stats = self.manifest, found[layout.STATS]
-        ids = logits = hidden = None
-        if manifest.has_topk:
-            packed = found[layout.GAP], found[layout.HEIGHT], found[layout.BOTTOM]
-            logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
-            try:
-                ids, logits = decode_topk(*packed, logsumexp, self._ids, manifest.fine, manifest.coarse)
-            except ValueError as error:
-                raise StoreError(f"{self.place.at(layout.part_key(part))}: {error}; {_REWRITE}") from error
-        if manifest.has_hidden:
-            hidden = decode_hidden(found[layout.STATE], found.get(layout.SCALE), manifest.hidden_dtype)
-        return Payload(stats, ids, logits, hidden)
+                where = " or ".join(str(self.place.at(layout.part_key(part))) for part in sorted(set(parts)))
+                raise StoreError(f"{where}: {error}; {REWRITE}") from error
+        if out.hidden is not None:
+            decode_hidden(rows[layout.STATE], rows.get(layout.SCALE), manifest.hidden_dtype, out.hidden)
 
     def _read_rank_table(self) -> NDArray[np.uint32]:
         try:
@@ -273,18 +248,24 @@ class TeacherStore:
             )
         return table
 
-    def _read_all(self, array: Shard) -> NDArray[Any]:
-        whole = self._read(array, range(array.chunk_count))
-        return np.concatenate(whole)[: len(array)]
 
-    def _read(self, array: Shard, numbers: Sequence[int]) -> list[NDArray[Any]]:
-        try:
-            return array.read(numbers)
-        except RunError:
-            raise
-        # As above; PCodec and Zstd raise what they like.
-        except Exception as error:
-            raise StoreError(f"{self.place.at(array.key)}: {error}; {_REWRITE}") from error
+def _keys(part: int, size: int, begin: int, end: int) -> list[_Key]:
+    """Return the chunks of `size` rows that positions begin … end - 1 of a part lie in."""
+    return [(part, size, at) for at in range(begin // size, -(-end // size))]
+
+
+def _nbytes(chunks: _Chunks) -> int:
+    return sum(array.nbytes for array in chunks.values())
+
+
+def _runs(counts: Sequence[int], least: int) -> Iterator[slice]:
+    """Cut a list into runs that sum to `least` at least, all but the last."""
+    begin = total = 0
+    for at, count in enumerate(counts, 1):
+        total += count
+        if total >= least or at == len(counts):
+            yield slice(begin, at)
+            begin, total = at, 0
 
 
 def read_manifest(path: Location) -> Manifest:

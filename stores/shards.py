@@ -6,7 +6,7 @@ its event loop, and that costs several times what coding them does. Only the cod
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -16,13 +16,15 @@ import numpy as np
 from numcodecs.pcodec import PCodec
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
+from pcodec.standalone import simple_decompress
 
-from switchkd.stores.place import Place
+from switchkd.stores.place import Request
 
-_EMPTY = np.iinfo(np.uint64).max  # in an index: this inner chunk holds nothing but the fill value
+_EMPTY = int(np.iinfo(np.uint64).max)  # in an index: this inner chunk holds nothing but the fill value
 _CHECKSUM = 4  # bytes of a crc32c
 
 Step = Callable[[Any], Any]
+Entries = list[list[int]]  # of an index: where an inner chunk begins, and its bytes
 
 
 @dataclass(frozen=True)
@@ -94,24 +96,28 @@ def encode_shard(description: Description, values: NDArray[Any]) -> bytes | None
 class Shard:
     """An array of a part, to be read by chunks of `chunk_rows` rows.
 
+    Says which bytes of its file it needs and makes chunks of them; `Place.ranges` brings them, for many arrays at once. The bytes
+    of its index come first, if `index_request` asks for them.
+
     Args:
-        place: where the store lies. key: the array's, inside the store.
-        metadata: the contents of the array's zarr.json.
+        key: the array's, inside the store. metadata: the contents of its zarr.json.
         sizes: the bytes of every file of the part, by its path inside the store. A shard that is not among them was not
             written since all its values are the fill value.
 
     Raises:
         ValueError: the metadata are not those of an array of this format; on reading: damage.
-        OSError, RunError: the place cannot be read.
     """
 
-    def __init__(self, place: Place, key: str, metadata: bytes, sizes: dict[str, int]) -> None:
-        self.place, self.key = place, key
+    def __init__(self, key: str, metadata: bytes, sizes: dict[str, int]) -> None:
+        self.key = key
         self._about = Description.parse(key, metadata)
         self._file = f"{key}/{self._about.file}"
         self._chunk_size = math.prod(self._about.chunks)
         self._size = sizes.get(self._file)
-        self._index: NDArray[np.uint64] | None = None  # [*grid, 2]: offset and bytes of every inner chunk
+        # Where each chunk's inner chunks begin and how many bytes they have, [chunks, inner chunks a chunk, 2].
+        self._index: NDArray[np.uint64] | None = None
+        if self._size is None:
+            self._index = np.full((self.chunk_count, math.prod(self._about.grid[1:]), 2), _EMPTY, np.uint64)
 
     def __len__(self) -> int:
         return int(self._about.shape[0])
@@ -126,57 +132,43 @@ class Shard:
         """Number of chunks along the rows; 1 if there is no row."""
         return self._about.grid[0]
 
-    def chunks_of(self, begin: int, end: int) -> range:
-        """Return the numbers of the chunks that rows begin … end - 1 lie in."""
-        return range(begin // self.chunk_rows, -(-end // self.chunk_rows))
+    def index_request(self) -> Request | None:
+        """Return what to ask for before chunks can be asked for; None if that is known."""
+        if self._index is not None or self._size is None:
+            return None
+        return self._file, [(self._size - self._about.index_bytes, self._size)]
 
-    def read(self, numbers: Sequence[int]) -> list[NDArray[Any]]:
-        """Return chunks by their numbers, each [chunk_rows, …]; behind the array's end they hold the fill value."""
-        about = self._about
-        if self._size is None:
-            empty = np.full((self.chunk_rows, *about.shape[1:]), about.fill, about.dtype)
-            return [empty] * len(numbers)
-        if self._index is None:
-            self._index = self._read_index(self._size)
-        entries = self._index[list(numbers)].reshape(-1, 2).tolist()
-        pieces = [self._decode(data) for data in self._contents(entries)]
-        wide = len(pieces) // max(len(numbers), 1)
+    def take_index(self, data: bytes) -> None:
+        """Take what `index_request` asked for."""
+        self._index = np.frombuffer(_checked(data), "<u8").reshape(self.chunk_count, -1, 2)
+
+    def entries(self, numbers: Sequence[int]) -> Entries:
+        """Return where the bytes of chunks lie, by their numbers, which rise."""
+        assert self._index is not None
+        together = numbers[-1] - numbers[0] == len(numbers) - 1
+        rows = self._index[numbers[0] : numbers[-1] + 1] if together else self._index[list(numbers)]
+        found: Entries = rows.reshape(-1, 2).tolist()
+        return found
+
+    def request(self, entries: Entries) -> Request:
+        """Return what to ask for to have these bytes."""
+        return self._file, [(begin, begin + size) for begin, size in entries if begin != _EMPTY]
+
+    def chunks(self, entries: Entries, contents: Iterable[bytes]) -> list[NDArray[Any]]:
+        """Return chunks, each [chunk_rows, …], of what their request brought; behind the array's end they hold the fill value."""
+        about, coming = self._about, iter(contents)
+        pieces = [
+            np.full(about.chunks, about.fill, about.dtype) if begin == _EMPTY else self._decode(next(coming))
+            for begin, _ in entries
+        ]
+        wide = math.prod(about.grid[1:])
         if wide == 1:
             return pieces
         columns = about.shape[1]
-        return [np.concatenate(pieces[i : i + wide], axis=1)[:, :columns] for i in range(0, len(pieces), wide)]
+        return [np.hstack(pieces[i : i + wide])[:, :columns] for i in range(0, len(pieces), wide)]
 
-    def _contents(self, entries: Sequence[Sequence[int]]) -> list[bytes | None]:
-        """Return the bytes of inner chunks, None for those that were not written; neighbours are read in one go."""
-        runs: list[tuple[int, int]] = []
-        begin = end = -1
-        for offset, size in entries:
-            if offset == end:
-                end += size
-                runs[-1] = (begin, end)
-            elif offset != _EMPTY:
-                begin, end = offset, offset + size
-                runs.append((begin, end))
-        found = zip(runs, self.place.ranges(self._file, runs), strict=True)
-        contents: list[bytes | None] = []
-        begin, end, data = 0, 0, b""
-        for offset, size in entries:
-            if offset == _EMPTY:
-                contents.append(None)
-                continue
-            if not begin <= offset < end:
-                (begin, end), data = next(found)
-            contents.append(data[offset - begin : offset - begin + size])
-        return contents
-
-    def _read_index(self, size: int) -> NDArray[np.uint64]:
-        (data,) = self.place.ranges(self._file, [(size - self._about.index_bytes, size)])
-        return np.frombuffer(_checked(data), "<u8").reshape(*self._about.grid, 2)
-
-    def _decode(self, data: bytes | None) -> NDArray[Any]:
+    def _decode(self, data: bytes) -> NDArray[Any]:
         about = self._about
-        if data is None:
-            return np.full(about.chunks, about.fill, about.dtype)
         value: Any = data
         for _, undo in reversed(about.steps):
             value = undo(value)
@@ -198,7 +190,7 @@ def _steps(codec: dict[str, Any], dtype: np.dtype[Any]) -> tuple[Step, Step]:
             return zstd.encode, zstd.decode
         case "numcodecs.pcodec":
             pcodec = PCodec(**codec["configuration"])
-            return pcodec.encode, pcodec.decode
+            return pcodec.encode, simple_decompress
         case "bytes" if dtype.itemsize == 1 or codec["configuration"]["endian"] == "little":
             stored = dtype.newbyteorder("<")
             return lambda values: values.astype(stored).tobytes(), lambda data: np.frombuffer(data, stored)

@@ -117,10 +117,10 @@ def made(words, supervised):
 
 @pytest.fixture(scope="module")
 def encoded(student, cached):
-    """Nine samples with what the store says of them: images, text alone, two turns."""
+    """Nine samples, images, text alone, two turns, and the store that has them."""
     encoder = SampleEncoder(open_checkpoint(student), TEMPLATES["qa"], cached / "images", 128)
     samples, store = SampleFile(cached / "data.json"), TeacherStore.open(cached / "stores/s.zarr")
-    return [(encoder.encode(samples[i]), store[i]) for i in range(9)]
+    return [(encoder.encode(samples[i]), i) for i in range(9)], store
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def awkward(encoded, student):
     """Also a blank image without a position, text without one, and text whose very first token is marked as supervised."""
     silent = made([5, 6, 7], [False, False, False])
     first = made([10, 5, 6, 11, 1], [True, False, False, True, True])
-    return [sample for sample, _ in encoded[:6]] + [silent, stand_in_image(open_checkpoint(student)), first]
+    return [sample for sample, _ in encoded[0][:6]] + [silent, stand_in_image(open_checkpoint(student)), first]
 
 
 def parts_and_gradients(student, teacher, batch, source="live", blocks=False, **of_objective):
@@ -176,7 +176,7 @@ def alone(awkward, student, teacher):
 @pytest.mark.parametrize("row_tokens", ROW_TOKENS.values(), ids=ROW_TOKENS)
 def test_loss_and_gradients_are_those_of_samples_alone(awkward, alone, student, teacher, row_tokens, blocks):
     """Against every sample in a batch of its own: no padding, no neighbour, a sum over batches."""
-    batch = Collator(0, row_tokens=row_tokens)([(sample, None) for sample in awkward])
+    batch = Collator(0, row_tokens=row_tokens)([(sample, 0) for sample in awkward])
     assert sorted(len(sample.input_ids) for sample in awkward) == [3, 4, 5, 7, 11, 11, 11, 11, 17]
     assert batch["packing"].shape[0] == {2: 9, 14: 7, 32: 3, 10_000: 1}[row_tokens]
     found = parts_and_gradients(student, teacher, batch, blocks=blocks)
@@ -188,10 +188,13 @@ def test_loss_and_gradients_are_those_of_samples_alone(awkward, alone, student, 
 @pytest.mark.parametrize("source", ("topk", "hidden", "live"))
 @pytest.mark.parametrize("row_tokens", (14, 10_000))
 def test_every_source_of_the_teachers_word(encoded, student, teacher, cached, hidden, source, row_tokens):
+    items, store = encoded
     if source == "hidden":
         store = TeacherStore.open(hidden)
-        encoded = [(sample, store[i]) for i, (sample, _) in enumerate(encoded)]
-    rows = [Collator(0, row_tokens=tokens)(encoded) for tokens in (None, row_tokens)]
+    rows = [
+        Collator(0, payload=lambda items: store.payload([index for _, index in items]), row_tokens=tokens)(items)
+        for tokens in (None, row_tokens)
+    ]
     for batch in rows:
         if "teacher_hidden" in batch:
             batch["teacher_hidden"] = batch["teacher_hidden"].double()
@@ -203,12 +206,12 @@ def test_every_source_of_the_teachers_word(encoded, student, teacher, cached, hi
 
 @pytest.mark.parametrize("samples", (slice(3, 4), slice(0, 1)), ids=("text alone", "an image"))
 def test_batches_of_one_kind(encoded, student, teacher, samples):
-    batches = [Collator(0, row_tokens=tokens)([encoded[samples][0]] * 3) for tokens in (None, 100)]
+    batches = [Collator(0, row_tokens=tokens)([encoded[0][samples][0]] * 3) for tokens in (None, 100)]
     assert_equal(*(parts_and_gradients(student, teacher, batch, blocks="packing" in batch) for batch in batches))
 
 
 def test_no_sample_predicts_the_first_token_of_the_next(awkward):
-    batch = Collator(0, row_tokens=10_000)([(sample, None) for sample in awkward])
+    batch = Collator(0, row_tokens=10_000)([(sample, 0) for sample in awkward])
     rows, source = predicting_rows(batch["labels"]), batch["packing"]
     labels = into_rows(batch["labels"], source)
     naive = predicting_rows(labels)  # as if the row were one sample
@@ -227,7 +230,7 @@ def running_on(attention_mask, source):
 @pytest.mark.parametrize(("where", "changed"), [("switchkd.packing", (0, 1, 2, 3)), ("switchkd.switch", (0, 3))])
 def test_a_plain_causal_mask_gives_another_loss(awkward, student, teacher, monkeypatch, where, changed, blocks):
     """What the tests above would find if samples saw each other, on the standard pathways or on the switch pathway."""
-    batch = Collator(0, row_tokens=10_000)([(sample, None) for sample in awkward])
+    batch = Collator(0, row_tokens=10_000)([(sample, 0) for sample in awkward])
     right = parts_and_gradients(student, teacher, batch, blocks=blocks)[0]
     monkeypatch.setattr(f"{where}.positions_in_rows", running_on)
     wrong = parts_and_gradients(student, teacher, batch, blocks=blocks)[0]

@@ -1,13 +1,18 @@
 """A part's arrays as files: zarr reads what is written here, and what zarr writes is read here."""
 
+import os
+import re
+
 import numpy as np
 import pytest
 import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from switchkd.errors import StoreError
 from switchkd.stores import layout
-from switchkd.stores.place import Folder
+from switchkd.stores.part import read_chunks
+from switchkd.stores.place import AHEAD, Folder
 from switchkd.stores.shards import Description, Shard, encode_shard
 
 POSITIONS = (0, 1, 255, 256, 257, 600)
@@ -44,7 +49,11 @@ def shard_of(folder, name, files):
     for key, content in files.items():
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         (folder / key).write_bytes(content.to_bytes())
-    return Shard(Folder(folder), name, files[f"{name}/zarr.json"].to_bytes(), {key: len(files[key]) for key in files})
+    return Shard(name, files[f"{name}/zarr.json"].to_bytes(), {key: len(files[key]) for key in files})
+
+
+def read(folder, wanted):
+    return list(read_chunks(Folder(folder), wanted))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -67,8 +76,10 @@ def test_what_zarr_writes_is_read_here(tmp_path, name, positions):
     array[...] = values
     shard = shard_of(tmp_path, name, files)
     assert len(shard) == len(values)
-    for numbers in (range(shard.chunk_count), [shard.chunk_count - 1], [0, shard.chunk_count - 1]):
-        for number, chunk in zip(numbers, shard.read(numbers), strict=True):
+    last = shard.chunk_count - 1
+    wanted = [(shard, numbers) for numbers in (range(shard.chunk_count), [last], sorted({0, last}), range(last + 1))]
+    for (_, numbers), found in zip(wanted, read(tmp_path, wanted), strict=True):
+        for number, chunk in zip(numbers, found, strict=True):
             begin = number * shard.chunk_rows
             expected = values[begin : begin + shard.chunk_rows]
             assert np.array_equal(chunk[: len(expected)], expected)
@@ -91,18 +102,44 @@ def test_both_write_the_same_chunks():
     assert b"".join(chunks(here)) == here[: -description.index_bytes]
 
 
-def test_rows_that_lie_together_are_read_in_one_go(tmp_path, monkeypatch):
-    values = arrays(600)[layout.GAP]
-    _, description, files = described(layout.GAP, values)
-    content = encode_shard(description, values)
-    files[f"{layout.GAP}/{description.file}"] = default_buffer_prototype().buffer.from_bytes(content)
-    shard = shard_of(tmp_path, layout.GAP, files)
-    shard.read([0])  # the index
-    asked = []
-    ranges = Folder.ranges
-    monkeypatch.setattr(Folder, "ranges", lambda *a: asked.append(a[2]) or ranges(*a))
-    shard.read(range(3, shard.chunk_count))
-    assert [len(spans) for spans in asked] == [1]
+def test_many_files_are_asked_for_at_once_and_not_too_many_are_open(tmp_path, monkeypatch):
+    values = arrays(600)[layout.STATE]
+    _, description, files = described(layout.STATE, values)
+    files[f"{layout.STATE}/{description.file}"] = default_buffer_prototype().buffer.from_bytes(
+        encode_shard(description, values)
+    )
+    shard = shard_of(tmp_path, layout.STATE, files)
+    numbers = np.random.default_rng(0).integers(0, shard.chunk_count, 3 * AHEAD).tolist()
+    now, most = set(), []
+    opened, closed = os.open, os.close
+    monkeypatch.setattr(os, "open", lambda *a: now.add(handle := opened(*a)) or most.append(len(now)) or handle)
+    monkeypatch.setattr(os, "close", lambda handle: now.discard(handle) or closed(handle))
+    found = read(tmp_path, [(shard, [number]) for number in numbers])
+    for number, (chunk,) in zip(numbers, found, strict=True):
+        expected = values[number * shard.chunk_rows :][: shard.chunk_rows]
+        assert np.array_equal(chunk[: len(expected)], expected)
+    assert max(most) == AHEAD and not now
+    some = read_chunks(Folder(tmp_path), [(shard, [number]) for number in numbers])
+    next(some)
+    assert now
+    some.close()
+    assert not now  # a reader that stops early leaves nothing open
+
+
+def test_a_file_that_has_gone_is_named(tmp_path):
+    shards = {}
+    for name in (layout.STATE, layout.STATS):
+        values = np.ones((600, 5), np.float32)
+        _, description, files = described(name, values)
+        content = encode_shard(description, values)
+        files[f"{name}/{description.file}"] = default_buffer_prototype().buffer.from_bytes(content)
+        shards[name] = shard_of(tmp_path, name, files)
+    wanted = [(shard, [0]) for shard in shards.values()]
+    read(tmp_path, wanted)
+    gone = tmp_path / layout.STATS / "c/0/0"
+    gone.unlink()
+    with pytest.raises(StoreError, match=f"^{re.escape(str(gone))}: .*No such file"):
+        read(tmp_path, wanted)
 
 
 @pytest.mark.parametrize("metadata", (b"", b"[]", b'{"shape": [3]}'))

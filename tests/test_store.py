@@ -13,9 +13,11 @@ import synthetic
 from torch.utils.data import DataLoader
 
 from switchkd.errors import StoreError, StoreMismatch
-from switchkd.stores import TeacherStore, layout
+from switchkd.stores import Payload, TeacherStore, layout
 from switchkd.stores.info import describe
 from switchkd.stores.layout import STAT_COLUMNS, part_path
+from switchkd.stores.payload import unfilled
+from switchkd.stores.place import Folder
 from switchkd.stores.reader import pick_store, read_manifest
 
 README = Path(__file__).parents[1] / "stores/README.md"
@@ -177,12 +179,13 @@ def test_hidden_states_come_back(tmp_path, payload, dtype):
         assert (found.ids is None) == (payload == "hidden")
 
 
-def test_what_is_read_cannot_be_changed(path):
+def test_changing_what_was_read_changes_nothing_in_the_store(path):
     store = TeacherStore(path)
-    payload = store[lengths(store.manifest).index(3)].payload
-    for array in payload.arrays().values():
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 0
+    index = lengths(store.manifest).index(3)
+    expected = TeacherStore(path)[index]
+    for array in store[index].payload.arrays().values():
+        array[...] = 0
+    assert_same(store[index], expected)
 
 
 def test_a_manifest_with_a_changed_value_is_refused(tmp_path):
@@ -206,22 +209,81 @@ def test_what_was_read_is_not_read_again(path, monkeypatch):
     store = TeacherStore(path)
     index = lengths(store.manifest).index(600)
     first = store[index]
-    monkeypatch.setattr(store, "_read", lambda *_: pytest.fail("read from disk"))
-    assert_same(store[index], first)
-    del store._cache[index]  # its chunks are still there
+    monkeypatch.setattr(
+        store.place, "ranges", lambda requests: iter([pytest.fail("read from disk")] if requests else [])
+    )
     assert_same(store[index], first)
 
 
-def test_one_sample_reads_its_chunks_only(path, monkeypatch):
-    store = TeacherStore(path)
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked of a store's folder: the files of every call, and how many runs of bytes of each."""
+    calls = []
+    ranges = Folder.ranges
+    monkeypatch.setattr(
+        Folder,
+        "ranges",
+        lambda self, requests: calls.append([(k, len(s)) for k, s in requests]) or ranges(self, requests),
+    )
+    return calls
+
+
+def test_one_sample_reads_its_chunks_only(path, asked):
+    store = TeacherStore(path, cache_bytes=0)
     index = lengths(store.manifest).index(3)
-    store.part_statuses(index // store.manifest.part_size)
-    chunks = []
-    read = store._read
-    monkeypatch.setattr(store, "_read", lambda array, numbers: chunks.append(numbers) or read(array, numbers))
+    store.digest(index)  # opens the part
+    asked.clear()
     store[index]
-    assert len(chunks) == len(store.manifest.position_arrays)
-    assert all(1 <= len(numbers) <= 2 for numbers in chunks)
+    indexes, chunks = asked
+    assert len(indexes) == len(chunks) == len(store.manifest.position_arrays)
+    assert all(1 <= runs <= 2 for _, runs in chunks)
+    asked.clear()
+    store[index]
+    assert asked == [[], chunks]  # indexes are read once
+
+
+@pytest.mark.parametrize("cache_bytes", (0, 20_000, 1 << 20))
+@pytest.mark.parametrize("of", [{}, {"payload": "both", "hidden_dtype": "int8", "hidden_width": 400, "top_k": 15}])
+def test_several_samples_are_those_samples_joined(tmp_path, of, cache_bytes):
+    of = synthetic.manifest(samples=18, **of)
+    path = synthetic.fill(tmp_path / "s.zarr", of)
+    each = [sample.payload for sample in map(TeacherStore(path).__getitem__, range(18))]
+    store, random = TeacherStore(path, cache_bytes), np.random.default_rng(0)
+    # In any order, twice, in one part, empty samples alone, none.
+    empty = [index for index, length in enumerate(lengths(of)) if length == 0]
+    for indices in (random.permutation(18).tolist(), [3, 3, 5, 3], [0, 1, 2], empty, [], range(18)):
+        found = store.payload(indices)
+        expected = Payload.concatenate([unfilled(of, 0), *(each[index] for index in indices)])
+        assert found.arrays().keys() == expected.arrays().keys()
+        for name, array in found.arrays().items():
+            assert array.dtype == getattr(expected, name).dtype
+            assert np.array_equal(array, getattr(expected, name)), name
+
+
+def test_several_samples_are_asked_for_at_once(path, asked):
+    store = TeacherStore(path)
+    store.statuses()  # opens the parts
+    asked.clear()
+    store.payload(range(len(store)))
+    _, chunks = asked
+    assert len({key.split("/")[1] for key, _ in chunks}) == store.manifest.part_count
+
+
+@pytest.mark.parametrize("index", (-1, 18))
+def test_a_sample_that_is_not_there(path, index):
+    store = TeacherStore(path)
+    for read in (store.__getitem__, store.digest, lambda index: store.payload([0, index])):
+        with pytest.raises(IndexError, match=f"sample {index} of a store with 18"):
+            read(index)
+
+
+def test_a_rank_that_the_table_lacks_is_damage(path, monkeypatch):
+    store = TeacherStore(path)
+    monkeypatch.setattr(store, "_ids", store._ids[:5])
+    index = lengths(store.manifest).index(3)
+    where = re.escape(str(path / layout.part_key(index // store.manifest.part_size)))
+    with pytest.raises(StoreError, match=f"^{where}: ranks reach .* the vocabulary has 5 rows; it was damaged"):
+        store[index]
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (256, 256)])

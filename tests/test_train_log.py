@@ -38,7 +38,7 @@ def whole_batch(options, cached):
     student, teacher = (open_checkpoint(path) for path in (options.student, options.teacher))
     encoder = SampleEncoder(student, TEMPLATES["qa"], options.images, 2048)
     samples = TrainingSamples(SampleFile(options.data), encoder, TeacherStore.open(cached / "stores"))
-    batch = Collator(0)([samples[i] for i in range(12)])
+    batch = Collator(0, payload=samples.payload)([samples[i] for i in range(12)])
     return batch, load_model(student, dtype="float32"), load_model(teacher, dtype="float32")
 
 
@@ -92,13 +92,13 @@ def test_mfu_is_told_over_the_peak_that_is_given(options):
 
 
 def test_a_slow_store_shows_as_waiting(options, monkeypatch):
-    read = TeacherStore.__getitem__
+    read = TeacherStore.payload
 
-    def slow(self, index):
-        time.sleep(0.02)
-        return read(self, index)
+    def slow(self, indices):
+        time.sleep(0.02 * len(indices))
+        return read(self, indices)
 
-    monkeypatch.setattr(TeacherStore, "__getitem__", slow)
+    monkeypatch.setattr(TeacherStore, "payload", slow)
     train(replace(options, steps=2))
     for entry in logged(options.output):
         assert entry["store_read_seconds"] >= 4 * 0.02

@@ -1,0 +1,122 @@
+"""A committed part, opened for reading, and the chunks of its arrays: what is damaged is named here, with what to do."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.errors import RunError, StoreError
+from switchkd.stores import layout
+from switchkd.stores.manifest import Manifest
+from switchkd.stores.place import MARKER, Place
+from switchkd.stores.shards import Shard
+
+REWRITE = (
+    "it was damaged after writing: delete its part's folder and run the same `switchkd cache-teacher` command again"
+)
+_TABLES = (layout.OFFSET, layout.STATUS, layout.DIGEST)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Its position arrays, to be read by chunks, and its tables, of n samples."""
+
+    arrays: dict[str, Shard]
+    entry: dict[str, Any]  # what the part says about itself: its files with sizes and digests, its numbers
+    offset: NDArray[np.int64]  # [n + 1], where each sample's positions begin
+    status: NDArray[np.uint8]  # [n]
+    digest: NDArray[np.uint64]  # [n, 3]
+    by_chunk_rows: dict[int, list[str]]  # its arrays by the rows of their chunks
+
+
+def open_part(place: Place, manifest: Manifest, number: int) -> Part:
+    """Compare a part's files with its own list, and read its tables.
+
+    Raises:
+        StoreError: no such part, one of another store, or damage. RunError: an object store cannot be reached.
+    """
+    if not place.has_part(number):
+        raise StoreError(f"{place.path} has no part {number}; run the same `switchkd cache-teacher` command again")
+    key = layout.part_key(number)
+    entry, where = _entry(place, key), place.at(key)
+    samples = len(manifest.part_samples(number))
+    if not isinstance(entry, dict) or entry.get("part") != number or entry.get("samples") != samples:
+        raise StoreError(f"{where} is not part {number} of this store ({samples} samples); {REWRITE}")
+    if entry.get("store") != manifest.identity:
+        raise StoreError(f"{where} was written for another store; {REWRITE}")
+    if "files" not in entry:
+        raise StoreError(f"{where} does not list its files; {REWRITE}")
+    arrays = _arrays(place, key, entry["files"], [*_TABLES, *manifest.position_arrays])
+    offset, status, digest = read_whole(place, [arrays.pop(name) for name in _TABLES])
+    by_chunk_rows: dict[int, list[str]] = {}
+    for name, array in arrays.items():
+        by_chunk_rows.setdefault(array.chunk_rows, []).append(name)
+    return Part(arrays, entry, offset, status, digest, by_chunk_rows)
+
+
+def read_whole(place: Place, arrays: Sequence[Shard]) -> list[NDArray[Any]]:
+    """Return all rows of several arrays. Raises as `read_chunks` does."""
+    found = read_chunks(place, [(array, range(array.chunk_count)) for array in arrays])
+    return [np.concatenate(chunks)[: len(array)] for array, chunks in zip(arrays, found, strict=True)]
+
+
+def read_chunks(place: Place, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> Iterator[list[NDArray[Any]]]:
+    """Yield chunks of one array after another, [chunk_rows, …] each, by their numbers, which rise; all are asked for at once.
+
+    Raises:
+        StoreError: a file is damaged or gone. RunError: an object store cannot be reached.
+    """
+    array: Shard | None = None
+    try:
+        unknown = [(array, request) for array, _ in wanted if (request := array.index_request()) is not None]
+        for (array, _), (data,) in zip(unknown, place.ranges([request for _, request in unknown]), strict=True):
+            array.take_index(data)
+        entries = [array.entries(numbers) for array, numbers in wanted]
+        requests = [array.request(those) for (array, _), those in zip(wanted, entries, strict=True)]
+        for (array, _), those, contents in zip(wanted, entries, place.ranges(requests), strict=True):
+            yield array.chunks(those, contents)
+    except RunError:
+        raise
+    # Each codec has its own way to say that bytes are damaged, and PCodec and Zstd raise what they like; there is nothing else
+    # to fail here. A folder's files are opened ahead, so a missing one is named by the error alone.
+    except Exception as error:
+        where: Any = getattr(error, "filename", None) or (place.at(array.key) if array else place.path)
+        raise StoreError(f"{where}: {error}; {REWRITE}") from error
+
+
+def _entry(place: Place, part_key: str) -> Any:
+    try:
+        return json.loads(place.read(f"{part_key}/{MARKER}"))["attributes"].get(layout.PART_KEY)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"cannot open {place.at(part_key)}: {error}; {REWRITE}") from error
+
+
+def _arrays(place: Place, part_key: str, listed: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, Shard]:
+    """Check a part's files and open its arrays."""
+    # A shard that is not there reads as fill values without an error, so the files are counted first.
+    sizes = place.sizes(part_key)
+    for name, expected in listed.items():
+        if sizes.get(name) != expected.get("bytes"):
+            found = f"{sizes[name]} bytes" if name in sizes else "nothing"
+            where = place.at(f"{part_key}/{name}")
+            raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {REWRITE}")
+    # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
+    metadata = [name for name in listed if name.rpartition("/")[2] == MARKER]
+    contents = place.each(place.read, [f"{part_key}/{name}" for name in metadata])
+    for name, content in zip(metadata, contents, strict=True):
+        if layout.digest_bytes(content) != listed[name].get("blake2b"):
+            raise StoreError(f"{place.at(f'{part_key}/{name}')} is not what was written; {REWRITE}")
+    found_at = {f"{part_key}/{name}": size for name, size in sizes.items()}
+    described = dict(zip(metadata, contents, strict=True))
+    arrays = {}
+    for name in names:
+        if f"{name}/{MARKER}" not in described:
+            raise StoreError(f"{place.at(part_key)} has no array {name}; {REWRITE}")
+        try:
+            arrays[name] = Shard(f"{part_key}/{name}", described[f"{name}/{MARKER}"], found_at)
+        except ValueError as error:
+            raise StoreError(f"{place.at(part_key)}: {error}; {REWRITE}") from error
+    return arrays
