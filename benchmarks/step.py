@@ -1,27 +1,32 @@
 """A whole training step, side by side: the teacher live as in LLaVA-KD's trainer, and ours from a store's `hidden` and `topk`.
 
-    python benchmarks/step.py            # writes docs/step-table.md (make bench-step)
+    python benchmarks/step.py                  # on a CPU; writes docs/step-table.md (make bench-step)
+    python benchmarks/step.py --device cuda    # on a GPU; writes docs/step-gpu-table.md (make bench-step-gpu)
 
-Models have the sizes of Qwen2.5-3B, Qwen2.5-0.5B and SigLIP-SO400M to each other, in small: language models of 7.9 and 1.0
-million parameters (2.77 : 0.36), vision towers of 1.2 million, LM heads in proportion; random weights. A batch has 16 samples, one
-of text alone, 144 image tokens each behind a system prompt of 12, answers of 8 to 64 tokens. Float32, one thread; a step is
-forward, backward and AdamW. How time and memory are measured: side_by_side.py.
+On a CPU models have the sizes of Qwen2.5-3B, Qwen2.5-0.5B and SigLIP-SO400M to each other, in small: language models of 7.9 and 1.0
+million parameters (2.77 : 0.36), vision towers of 1.2 million, LM heads in proportion. A batch has 16 samples, one of text alone,
+144 image tokens each behind a system prompt of 12, answers of 8 to 64 tokens. Float32, one thread; a step is forward, backward and
+AdamW. How time and memory are measured: side_by_side.py. On a GPU models have the real sizes, 729 image tokens, answers of 16 to
+192 tokens, under bfloat16 autocast, the frozen teacher in bfloat16; kinds of steps take turns, memory is the allocator's peak above
+models, gradients and AdamW's moments. Weights are random in both.
 
-Live: whole teacher with its vision tower, whole logits of all rows of both models, DBiLD from all pairs or in linear time; whole
-logits of the switch pathway too. Bare: what must run and nothing else, that is student forward and backward, the switch pathway's
-forward and backward on image samples behind the system prompt, LM heads at supervised positions, with a sum for a loss; then AdamW.
+Live: whole teacher with its vision tower, whole logits of all rows of both models, DBiLD from all pairs (on a CPU) or in linear
+time; whole logits of the switch pathway too. Bare: what must run and nothing else, that is student forward and backward, the switch
+pathway's forward and backward on image samples behind the system prompt, LM heads at supervised positions, with a sum for a loss;
+then AdamW. SFT: the trainer's own step without a teacher.
 """
 
 import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from side_by_side import dbild_of_pairs, measure, peak_bytes
+from side_by_side import dbild_of_pairs, measure, measure_on_gpu, peak_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig, TrainingArguments
@@ -36,31 +41,51 @@ from switchkd.positions import IGNORED, predicting_rows
 from switchkd.switch import KnownText, switch_states
 from switchkd.vlm import LlavaWithoutVision, capture_vision_features, freeze
 
-VOCABULARY, IMAGE_TOKEN, IMAGE_TOKENS, PROMPT = 3072, 1, 144, 24
-SAMPLES, TOP_K = 16, 128
+VOCABULARY, IMAGE_TOKEN = 3072, 1  # of the small models
+TOP_K = 128
 
 
-def make_model(width: int, layers: int, kind: type[LlavaForConditionalGeneration]) -> LlavaForConditionalGeneration:
-    """Make a Llava whose language model has about 12 · width² · layers parameters."""
-    vision = SiglipVisionConfig(
-        hidden_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=512,
-        image_size=96,
-        patch_size=8,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(
-        vocab_size=VOCABULARY,
+def text_config(width: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> Qwen2Config:
+    """Make a language model's config."""
+    return Qwen2Config(
+        vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=max(1, width // 128),
-        intermediate_size=3 * width,
-        max_position_embeddings=512,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
+
+
+def small_text(width: int, layers: int) -> Qwen2Config:
+    """Make the config of a language model with about 12 · width² · layers parameters."""
+    return text_config(width, layers, width // 32, max(1, width // 128), 3 * width, VOCABULARY)
+
+
+def vision_config(
+    width: int, layers: int, heads: int, inner: int, image_size: int, patch_size: int
+) -> SiglipVisionConfig:
+    """Make a vision tower's config."""
+    return SiglipVisionConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        image_size=image_size,
+        patch_size=patch_size,
+        vision_use_head=False,
+    )
+
+
+SMALL_VISION = vision_config(128, 6, 4, 512, 96, 8)
+
+
+def make_llava(
+    vision: SiglipVisionConfig, text: Qwen2Config, kind: type[LlavaForConditionalGeneration]
+) -> LlavaForConditionalGeneration:
+    """Make a Llava with random weights."""
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -72,47 +97,100 @@ def make_model(width: int, layers: int, kind: type[LlavaForConditionalGeneration
     return kind(config)
 
 
-def make_batch() -> dict[str, Tensor]:
+def make_model(width: int, layers: int, kind: type[LlavaForConditionalGeneration]) -> LlavaForConditionalGeneration:
+    """Make a small Llava."""
+    return make_llava(SMALL_VISION, small_text(width, layers), kind)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of models and batch."""
+
+    student: Qwen2Config
+    teacher: Qwen2Config
+    vision: SiglipVisionConfig
+    samples: int
+    prompt: int  # tokens, the first half of them of the system
+    answers: tuple[int, int]  # tokens, from and up to
+
+    @property
+    def image_tokens(self) -> int:
+        """One a patch."""
+        return (self.vision.image_size // self.vision.patch_size) ** 2
+
+
+SCALES = {
+    "cpu": Scale(small_text(128, 5), small_text(256, 10), SMALL_VISION, 16, 24, (8, 64)),
+    "cuda": Scale(
+        text_config(896, 24, 14, 2, 4864, 151_936),
+        text_config(2048, 36, 16, 2, 11_008, 151_936),
+        vision_config(1152, 27, 16, 4304, 384, 14),
+        5,  # without checkpointing the switch pathway keeps 3.8 GB an image
+        60,
+        (16, 192),
+    ),
+}
+
+
+def make_batch(scale: Scale) -> dict[str, Tensor]:
     """Make one batch as the collator does, without the teacher's columns."""
     generator = torch.Generator().manual_seed(0)
-    answers = torch.randint(8, 65, (SAMPLES,), generator=generator).tolist()
-    length = IMAGE_TOKENS + PROMPT + max(answers)
-    ids = torch.zeros(SAMPLES, length, dtype=torch.long)
-    system = torch.randint(2, VOCABULARY, (PROMPT // 2,), generator=generator)
-    labels = torch.full((SAMPLES, length), IGNORED)
-    mask = torch.zeros(SAMPLES, length, dtype=torch.long)
+    least, most = scale.answers
+    answers = torch.randint(least, most + 1, (scale.samples,), generator=generator).tolist()
+    length, vocabulary, system_tokens = (
+        scale.image_tokens + scale.prompt + max(answers),
+        scale.student.vocab_size,
+        scale.prompt // 2,
+    )
+    ids = torch.zeros(scale.samples, length, dtype=torch.long)
+    system = torch.randint(2, vocabulary, (system_tokens,), generator=generator)
+    labels = torch.full((scale.samples, length), IGNORED)
+    mask = torch.zeros(scale.samples, length, dtype=torch.long)
     for row, answer in enumerate(answers):
-        image = IMAGE_TOKENS if row else 0
-        end = image + PROMPT + answer
-        ids[row, :end] = torch.randint(2, VOCABULARY, (end,), generator=generator)
-        ids[row, : PROMPT // 2] = system
-        ids[row, PROMPT // 2 : PROMPT // 2 + image] = IMAGE_TOKEN
+        image = scale.image_tokens if row else 0
+        end = image + scale.prompt + answer
+        ids[row, :end] = torch.randint(2, vocabulary, (end,), generator=generator)
+        ids[row, :system_tokens] = system
+        ids[row, system_tokens : system_tokens + image] = IMAGE_TOKEN
         mask[row, :end] = 1
         labels[row, end - answer : end] = ids[row, end - answer : end]
-    has_image = torch.arange(SAMPLES) > 0
-    pixels = torch.randn(SAMPLES - 1, 3, 96, 96, generator=generator)
+    has_image = torch.arange(scale.samples) > 0
+    pixels = torch.randn(scale.samples - 1, 3, scale.vision.image_size, scale.vision.image_size, generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "has_image": has_image, "pixel_values": pixels}
 
 
 class Bench:
     """Models, batch and what a store would hold of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         torch.manual_seed(0)
-        self.student = make_model(128, 5, LlavaForConditionalGeneration).train()
-        self.teacher = make_model(256, 10, LlavaForConditionalGeneration)
+        self.device, scale = device, SCALES[device]
+        self.vocabulary = scale.student.vocab_size
+        with torch.device(device):
+            self.student = make_llava(scale.vision, scale.student, LlavaForConditionalGeneration).train()
+            self.teacher = make_llava(scale.vision, scale.teacher, LlavaForConditionalGeneration).to(self.frozen_dtype)
+            self.blind = make_llava(scale.vision, scale.teacher, LlavaWithoutVision).to(self.frozen_dtype)
         self.teacher.lm_head.weight.data.mul_(8)  # random weights of the usual size say nothing
         freeze(self.teacher)
-        self.blind = make_model(256, 10, LlavaWithoutVision)
         self.blind.load_state_dict(self.teacher.state_dict(), strict=False)
         freeze(self.blind)
         self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad], lr=1e-4)
-        self.batch, self.known = make_batch(), KnownText()
+        self.batch = {name: column.to(device) for name, column in make_batch(scale).items()}
+        self.known = KnownText()
         self.rows = predicting_rows(self.batch["labels"])
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             hidden = self.teacher.model(**self.inputs()).last_hidden_state[self.rows]
-            packed = unpack(pack_logits(self.teacher.lm_head(hidden), TOP_K, hidden), TOP_K)
-        self.batch |= teacher_columns(packed)
+            packed = unpack(pack_logits(self.teacher.lm_head(hidden).float(), TOP_K, hidden.float()), TOP_K)
+        self.batch |= {name: column.to(device) for name, column in teacher_columns(packed).items()}
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """What `--precision bfloat16` keeps a frozen teacher in."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    def autocast(self) -> torch.autocast:
+        """As `--precision bfloat16`, on a GPU."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu")
 
     def inputs(self) -> dict[str, Tensor]:
         """Return what a Llava's forward takes of the batch."""
@@ -121,7 +199,9 @@ class Bench:
     def step(self, loss: Callable[[], Tensor]) -> None:
         """Forward, backward, update."""
         self.optimizer.zero_grad()
-        loss().backward()
+        with self.autocast():
+            total = loss()
+        total.backward()
         self.optimizer.step()
 
     def switched(
@@ -144,18 +224,23 @@ class Bench:
             on = self.batch["has_image"]
             everywhere = torch.ones_like(self.rows)
             z = self.teacher.lm_head(self.switched(self.teacher, features[0], everywhere))
-            z = z.view(int(on.sum()), -1, VOCABULARY)
+            z = z.view(int(on.sum()), -1, self.vocabulary)
             loss = loss + distance(z[self.rows[on]], of_teacher[on][self.rows[on]])
         return loss / self.rows.sum()
 
     def ours(self, payload: str, switch: bool) -> Callable[[], Tensor]:
         """The trainer's own loss from a store's columns."""
-        head = self.blind.lm_head.weight
-        source = StoredHidden(head, VOCABULARY) if payload == "hidden" else StoredTopK(VOCABULARY, "student")
-        arguments = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none", remove_unused_columns=False)
+        sources = {
+            "hidden": StoredHidden(self.blind.lm_head.weight, self.vocabulary),
+            "topk": StoredTopK(self.vocabulary, "student"),
+            "": None,
+        }
+        arguments = TrainingArguments(
+            tempfile.mkdtemp(), use_cpu=self.device == "cpu", report_to="none", remove_unused_columns=False
+        )
         trainer = SwitchTrainer(
-            objective=Objective(switch=switch),
-            source=source,
+            objective=Objective(switch=switch) if payload else Objective("sft", switch=False),
+            source=sources[payload],
             teacher=self.blind if switch else None,
             model=self.student,
             args=arguments,
@@ -167,15 +252,34 @@ class Bench:
         with capture_vision_features(self.student) as features:
             logits = self.student(**self.inputs(), logits_to_keep=self.rows).logits
         with torch.no_grad():
-            of_teacher = F.linear(self.batch["teacher_hidden"], self.blind.lm_head.weight)
+            head = self.blind.lm_head.weight
+            of_teacher = F.linear(self.batch["teacher_hidden"].to(head.dtype), head)
         loss = logits.sum() + of_teacher.sum()
         if switch:
             loss = loss + self.blind.lm_head(self.switched(self.blind, features[0], self.rows, self.known)).sum()
         return loss / self.rows.sum()
 
 
+def measured(bench: Bench, losses: dict[str, Callable[[], Tensor]], repeats: int, steps: int) -> tuple[dict, dict]:
+    """Make steps of each kind in turns: median seconds, and the peak of bytes, by name."""
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    if bench.device == "cpu":
+        for _ in range(repeats):
+            for name, loss in losses.items():
+                times[name].append(measure(partial(bench.step, loss), warm_ups=1, repeats=steps))
+        peaks = {name: peak_bytes(partial(bench.step, loss)) for name, loss in losses.items()}
+    else:
+        peaks = {}
+        for _ in range(repeats + 1):
+            for name, loss in losses.items():
+                seconds, peaks[name] = measure_on_gpu(partial(bench.step, loss), steps)
+                times[name].append(seconds)
+        times = {name: found[1:] for name, found in times.items()}  # the first round warms up
+    return {name: statistics.median(found) for name, found in times.items()}, peaks
+
+
 def table(bench: Bench, switch: bool, repeats: int, steps: int) -> list[str]:
-    """Measure all ways of making a step, in turns."""
+    """Measure all ways of making a step."""
     linear = partial(dbild_loss, reduction="sum")
     losses: dict[str, Callable[[], Tensor]] = {
         "(a) live, all pairs": partial(bench.live, dbild_of_pairs, switch),
@@ -184,18 +288,17 @@ def table(bench: Bench, switch: bool, repeats: int, steps: int) -> list[str]:
         "(c) ours from `topk`": bench.ours("topk", switch),
         "bare": partial(bench.bare, switch),
     }
-    times: dict[str, list[float]] = {name: [] for name in losses}
+    if bench.device != "cpu":
+        del losses["(a) live, all pairs"]  # minutes at a real vocabulary
+        if not switch:
+            losses["SFT"] = bench.ours("", False)
     flops = {}
     for name, loss in losses.items():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, bench.autocast():
             loss().backward()
         flops[name] = counter.get_total_flops()
-    for _ in range(repeats):
-        for name, loss in losses.items():
-            times[name].append(measure(partial(bench.step, loss), warm_ups=1, repeats=steps))
-    peaks = {name: peak_bytes(partial(bench.step, loss)) for name, loss in losses.items()}
-    middle = {name: statistics.median(found) for name, found in times.items()}
-    base, floor = middle["(a) live, all pairs"], middle["bare"]
+    middle, peaks = measured(bench, losses, repeats, steps)
+    base, floor = next(iter(middle.values())), middle["bare"]
     return [
         f"| {'with' if switch else 'without'} | {name} | {middle[name] * 1e3:,.0f} | {base / middle[name]:.2f} | "
         f"{middle[name] / floor:.2f} | {flops[name] / 1e9:,.1f} | {flops[name] / flops['bare']:.2f} | {peaks[name] / 1e6:,.0f} |"
@@ -208,22 +311,32 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--repeats", type=int, default=3, help="processes of each kind")
     arguments.add_argument("--steps", type=int, default=2, help="timed steps of a process")
-    arguments.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs/step-table.md")
+    arguments.add_argument("--device", choices=list(SCALES), default="cpu")
+    arguments.add_argument("--out", type=Path, help="docs/step-table.md or docs/step-gpu-table.md by default")
     options = arguments.parse_args()
     torch.set_num_threads(1)
-    bench = Bench()
+    bench = Bench(options.device)
     padding = 1 - bench.batch["attention_mask"].float().mean().item()
+    knee = bench.batch["teacher_knee"].float().median()
+    samples, positions = SCALES[options.device].samples, int(bench.rows.sum())
+    batch = f"{samples} samples, {positions} positions, padding {padding:.0%}, median knee {knee:,.0f}"
+    if options.device == "cpu":
+        how, by = f"Float32, one thread, {batch}; medians of {options.repeats} processes, CPU time", "make bench-step"
+    else:
+        how = f"{torch.cuda.get_device_name()}, bfloat16, {batch}; medians of {options.repeats} × {options.steps} steps"
+        by = "make bench-step-gpu"
+    base = "(a)" if options.device == "cpu" else "(a')"
     lines = [
-        f"Float32, one thread, {SAMPLES} samples, {int(bench.rows.sum())} positions, padding {padding:.0%}; medians of "
-        f"{options.repeats} processes, CPU time; made by `make bench-step`.",
+        f"{how}; made by `{by}`.",
         "",
-        "| switch | step | ms | times as fast as (a) | time / bare | GFLOP | FLOP / bare | peak, MB |",
+        f"| switch | step | ms | times as fast as {base} | time / bare | GFLOP | FLOP / bare | peak, MB |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for switch in (True, False):
         lines += table(bench, switch, options.repeats, options.steps)
         print("\n".join(lines), flush=True)
-    options.out.write_text("\n".join(lines) + "\n")
+    name = "step-table.md" if options.device == "cpu" else "step-gpu-table.md"
+    (options.out or Path(__file__).parent.parent / "docs" / name).write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
