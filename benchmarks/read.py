@@ -3,17 +3,17 @@
     python benchmarks/read.py
 
 Two made-up stores with samples of 16 to 240 positions: 2,000 samples of payload `topk`, k = 128, logits shaped like a language
-model's (V = 49,152, a steep head and a long tail over frequent ids); 600 of payload `hidden`, d = 576, float16. Beside it are two
-maps: one of the store's own arrays, neither compressed nor with checksums, unpacked by the same code; and one of what they are
+model's (V = 49,152, a steep head and a long tail over frequent ids); 600 of payload `hidden`, d = 576, float16. Beside it are raw
+memory maps, neither compressed nor with checksums: of the store's own arrays, unpacked by the same code, sample by sample as a data
+set of a map does, and again with all rows of a batch joined first and unpacked at once, as the store does; and of what they are
 unpacked to, ids (int32), logits, hidden states and statistics (float32).
 
 All sides do the same final work, the trainer's: a DataLoader takes samples in random order, 32 a batch, and joins them into the
-tensors that a training step gets (`teacher_columns`), in this process or in 1 or 2 workers that hand them over in shared memory. A
-sample of a memory map is a view, which joining or unpacking copies; a sample of the store is read, checked and unpacked.
+tensors that a training step gets (`teacher_columns`), in this process or in 1 or 2 workers that hand them over in shared memory.
 
 *First epoch*: nothing is kept, every chunk is unpacked again for every sample; with the files in memory, and with the operating
-system's cache emptied of them first. *Second epoch*: the store has kept what its process read in the first. Figures are medians of
-`REPEATS` interleaved rounds, counted from the first batch on, so without the workers' start.
+system's cache emptied of them first. *Second epoch*: the store has kept the chunks that its process read in the first. Figures are
+medians of `REPEATS` interleaved rounds, counted from the first batch on, so without the workers' start.
 """
 
 import os
@@ -37,7 +37,7 @@ from switchkd.stores.payload import unfilled
 
 SAMPLES = {"topk": 2000, "hidden": 600}
 PART, TOP_K, WIDTH, VOCAB_ROWS = 250, 128, 576, 49_152
-REPEATS, BATCH = 3, 32
+REPEATS, BATCH = 5, 32
 
 Read = Callable[[Sequence[int]], Payload]
 
@@ -98,12 +98,21 @@ class Indices(Dataset[int]):
 
 
 class FromMaps:
-    """Takes a sample's rows out of raw memory maps, as views, and makes a payload of them."""
+    """Takes samples' rows out of raw memory maps and makes a payload of them.
+
+    Args:
+        unpack: makes it of rows. at_once: of all rows of a batch, joined first; else of each sample's, joined afterwards.
+    """
 
     def __init__(
-        self, folder: Path, arrays: dict[str, np.ndarray], counts: np.ndarray, unpack: Callable[..., Payload]
+        self,
+        folder: Path,
+        arrays: dict[str, np.ndarray],
+        counts: np.ndarray,
+        unpack: Callable[[dict[str, np.ndarray]], Payload],
+        at_once: bool = False,
     ) -> None:
-        self.unpack = unpack
+        self.unpack, self.at_once = unpack, at_once
         self.offset = np.concatenate([[0], np.cumsum(counts)])
         self.maps = {}
         folder.mkdir()
@@ -114,7 +123,10 @@ class FromMaps:
 
     def __call__(self, indices: Sequence[int]) -> Payload:
         spans = [slice(self.offset[index], self.offset[index + 1]) for index in indices]
-        return self.unpack({name: np.concatenate([array[span] for span in spans]) for name, array in self.maps.items()})
+        rows = [{name: array[span] for name, array in self.maps.items()} for span in spans]
+        if self.at_once:
+            return self.unpack({name: np.concatenate([each[name] for each in rows]) for name in self.maps})
+        return Payload.concatenate([self.unpack(each) for each in rows])
 
 
 def stored_arrays(store: TeacherStore) -> dict[str, np.ndarray]:
@@ -188,8 +200,10 @@ def measure(name: str, folder: Path) -> None:
     path = folder / "s.zarr"
     write_store(path, counts, payload)
     store = TeacherStore(path)
+    stored = stored_arrays(store), counts, partial(unpack, store)
     maps = {
-        "stored": FromMaps(folder / "stored", stored_arrays(store), counts, partial(unpack, store)),
+        "map": FromMaps(folder / "stored", *stored),
+        "batches": FromMaps(folder / "batches", *stored, at_once=True),
         "unpacked": FromMaps(folder / "unpacked", payload.arrays(), counts, lambda arrays: Payload(**arrays)),
     }
     raw_bytes = sum(array.nbytes for array in payload.arrays().values()) / len(payload)
@@ -197,24 +211,21 @@ def measure(name: str, folder: Path) -> None:
     print(
         f"{name}: {len(counts):,} samples, {len(payload):,} positions; {size:.0f} bytes a position, {raw_bytes:.0f} raw"
     )
-    print("\n| samples/s | store | positions/s | map of its arrays | ratio | map of what they unpack to | ratio |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("\n| samples/s | store | positions/s | map | ratio | map, by batches | ratio | map, unpacked | ratio |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for workers in (0, 1, 2):
         for what in ("first epoch, files on disk", "first epoch, files in memory", "second epoch"):
-            found: dict[str, list[float]] = {"store": [], "stored": [], "unpacked": []}
+            found: dict[str, list[float]] = {side: [] for side in ("store", *maps)}
             epochs, cache_bytes = (2, 1 << 30) if what == "second epoch" else (1, 0)
             for _ in range(REPEATS):
                 for side, read in {"store": FromStore(path, cache_bytes), **maps}.items():
                     if what.endswith("disk"):
                         forget(folder)
                     found[side].append(rate(read, order, workers, epochs))
-            ours, stored, unpacked = (statistics.median(rates) for rates in found.values())
+            ours, *others = (statistics.median(rates) for rates in found.values())
             where = f"{workers} worker{'s' * (workers > 1)}" if workers else "in this process"
-            print(
-                f"| {where}, {what} | {ours:,.0f} | {ours * counts.mean():,.0f} | {stored:,.0f} | {ours / stored:.0%} | "
-                f"{unpacked:,.0f} | {ours / unpacked:.0%} |",
-                flush=True,
-            )
+            beside = " | ".join(f"{other:,.0f} | {ours / other:.0%}" for other in others)
+            print(f"| {where}, {what} | {ours:,.0f} | {ours * counts.mean():,.0f} | {beside} |", flush=True)
 
 
 def main() -> None:

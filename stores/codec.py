@@ -109,17 +109,19 @@ _AT_ONCE = 1 << 16  # entries: what is made on the way stays in a core's own cac
 
 def _ranks(gap: NDArray[Any]) -> NDArray[Any]:
     """Return the ranks [P, K] that gaps lead to, in the gaps' type: sums along each row, 1 added at each step."""
-    rank = gap.copy()
-    rank[:, 1:] += gap.dtype.type(1)
-    if gap.dtype != np.uint16 or gap.shape[1] % _LANES or sys.byteorder != "little":
+    if gap.dtype != np.uint16 or gap.shape[1] % _LANES or not gap.size or sys.byteorder != "little":
+        rank = gap.copy()
+        rank[:, 1:] += gap.dtype.type(1)
         return np.cumsum(rank, axis=-1, dtype=gap.dtype, out=rank)
     # Four at a time takes two thirds of the time. A word times 0x0001000100010001 holds the sums of its four numbers up to each
     # of them; none reaches beyond its 16 bits, since a rank does not. What comes before a word is added to all four.
-    words = rank.view(np.uint64)
+    words = np.ascontiguousarray(gap).view(np.uint64) + _EACH_LANE
+    words[:, 0] -= np.uint64(1)  # the first of a row is no gap
     words *= _EACH_LANE
     before = np.cumsum(words[:, :-1] >> np.uint64(48), axis=-1, dtype=np.uint64)
-    words[:, 1:] += before * _EACH_LANE
-    return rank
+    before *= _EACH_LANE
+    words[:, 1:] += before
+    return words.view(np.uint16)
 
 
 _LANES = 4
@@ -203,13 +205,24 @@ def decode_hidden(
     """Unpack what `encode_hidden` packed, [P, d] float32. `out` is filled and returned where it is given."""
     states = np.empty(state.shape, np.float32) if out is None else out
     if dtype == "float16":
-        states[...] = state
+        _widen(state, states)
     elif dtype == "bfloat16":
         np.left_shift(state, np.uint32(16), out=states.view(np.uint32), dtype=np.uint32)
     else:
         assert scale is not None
         np.multiply(state, np.repeat(scale, BLOCK, axis=1)[:, : state.shape[1]], out=states, dtype=np.float32)
     return states
+
+
+def _widen(halves: NDArray[np.float16], out: NDArray[np.float32]) -> None:
+    """Write finite float16 as float32 into `out`, three times as fast as numpy does, bit for bit the same.
+
+    The bits of a float16, sign apart, moved up by 13 are those of a float32 that is 2^112 times too small.
+    """
+    bits = out.view(np.int32)
+    np.left_shift(halves.view(np.int16), 13, out=bits, dtype=np.int32)  # fills the bits above with copies of the sign
+    bits &= ~0x70000000
+    out *= np.float32(2.0**112)
 
 
 def _blocks(states: NDArray[Any]) -> NDArray[Any]:

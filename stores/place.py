@@ -149,7 +149,7 @@ class Folder:
                     _expect(handles[-1], ahead)
                 handle = handles.popleft()
                 try:
-                    found = [os.pread(handle, end - begin, begin) for begin, end in spans]
+                    found = _read(handle, spans)
                 finally:
                     os.close(handle)
                 yield found
@@ -204,11 +204,25 @@ class Folder:
         _sweep(self.path / layout.WRITING, "")
 
 
+def _together(spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether each run of bytes begins where the one before it ends."""
+    return spans[-1][1] - spans[0][0] == sum(end - begin for begin, end in spans)
+
+
 def _expect(handle: int, spans: Sequence[tuple[int, int]]) -> None:
     """Have the system read runs of a file's bytes into memory in the background, where it can be asked to."""
     if hasattr(os, "posix_fadvise"):
-        for begin, end in spans:
+        for begin, end in [(spans[0][0], spans[-1][1])] if _together(spans) else spans:
             os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+
+def _read(handle: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return runs of a file's bytes, those that lie together by one call."""
+    if not _together(spans):
+        return [os.pread(handle, end - begin, begin) for begin, end in spans]
+    first, last = spans[0][0], spans[-1][1]
+    data = os.pread(handle, last - first, first)
+    return [data[begin - first : end - first] for begin, end in spans]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from switchkd.stores.manifest import Manifest
 from switchkd.stores.part import REWRITE, Part, open_part, read_chunks, read_whole
 from switchkd.stores.payload import Payload, unfilled
 from switchkd.stores.place import MARKER, Location, place_of
+from switchkd.stores.shards import Shard
 
 _RECREATE = "it was damaged after writing: restore it, or delete the store and cache again"
 UNPACKED_TOGETHER = 256  # positions: with fewer at a time, calling numpy costs more than what it does
@@ -180,39 +181,37 @@ class TeacherStore:
         """Yield, for each run of positions, the pieces of the arrays as they are stored, from chunks that were kept or are read."""
         known: dict[_Key, _Chunks] = {}
         plans: list[list[tuple[list[str], list[_Key]]]] = []  # what is read for each run
-        for part, begin, end in spans:
-            plans.append([])
-            for size, names in self._parts[part].by_chunk_rows.items():
+        requests: list[tuple[Shard, list[int]]] = []
+        for number, begin, end in spans:
+            part, plan = self._parts[number], []
+            for size, names in part.by_chunk_rows.items():
                 missing = []
-                for key in _keys(part, size, begin, end):
+                for at in range(begin // size, -(-end // size)):
+                    key = number, size, at
                     if key not in known:
-                        known[key] = self._cache.get(key, _ON_ITS_WAY)
-                        if known[key] is _ON_ITS_WAY:
+                        known[key] = kept = self._cache.get(key, _ON_ITS_WAY)
+                        if kept is _ON_ITS_WAY:
                             missing.append(key)
                 if missing:
-                    plans[-1].append((names, missing))
-        coming = read_chunks(
-            self.place,
-            [
-                (self._parts[keys[0][0]].arrays[name], [at for _, _, at in keys])
-                for plan in plans
-                for names, keys in plan
-                for name in names
-            ],
-        )
-        for (part, begin, end), plan in zip(spans, plans, strict=True):
+                    plan.append((names, missing))
+                    numbers = [at for _, _, at in missing]
+                    requests += [(part.arrays[name], numbers) for name in names]
+            plans.append(plan)
+        coming = read_chunks(self.place, requests)
+        for (number, begin, end), plan in zip(spans, plans, strict=True):
             for names, keys in plan:
                 for key, *chunks in zip(keys, *islice(coming, len(names)), strict=True):
                     known[key] = dict(zip(names, chunks, strict=True))
                     self._keep(key, known[key])
-            yield {
-                name: [
-                    known[key][name][max(begin - key[2] * size, 0) : end - key[2] * size]
-                    for key in _keys(part, size, begin, end)
+            pieces = {}
+            for size, names in self._parts[number].by_chunk_rows.items():
+                whole = [
+                    (known[number, size, at], slice(max(begin - at * size, 0), end - at * size))
+                    for at in range(begin // size, -(-end // size))
                 ]
-                for size, names in self._parts[part].by_chunk_rows.items()
-                for name in names
-            }
+                for name in names:
+                    pieces[name] = [chunks[name][rows] for chunks, rows in whole]
+            yield pieces
 
     def _keep(self, key: _Key, chunks: _Chunks) -> None:
         """Put chunks into the cache, if there is room for them at all."""
@@ -247,11 +246,6 @@ class TeacherStore:
                 f"{self.path}, array {layout.ID_OF_RANK}: not each of {self.manifest.vocab_rows} ids once; {_RECREATE}"
             )
         return table
-
-
-def _keys(part: int, size: int, begin: int, end: int) -> list[_Key]:
-    """Return the chunks of `size` rows that positions begin … end - 1 of a part lie in."""
-    return [(part, size, at) for at in range(begin // size, -(-end // size))]
 
 
 def _nbytes(chunks: _Chunks) -> int:

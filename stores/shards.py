@@ -112,6 +112,7 @@ class Shard:
         self.key = key
         self._about = Description.parse(key, metadata)
         self._file = f"{key}/{self._about.file}"
+        self._undo = [undo for _, undo in reversed(self._about.steps)]
         self._chunk_size = math.prod(self._about.chunks)
         self._size = sizes.get(self._file)
         # Where each chunk's inner chunks begin and how many bytes they have, [chunks, inner chunks a chunk, 2].
@@ -165,12 +166,12 @@ class Shard:
         if wide == 1:
             return pieces
         columns = about.shape[1]
-        return [np.hstack(pieces[i : i + wide])[:, :columns] for i in range(0, len(pieces), wide)]
+        return [np.concatenate(pieces[i : i + wide], axis=1)[:, :columns] for i in range(0, len(pieces), wide)]
 
     def _decode(self, data: bytes) -> NDArray[Any]:
         about = self._about
         value: Any = data
-        for _, undo in reversed(about.steps):
+        for undo in self._undo:
             value = undo(value)
         if value.dtype != about.dtype or value.size != self._chunk_size:
             raise ValueError(

@@ -53,9 +53,7 @@ def test_the_fused_objective_in_float64(name, chunk):
     here, there = Case.make(), moved(Case.make())
     wanted, found = (case.fused(objective(name), case.signal(), chunk) for case in (here, there))
     torch.testing.assert_close(found.total.cpu(), wanted.total, rtol=1e-11, atol=1e-12)
-    gradients = [
-        torch.autograd.grad(loss.total / 11, case.inputs()) for loss, case in ((wanted, here), (found, there))
-    ]
+    gradients = [torch.autograd.grad(loss.total / 11, case.inputs()) for loss, case in ((wanted, here), (found, there))]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-10, atol=1e-12)
 
