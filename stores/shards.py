@@ -206,7 +206,7 @@ def _with_checksum(data: bytes) -> bytes:
 
 def _checked(data: bytes) -> bytes:
     """Return the bytes before a crc32c, which must be theirs."""
-    content, checksum = data[:-_CHECKSUM], data[-_CHECKSUM:]
-    if google_crc32c.value(content).to_bytes(_CHECKSUM, "little") != checksum:
+    content = data[:-_CHECKSUM]
+    if google_crc32c.value(content) != int.from_bytes(data[-_CHECKSUM:], "little"):
         raise ValueError("a checksum does not match")
     return content
