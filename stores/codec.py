@@ -210,7 +210,8 @@ def decode_hidden(
         np.left_shift(state, np.uint32(16), out=states.view(np.uint32), dtype=np.uint32)
     else:
         assert scale is not None
-        np.multiply(state, np.repeat(scale, BLOCK, axis=1)[:, : state.shape[1]], out=states, dtype=np.float32)
+        states[...] = state
+        states *= np.repeat(scale.astype(np.float32), BLOCK, axis=1)[:, : state.shape[1]]
     return states
 
 
