@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,14 @@ class Part:
     offset: NDArray[np.int64]  # [n + 1], where each sample's positions begin
     status: NDArray[np.uint8]  # [n]
     digest: NDArray[np.uint64]  # [n, 3]
-    by_chunk_rows: dict[int, list[str]]  # its arrays by the rows of their chunks
+
+    @cached_property
+    def by_chunk_rows(self) -> dict[int, list[str]]:
+        """The names of its arrays by the rows of their chunks."""
+        found: dict[int, list[str]] = {}
+        for name, array in self.arrays.items():
+            found.setdefault(array.chunk_rows, []).append(name)
+        return found
 
 
 def open_part(place: Place, manifest: Manifest, number: int) -> Part:
@@ -51,10 +59,7 @@ def open_part(place: Place, manifest: Manifest, number: int) -> Part:
         raise StoreError(f"{where} does not list its files; {REWRITE}")
     arrays = _arrays(place, key, entry["files"], [*_TABLES, *manifest.position_arrays])
     offset, status, digest = read_whole(place, [arrays.pop(name) for name in _TABLES])
-    by_chunk_rows: dict[int, list[str]] = {}
-    for name, array in arrays.items():
-        by_chunk_rows.setdefault(array.chunk_rows, []).append(name)
-    return Part(arrays, entry, offset, status, digest, by_chunk_rows)
+    return Part(arrays, entry, offset, status, digest)
 
 
 def read_whole(place: Place, arrays: Sequence[Shard]) -> list[NDArray[Any]]:

@@ -23,9 +23,8 @@ from switchkd.stores import layout
 
 Location = Path | str  # a folder, or the URL of a prefix
 Files = dict[str, bytes]  # by their paths inside a store or part
-Request = tuple[
-    str, Sequence[tuple[int, int]]
-]  # a file's key, and runs of its bytes: each from its begin up to its end
+# A file's key, and runs of its bytes: each from its begin up to its end.
+Request = tuple[str, Sequence[tuple[int, int]]]
 AHEAD = 64  # files of a folder that are open at once
 MARKER = "zarr.json"  # a part or a store on an object store is there if its own group's metadata are
 

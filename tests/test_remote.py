@@ -112,6 +112,10 @@ def assert_same_samples(url, local):
     assert found.manifest == expected.manifest
     for index in range(len(expected)):
         assert_same(found[index], expected[index])
+    indices = np.random.default_rng(0).permutation(len(expected)).tolist()
+    together, wanted = TeacherStore(url).payload(indices), expected.payload(indices)
+    for name, array in wanted.arrays().items():
+        assert np.array_equal(getattr(together, name), array)
 
 
 def assert_same(a, b):
