@@ -59,6 +59,9 @@ def open_part(place: Place, manifest: Manifest, number: int) -> Part:
         raise StoreError(f"{where} does not list its files; {REWRITE}")
     arrays = _arrays(place, key, entry["files"], [*_TABLES, *manifest.position_arrays])
     offset, status, digest = read_whole(place, [arrays.pop(name) for name in _TABLES])
+    for name, array in arrays.items():
+        if len(array) != offset[-1]:
+            raise StoreError(f"{where}: {name} has {len(array)} positions, its samples have {offset[-1]}; {REWRITE}")
     return Part(arrays, entry, offset, status, digest)
 
 
@@ -76,7 +79,8 @@ def read_chunks(place: Place, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> 
     """
     array: Shard | None = None
     try:
-        unknown = [(array, request) for array, _ in wanted if (request := array.index_request()) is not None]
+        by_key = {array.key: array for array, _ in wanted}  # a part's arrays come once for each of its samples
+        unknown = [(array, request) for array in by_key.values() if (request := array.index_request()) is not None]
         for (array, _), (data,) in zip(unknown, place.ranges([request for _, request in unknown]), strict=True):
             array.take_index(data)
         entries = [array.entries(numbers) for array, numbers in wanted]
@@ -88,7 +92,7 @@ def read_chunks(place: Place, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> 
     # Each codec has its own way to say that bytes are damaged, and PCodec and Zstd raise what they like; there is nothing else
     # to fail here. A folder's files are opened ahead, so a missing one is named by the error alone.
     except Exception as error:
-        where: Any = getattr(error, "filename", None) or (place.at(array.key) if array else place.path)
+        where: Any = getattr(error, "filename", None) or (place.path if array is None else place.at(array.key))
         raise StoreError(f"{where}: {error}; {REWRITE}") from error
 
 

@@ -10,7 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ Location = Path | str  # a folder, or the URL of a prefix
 Files = dict[str, bytes]  # by their paths inside a store or part
 # A file's key, and runs of its bytes: each from its begin up to its end.
 Request = tuple[str, Sequence[tuple[int, int]]]
+ONE_CALL = 1 << 26  # bytes read at once; a system may return less than was asked for from 2 GiB on
 AHEAD = 64  # files of a folder that are open at once
 MARKER = "zarr.json"  # a part or a store on an object store is there if its own group's metadata are
 
@@ -138,7 +139,7 @@ class Folder:
         handles: deque[int] = deque()
         coming = (request for request in requests if request[1])
         try:
-            for _, spans in requests:
+            for key_of_file, spans in requests:
                 if not spans:
                     yield []
                     continue
@@ -149,6 +150,8 @@ class Folder:
                 handle = handles.popleft()
                 try:
                     found = _read(handle, spans)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, f"{self.path}/{key_of_file}") from error
                 finally:
                     os.close(handle)
                 yield found
@@ -204,8 +207,8 @@ class Folder:
 
 
 def _together(spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether each run of bytes begins where the one before it ends."""
-    return spans[-1][1] - spans[0][0] == sum(end - begin for begin, end in spans)
+    """Whether each run of bytes begins where the one before it ends, and all of them are few enough for one call."""
+    return spans[-1][1] - spans[0][0] <= ONE_CALL and all(a[1] == b[0] for a, b in pairwise(spans))
 
 
 def _expect(handle: int, spans: Sequence[tuple[int, int]]) -> None:

@@ -141,7 +141,7 @@ class Shard:
 
     def take_index(self, data: bytes) -> None:
         """Take what `index_request` asked for."""
-        self._index = np.frombuffer(_checked(data), "<u8").reshape(self.chunk_count, -1, 2)
+        self._index = np.frombuffer(_checked(data), "<u8").reshape(self.chunk_count, math.prod(self._about.grid[1:]), 2)
 
     def entries(self, numbers: Sequence[int]) -> Entries:
         """Return where the bytes of chunks lie, by their numbers, which rise."""
@@ -207,6 +207,6 @@ def _with_checksum(data: bytes) -> bytes:
 def _checked(data: bytes) -> bytes:
     """Return the bytes before a crc32c, which must be theirs."""
     content = data[:-_CHECKSUM]
-    if google_crc32c.value(content) != int.from_bytes(data[-_CHECKSUM:], "little"):
+    if len(data) < _CHECKSUM or google_crc32c.value(content) != int.from_bytes(data[-_CHECKSUM:], "little"):
         raise ValueError("a checksum does not match")
     return content
