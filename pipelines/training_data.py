@@ -90,13 +90,14 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
             StoreMismatch: a sample's text, mask or image is not the cached one.
         """
         assert self.store is not None
+        payload = self.store.payload([index for _, index in items])  # first, since it opens all parts at once
         for encoded, index in items:
             if changed := (encoded.teacher or encoded).digest.differing(SampleDigest(*self.store.digest(index))):
                 raise StoreMismatch(
                     f"row {index} (id {self.samples[index].id}) of {self.samples.path}: its {' and '.join(changed)} changed "
                     f"since {self.store.path} was made; restore it, or cache again"
                 )
-        return self.store.payload([index for _, index in items])
+        return payload
 
     def aligned(self, count: int) -> float:
         """Return the share of the student's positions that have a partner among the teacher's, over the first samples."""

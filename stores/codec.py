@@ -216,14 +216,18 @@ def decode_hidden(
 
 
 def _widen(halves: NDArray[np.float16], out: NDArray[np.float32]) -> None:
-    """Write finite float16 as float32 into `out`, three times as fast as numpy does, bit for bit the same.
+    """Write float16 as float32 into `out`, in half of numpy's time, bit for bit the same.
 
-    The bits of a float16, sign apart, moved up by 13 are those of a float32 that is 2^112 times too small.
+    The bits of a float16, sign apart, moved up by 13 are those of a float32 that is 2^112 times too small, if it is finite.
     """
     bits = out.view(np.int32)
     np.left_shift(halves.view(np.int16), 13, out=bits, dtype=np.int32)  # fills the bits above with copies of the sign
     bits &= ~0x70000000
     out *= np.float32(2.0**112)
+    if (
+        out.size and max(out.max(), -out.min()) > np.finfo(np.float16).max
+    ):  # it was not finite; no store has that unless it is damaged
+        out[...] = halves
 
 
 def _blocks(states: NDArray[Any]) -> NDArray[Any]:

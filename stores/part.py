@@ -79,14 +79,18 @@ def read_chunks(place: Place, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> 
     """
     array: Shard | None = None
     try:
-        by_key = {array.key: array for array, _ in wanted}  # a part's arrays come once for each of its samples
-        unknown = [(array, request) for array in by_key.values() if (request := array.index_request()) is not None]
-        for (array, _), (data,) in zip(unknown, place.ranges([request for _, request in unknown]), strict=True):
-            array.take_index(data)
-        entries = [array.entries(numbers) for array, numbers in wanted]
-        requests = [array.request(those) for (array, _), those in zip(wanted, entries, strict=True)]
-        for (array, _), those, contents in zip(wanted, entries, place.ranges(requests), strict=True):
-            yield array.chunks(those, contents)
+        # A part's arrays come once for each of its samples; an index is asked for once.
+        unknown = {array.key: (array, request) for array, _ in wanted if (request := array.index_request()) is not None}
+        indexes = place.ranges([request for _, request in unknown.values()])
+        for array, _ in unknown.values():
+            array.take_index(next(indexes)[0])
+        entries, requests = [], []
+        for array, numbers in wanted:
+            entries.append(array.entries(numbers))
+            requests.append(array.request(entries[-1]))
+        contents = place.ranges(requests)
+        for (array, _), those in zip(wanted, entries, strict=True):
+            yield array.chunks(those, next(contents))
     except RunError:
         raise
     # Each codec has its own way to say that bytes are damaged, and PCodec and Zstd raise what they like; there is nothing else

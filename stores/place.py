@@ -139,7 +139,7 @@ class Folder:
         handles: deque[int] = deque()
         coming = (request for request in requests if request[1])
         try:
-            for key_of_file, spans in requests:
+            for _, spans in requests:
                 if not spans:
                     yield []
                     continue
@@ -150,8 +150,6 @@ class Folder:
                 handle = handles.popleft()
                 try:
                     found = _read(handle, spans)
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, f"{self.path}/{key_of_file}") from error
                 finally:
                     os.close(handle)
                 yield found

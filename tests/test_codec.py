@@ -93,9 +93,10 @@ def test_the_order_of_entries_does_not_matter(row):
     assert all(np.array_equal(a, b) for a, b in zip(straight, turned, strict=True))
 
 
-def test_every_finite_half_is_widened_bit_for_bit():
+@pytest.mark.parametrize("finite", (True, False))
+def test_every_half_is_widened_bit_for_bit(finite):
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    halves = halves[np.isfinite(halves)].reshape(-1, 16)
+    halves = (halves[np.isfinite(halves)] if finite else halves).reshape(-1, 16)
     found = decode_hidden(halves, None, "float16")
     assert np.array_equal(found.view(np.uint32), halves.astype(np.float32).view(np.uint32))  # zeros keep their signs
 

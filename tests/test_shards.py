@@ -1,5 +1,6 @@
 """A part's arrays as files: zarr reads what is written here, and what zarr writes is read here."""
 
+import errno
 import os
 import re
 
@@ -50,6 +51,14 @@ def shard_of(folder, name, files):
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         (folder / key).write_bytes(content.to_bytes())
     return Shard(name, files[f"{name}/zarr.json"].to_bytes(), {key: len(files[key]) for key in files})
+
+
+def written(folder, name, values):
+    """Write an array as the writer does, and open it."""
+    _, description, files = described(name, values)
+    content = encode_shard(description, values)
+    files[f"{name}/{description.file}"] = default_buffer_prototype().buffer.from_bytes(content)
+    return shard_of(folder, name, files)
 
 
 def read(folder, wanted):
@@ -104,11 +113,7 @@ def test_both_write_the_same_chunks():
 
 def test_many_files_are_asked_for_at_once_and_not_too_many_are_open(tmp_path, monkeypatch):
     values = arrays(600)[layout.STATE]
-    _, description, files = described(layout.STATE, values)
-    files[f"{layout.STATE}/{description.file}"] = default_buffer_prototype().buffer.from_bytes(
-        encode_shard(description, values)
-    )
-    shard = shard_of(tmp_path, layout.STATE, files)
+    shard = written(tmp_path, layout.STATE, values)
     numbers = np.random.default_rng(0).integers(0, shard.chunk_count, 3 * AHEAD).tolist()
     now, most = set(), []
     opened, closed = os.open, os.close
@@ -126,15 +131,56 @@ def test_many_files_are_asked_for_at_once_and_not_too_many_are_open(tmp_path, mo
     assert not now  # a reader that stops early leaves nothing open
 
 
+def test_an_index_is_asked_for_once(tmp_path, monkeypatch):
+    values = arrays(600)[layout.STATE]
+    shard, asked, ranges = written(tmp_path, layout.STATE, values), [], Folder.ranges
+    monkeypatch.setattr(Folder, "ranges", lambda self, requests: asked.append(len(requests)) or ranges(self, requests))
+    read(tmp_path, [(shard, [0]), (shard, [1]), (shard, [0, 2])])
+    assert asked == [1, 3]
+
+
+@pytest.mark.parametrize("where", (layout.STATE, layout.STATS))
+@pytest.mark.parametrize("indexed", (True, False))
+@pytest.mark.parametrize("left", (0, 3, 60))
+def test_a_file_cut_short_after_it_was_opened_is_named(tmp_path, where, indexed, left):
+    values = np.random.default_rng(0).normal(size=(600, 5)).astype(np.float32)  # a chunk has far more than 60 bytes
+    shards = [written(tmp_path, name, values) for name in (layout.STATE, layout.STATS)]
+    wanted = [(shard, [0]) for shard in shards]
+    if indexed:
+        read(tmp_path, wanted)
+    file = tmp_path / where / "c/0/0"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(StoreError, match=f"^{re.escape(str(tmp_path / where))}: .*; it was damaged after writing"):
+        read(tmp_path, wanted)
+
+
+def test_a_disk_that_fails_is_told_of_the_right_array(tmp_path, monkeypatch):
+    shards = [written(tmp_path, name, np.ones((600, 5), np.float32)) for name in (layout.STATE, layout.STATS)]
+    wanted = [(shard, [0]) for shard in shards]
+    read(tmp_path, wanted)
+    pread, calls = os.pread, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(StoreError, match=f"^{re.escape(str(tmp_path / layout.STATS))}: .*Input/output error"):
+        read(tmp_path, wanted)
+
+
+def test_runs_of_bytes_in_any_order(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    orders = ([(0, 10), (50, 60), (20, 30)], [(0, 10), (10, 40), (40, 41)], [(40, 50), (30, 40)], [(5, 9)], [])
+    found = list(Folder(tmp_path).ranges([("file", spans) for spans in orders]))
+    assert found == [[bytes(range(begin, end)) for begin, end in spans] for spans in orders]
+
+
 def test_a_file_that_has_gone_is_named(tmp_path):
-    shards = {}
-    for name in (layout.STATE, layout.STATS):
-        values = np.ones((600, 5), np.float32)
-        _, description, files = described(name, values)
-        content = encode_shard(description, values)
-        files[f"{name}/{description.file}"] = default_buffer_prototype().buffer.from_bytes(content)
-        shards[name] = shard_of(tmp_path, name, files)
-    wanted = [(shard, [0]) for shard in shards.values()]
+    shards = [written(tmp_path, name, np.ones((600, 5), np.float32)) for name in (layout.STATE, layout.STATS)]
+    wanted = [(shard, [0]) for shard in shards]
     read(tmp_path, wanted)
     gone = tmp_path / layout.STATS / "c/0/0"
     gone.unlink()

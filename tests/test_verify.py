@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,20 @@ def test_a_deleted_file_and_an_added_one_are_found(path):
     found = {part: findings for part, findings in verify(TeacherStore(path)) if findings}
     assert "should have" in found[1][0].message
     assert "notes.txt does not belong to the part" in found[3][0].message
+
+
+@pytest.mark.parametrize("more", (7, -1, 5000))
+def test_offsets_that_disagree_with_the_arrays_are_found(path, more):
+    shutil.rmtree(part_path(path, 2))
+    arrays = synthetic.part_arrays(BOTH, 2)
+    positions = arrays.positions.copy()
+    positions[np.flatnonzero(positions)[-1]] += more
+    synthetic.open_writer(path, BOTH).write_part(2, replace(arrays, positions=positions))
+    found = {part: findings for part, findings in verify(TeacherStore(path)) if findings}
+    assert list(found) == [2]
+    count = len(arrays.payload)
+    assert f"stats has {count} positions, its samples have {count + more}; it was damaged" in found[2][0].message
+    assert repair(TeacherStore(path)) == [2]
 
 
 def good_payload():
