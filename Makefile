@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-deepspeed test-torchao test-gpu test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -61,6 +61,10 @@ test-torchao: install  ## --teacher-dtype int8 with torchao itself
 
 test-gpu: install  ## selection, losses, capture and training on a CUDA device, beside the CPU
 	$(BIN)/python -m pytest -m gpu
+
+test-zarrs: install  ## stores read with plain zarr and the Rust pipeline of zarrs
+	$(PIP) install --quiet --constraint constraints.txt 'zarrs>=0.2'
+	$(BIN)/python -m pytest tests/test_store.py -k plain_zarr
 
 test-s3: install  ## tests of stores on an object store, against a moto server on loopback
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'

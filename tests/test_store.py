@@ -1,6 +1,8 @@
 """Reading a store: what was handed to the writer comes back, from any process; what is not a store is refused."""
 
+import importlib.util
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -319,14 +321,19 @@ def test_dataloader_workers_read_the_same(path, context):
         assert_same(found, wanted)
 
 
-def test_plain_zarr_reads_what_the_readme_says(path, tmp_path):
+@pytest.mark.parametrize("pipeline", ("zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs.ZarrsCodecPipeline"))
+def test_plain_zarr_reads_what_the_readme_says(path, tmp_path, pipeline):
     """The README's snippet, run without a line of ours, gives every bit of what `TeacherStore` gives."""
+    if importlib.util.find_spec(pipeline.split(".")[0]) is None:
+        pytest.skip("needs zarrs: the extra `fast`")
     (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "NAME.zarr").symlink_to(path)
     check = (
         "\nimport sys\nassert 'switchkd' not in sys.modules\nnp.savez('out.npz', ids=ids, logits=logits, stats=stats)\n"
+        f"assert type(part['stats']._async_array.codec_pipeline).__name__ == {pipeline.split('.')[-1]!r}\n"
     )
-    subprocess.run([sys.executable, "-c", snippet + check], cwd=tmp_path, check=True)
+    environment = os.environ | {"ZARR_CODEC_PIPELINE__PATH": pipeline}
+    subprocess.run([sys.executable, "-c", snippet + check], cwd=tmp_path, check=True, env=environment)
     store = TeacherStore(path)
     index = int(re.search(r"^index = (\d+)$", snippet, re.MULTILINE).group(1))
     with np.load(tmp_path / "out.npz") as found:
