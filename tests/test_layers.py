@@ -1,8 +1,9 @@
-"""The house's rules: imports go one way, the command line starts at once, files stay readable."""
+"""The rules of the tree: imports go one way, floor by floor; the command line starts at once; public names are documented."""
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,69 @@ FORBIDDEN = {
     "pipelines": ("switchkd.cli",),
     "cli": (),
 }
+
+# Room → floor. A room is a folder, or one file of a folder whose files stand on several floors; the longest name that fits a file
+# counts. A room imports itself and what stands below, never its own floor or what is above: imports inside functions count, too.
+FLOORS = {
+    "switchkd/__init__.py": 0,
+    "switchkd/errors.py": 1,
+    "switchkd/positions.py": 1,
+    "switchkd/fingerprints.py": 2,
+    "switchkd": 3,
+    "stores": 2,
+    "pipelines/__init__.py": 0,
+    "pipelines/progress.py": 1,
+    "pipelines": 8,
+    "pipelines/benchmarks": 7,
+    "cli": 9,
+}
+# Imports that run up today; the list only gets shorter.
+NOT_YET = {("pipelines/benchmarks", "pipelines")}
+CROWDED = {"pipelines", "switchkd"}
+MODULES = {
+    "switchkd": "switchkd",
+    "stores": "switchkd.stores",
+    "pipelines": "switchkd.pipelines",
+    "cli": "switchkd.cli",
+}
+
+
+def files_of_the_package():
+    """Return {module: path from the root}."""
+    found = {}
+    for folder, package in MODULES.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            inside = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *(part for part in inside if part != "__init__")))] = path.relative_to(
+                ROOT
+            ).as_posix()
+    return found
+
+
+def room_of(path):
+    fitting = [room for room in FLOORS if path == room or path.startswith(f"{room}/")]
+    assert fitting, f"{path} stands on no floor: give its folder one in FLOORS"
+    return max(fitting, key=len)
+
+
+def test_every_import_goes_to_a_lower_floor():
+    files = files_of_the_package()
+    found = set()
+    for path in files.values():
+        for name in imports_of(ROOT / path):
+            if name in files and room_of(path) != room_of(files[name]):
+                here, there = room_of(path), room_of(files[name])
+                if FLOORS[there] >= FLOORS[here]:
+                    assert (here, there) in NOT_YET, f"{path} ({here}) imports {files[name]} ({there})"
+                    found.add((here, there))
+    assert found == NOT_YET
+
+
+def test_no_room_is_crowded():
+    files = list(files_of_the_package().values())
+    rooms = Counter(str(Path(path).parent) for path in files)
+    crowded = {room for room, count in rooms.items() if count > 25}
+    assert crowded <= CROWDED, f"more than 25 files in {sorted(crowded)}: divide them"
 
 
 def imports_of(path):
