@@ -53,18 +53,18 @@ bench-weights: install  ## a teacher with weights in fewer bits, on a real langu
 
 test-deepspeed: install  ## --profile zero3 with DeepSpeed itself, two processes on CPUs
 	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint constraints.txt deepspeed
-	$(BIN)/python -m pytest -m slow tests/test_parallel.py -k zero3
+	$(BIN)/python -m pytest -m slow tests/training/test_parallelism.py -k zero3
 
 test-torchao: install  ## --teacher-dtype int8 with torchao itself
 	$(PIP) install --quiet --constraint constraints.txt torchao
-	$(BIN)/python -m pytest tests/test_int8_teacher.py
+	$(BIN)/python -m pytest tests/training/test_int8_teacher.py
 
 test-gpu: install  ## selection, losses, capture and training on a CUDA device, beside the CPU
 	$(BIN)/python -m pytest -m gpu
 
 test-zarrs: install  ## stores read with plain zarr and the Rust pipeline of zarrs
 	$(PIP) install --quiet --constraint constraints.txt 'zarrs>=0.2'
-	$(BIN)/python -m pytest tests/test_store.py -k plain_zarr
+	$(BIN)/python -m pytest tests/stores/test_store.py -k plain_zarr
 
 test-s3: install  ## tests of stores on an object store, against a moto server on loopback
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'
@@ -79,11 +79,12 @@ test-vllm: install $(VLLM_VENV)/.installed  ## parity of the vLLM backend on the
 		SWITCHKD_TRAINER=$(CURDIR)/$(BIN)/python $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
 bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what capture adds to the engine's time
-	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python benchmarks/backends.py
 
 # Parity, and what caching needs of the package under vLLM's older transformers.
-VLLM_TESTS := $(addprefix tests/test_,vllm.py vllm_export.py vllm_pooler.py cache_teacher.py dry_run.py encoding.py fingerprints.py vlm.py)
+VLLM_TESTS := $(addprefix tests/,$(addprefix capture/test_,vllm.py vllm_export.py vllm_pooler.py cache_teacher.py dry_run.py) \
+	data/test_encoding.py models/test_vlm.py test_fingerprints.py)
 # vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
 VLLM_NEEDS := accelerate|cachetools|click|datasets|hypothesis|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr
 $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
@@ -98,7 +99,7 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 test-browser: install  ## pages in a headless Chromium (installed where root may); screenshots in build/screenshots
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y --no-install-recommends chromium; } \
 		|| echo "install Chromium by hand: the tests skip without it"
-	SWITCHKD_SCREENSHOTS=build/screenshots $(BIN)/python -m pytest tests/test_browser.py -rs
+	SWITCHKD_SCREENSHOTS=build/screenshots $(BIN)/python -m pytest tests/reporting/test_browser.py -rs
 
 check-lmms-eval: install  ## the same answers and scores as lmms-eval's llava_hf (1.9 GB from PyPI into build/lmms-eval)
 	$(BIN)/python benchmarks/lmms_eval_check.py
@@ -110,7 +111,7 @@ lint: install  ## ruff: rules and format
 types: install  ## mypy over the package as it is installed
 	rm -rf build/types
 	mkdir -p build/types/switchkd
-	ln -s $(CURDIR)/switchkd/*.py build/types/switchkd/
+	ln -s $(CURDIR)/switchkd/*.py $(CURDIR)/switchkd/losses $(CURDIR)/switchkd/models $(CURDIR)/switchkd/data build/types/switchkd/
 	for part in stores pipelines cli; do ln -s $(CURDIR)/$$part build/types/switchkd/$$part; done
 	$(BIN)/mypy
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import tiny  # tests/, on PYTHONPATH
+import tiny  # tests/helpers, on PYTHONPATH
 
-from switchkd.encoding import EncodedSample
-from switchkd.pipelines.backend import Backend
-from switchkd.pipelines.backend_transformers import TransformersBackend
-from switchkd.pipelines.backend_vllm import VllmBackend
-from switchkd.pipelines.capture_options import CacheOptions
-from switchkd.pipelines.capture_worker import CaptureWorker
+from switchkd.data.encoding import EncodedSample
+from switchkd.pipelines.capture.backends.base import Backend
+from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
+from switchkd.pipelines.capture.backends.vllm_backend import VllmBackend
+from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.capture.worker import CaptureWorker
 from switchkd.stores import Manifest
 
 SAMPLES, QUESTIONS_AN_IMAGE, BATCH = 96, 8, 16
@@ -84,7 +84,7 @@ def without_prefix_cache(backend: VllmBackend, samples: Sequence[EncodedSample],
 def engine_alone(backend: VllmBackend, samples: Sequence[EncodedSample], manifest: Manifest) -> None:
     """Run the engine over the same requests for no position."""
     forget(backend)
-    with patch("switchkd.pipelines.backend_vllm.predicting_runs", lambda supervised: []):
+    with patch("switchkd.pipelines.capture.backends.vllm_backend.predicting_runs", lambda supervised: []):
         requests, _ = backend.start(samples, manifest)
     for sample, name in requests:
         backend._wait(name, sample)

@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from switchkd.pipelines import easy_vqa
-from switchkd.pipelines.benchmarks import mme, vqa
-from switchkd.pipelines.benchmarks.base import Answer
-from switchkd.pipelines.benchmarks.run import PREDICTIONS, BenchmarkOptions, run_benchmarks
-from switchkd.pipelines.benchmarks.scoreboard import SCORES
-from switchkd.pipelines.demo import TEACHER_LANGUAGE, TEACHER_VISION, TEACHER_WEIGHTS
+from switchkd.pipelines.demo import easy_vqa
+from switchkd.pipelines.demo.easy_vqa import TEACHER_LANGUAGE, TEACHER_VISION, TEACHER_WEIGHTS
+from switchkd.pipelines.evaluation.benchmarks import mme, vqa
+from switchkd.pipelines.evaluation.benchmarks.base import Answer
+from switchkd.pipelines.evaluation.benchmarks.run import BenchmarkOptions, run_benchmarks
+from switchkd.pipelines.run_folder import PREDICTIONS, SCORES
 
 # lmms-eval asks for 146 packages and CUDA builds; these and what they need are what `llava_hf` and the three tasks import.
 PACKAGES = """

@@ -21,11 +21,10 @@ from real_teacher import real_teacher
 from side_by_side import dbild_of_pairs, measure, peak_bytes
 from torch import Tensor
 
-from switchkd import dbild, selection, signals
-from switchkd.kneedle import knee_of_sorted
-from switchkd.losses import LMHead, fused_dbild, kl_loss
-from switchkd.objective import Objective
-from switchkd.signals import DenseSignal, HiddenSignal
+from switchkd.losses import LMHead, dbild, fused_dbild, kl_loss, selection, signals
+from switchkd.losses.objective import Objective
+from switchkd.losses.selection import knee_of_sorted
+from switchkd.losses.signals import DenseSignal, HiddenSignal
 
 VOCABULARIES = (32_000, 49_152, 151_936)
 TEACHER_WIDTH, STUDENT_WIDTH = 2048, 896
@@ -100,18 +99,21 @@ def unfused(x: Inputs) -> Tensor:
     student, teacher = x.logits()
     objective = Objective(switch=False)
     nowhere = torch.zeros(len(student), dtype=torch.bool)
-    return objective.total(objective.parts(student, x.targets, DenseSignal(teacher), None, nowhere))
+    return objective.total(objective.terms(student, x.targets, DenseSignal(teacher), None, nowhere))
 
 
 def full_sort(x: Inputs) -> Tensor:
     """The same with a stable sort of whole rows."""
 
-    def lead(logits: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+    def sorted_entries(logits: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         ordered, ids = logits.detach().sort(dim=-1, descending=True, stable=True)
         k = knee_of_sorted(ordered, window)
         return ids[:, : int(k.max())], k
 
-    with patch.object(dbild, "lead_of_rows", lead), patch.object(signals, "lead_of_rows", lead):
+    with (
+        patch.object(dbild, "leading_entries", sorted_entries),
+        patch.object(signals, "leading_entries", sorted_entries),
+    ):
         return unfused(x)
 
 

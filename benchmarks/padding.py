@@ -27,17 +27,18 @@ from side_by_side import measure, peak_bytes
 from step import IMAGE_TOKEN, VOCABULARY, make_model
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 
-from switchkd.block_attention import NAME, prepare_rows
-from switchkd.encoding import EncodedSample
+from switchkd.data.encoding import EncodedSample
 from switchkd.fingerprints import SampleDigest
-from switchkd.objective import Objective
-from switchkd.packing import pack_rows
-from switchkd.pipelines.sample_order import GROUPINGS, SampleOrder, padding_share
-from switchkd.pipelines.teacher_source import StoredHidden
-from switchkd.pipelines.trainer import SwitchTrainer
-from switchkd.pipelines.training_data import CHARACTERS_PER_TOKEN, Collator
+from switchkd.losses.objective import Objective
+from switchkd.models.block_attention import NAME, enable_packing
+from switchkd.models.packing import pack_rows
+from switchkd.models.vlm import LlavaWithoutVision, freeze
+from switchkd.pipelines.stored_teacher import StoredHidden
+from switchkd.pipelines.training.collator import Collator
+from switchkd.pipelines.training.dataset import CHARACTERS_PER_TOKEN
+from switchkd.pipelines.training.sampler import GROUPINGS, EpochOrder, padding_share
+from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import count_positions
-from switchkd.vlm import LlavaWithoutVision, freeze
 
 IMAGE_TOKENS, LIMIT = 576, 2048
 TEXT_ONLY = 40_688 / 665_298
@@ -56,7 +57,7 @@ class Drawn(NamedTuple):
     def epoch(self, grouping: str, global_batch: int) -> NDArray[np.int64]:
         """Return the order of the first epoch."""
         count = len(self.tokens)
-        return SampleOrder(grouping, 0, count, self.estimated, self.has_image, global_batch).epoch(0)
+        return EpochOrder(grouping, 0, count, self.estimated, self.has_image, global_batch).epoch(0)
 
 
 def draw(samples: int) -> Drawn:
@@ -143,7 +144,7 @@ class Steps:
         """Run an epoch."""
         for model in (self.student, self.teacher):
             if blocks:
-                prepare_rows(model.model.language_model, "the benchmark's model")
+                enable_packing(model.model.language_model, "the benchmark's model")
             model.model.language_model.set_attn_implementation(NAME if blocks else "sdpa")
         for batch in batches:
             self.student.zero_grad()

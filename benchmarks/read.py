@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from switchkd.pipelines.training_data import teacher_columns
+from switchkd.pipelines.stored_teacher import teacher_columns
 from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore, layout
 from switchkd.stores.codec import ranks_by_frequency
 from switchkd.stores.part import read_whole
-from switchkd.stores.payload import unfilled
+from switchkd.stores.payload import empty_payload
 
 SAMPLES = {"topk": 2000, "hidden": 600}
 PART, TOP_K, WIDTH, VOCAB_ROWS = 250, 128, 576, 49_152
@@ -133,12 +133,12 @@ def stored_arrays(store: TeacherStore) -> dict[str, np.ndarray]:
     """Return a store's arrays as they are before its codecs, all parts joined."""
     parts = [store._part(part).arrays for part in store.parts()]
     names = store.manifest.position_arrays
-    return {name: np.concatenate(read_whole(store.place, [arrays[name] for arrays in parts])) for name in names}
+    return {name: np.concatenate(read_whole(store.storage, [arrays[name] for arrays in parts])) for name in names}
 
 
 def unpack(store: TeacherStore, rows: dict[str, np.ndarray]) -> Payload:
     """Unpack rows of a store's arrays as the store does."""
-    found = unfilled(store.manifest, len(rows[layout.STATS]))
+    found = empty_payload(store.manifest, len(rows[layout.STATS]))
     store._unpack(rows, [0], found)
     return found
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from switchkd.selection import lead_of_rows
+from switchkd.losses.selection import leading_entries
 
 
 def measure(work: Callable[[], object], warm_ups: int = 0, repeats: int = 1) -> float:
@@ -82,7 +82,7 @@ def dbild_of_pairs(student: Tensor, teacher: Tensor, temperature: float = 3.0) -
     total = student.new_zeros(())
     for s, t in zip(student, teacher, strict=True):
         for leader in (t, s.detach()):
-            ids, k = lead_of_rows(leader.unsqueeze(0))
+            ids, k = leading_entries(leader.unsqueeze(0))
             first, second = torch.triu_indices(int(k), int(k), offset=1)
             p, q = (((z[ids[0]][first] - z[ids[0]][second]) / temperature).log_softmax(0) for z in (s, t))
             total = total + (p.exp() * (p - q)).sum()

@@ -32,14 +32,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig, TrainingArguments
 
 from switchkd.losses import dbild_loss
-from switchkd.objective import Objective
-from switchkd.pipelines.capture import pack_logits, unpack
-from switchkd.pipelines.teacher_source import StoredHidden, StoredTopK
-from switchkd.pipelines.trainer import SwitchTrainer
-from switchkd.pipelines.training_data import teacher_columns
+from switchkd.losses.objective import Objective
+from switchkd.models.prefix_cache import SharedPrefixCache
+from switchkd.models.switch import switch_states
+from switchkd.models.vlm import LlavaWithoutVision, capture_vision_features, freeze
+from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
+from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK, teacher_columns
+from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import IGNORED, predicting_rows
-from switchkd.switch import KnownText, switch_states
-from switchkd.vlm import LlavaWithoutVision, capture_vision_features, freeze
 
 VOCABULARY, IMAGE_TOKEN = 3072, 1  # of the small models
 TOP_K = 128
@@ -176,7 +176,7 @@ class Bench:
         freeze(self.blind)
         self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad], lr=1e-4)
         self.batch = {name: column.to(device) for name, column in make_batch(scale).items()}
-        self.known = KnownText()
+        self.prefix_cache = SharedPrefixCache()
         self.rows = predicting_rows(self.batch["labels"])
         with torch.no_grad(), self.autocast():
             hidden = self.teacher.model(**self.inputs()).last_hidden_state[self.rows]
@@ -205,12 +205,16 @@ class Bench:
         self.optimizer.step()
 
     def switched(
-        self, teacher: LlavaForConditionalGeneration, features: Tensor, rows: Tensor, known: KnownText | None = None
+        self,
+        teacher: LlavaForConditionalGeneration,
+        features: Tensor,
+        rows: Tensor,
+        prefix_cache: SharedPrefixCache | None = None,
     ) -> Tensor:
         """Return the switch pathway's final states on image samples at `rows` [B, L]."""
         on = self.batch["has_image"]
         ids, mask = self.batch["input_ids"][on], self.batch["attention_mask"][on]
-        return switch_states(teacher, features, ids, mask, rows[on], known=known)
+        return switch_states(teacher, features, ids, mask, rows[on], prefix_cache=prefix_cache)
 
     def live(self, distance: Callable[[Tensor, Tensor], Tensor], switch: bool) -> Tensor:
         """The loss with the whole teacher run beside the student, whole logits of both."""
@@ -256,7 +260,7 @@ class Bench:
             of_teacher = F.linear(self.batch["teacher_hidden"].to(head.dtype), head)
         loss = logits.sum() + of_teacher.sum()
         if switch:
-            loss = loss + self.blind.lm_head(self.switched(self.blind, features[0], self.rows, self.known)).sum()
+            loss = loss + self.blind.lm_head(self.switched(self.blind, features[0], self.rows, self.prefix_cache)).sum()
         return loss / self.rows.sum()
 
 

@@ -26,8 +26,8 @@ from real_teacher import RealTeacher, real_teacher
 from torch import Tensor
 
 from switchkd.losses import dbild_loss
-from switchkd.pipelines.capture import pack_logits, unpack
-from switchkd.signals import TAIL_POLICIES, DenseSignal, SparseSignal, TeacherSignal
+from switchkd.losses.signals import TAIL_POLICIES, DenseSignal, SparseSignal, TeacherSignal
+from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
 from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore, layout
 from switchkd.stores.codec import (
     decode_hidden,
@@ -38,12 +38,13 @@ from switchkd.stores.codec import (
     ranks_by_frequency,
     round_stats,
 )
-from switchkd.stores.place import MARKER
 from switchkd.stores.shards import Description, encode_shard
+from switchkd.stores.storage import paths
+from switchkd.stores.storage.paths import MARKER
 
 GRADIENT_POSITIONS = 64
 STUDENTS = {"close": 0.07, "far": 0.38}  # noise of the states, in standard deviations
-LADDERS = {"small": (0.006, 0.1875), "default": (0.004, 0.125), "exact": (0.0023, 0.125)}
+QUANTISATIONS = {"small": (0.006, 0.1875), "default": (0.004, 0.125), "exact": (0.0023, 0.125)}
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Stored:
         self.writer.write_part(0, self.arrays)
         self.store = TeacherStore(path)
         self.found = self.store.part_payload(0)
-        part = layout.part_path(path, 0)
+        part = paths.part_path(path, 0)
         names = manifest.position_arrays
         self.described = {name: Description.parse(name, (part / name / MARKER).read_bytes()) for name in names}
         self.shards = {name: (part / name / self.described[name].file).read_bytes() for name in names}
@@ -178,9 +179,9 @@ class Bench:
         }
 
 
-def topk_row(bench: Bench, top_k: int, ladder: str, tail: str = "student", timed: bool = True) -> Row:
+def topk_row(bench: Bench, top_k: int, quantisation: str, tail: str = "student", timed: bool = True) -> Row:
     """Measure our own payload `topk`."""
-    fine, coarse = LADDERS[ladder]
+    fine, coarse = QUANTISATIONS[quantisation]
     vocab_rows = len(bench.teacher.head)
     probe, payload = bench.payload(top_k, bench.probe), bench.payload(top_k, bench.measured)
     id_of_rank = ranks_by_frequency(probe.ids, vocab_rows)
@@ -212,7 +213,7 @@ def topk_row(bench: Bench, top_k: int, ladder: str, tail: str = "student", timed
         vocab_rows,
         tail,
     )
-    name = f"topk, k = {top_k}, {ladder} ladder" + ("" if tail == "student" else f", tail {tail}")
+    name = f"topk, k = {top_k}, {quantisation} steps" + ("" if tail == "student" else f", tail {tail}")
     return Row(
         name,
         stored.bytes_per_position,
@@ -324,7 +325,7 @@ def main() -> None:
     options = arguments.parse_args()
     torch.set_num_threads(1)
     bench = Bench(real_teacher(options.positions))
-    rows = [topk_row(bench, 128, ladder) for ladder in LADDERS]
+    rows = [topk_row(bench, 128, quantisation) for quantisation in QUANTISATIONS]
     rows += [topk_row(bench, 128, "default", tail, timed=False) for tail in TAIL_POLICIES if tail != "student"]
     rows += [topk_row(bench, k, "default") for k in (32, 256, 1024)]
     rows += [hidden_row(bench, dtype) for dtype in layout.HIDDEN_DTYPES]

@@ -30,8 +30,8 @@ from side_by_side import measure
 from torch import Tensor, nn
 
 from switchkd.losses import dbild_loss
-from switchkd.pipelines.int8_teacher import GROUP, stored_bytes, to_int8
-from switchkd.vlm import checkpoint_layers, freeze
+from switchkd.models.vlm import enable_activation_checkpointing, freeze
+from switchkd.pipelines.training.int8_teacher import GROUP, stored_bytes, to_int8
 
 IMAGE_TOKENS, WINDOW_TOKENS = 64, 256
 FAR, CLOSE = 1.0, 0.1  # noise in the student's features, over the spread of the teacher's
@@ -190,7 +190,7 @@ def main() -> None:
         floor = statistics.mean(f.distances[2] for f in found) / far
         held = sum(map(stored_bytes, variant.model.layers.parameters()))
         kept = kept_bytes(variant, windows[0])
-        checkpoint_layers(variant.model)
+        enable_activation_checkpointing(variant.model)
         again = kept_bytes(variant, windows[0])
         time = statistics.median(times[name]) / base
         wrong = [statistics.median(errors(found, exact, which)) for which in (0, 1)]

@@ -39,7 +39,7 @@ def command(
     plot into the working folder.
     """
     if show:
-        from switchkd.pipelines.recipe import shipped_recipes
+        from switchkd.pipelines.ablation.recipe import shipped_recipes
 
         for name, title in shipped_recipes().items():
             click.echo(f"{name:<14} {title}")
@@ -50,7 +50,7 @@ def command(
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} should be NAME=VALUE", param_hint="--set")
     quiet_libraries()
-    from switchkd.pipelines.ablate import AblateOptions, ablate
+    from switchkd.pipelines.ablation.ablate import AblateOptions, ablate
 
     program = [sys.executable, "-c", "from switchkd.cli.main import main; main()"]
     done = ablate(

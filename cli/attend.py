@@ -1,11 +1,15 @@
 """`switchkd attend`."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from switchkd.cli.common import PATH, default_device, quiet_libraries
+
+if TYPE_CHECKING:
+    from switchkd.pipelines.reporting.attend import AttendOptions, Row
 
 
 @click.command("attend")
@@ -49,9 +53,19 @@ def command(images: tuple[Path, ...], questions: tuple[str, ...], device: str | 
             f"each --question goes with an --image: {len(images)} images, {len(questions)} questions"
         )
     quiet_libraries()
-    from switchkd.pipelines.attend import AttendOptions, attend, lines
+    from switchkd.pipelines.reporting.attend import AttendOptions, attend
 
     asked = list(zip(images, questions, strict=True))
     resolved = AttendOptions(asked=asked, device=device or default_device(), **options)
-    for line in lines(resolved, attend(resolved)):
+    for line in _format_report(resolved, attend(resolved)):
         click.echo(line)
+
+
+def _format_report(options: "AttendOptions", rows: Sequence["Row"]) -> Iterator[str]:
+    from switchkd.pipelines.reporting.attend import PAGE, PICTURE
+
+    for row in rows:
+        yield f"{row.image}, {row.question!r}"
+        for panel in row.panels:
+            yield f"  {panel.name:<9} {panel.caption}"
+    yield f"drawn: {options.out / PICTURE}, {options.out / PAGE}"

@@ -8,7 +8,7 @@ import click
 from switchkd.cli.common import PATH, STORE, config_option, default_device, lines_of, quiet_libraries
 
 if TYPE_CHECKING:
-    from switchkd.pipelines.cache_teacher import CacheOptions
+    from switchkd.pipelines.capture.options import CacheOptions
 
 
 @click.command("cache-teacher")
@@ -163,9 +163,10 @@ def command(
     Run it again to continue after an interruption, or on several machines at once; a part that is there is never written
     twice.
     """
-    from switchkd.pipelines.backend import BATCH_SIZES
-    from switchkd.pipelines.cache_teacher import CacheOptions, cache_teacher
-    from switchkd.pipelines.sharding import resolve_shard
+    from switchkd.pipelines.capture.backends.base import BATCH_SIZES
+    from switchkd.pipelines.capture.cache_teacher import cache_teacher
+    from switchkd.pipelines.capture.options import CacheOptions
+    from switchkd.pipelines.capture.sharding import resolve_shard
 
     vllm = options["backend"] == "vllm"
     if vllm and device is not None:
@@ -207,7 +208,7 @@ def _name_and_value(text: str) -> tuple[str, Any]:
 
 
 def _print_plan(options: "CacheOptions", egress_price: float) -> None:
-    from switchkd.pipelines.dry_run import plan
+    from switchkd.pipelines.capture.dry_run import plan
 
     found = plan(options)
     free = "unknown" if found.free_bytes is None else f"{found.free_bytes / 1e9:,.1f} GB"

@@ -33,7 +33,7 @@ def command(question: str | None, device: str | None, **options: Any) -> None:
     On a terminal an empty line ends the conversation.
     """
     quiet_libraries()
-    from switchkd.pipelines.chat import Chat, ChatOptions
+    from switchkd.pipelines.release.chat import Chat, ChatOptions
 
     chat = Chat(ChatOptions(device=device or default_device(), **options))
 

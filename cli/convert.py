@@ -34,7 +34,7 @@ def command(**options: Any) -> None:
     What it computes stays the same; every tensor is accounted for, and one that is unknown or missing is an error.
     """
     quiet_libraries()
-    from switchkd.pipelines.convert import ConvertOptions, convert
+    from switchkd.pipelines.checkpoints.convert import ConvertOptions, convert
 
     done = convert(ConvertOptions(**options))
     click.echo(

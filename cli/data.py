@@ -1,11 +1,21 @@
 """`switchkd data …`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from switchkd.cli.common import PATH, quiet_libraries
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from switchkd.pipelines.preflight.data_check import DataCheck
+
+FIRST_ROWS = 5  # named of each reason
+BINS = 16
+QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
+BAR_WIDTH = 40  # characters of the longest bar
 
 
 @click.group("data")
@@ -39,10 +49,10 @@ def command() -> None:
 def check(ctx: click.Context, /, strict: bool, data: Path, **options: Any) -> None:
     """Tell what a data file holds: kinds, lengths, and what would be skipped and why."""
     quiet_libraries()
-    from switchkd.pipelines.data_check import CheckOptions, check_data, lines
+    from switchkd.pipelines.preflight.data_check import CheckOptions, check_data
 
     found = check_data(CheckOptions(data=data, **options))
-    click.echo(f"{data}: " + "\n".join(lines(found)))
+    click.echo(f"{data}: " + "\n".join(format_check(found)))
     if strict and found.skipped:
         ctx.exit(1)
 
@@ -69,7 +79,7 @@ def show(data: Path, plain: bool, **options: Any) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from switchkd.pipelines.data_show import ShowOptions, show_data
+    from switchkd.pipelines.preflight.data_show import ShowOptions, show_data
 
     console = Console(soft_wrap=True, highlight=False)
     in_colour = console.is_terminal and not console.no_color and not plain
@@ -83,3 +93,56 @@ def show(data: Path, plain: bool, **options: Any) -> None:
             words = f"<image ×{span.tokens}>" if span.kind == "image" else span.text
             text.append(words if in_colour or span.kind != "supervised" else f"[[{words}]]", styles[span.kind])
         console.print(text, end="\n\n" if sample.spans else "\n")
+
+
+def format_check(check: "DataCheck") -> list[str]:
+    """Return a check as lines of text."""
+    import numpy as np
+
+    from switchkd.data.samples import Status
+
+    out = [f"{check.rows:,} rows", "", "rows that can be read"]
+    out += [f"  {kind:<28}{count:>10,}" for kind, count in sorted(check.kinds.items())]
+    out += ["", f"would be skipped: {check.skipped:,} ({check.skipped / check.rows:.2%})"]
+    for status in Status:
+        rows = np.flatnonzero(check.survey.status == status)
+        if status is not Status.OK and len(rows):
+            first = next(iter(rows))
+            out.append(f"  {status.label:<28}{len(rows):>10,}  {_rows(rows)}; {check.survey.details[int(first)]}")
+    if check.survey.notes:
+        out += ["", "odd, and used"]
+        out += [
+            f"  {note:<28}{len(rows):>10,}  {_rows(np.array(rows))}"
+            for note, rows in sorted(check.survey.notes.items())
+        ]
+    if not check.images_read:
+        out += ["", "images were not read: pass --images"]
+    return [*out, "", *histogram(check.lengths, check.unit, check.limit)]
+
+
+def _rows(rows: "NDArray[Any]") -> str:
+    return "rows " + ", ".join(map(str, rows[:FIRST_ROWS])) + (", …" if len(rows) > FIRST_ROWS else "")
+
+
+def histogram(lengths: "NDArray[Any]", unit: str, limit: int | None) -> list[str]:
+    """Draw lengths as bars of text.
+
+    Args:
+        lengths: [n]. unit: what they count. limit: the bins end there and what is longer has a line of its own; None bins up to
+            the longest.
+    """
+    import numpy as np
+
+    if not len(lengths):
+        return [f"{unit} a sample: none is known"]
+    marks = ", ".join(f"{name} {np.quantile(lengths, share, method='higher'):,}" for name, share in QUANTILES.items())
+    end = limit or int(lengths.max())
+    step = max(1, -(-end // BINS))
+    counts = [int(((lengths > low) & (lengths <= min(low + step, end))).sum()) for low in range(0, end, step)]
+    names = [f"{low + 1:,} to {min(low + step, end):,}" for low in range(0, end, step)]
+    out = [f"{unit} a sample: {marks}"]
+    longer = int((lengths > end).sum())
+    for name, count in [*zip(names, counts, strict=True), *([(f"over {end:,}", longer)] if longer else [])]:
+        bar = "█" * -(-count * BAR_WIDTH // max(*counts, longer, 1))
+        out.append(f"  {name:>16} {count:>9,} {bar}".rstrip())
+    return out

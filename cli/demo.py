@@ -23,7 +23,7 @@ def command(workdir: Path, train_teacher: bool, seed: int) -> None:
     Takes a few minutes on two cores; nothing is downloaded.
     """
     quiet_libraries()
-    from switchkd.pipelines.demo import DemoOptions, demo
+    from switchkd.pipelines.demo.demo import DemoOptions, demo
 
     done = demo(DemoOptions(workdir, train_teacher, seed))
     click.echo(done.table)

@@ -14,7 +14,7 @@ _BENCHMARK_ONLY = ("benchmarks", "score_only", "retry_failed", "baseline")
 
 def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from switchkd.pipelines.benchmarks.registry import describe
+        from switchkd.pipelines.evaluation.benchmarks.registry import describe
 
         click.echo(describe())
         ctx.exit()
@@ -98,7 +98,7 @@ def command(task: tuple[str, ...], **options: Any) -> None:
 
 
 def _exact_match(options: dict[str, Any]) -> None:
-    from switchkd.pipelines.evaluate import EvalOptions, evaluate
+    from switchkd.pipelines.evaluation.exact_match import EvalOptions, evaluate
 
     scores = evaluate(EvalOptions(**options))
     click.echo(
@@ -110,8 +110,9 @@ def _exact_match(options: dict[str, Any]) -> None:
 
 
 def _benchmarks(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
-    from switchkd.pipelines.benchmarks.run import BenchmarkOptions, run_benchmarks
-    from switchkd.pipelines.benchmarks.scoreboard import SCORES, TABLE
+    from switchkd.pipelines.evaluation.benchmarks.run import BenchmarkOptions, run_benchmarks
+    from switchkd.pipelines.evaluation.benchmarks.scoreboard import TABLE
+    from switchkd.pipelines.run_folder import SCORES
 
     click.echo(run_benchmarks(BenchmarkOptions(tasks=tasks, **options)))
     click.echo(f"scores: {options['output'] / SCORES}, {options['output'] / TABLE}")

@@ -34,7 +34,7 @@ def command(run: Path, out: Path, **options: Any) -> None:
     The folder opens in plain transformers and answers as `chat` and `eval` do. Nothing leaves this machine without --push-to.
     """
     quiet_libraries()
-    from switchkd.pipelines.export import ExportOptions, export
+    from switchkd.pipelines.release.export import ExportOptions, export
 
     made = export(ExportOptions(run, out, **options))
     click.echo(f"{made}: written" + (f", pushed to {options['push_to']}" if options["push_to"] else ""))

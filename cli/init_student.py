@@ -56,7 +56,7 @@ def command(**options: Any) -> None:
     The tokenizer gets the token <image> if it has none. Train the projector first: `switchkd train --stage pt`.
     """
     quiet_libraries()
-    from switchkd.pipelines.init_student import InitOptions, init_student
+    from switchkd.pipelines.checkpoints.init_student import InitOptions, init_student
 
     done = init_student(InitOptions(**options))
     parts = ", ".join(f"{name} {count:,}" for name, count in done.parameters.items())

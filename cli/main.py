@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import click
 
 import switchkd
-from switchkd.errors import SwitchKDError, own_words
+from switchkd.errors import SwitchKDError, original_message
 
 # name → (module of switchkd.cli, short help)
 COMMANDS = {
@@ -62,7 +62,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except SwitchKDError as error:
-            raise _failure(own_words(error), error.exit_code) from error
+            raise _failure(original_message(error), error.exit_code) from error
         except KeyboardInterrupt:
             raise _failure("interrupted; run the same command again to go on where it stopped", INTERRUPTED) from None
         except OSError as error:

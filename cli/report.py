@@ -1,10 +1,15 @@
 """`switchkd report`."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from switchkd.cli.common import PATH, STORE, default_device, quiet_libraries
+
+if TYPE_CHECKING:
+    from switchkd.pipelines.reporting.report import Report
 
 
 @click.command("report")
@@ -31,12 +36,12 @@ def command(runs: tuple[str, ...], out: Path, samples: int, knees: int, device: 
     what would bring it.
     """
     quiet_libraries()
-    from switchkd.pipelines.report import ReportOptions, lines, report
+    from switchkd.pipelines.reporting.report import ReportOptions, report
 
     options = ReportOptions(
         [_labelled(run) for run in runs], out, samples, knees, (device or default_device()) if knees else "cpu"
     )
-    for line in lines(report(options)):
+    for line in _format_report(report(options)):
         click.echo(line)
 
 
@@ -46,3 +51,10 @@ def _labelled(text: str) -> tuple[str | None, Path | str]:
     if not equals or "/" in label:
         label, place = "", text
     return label or None, STORE.convert(place, None, None)
+
+
+def _format_report(done: "Report") -> Iterator[str]:
+    """Yield what the command line prints."""
+    yield f"{done.page}: {len(done.pictures)} pictures beside it"
+    for line in done.missing:
+        yield f"  {line}"

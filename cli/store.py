@@ -1,5 +1,6 @@
 """`switchkd store …`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +9,9 @@ import click
 from switchkd.cli.common import PATH, STORE, default_device, duration, lines_of, quiet_libraries
 
 if TYPE_CHECKING:
+    from switchkd.pipelines.capture.audit import AuditReport
     from switchkd.stores import Manifest
-    from switchkd.stores.place import Location
+    from switchkd.stores.storage.base import StoreLocation
 
 
 @click.group("store")
@@ -19,7 +21,7 @@ def command() -> None:
 
 @command.command("info")
 @click.argument("path", type=STORE)
-def info(path: "Location") -> None:
+def info(path: "StoreLocation") -> None:
     """Print a store's manifest, samples, positions, size, skipped samples and knee quantiles."""
     from switchkd.stores.info import describe
 
@@ -60,7 +62,7 @@ def _payload(manifest: "Manifest") -> str:
 
 @command.command("status")
 @click.argument("path", type=STORE)
-def status(path: "Location") -> None:
+def status(path: "StoreLocation") -> None:
     """Print how far a store is: parts done and missing, by whom, rate and time left."""
     from switchkd.stores.status import status
 
@@ -98,7 +100,7 @@ def _ranges(numbers: list[int]) -> str:
 @command.command("verify")
 @click.argument("path", type=STORE)
 @click.pass_context
-def verify(ctx: click.Context, path: "Location") -> None:
+def verify(ctx: click.Context, path: "StoreLocation") -> None:
     """Check every file, checksum, shape and statistic of a store; exit 1 if something is wrong or missing."""
     from switchkd.pipelines.progress import Progress
     from switchkd.stores import TeacherStore
@@ -124,7 +126,7 @@ def verify(ctx: click.Context, path: "Location") -> None:
 
 @command.command("repair")
 @click.argument("path", type=STORE)
-def repair(path: "Location") -> None:
+def repair(path: "StoreLocation") -> None:
     """Drop bad parts, so that running cache-teacher again writes exactly these."""
     from switchkd.stores import TeacherStore
     from switchkd.stores.verify import repair
@@ -146,20 +148,31 @@ def repair(path: "Location") -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
 @click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
-def audit(path: "Location", device: str | None, **options: Any) -> None:
+def audit(path: "StoreLocation", device: str | None, **options: Any) -> None:
     """Run the teacher again on random samples and say how far the store is from it."""
     quiet_libraries()
-    from switchkd.pipelines.audit import AuditOptions, audit, lines
+    from switchkd.pipelines.capture.audit import AuditOptions, audit
 
-    for line in lines(audit(AuditOptions(store=path, device=device or default_device(), **options))):
+    for line in _format_audit(audit(AuditOptions(store=path, device=device or default_device(), **options))):
         click.echo(line)
 
 
 @command.command("plot")
 @click.argument("path", type=STORE)
 @click.option("--out", type=PATH, default=Path("store.png"), show_default=True, help="The picture.")
-def plot(path: "Location", out: Path) -> None:
+def plot(path: "StoreLocation", out: Path) -> None:
     """Draw a store: knee histogram, tail mass, bytes per part."""
-    from switchkd.pipelines.plot_store import plot_store
+    from switchkd.pipelines.reporting.store_plots import plot_store
 
     click.echo(f"drawn: {plot_store(path, out)}")
+
+
+def _format_audit(report: "AuditReport") -> Iterator[str]:
+    """Yield the report as the command line prints it."""
+    yield f"{report.store}: {report.samples} random samples, {report.positions} positions; student: {report.student}"
+    yield f"{'':36}{'KL, nats':>12}{'recall':>9}{'gradient error':>16}{'logit error':>13}"
+    for row in report.rows:
+        yield (
+            f"{row.name:36}{row.kl_nats:12.2e}{row.student_led_recall:9.1%}{row.gradient_error:16.2%}"
+            f"{row.largest_logit_error:13.4f}"
+        )

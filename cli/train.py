@@ -179,9 +179,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, this one speaks
     if not first:
         logging.getLogger("switchkd").setLevel(logging.WARNING)
-    from switchkd.pipelines.config import TrainOptions
-    from switchkd.pipelines.stages import with_stage
-    from switchkd.pipelines.train import train
+    from switchkd.pipelines.training.options import TrainOptions
+    from switchkd.pipelines.training.stages import with_stage
+    from switchkd.pipelines.training.train import train
 
     if options["stage"] is not None:
         given = {n: v for n, v in options.items() if ctx.get_parameter_source(n) is not ParameterSource.DEFAULT}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from switchkd.pipelines.config import write_whole
+from switchkd.pipelines.run_folder import write_atomically
 
 
 class Stopwatch:
@@ -25,4 +25,4 @@ class Stopwatch:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps(self.seconds))
+            write_atomically(self.path, json.dumps(self.seconds))

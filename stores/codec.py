@@ -1,13 +1,13 @@
-"""Packing of top-k logits (ids as gaps between ranks, logits as levels of a ladder) and of hidden states.
+"""Packing of top-k logits (ids as gaps between ranks, logits as quantisation levels) and of hidden states.
 
-Ids are replaced by their rank in a table of frequencies and each position is sorted by rank: the gaps between neighbours are
-small and alike, and no order has to be stored beside them. A logit z becomes a level, counted from its row's deepest one, on a
-ladder of depths d = logsumexp - z whose steps are fine where the probability p = e^{-d} is: an error e costs p·e²/2 of KL.
+Ids are replaced by their rank in a table of frequencies and each position is sorted by rank: the rank gaps between neighbours are
+small and alike, and no order has to be stored beside them. A logit z becomes a level, counted from its row's deepest one: a
+quantised depth d = logsumexp - z, with small steps where the probability p = e^{-d} is: an error e costs p·e²/2 of KL.
 
-    step(d)  = fine · e^{d/2}, at most coarse
-    level(d) = (2/fine)(1 - e^{-d/2}) up to d* = 2 ln(coarse/fine), from there on level(d*) + (d - d*)/coarse
+    step(d)  = min_step · e^{d/2}, at most max_step
+    level(d) = (2/min_step)(1 - e^{-d/2}) up to d* = 2 ln(max_step/min_step), from there on level(d*) + (d - d*)/max_step
 
-The error of a logit is at most coarse / 2. fine = coarse gives even steps.
+The error of a logit is at most max_step / 2. min_step = max_step gives even steps.
 """
 
 import sys
@@ -28,29 +28,30 @@ def encode_topk(
     logits: NDArray[Any],
     logsumexp: NDArray[Any],
     rank_of_id: NDArray[Any],
-    fine: float,
-    coarse: float,
+    min_step: float,
+    max_step: float,
 ) -> tuple[NDArray[Any], NDArray[np.uint16], NDArray[np.uint16]]:
     """Pack the top-k entries of P positions.
 
     Args:
         ids: [P, K] integer, distinct in a row. logits: [P, K] float, finite, any order. logsumexp: [P] float, exactly as it will
-            be given to `decode_topk`. rank_of_id: [N], each id's place by frequency. fine, coarse: 0 < fine ≤ coarse, logits.
+            be given to `decode_topk`. rank_of_id: [N], each id's place by frequency.
+        min_step, max_step: smallest and largest quantisation step, 0 < min_step ≤ max_step, logits.
 
     Returns:
-        (gap [P, K] uint16 or uint32, height [P, K] uint16, bottom [P] uint16): the first rank of a row and the ranks skipped
-        between neighbours; how far each level lies above the row's deepest; that deepest level.
+        (rank_gap [P, K] uint16 or uint32, level_offset [P, K] uint16, deepest_level [P] uint16): the first rank of a row and
+        the ranks skipped between neighbours; how far each level lies above the row's deepest; that deepest level.
 
     Raises:
-        ValueError: a logit that is not finite, above its row's logsumexp, or below the ladder's 65,536 levels.
+        ValueError: a logit that is not finite, above its row's logsumexp, or below the 65,536 quantisation levels.
     """
     if not (np.isfinite(logits).all() and np.isfinite(logsumexp).all()):
         raise ValueError("only finite logits can be stored")
     depth = logsumexp[:, None].astype(np.float64) - logits
     # A logsumexp that was rounded may lie a little below a largest logit that holds all the mass.
-    if depth.size and depth.min() < -max(coarse, 1 / STAT_STEPS):
+    if depth.size and depth.min() < -max(max_step, 1 / STAT_STEPS):
         raise ValueError(f"a logit lies {-depth.min():g} above its row's logsumexp")
-    level = _level_of_depth(np.maximum(depth, 0, out=depth), fine, coarse)
+    level = _level_of_depth(np.maximum(depth, 0, out=depth), min_step, max_step)
     if level.size and level.max() > LARGEST_LEVEL:
         raise ValueError(f"logits lie {depth.max():g} below the row's logsumexp, more than {LARGEST_LEVEL} levels")
     bits = max(int(level.max(initial=0)), 1).bit_length()
@@ -61,20 +62,20 @@ def encode_topk(
     keys.sort(axis=-1)
     rank = keys >> key(bits)
     levels = (keys & key((1 << bits) - 1)).astype(np.uint16)
-    gap = rank.astype(rank_dtype(len(rank_of_id)))
-    gap[:, 1:] = rank[:, 1:] - rank[:, :-1] - key(1)
-    bottom = levels.max(axis=-1, initial=0)
-    return gap, bottom[:, None] - levels, bottom
+    rank_gap = rank.astype(rank_dtype(len(rank_of_id)))
+    rank_gap[:, 1:] = rank[:, 1:] - rank[:, :-1] - key(1)
+    deepest_level = levels.max(axis=-1, initial=0)
+    return rank_gap, deepest_level[:, None] - levels, deepest_level
 
 
 def decode_topk(
-    gap: NDArray[Any],
-    height: NDArray[np.uint16],
-    bottom: NDArray[np.uint16],
+    rank_gap: NDArray[Any],
+    level_offset: NDArray[np.uint16],
+    deepest_level: NDArray[np.uint16],
     logsumexp: NDArray[Any],
     id_of_rank: NDArray[Any],
-    fine: float,
-    coarse: float,
+    min_step: float,
+    max_step: float,
     out: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Unpack what `encode_topk` packed: (ids [P, K] int32, logits [P, K] float32), descending, equal levels by rank.
@@ -84,16 +85,16 @@ def decode_topk(
     Raises:
         ValueError: a rank that id_of_rank does not have.
     """
-    ids, logits = out or (np.empty(gap.shape, np.int32), np.empty(gap.shape, np.float32))
-    id_of_rank, depths = np.asarray(id_of_rank, np.int32), _depths(fine, coarse)
+    ids, logits = out or (np.empty(rank_gap.shape, np.int32), np.empty(rank_gap.shape, np.float32))
+    id_of_rank, depths = np.asarray(id_of_rank, np.int32), _depths(min_step, max_step)
     bits = max(len(id_of_rank) - 1, 1).bit_length()
-    key: Any = _key_type(int(bottom.max(initial=0)) + 1, bits)
-    size = max(_AT_ONCE // max(gap.shape[1], 1), 1)
-    for rows in (slice(begin, begin + size) for begin in range(0, len(gap), size)):
-        keys: NDArray[Any] = _ranks(gap[rows]).astype(key)
+    key: Any = _key_type(int(deepest_level.max(initial=0)) + 1, bits)
+    size = max(_AT_ONCE // max(rank_gap.shape[1], 1), 1)
+    for rows in (slice(begin, begin + size) for begin in range(0, len(rank_gap), size)):
+        keys: NDArray[Any] = _ranks(rank_gap[rows]).astype(key)
         if keys.size and keys[:, -1].max() >= len(id_of_rank):
             raise ValueError(f"ranks reach {keys[:, -1].max()}, the vocabulary has {len(id_of_rank)} rows")
-        keys |= (bottom[rows, None] - height[rows]).astype(key) << key(bits)
+        keys |= (deepest_level[rows, None] - level_offset[rows]).astype(key) << key(bits)
         keys.sort(axis=-1)
         # `take` by machine words, bounds known, is several times quicker than an index of another type.
         at = (keys >> key(bits)).astype(np.intp)
@@ -107,15 +108,15 @@ def decode_topk(
 _AT_ONCE = 1 << 16  # entries: what is made on the way stays in a core's own cache, which takes two thirds of the time
 
 
-def _ranks(gap: NDArray[Any]) -> NDArray[Any]:
-    """Return the ranks [P, K] that gaps lead to, in the gaps' type: sums along each row, 1 added at each step."""
-    if gap.dtype != np.uint16 or gap.shape[1] % _LANES or not gap.size or sys.byteorder != "little":
-        rank = gap.copy()
-        rank[:, 1:] += gap.dtype.type(1)
-        return np.cumsum(rank, axis=-1, dtype=gap.dtype, out=rank)
+def _ranks(rank_gap: NDArray[Any]) -> NDArray[Any]:
+    """Return the ranks [P, K] that rank gaps lead to, in their dtype: sums along each row, 1 added at each step."""
+    if rank_gap.dtype != np.uint16 or rank_gap.shape[1] % _LANES or not rank_gap.size or sys.byteorder != "little":
+        rank = rank_gap.copy()
+        rank[:, 1:] += rank_gap.dtype.type(1)
+        return np.cumsum(rank, axis=-1, dtype=rank_gap.dtype, out=rank)
     # Four at a time takes two thirds of the time. A word times 0x0001000100010001 holds the sums of its four numbers up to each
     # of them; none reaches beyond its 16 bits, since a rank does not. What comes before a word is added to all four.
-    words = np.ascontiguousarray(gap).view(np.uint64) + _EACH_LANE
+    words = np.ascontiguousarray(rank_gap).view(np.uint64) + _EACH_LANE
     words[:, 0] -= np.uint64(1)  # the first of a row is no gap
     words *= _EACH_LANE
     before = np.cumsum(words[:, :-1] >> np.uint64(48), axis=-1, dtype=np.uint64)
@@ -129,9 +130,9 @@ _EACH_LANE = np.uint64(0x0001000100010001)
 
 
 @lru_cache(maxsize=4)
-def _depths(fine: float, coarse: float) -> NDArray[np.float32]:
+def _depths(min_step: float, max_step: float) -> NDArray[np.float32]:
     """Return the depth of every level there is, [65,536]."""
-    return _depth_of_level(np.arange(LARGEST_LEVEL + 1), fine, coarse).astype(np.float32)
+    return _depth_of_level(np.arange(LARGEST_LEVEL + 1), min_step, max_step).astype(np.float32)
 
 
 def round_stats(stats: NDArray[Any]) -> NDArray[np.float32]:
@@ -147,18 +148,18 @@ def _key_type(values: int, bits: int) -> Any:
     return np.uint32 if values << bits <= 1 << 32 else np.uint64
 
 
-def _level_of_depth(depth: NDArray[np.float64], fine: float, coarse: float) -> NDArray[np.int64]:
-    turn = 2 * np.log(coarse / fine)
-    curved = np.expm1(np.minimum(depth, turn) * -0.5) * (-2 / fine)
-    straight = np.maximum(depth - turn, 0) / coarse
+def _level_of_depth(depth: NDArray[np.float64], min_step: float, max_step: float) -> NDArray[np.int64]:
+    turn = 2 * np.log(max_step / min_step)
+    curved = np.expm1(np.minimum(depth, turn) * -0.5) * (-2 / min_step)
+    straight = np.maximum(depth - turn, 0) / max_step
     level: NDArray[np.int64] = np.rint(np.minimum(curved + straight, LARGEST_LEVEL + 1)).astype(np.int64)
     return level
 
 
-def _depth_of_level(level: NDArray[Any], fine: float, coarse: float) -> NDArray[np.float64]:
-    turn, level_at_turn = 2 * np.log(coarse / fine), 2 / fine - 2 / coarse
-    curved = -2 * np.log1p(-np.minimum(level, level_at_turn) * (fine / 2))
-    depth: NDArray[np.float64] = np.where(level <= level_at_turn, curved, turn + (level - level_at_turn) * coarse)
+def _depth_of_level(level: NDArray[Any], min_step: float, max_step: float) -> NDArray[np.float64]:
+    turn, level_at_turn = 2 * np.log(max_step / min_step), 2 / min_step - 2 / max_step
+    curved = -2 * np.log1p(-np.minimum(level, level_at_turn) * (min_step / 2))
+    depth: NDArray[np.float64] = np.where(level <= level_at_turn, curved, turn + (level - level_at_turn) * max_step)
     return depth
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from switchkd.stores.layout import PARTS, STAT_COLUMNS
+from switchkd.stores.layout import STAT_COLUMNS
 from switchkd.stores.manifest import Manifest
-from switchkd.stores.place import MARKER, Location
 from switchkd.stores.reader import TeacherStore
+from switchkd.stores.storage.base import StoreLocation
+from switchkd.stores.storage.paths import MARKER, PARTS
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 
@@ -17,7 +18,7 @@ QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 class StoreInfo:
     """Facts about a store, whole or not."""
 
-    path: Location
+    path: StoreLocation
     manifest: Manifest
     parts: int
     samples: int  # usable ones in the parts that are there
@@ -33,7 +34,7 @@ class StoreInfo:
         return self.parts == self.manifest.part_count
 
 
-def describe(path: Location) -> StoreInfo:
+def describe(path: StoreLocation) -> StoreInfo:
     """Gather the facts. Raises StoreError: no store there, or a damaged part."""
     store = TeacherStore.open(path)
     parts = store.parts()
@@ -42,7 +43,7 @@ def describe(path: Location) -> StoreInfo:
     positions = sum(store.part_positions(part) for part in parts)
     knees = [store.part_stats(part)[:, STAT_COLUMNS.index("knee")] for part in parts]
     knee = np.concatenate(knees) if knees else np.empty(0)
-    sizes = store.place.sizes()
+    sizes = store.storage.file_sizes()
     chunk_bytes = sum(
         size for name, size in sizes.items() if name.startswith(f"{PARTS}/") and name.rpartition("/")[2] != MARKER
     )

@@ -2,11 +2,8 @@
 
 import hashlib
 import math
-import os
-import socket
 import warnings
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +14,7 @@ VERSION = 1
 
 MANIFEST_KEY = "switchkd"  # attribute of the root group
 PART_KEY = "switchkd_part"  # attribute of a part's group
-PARTS = "parts"
 ID_OF_RANK = "vocab/id_of_rank"
-WRITING = ".writing"  # unfinished parts; never read
 
 OFFSET, DIGEST, STATUS = "samples/offset", "samples/digest", "samples/status"
 GAP, HEIGHT, BOTTOM = "topk/gap", "topk/height", "topk/bottom"
@@ -39,39 +34,14 @@ DIGEST_COLUMNS = ("input_ids", "supervised", "image")
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
 
 
-def part_name(part: int) -> str:
-    """Return the name of part number `part`, as it stands under `parts/`."""
-    return f"{part:05d}"
-
-
-def part_key(part: int) -> str:
-    """Return where part number `part` lies inside a store."""
-    return f"{PARTS}/{part_name(part)}"
-
-
-def part_path(store: Path, part: int) -> Path:
-    """Return the folder of part number `part`."""
-    return store / PARTS / part_name(part)
-
-
 def digest_bytes(data: bytes) -> str:
     """Return the BLAKE2b digest of a file's bytes as the format writes it: 8 bytes, hexadecimal."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def writer_prefix() -> str:
-    """Return HOST-PROCESS of this process, the name of a writer and how its unfinished folders' begin."""
-    return f"{host()}-{os.getpid()}"
-
-
 def now() -> str:
     """Return the time as the format writes it: UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def host() -> str:
-    """Return this machine's name without the separator that names of unfinished folders use."""
-    return socket.gethostname().replace("-", "_")
 
 
 def rank_dtype(vocab_rows: int) -> np.dtype[Any]:

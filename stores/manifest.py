@@ -42,7 +42,7 @@ class Manifest:
 
     payload: str  # "topk", "hidden" or "both"
     top_k: int  # K; 0 without topk
-    fine: float  # the ladder of logits, see codec.py; 0 without topk
+    fine: float  # smallest and largest quantisation step of a logit, see codec.py; 0 without topk
     coarse: float
     hidden_dtype: str  # "" without hidden
     hidden_width: int  # d; 0 without hidden
@@ -121,7 +121,7 @@ class Manifest:
             )
         return cls(**{name: data[name] for name in names})
 
-    def misfits(self, wanted: dict[str, Any]) -> list[str]:
+    def mismatches(self, wanted: dict[str, Any]) -> list[str]:
         """Return one line for each wanted field that this store has otherwise; a dict is compared at the wanted keys."""
         lines = []
         for name, theirs in wanted.items():
@@ -133,9 +133,9 @@ class Manifest:
                 lines.append(f"{word}: store {mine!r}, here {theirs!r}")
         return lines
 
-    def require_same(self, other: "Manifest", where: str) -> None:
+    def check_same(self, other: "Manifest", where: str) -> None:
         """Raise StoreMismatch, naming every field, if `other` has not the identity of this store."""
-        if lines := self.misfits({name: getattr(other, name) for name in _WORDS}):
+        if lines := self.mismatches({name: getattr(other, name) for name in _WORDS}):
             raise StoreMismatch(
                 f"{where} was begun with other settings:\n  " + "\n  ".join(lines) + "\n"
                 "Use the settings it was begun with, or another --out"

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from switchkd.errors import RunError, StoreError
 from switchkd.stores import layout
 from switchkd.stores.manifest import Manifest
-from switchkd.stores.place import MARKER, Place
 from switchkd.stores.shards import Shard
+from switchkd.stores.storage import paths
+from switchkd.stores.storage.base import Storage
+from switchkd.stores.storage.paths import MARKER
 
-REWRITE = (
+DAMAGED_PART_ADVICE = (
     "it was damaged after writing: delete its part's folder and run the same `switchkd cache-teacher` command again"
 )
 _TABLES = (layout.OFFSET, layout.STATUS, layout.DIGEST)
@@ -40,38 +42,40 @@ class Part:
         return found
 
 
-def open_part(place: Place, manifest: Manifest, number: int) -> Part:
+def open_part(storage: Storage, manifest: Manifest, number: int) -> Part:
     """Compare a part's files with its own list, and read its tables.
 
     Raises:
         StoreError: no such part, one of another store, or damage. RunError: an object store cannot be reached.
     """
-    if not place.has_part(number):
-        raise StoreError(f"{place.path} has no part {number}; run the same `switchkd cache-teacher` command again")
-    key = layout.part_key(number)
-    entry, where = _entry(place, key), place.at(key)
+    if not storage.has_part(number):
+        raise StoreError(f"{storage.path} has no part {number}; run the same `switchkd cache-teacher` command again")
+    key = paths.part_key(number)
+    entry, where = _entry(storage, key), storage.uri_of(key)
     samples = len(manifest.part_samples(number))
     if not isinstance(entry, dict) or entry.get("part") != number or entry.get("samples") != samples:
-        raise StoreError(f"{where} is not part {number} of this store ({samples} samples); {REWRITE}")
+        raise StoreError(f"{where} is not part {number} of this store ({samples} samples); {DAMAGED_PART_ADVICE}")
     if entry.get("store") != manifest.identity:
-        raise StoreError(f"{where} was written for another store; {REWRITE}")
+        raise StoreError(f"{where} was written for another store; {DAMAGED_PART_ADVICE}")
     if "files" not in entry:
-        raise StoreError(f"{where} does not list its files; {REWRITE}")
-    arrays = _arrays(place, key, entry["files"], [*_TABLES, *manifest.position_arrays])
-    offset, status, digest = read_whole(place, [arrays.pop(name) for name in _TABLES])
+        raise StoreError(f"{where} does not list its files; {DAMAGED_PART_ADVICE}")
+    arrays = _arrays(storage, key, entry["files"], [*_TABLES, *manifest.position_arrays])
+    offset, status, digest = read_whole(storage, [arrays.pop(name) for name in _TABLES])
     for name, array in arrays.items():
         if len(array) != offset[-1]:
-            raise StoreError(f"{where}: {name} has {len(array)} positions, its samples have {offset[-1]}; {REWRITE}")
+            raise StoreError(
+                f"{where}: {name} has {len(array)} positions, its samples have {offset[-1]}; {DAMAGED_PART_ADVICE}"
+            )
     return Part(arrays, entry, offset, status, digest)
 
 
-def read_whole(place: Place, arrays: Sequence[Shard]) -> list[NDArray[Any]]:
+def read_whole(storage: Storage, arrays: Sequence[Shard]) -> list[NDArray[Any]]:
     """Return all rows of several arrays. Raises as `read_chunks` does."""
-    found = read_chunks(place, [(array, range(array.chunk_count)) for array in arrays])
+    found = read_chunks(storage, [(array, range(array.chunk_count)) for array in arrays])
     return [np.concatenate(chunks)[: len(array)] for array, chunks in zip(arrays, found, strict=True)]
 
 
-def read_chunks(place: Place, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> Iterator[list[NDArray[Any]]]:
+def read_chunks(storage: Storage, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> Iterator[list[NDArray[Any]]]:
     """Yield chunks of one array after another, [chunk_rows, …] each, by their numbers, which rise; all are asked for at once.
 
     Raises:
@@ -81,14 +85,14 @@ def read_chunks(place: Place, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> 
     try:
         # A part's arrays come once for each of its samples; an index is asked for once.
         unknown = {array.key: (array, request) for array, _ in wanted if (request := array.index_request()) is not None}
-        indexes = place.ranges([request for _, request in unknown.values()])
+        indexes = storage.read_ranges([request for _, request in unknown.values()])
         for array, _ in unknown.values():
-            array.take_index(next(indexes)[0])
+            array.set_index(next(indexes)[0])
         entries, requests = [], []
         for array, numbers in wanted:
             entries.append(array.entries(numbers))
             requests.append(array.request(entries[-1]))
-        contents = place.ranges(requests)
+        contents = storage.read_ranges(requests)
         for (array, _), those in zip(wanted, entries, strict=True):
             yield array.chunks(those, next(contents))
     except RunError:
@@ -96,40 +100,42 @@ def read_chunks(place: Place, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> 
     # Each codec has its own way to say that bytes are damaged, and PCodec and Zstd raise what they like; there is nothing else
     # to fail here. A folder's files are opened ahead, so a missing one is named by the error alone.
     except Exception as error:
-        where: Any = getattr(error, "filename", None) or (place.path if array is None else place.at(array.key))
-        raise StoreError(f"{where}: {error}; {REWRITE}") from error
+        where: Any = getattr(error, "filename", None) or (storage.path if array is None else storage.uri_of(array.key))
+        raise StoreError(f"{where}: {error}; {DAMAGED_PART_ADVICE}") from error
 
 
-def _entry(place: Place, part_key: str) -> Any:
+def _entry(storage: Storage, part_key: str) -> Any:
     try:
-        return json.loads(place.read(f"{part_key}/{MARKER}"))["attributes"].get(layout.PART_KEY)
+        return json.loads(storage.read(f"{part_key}/{MARKER}"))["attributes"].get(layout.PART_KEY)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"cannot open {place.at(part_key)}: {error}; {REWRITE}") from error
+        raise StoreError(f"cannot open {storage.uri_of(part_key)}: {error}; {DAMAGED_PART_ADVICE}") from error
 
 
-def _arrays(place: Place, part_key: str, listed: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, Shard]:
+def _arrays(
+    storage: Storage, part_key: str, listed: dict[str, dict[str, Any]], names: Sequence[str]
+) -> dict[str, Shard]:
     """Check a part's files and open its arrays."""
     # A shard that is not there reads as fill values without an error, so the files are counted first.
-    sizes = place.sizes(part_key)
+    sizes = storage.file_sizes(part_key)
     for name, expected in listed.items():
         if sizes.get(name) != expected.get("bytes"):
             found = f"{sizes[name]} bytes" if name in sizes else "nothing"
-            where = place.at(f"{part_key}/{name}")
-            raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {REWRITE}")
+            where = storage.uri_of(f"{part_key}/{name}")
+            raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {DAMAGED_PART_ADVICE}")
     # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
     metadata = [name for name in listed if name.rpartition("/")[2] == MARKER]
-    contents = place.each(place.read, [f"{part_key}/{name}" for name in metadata])
+    contents = storage.map(storage.read, [f"{part_key}/{name}" for name in metadata])
     for name, content in zip(metadata, contents, strict=True):
         if layout.digest_bytes(content) != listed[name].get("blake2b"):
-            raise StoreError(f"{place.at(f'{part_key}/{name}')} is not what was written; {REWRITE}")
+            raise StoreError(f"{storage.uri_of(f'{part_key}/{name}')} is not what was written; {DAMAGED_PART_ADVICE}")
     found_at = {f"{part_key}/{name}": size for name, size in sizes.items()}
     described = dict(zip(metadata, contents, strict=True))
     arrays = {}
     for name in names:
         if f"{name}/{MARKER}" not in described:
-            raise StoreError(f"{place.at(part_key)} has no array {name}; {REWRITE}")
+            raise StoreError(f"{storage.uri_of(part_key)} has no array {name}; {DAMAGED_PART_ADVICE}")
         try:
             arrays[name] = Shard(f"{part_key}/{name}", described[f"{name}/{MARKER}"], found_at)
         except ValueError as error:
-            raise StoreError(f"{place.at(part_key)}: {error}; {REWRITE}") from error
+            raise StoreError(f"{storage.uri_of(part_key)}: {error}; {DAMAGED_PART_ADVICE}") from error
     return arrays

@@ -51,7 +51,7 @@ class Payload:
         return Payload(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})
 
 
-def unfilled(manifest: Manifest, positions: int) -> Payload:
+def empty_payload(manifest: Manifest, positions: int) -> Payload:
     """Return a payload with the arrays that a store of this manifest has, their contents still to be written."""
     return Payload(
         stats=np.empty((positions, len(STAT_COLUMNS)), np.float32),

@@ -14,18 +14,21 @@ from switchkd.errors import RunError, StoreError, StoreMismatch
 from switchkd.stores import layout
 from switchkd.stores.codec import decode_hidden, decode_topk
 from switchkd.stores.manifest import Manifest
-from switchkd.stores.part import REWRITE, Part, open_part, read_chunks, read_whole
-from switchkd.stores.payload import Payload, unfilled
-from switchkd.stores.place import MARKER, Location, place_of
+from switchkd.stores.part import DAMAGED_PART_ADVICE, Part, open_part, read_chunks, read_whole
+from switchkd.stores.payload import Payload, empty_payload
 from switchkd.stores.shards import Shard
+from switchkd.stores.storage import paths
+from switchkd.stores.storage.base import StoreLocation
+from switchkd.stores.storage.open import open_storage
+from switchkd.stores.storage.paths import MARKER
 
 _RECREATE = "it was damaged after writing: restore it, or delete the store and cache again"
-UNPACKED_TOGETHER = 256  # positions: with fewer at a time, calling numpy costs more than what it does
+MIN_DECODE_POSITIONS = 256  # positions: with fewer at a time, calling numpy costs more than what it does
 
 _Span = tuple[int, int, int]  # a part, and where a run of its positions begins and ends
 _Key = tuple[int, int, int]  # a part, the rows of a chunk, and the chunk's number
 _Chunks = dict[str, NDArray[Any]]  # of all arrays with chunks of so many rows: [rows, …], as they are stored
-_ON_ITS_WAY: _Chunks = {}
+_PENDING: _Chunks = {}
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class TeacherStore:
         RunError: an object store cannot be reached, at any touch.
     """
 
-    def __init__(self, path: Location, cache_bytes: int = 256 << 20) -> None:
-        self.place = place_of(path)
-        self.path = self.place.path
+    def __init__(self, path: StoreLocation, cache_bytes: int = 256 << 20) -> None:
+        self.storage = open_storage(path)
+        self.path = self.storage.path
         self.cache_bytes = cache_bytes
         self.manifest = read_manifest(self.path)
         self.id_of_rank = self._read_rank_table()
@@ -63,7 +66,7 @@ class TeacherStore:
         self._cache: LRUCache[_Key, _Chunks] = LRUCache(cache_bytes, getsizeof=_nbytes)
 
     @classmethod
-    def open(cls, path: Location) -> "TeacherStore":
+    def open(cls, path: StoreLocation) -> "TeacherStore":
         """Open a store, or the only one in a folder (or below a URL) of stores.
 
         Raises:
@@ -101,13 +104,13 @@ class TeacherStore:
             IndexError: no such sample. StoreError, RunError: see above.
         """
         places = [self._locate(index) for index in indices]
-        self.place.each(self._part, {number for number, _ in places} - self._parts.keys())
+        self.storage.map(self._part, {number for number, _ in places} - self._parts.keys())
         every = ((number, *self._parts[number].offset[row : row + 2].tolist()) for number, row in places)
         spans: list[_Span] = [(number, begin, end) for number, begin, end in every if begin < end]
         counts = [end - begin for _, begin, end in spans]
-        joined = unfilled(self.manifest, sum(counts))
+        joined = empty_payload(self.manifest, sum(counts))
         pieces, done = self._pieces(spans), 0
-        for run in _runs(counts, UNPACKED_TOGETHER):
+        for run in _runs(counts, MIN_DECODE_POSITIONS):
             taken = list(islice(pieces, len(counts[run])))
             rows = {name: np.concatenate([array for each in taken for array in each[name]]) for name in taken[0]}
             begin, done = done, done + sum(counts[run])
@@ -122,10 +125,10 @@ class TeacherStore:
 
     def parts(self) -> list[int]:
         """Return the numbers of the parts that are there."""
-        there = self.place.parts()
-        return [part for part in range(self.manifest.part_count) if layout.part_name(part) in there]
+        there = self.storage.parts()
+        return [part for part in range(self.manifest.part_count) if paths.part_name(part) in there]
 
-    def require_whole(self) -> None:
+    def check_complete(self) -> None:
         """Raise StoreError unless every part is there."""
         there = len(self.parts())
         if there < self.manifest.part_count:
@@ -136,7 +139,7 @@ class TeacherStore:
 
     def statuses(self) -> NDArray[np.uint8]:
         """Return the status of every sample of a whole store, [samples] uint8."""
-        return np.concatenate(self.place.each(self.part_statuses, range(self.manifest.part_count)))
+        return np.concatenate(self.storage.map(self.part_statuses, range(self.manifest.part_count)))
 
     def part_statuses(self, part: int) -> NDArray[np.uint8]:
         """Return the status of every sample of one part, [n] uint8."""
@@ -153,8 +156,8 @@ class TeacherStore:
     def part_payload(self, part: int) -> Payload:
         """Return the payload of all positions of one part; not cached."""
         arrays = self._part(part).arrays
-        rows = dict(zip(arrays, read_whole(self.place, list(arrays.values())), strict=True))
-        found = unfilled(self.manifest, self.part_positions(part))
+        rows = dict(zip(arrays, read_whole(self.storage, list(arrays.values())), strict=True))
+        found = empty_payload(self.manifest, self.part_positions(part))
         self._unpack(rows, [part], found)
         return found
 
@@ -164,11 +167,11 @@ class TeacherStore:
 
     def part_stats(self, part: int) -> NDArray[np.float32]:
         """Return the statistics of all positions of one part, [P, 5]."""
-        return read_whole(self.place, [self._part(part).arrays[layout.STATS]])[0]
+        return read_whole(self.storage, [self._part(part).arrays[layout.STATS]])[0]
 
     def _part(self, number: int) -> Part:
         if number not in self._parts:
-            self._parts[number] = open_part(self.place, self.manifest, number)
+            self._parts[number] = open_part(self.storage, self.manifest, number)
         return self._parts[number]
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -189,15 +192,15 @@ class TeacherStore:
                 for at in range(begin // size, -(-end // size)):
                     key = number, size, at
                     if key not in known:
-                        known[key] = kept = self._cache.get(key, _ON_ITS_WAY)
-                        if kept is _ON_ITS_WAY:
+                        known[key] = kept = self._cache.get(key, _PENDING)
+                        if kept is _PENDING:
                             missing.append(key)
                 if missing:
                     plan.append((names, missing))
                     numbers = [at for _, _, at in missing]
                     requests += [(part.arrays[name], numbers) for name in names]
             plans.append(plan)
-        coming = read_chunks(self.place, requests)
+        coming = read_chunks(self.storage, requests)
         for (number, begin, end), plan in zip(spans, plans, strict=True):
             for names, keys in plan:
                 for key, *chunks in zip(keys, *islice(coming, len(names)), strict=True):
@@ -227,19 +230,19 @@ class TeacherStore:
             try:
                 decode_topk(*packed, self._ids, manifest.fine, manifest.coarse, (out.ids, out.logits))
             except ValueError as error:
-                where = " or ".join(str(self.place.at(layout.part_key(part))) for part in sorted(set(parts)))
-                raise StoreError(f"{where}: {error}; {REWRITE}") from error
+                where = " or ".join(str(self.storage.uri_of(paths.part_key(part))) for part in sorted(set(parts)))
+                raise StoreError(f"{where}: {error}; {DAMAGED_PART_ADVICE}") from error
         if out.hidden is not None:
             decode_hidden(rows[layout.STATE], rows.get(layout.SCALE), manifest.hidden_dtype, out.hidden)
 
     def _read_rank_table(self) -> NDArray[np.uint32]:
         try:
-            table: NDArray[np.uint32] = self.place.load(layout.ID_OF_RANK)
+            table: NDArray[np.uint32] = self.storage.read_array(layout.ID_OF_RANK)
         except RunError:
             raise
         # Each codec has its own way to say that bytes are damaged; there is nothing else to fail here.
         except Exception as error:
-            raise StoreError(f"{self.place.at(layout.ID_OF_RANK)}: {error}; {_RECREATE}") from error
+            raise StoreError(f"{self.storage.uri_of(layout.ID_OF_RANK)}: {error}; {_RECREATE}") from error
         # A chunk that is not there reads as zeros without an error.
         if not np.array_equal(np.sort(table), np.arange(self.manifest.vocab_rows)):
             raise StoreError(
@@ -262,21 +265,21 @@ def _runs(counts: Sequence[int], least: int) -> Iterator[slice]:
             begin, total = at, 0
 
 
-def read_manifest(path: Location) -> Manifest:
+def read_manifest(path: StoreLocation) -> Manifest:
     """Read a store's manifest.
 
     Raises:
         StoreError: no store there, not a store, or a newer format. RunError: an object store cannot be reached.
     """
     try:
-        attributes = json.loads(place_of(path).read(MARKER).decode())["attributes"]
+        attributes = json.loads(open_storage(path).read(MARKER).decode())["attributes"]
         data = attributes.get(layout.MANIFEST_KEY)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is not a teacher store: {error}") from None
     return Manifest.from_attributes(data, str(path))
 
 
-def pick_store(path: Location, wanted: dict[str, Any]) -> TeacherStore:
+def pick_store(path: StoreLocation, wanted: dict[str, Any]) -> TeacherStore:
     """Open the store at `path`, or the one in that folder, or below that URL, whose manifest fits.
 
     Args:
@@ -286,19 +289,19 @@ def pick_store(path: Location, wanted: dict[str, Any]) -> TeacherStore:
         StoreMismatch: the store does not fit, none of them fits, or several do; lists what was seen.
         StoreError: no store there.
     """
-    misfits = {store: read_manifest(store).misfits(wanted) for store in _stores_at(path)}
-    fitting = [store for store, lines in misfits.items() if not lines]
+    mismatches = {store: read_manifest(store).mismatches(wanted) for store in _stores_at(path)}
+    fitting = [store for store, lines in mismatches.items() if not lines]
     if len(fitting) == 1:
         return TeacherStore(fitting[0])
     if fitting:
         raise StoreMismatch(f"{len(fitting)} stores in {path} fit, name one: " + ", ".join(map(str, fitting)))
-    seen = "\n".join(f"{store}\n  " + "\n  ".join(lines) for store, lines in misfits.items())
+    seen = "\n".join(f"{store}\n  " + "\n  ".join(lines) for store, lines in mismatches.items())
     raise StoreMismatch(f"no store fits this run:\n{seen}\nTrain with what the store was made with, or cache again")
 
 
-def _stores_at(path: Location) -> list[Location]:
+def _stores_at(path: StoreLocation) -> list[StoreLocation]:
     """Return `path` itself if it is a store, else the stores directly inside it; StoreError if there is none."""
-    found = place_of(path).stores()
+    found = open_storage(path).stores()
     if not found:
         raise StoreError(f"no teacher store at {path}; `switchkd cache-teacher --out {path}/NAME.zarr` makes one")
     return found

@@ -18,7 +18,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from pcodec.standalone import simple_decompress
 
-from switchkd.stores.place import Request
+from switchkd.stores.storage.base import Request
 
 _EMPTY = int(np.iinfo(np.uint64).max)  # in an index: this inner chunk holds nothing but the fill value
 _CHECKSUM = 4  # bytes of a crc32c
@@ -44,7 +44,7 @@ class Description:
 
     @classmethod
     def parse(cls, key: str, metadata: bytes) -> "Description":
-        """Read an array's zarr.json; `key` is the array's place, for messages."""
+        """Read an array's zarr.json; `key` is where the array lies, for messages."""
         try:
             data = json.loads(metadata)
             shape, dtype = tuple(data["shape"]), np.dtype(data["data_type"])
@@ -96,8 +96,8 @@ def encode_shard(description: Description, values: NDArray[Any]) -> bytes | None
 class Shard:
     """An array of a part, to be read by chunks of `chunk_rows` rows.
 
-    Says which bytes of its file it needs and makes chunks of them; `Place.ranges` brings them, for many arrays at once. The bytes
-    of its index come first, if `index_request` asks for them.
+    Says which bytes of its file it needs and makes chunks of them; `Storage.read_ranges` brings them,
+    for many arrays at once. The bytes of its index come first, if `index_request` asks for them.
 
     Args:
         key: the array's, inside the store. metadata: the contents of its zarr.json.
@@ -139,7 +139,7 @@ class Shard:
             return None
         return self._file, [(self._size - self._about.index_bytes, self._size)]
 
-    def take_index(self, data: bytes) -> None:
+    def set_index(self, data: bytes) -> None:
         """Take what `index_request` asked for."""
         self._index = np.frombuffer(_checked(data), "<u8").reshape(self.chunk_count, math.prod(self._about.grid[1:]), 2)
 

@@ -10,8 +10,10 @@ from statistics import median
 from switchkd.errors import StoreError
 from switchkd.stores import layout
 from switchkd.stores.manifest import Manifest
-from switchkd.stores.place import MARKER, Location
 from switchkd.stores.reader import TeacherStore
+from switchkd.stores.storage import paths
+from switchkd.stores.storage.base import StoreLocation
+from switchkd.stores.storage.paths import MARKER
 
 PAUSE = 10.0  # so many times the usual time between two commits end a stretch of work
 SHORTEST_PAUSE_SECONDS = 60.0
@@ -31,7 +33,7 @@ class WriterStatus:
 class StoreStatus:
     """Progress of a store; times are by the writers' clocks."""
 
-    path: Location
+    path: StoreLocation
     manifest: Manifest
     done: list[int]
     missing: list[int]
@@ -51,7 +53,7 @@ class StoreStatus:
         return left / self.samples_per_second if self.samples_per_second else None
 
 
-def status(path: Location) -> StoreStatus:
+def status(path: StoreLocation) -> StoreStatus:
     """Read what every part says about itself: one small file each.
 
     Raises:
@@ -61,7 +63,7 @@ def status(path: Location) -> StoreStatus:
     store = TeacherStore.open(path)
     done = store.parts()
     there = set(done)
-    commits = sorted(store.place.each(lambda part: _commit(store, part), done), key=lambda commit: commit.at)
+    commits = sorted(store.storage.map(lambda part: _commit(store, part), done), key=lambda commit: commit.at)
     by_writer: dict[str, list[_Commit]] = defaultdict(list)
     for commit in commits:
         by_writer[commit.by].append(commit)
@@ -95,15 +97,15 @@ class _Commit:
 
 
 def _commit(store: TeacherStore, part: int) -> _Commit:
-    key = f"{layout.part_key(part)}/{MARKER}"
+    key = f"{paths.part_key(part)}/{MARKER}"
     try:
-        entry = json.loads(store.place.read(key))["attributes"][layout.PART_KEY]
+        entry = json.loads(store.storage.read(key))["attributes"][layout.PART_KEY]
         written = entry["written"]
         at = datetime.fromisoformat(written["at"]).astimezone(UTC)
         return _Commit(str(written["by"]), at, int(entry["samples"]), int(entry["positions"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"{store.place.at(key)} does not say who wrote the part ({error!r}): run `switchkd store verify`"
+            f"{store.storage.uri_of(key)} does not say who wrote the part ({error!r}): run `switchkd store verify`"
         ) from error
 
 

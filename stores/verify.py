@@ -12,8 +12,10 @@ from switchkd.stores import layout
 from switchkd.stores.codec import STAT_STEPS
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
-from switchkd.stores.place import MARKER, Place
 from switchkd.stores.reader import TeacherStore
+from switchkd.stores.storage import paths
+from switchkd.stores.storage.base import Storage
+from switchkd.stores.storage.paths import MARKER
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def repair(store: TeacherStore) -> list[int]:
     dropped = []
     for part, findings in verify(store):
         if findings:
-            store.place.remove_part(part)
+            store.storage.remove_part(part)
             dropped.append(part)
     return dropped
 
@@ -55,19 +57,19 @@ def repair(store: TeacherStore) -> list[int]:
 def _problems(store: TeacherStore, part: int) -> Iterator[str]:
     try:
         entry = store.part_entry(part)
-        yield from _file_problems(store.place, layout.part_key(part), entry["files"])
+        yield from _file_problems(store.storage, paths.part_key(part), entry["files"])
         yield from _table_problems(store, part)
         yield from _payload_problems(store.part_payload(part), store.manifest)
     except StoreError as error:
         yield str(error)
 
 
-def _file_problems(place: Place, part_key: str, listed: dict[str, dict[str, object]]) -> Iterator[str]:
+def _file_problems(storage: Storage, part_key: str, listed: dict[str, dict[str, object]]) -> Iterator[str]:
     for name, expected in listed.items():
-        if layout.digest_bytes(place.read(f"{part_key}/{name}")) != expected["blake2b"]:
-            yield f"{place.at(f'{part_key}/{name}')} is not what was written: its digest differs"
-    for extra in sorted(place.sizes(part_key).keys() - listed.keys() - {MARKER}):
-        yield f"{place.at(f'{part_key}/{extra}')} does not belong to the part"
+        if layout.digest_bytes(storage.read(f"{part_key}/{name}")) != expected["blake2b"]:
+            yield f"{storage.uri_of(f'{part_key}/{name}')} is not what was written: its digest differs"
+    for extra in sorted(storage.file_sizes(part_key).keys() - listed.keys() - {MARKER}):
+        yield f"{storage.uri_of(f'{part_key}/{extra}')} does not belong to the part"
 
 
 def _table_problems(store: TeacherStore, part: int) -> Iterator[str]:

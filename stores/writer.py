@@ -1,4 +1,4 @@
-"""Writing a store: created once, filled part by part, each part visible by one act of its place: a rename, or a last object.
+"""Writing a store: created once, filled part by part, each part visible by one act of its storage, a rename or a last object.
 
 No lock and no coordinator: sample i belongs to part i // part_size, a part is written beside its place and committed to it, and
 whoever comes second with the same part finds it there and drops its own. A killed writer loses its unfinished part only.
@@ -23,9 +23,12 @@ from switchkd.stores import layout
 from switchkd.stores.codec import encode_hidden, encode_topk, invert, round_stats
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
-from switchkd.stores.place import MARKER, Files, Location, place_of
 from switchkd.stores.reader import TeacherStore, read_manifest
 from switchkd.stores.shards import Description, encode_shard
+from switchkd.stores.storage import paths
+from switchkd.stores.storage.base import Files, StoreLocation
+from switchkd.stores.storage.open import open_storage
+from switchkd.stores.storage.paths import MARKER
 
 
 @dataclass(frozen=True)
@@ -52,32 +55,32 @@ class StoreWriter:
         RunError: an object store cannot be reached.
     """
 
-    def __init__(self, path: Location, manifest: Manifest, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
-        self._place = place_of(path)
-        self.path = self._place.path
+    def __init__(self, path: StoreLocation, manifest: Manifest, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
+        self._storage = open_storage(path)
+        self.path = self._storage.path
         self.manifest = manifest
         self.written_bytes = 0  # by this writer, in committed parts
-        if not self._place.exists():
+        if not self._storage.exists():
             self._create(id_of_rank)
-        read_manifest(self.path).require_same(manifest, str(self.path))
+        read_manifest(self.path).check_same(manifest, str(self.path))
         self._rank_of_id = invert(TeacherStore(self.path).id_of_rank)
-        self._place.sweep()
+        self._storage.remove_stale()
 
     def missing_parts(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
         """Return the parts still to be written by worker i of n: i, i + n, … without those that are there."""
         index, count = shard
-        there = self._place.parts()
-        return [part for part in range(index, self.manifest.part_count, count) if layout.part_name(part) not in there]
+        there = self._storage.parts()
+        return [part for part in range(index, self.manifest.part_count, count) if paths.part_name(part) not in there]
 
     def has_part(self, part: int) -> bool:
         """Whether a part has been committed."""
-        return self._place.has_part(part)
+        return self._storage.has_part(part)
 
     def write_part(self, part: int, arrays: PartArrays) -> bool:
         """Write and commit one part; returns False if another writer committed it first.
 
         Raises:
-            RunError: the disk is full, the place cannot be written or reached, or the payload holds what the codec cannot;
+            RunError: the disk is full, the storage cannot be written or reached, or the payload holds what the codec cannot;
                 nothing committed is touched.
         """
         if self.has_part(part):
@@ -89,7 +92,7 @@ class StoreWriter:
         try:
             with _interruptions_held():
                 files = self._part_files(part, data)
-                committed = self._place.commit_part(part, files)
+                committed = self._storage.commit_part(part, files)
         except OSError as error:
             done = self.manifest.part_count - len(self.missing_parts())
             raise RunError(
@@ -143,7 +146,7 @@ class StoreWriter:
             "store": self.manifest.identity,
             "samples": len(data[layout.STATUS]),
             "positions": len(data[layout.STATS]),
-            "written": {"by": layout.writer_prefix(), "at": layout.now()},
+            "written": {"by": paths.writer_prefix(), "at": layout.now()},
             "files": {
                 name: {"bytes": len(content), "blake2b": layout.digest_bytes(content)}
                 for name, content in sorted(files.items())
@@ -154,11 +157,11 @@ class StoreWriter:
     def _create(self, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
         table, buffers = id_of_rank().astype(np.uint32), dict[str, Buffer]()
         root = zarr.create_group(MemoryStore(buffers), attributes={layout.MANIFEST_KEY: self.manifest.as_attributes()})
-        root.create_group(layout.PARTS)
+        root.create_group(paths.PARTS)
         codecs: dict[str, Any] = {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
         root.create_array(layout.ID_OF_RANK, data=table, chunks=table.shape, **codecs)
         try:
-            self._place.commit_store(_contents(buffers))
+            self._storage.commit_store(_contents(buffers))
         except OSError as error:
             raise StoreError(f"cannot create {self.path}: {error}") from error
 

@@ -49,7 +49,7 @@ class RunError(SwitchKDError, RuntimeError):
     """The run failed after it had started."""
 
 
-def own_words(error: BaseException) -> str:
+def original_message(error: BaseException) -> str:
     """Return the message of an error; one that a DataLoader worker raised comes wrapped in its traceback."""
     text = str(error)
     return text.rpartition(f"{type(error).__name__}: ")[2].strip() if "Original Traceback" in text else text

@@ -163,7 +163,7 @@ def test_a_full_disk_is_a_failed_run(place, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("switchkd.stores.place.Folder.commit_part", full)
+        patch.setattr("switchkd.stores.storage.local.LocalStorage.commit_part", full)
         done = cache(place)
     assert done.exit_code == 1
     assert "No space left on device. The 0 parts written so far are whole" in done.output
@@ -187,7 +187,9 @@ def test_out_of_memory_advises(place, monkeypatch):
     def exhausted(*_, **__):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr("switchkd.pipelines.backend_transformers.TransformersBackend.capture", exhausted)
+    monkeypatch.setattr(
+        "switchkd.pipelines.capture.backends.transformers_backend.TransformersBackend.capture", exhausted
+    )
     done = cache(place)
     assert done.exit_code == 1
     assert "out of memory: lower --batch-size" in done.output

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from docs_pages import ROOT
+from docs_pages import ROOT, build_site
 
 DOCS = ROOT / "docs"
 MADE_AT_BUILD = {"store-format.md"}  # docs/site/hooks.py adds stores/README.md under this name
@@ -32,14 +32,6 @@ def test_the_page_of_commands_is_current():
     code = "import runpy; print(runpy.run_path('docs/site/commands.py')['page'](), end='')"
     made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert made == (DOCS / "commands.md").read_text(encoding="utf-8"), "docs/commands.md is old: run `make commands`"
-
-
-def build_site(out):
-    """Build the site into a folder; a warning of MkDocs is an error."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def place(tmp_path_factory, teacher, student):
 def bin_folder(tmp_path_factory):
     """A folder for PATH with a `switchkd` and a `python` that start at once."""
     folder = tmp_path_factory.mktemp("bin")
-    warm, door = Path(__file__).parent / "warm_switchkd.py", folder / "socket"
+    warm, door = Path(__file__).parent / "helpers/warm_switchkd.py", folder / "socket"
     for program in ("switchkd", "python"):
         script = folder / program
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SE "{warm}" "{door}" {program} "$@"\n')
@@ -90,7 +90,7 @@ def run_page(page: Path, folder: Path, bin_folder: Path, slow: bool) -> None:
             told = f"{done.stdout}\n{done.stderr}"[-3000:]
             pytest.fail(
                 f"{block} ends with {done.returncode}:\n\n{block.content}\n{told}\n"
-                "Mend the block, or mark it: <!-- not run: REASON --> before its fence (tests/docs_pages.py)",
+                "Mend the block, or mark it: <!-- not run: REASON --> before its fence (tests/helpers/docs_pages.py)",
                 pytrace=False,
             )
 

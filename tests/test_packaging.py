@@ -77,16 +77,19 @@ def test_pins_satisfy_the_ranges():
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), requirement
 
 
-def test_the_readme_shows_the_tree_as_it_is():
-    readme = (ROOT / "README.md").read_text()
-    shown = set(re.findall(r"^ {4}((?:switchkd|stores|pipelines|cli)/[\w/]+\.py|\S+/)\s", readme, re.MULTILINE))
-    for folder in FOLDERS:
-        for path in (ROOT / folder).glob("*.py"):
-            if path.name != "__init__.py":
-                name = f"{folder}/{path.name}"
-                assert name in shown, f"the README's tree lacks {name}"
-    for name in shown:
-        assert (ROOT / name).exists(), f"the README's tree shows {name}, which is not there"
+def test_contributing_shows_the_tree_as_it_is():
+    """Every folder of the package with a line on what it holds, and no other; every file that the table names."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    shown = set(re.findall(r"^ {4}(\S+/)\s+\S", text, re.MULTILINE))
+    there = {
+        f"{path.parent.relative_to(ROOT)}/"
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        if any(file.name != "__init__.py" for file in path.parent.glob("*.py"))
+    }
+    assert shown == there | {"benchmarks/", "docs/", "tests/"}
+    for name in re.findall(r"`((?:switchkd|stores|pipelines|cli)/[\w/.]*)`", text):
+        assert (ROOT / name).exists(), f"CONTRIBUTING.md names {name}, which is not there"
 
 
 def test_the_readme_names_every_command_and_extra():

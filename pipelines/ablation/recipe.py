@@ -1,0 +1,326 @@
+"""Recipes of ablations: a YAML file that says which students to train in how many ways, and what each way is.
+
+    title: …                     one line for `switchkd ablate --list`
+    base: NAME                   another recipe, whose entries hold where this one has none
+    variables: {NAME: meaning}   what `--set NAME=VALUE` must give; written ${NAME} below, ${workdir} is always there
+    defaults: {NAME: value}      what `--set` may change
+    notes: …                     printed below the table
+    easy_vqa: …                  makes data and tiny models below ${workdir}, see `small_models.py`
+    teachers, students: {NAME: checkpoint folder, or with easy_vqa what to make}
+    stages: {all, pt, dpt, sft, dft: options of `switchkd train`}; dpt takes those of pt and its own, dft those of sft
+    cache: options of `switchkd cache-teacher`; one store per teacher and distilled stage
+    evaluate: options of `switchkd eval`
+    matrix: axes (objective, switch, scheme, teacher, student, seed), each a value or a list; or a list of such mappings
+
+A cell is one point of the matrix. Points that are the same run are one cell: without a distilled stage nothing is left of teacher,
+objective and switch; "sft" turns distilled stages into plain ones; llava-kd and align-kd have no switch, and run the teacher live.
+"""
+
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkd.errors import ConfigError
+from switchkd.losses.baselines import BASELINES
+from switchkd.losses.objective import OBJECTIVES
+from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.evaluation.exact_match import EvalOptions
+from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.stages import STAGES
+
+SHIPPED = Path(__file__).parent / "recipes"
+AXES = ("student", "scheme", "objective", "switch", "teacher", "seed")
+DISTILLED = {"dpt": "pt", "dft": "sft"}  # stage with a teacher → the same without
+_KEYS = {
+    "title",
+    "base",
+    "variables",
+    "defaults",
+    "notes",
+    "easy_vqa",
+    "teachers",
+    "students",
+    "stages",
+    "cache",
+    "evaluate",
+    "matrix",
+}
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+# Options that a recipe's cells decide.
+_DECIDED = {
+    TrainOptions: {"student", "output", "teacher", "cache", "stage", "objective", "switch", "seed"},
+    CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "image_mode", "shard"},
+    EvalOptions: {"model", "output"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train one student."""
+
+    student: str
+    scheme: str  # names of stages with "-" between
+    objective: str = "sft"
+    switch: bool = False
+    teacher: str | None = None
+    seed: int = 0
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages of the scheme in order."""
+        return self.scheme.split("-")
+
+    def __str__(self) -> str:
+        words = [self.student, self.scheme, self.objective, "switch" if self.switch else "", self.teacher or ""]
+        return ", ".join([*filter(None, words), f"seed {self.seed}"])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe with every variable filled in, and no more of it than its cells need."""
+
+    name: str
+    title: str
+    notes: str
+    cells: tuple[Cell, ...]
+    teachers: Mapping[str, Any]
+    students: Mapping[str, Any]
+    stages: Mapping[str, Mapping[str, Any]]  # stage → options of TrainOptions
+    cache: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    easy_vqa: Mapping[str, Any] | None
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Return the recipes that come with the package: name → title. Those that are only a base of others are left out."""
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(SHIPPED.glob("*.yaml"))}
+    return {name: content["title"] for name, content in found.items() if "matrix" in content}
+
+
+def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -> Recipe:
+    """Read a shipped recipe by name, or a recipe file.
+
+    Args:
+        settings: variable → value as YAML text. workdir: what ${workdir} stands for.
+
+    Raises:
+        ConfigError: no such recipe, or whatever is wrong with it; names the entry.
+    """
+    path = SHIPPED / f"{name_or_path}.yaml"
+    path = path if path.is_file() else Path(name_or_path)
+    content = _read_with_base(path, ())
+    if "matrix" not in content:
+        raise ConfigError(f"recipe {path} has no matrix, so nothing to run; it serves as a base of others")
+    fill = _Fill(_variables(path, content, settings) | {"workdir": str(workdir)})
+    matrix = fill(content["matrix"])
+    fill.require_all(path, content)
+    cells = _cells(matrix, content, path)
+    given = content.get("stages", {})
+    _require_known("stages", given, {"all", *STAGES}, path)
+    teachers = {name: fill(content["teachers"][name]) for name in _used(cell.teacher for cell in cells)}
+    students = {name: fill(content["students"][name]) for name in _used(cell.student for cell in cells)}
+    trained = {
+        (name, stage): options for name, teacher in teachers.items() for stage, options in _training(teacher, path)
+    }
+    names = _used([*(stage for cell in cells for stage in cell.stages), *(stage for _, stage in trained)])
+    stages = {name: fill(_stage(given, name)) for name in names}
+    cache, evaluation = fill(content.get("cache", {})), fill(content.get("evaluate", {}))
+    easy_vqa = fill(content["easy_vqa"]) if "easy_vqa" in content else None
+    notes = str(fill(content.get("notes", "")))
+    fill.require_all(path, content)
+    for entry, options in [*((f"stages: {name}", stages[name]) for name in names), ("evaluate", evaluation)]:
+        if "data" not in options:
+            raise ConfigError(f"recipe {path}: {entry} gives no data file")
+    for (name, stage), options in trained.items():
+        teachers[name]["train"][stage] = _options(
+            TrainOptions, stages[stage] | options, f"teachers: {name}: train: {stage}", path
+        )
+    return Recipe(
+        name=path.stem,
+        title=str(content.get("title", path.stem)),
+        notes=notes,
+        cells=cells,
+        teachers=teachers,
+        students=students,
+        stages={name: _options(TrainOptions, stages[name], f"stages: {name}", path) for name in names},
+        cache=_options(CacheOptions, cache, "cache", path),
+        evaluate=_options(EvalOptions, evaluation, "evaluate", path),
+        easy_vqa=easy_vqa,
+    )
+
+
+def _used(names: Iterable[str | None]) -> list[str]:
+    """Return the names that are there, each once, in order."""
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _training(teacher: Any, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the stages that make a teacher which the recipe trains, with their own options."""
+    stages = teacher.get("train", {}) if isinstance(teacher, dict) else {}
+    if not isinstance(stages, dict) or not all(isinstance(options, dict) for options in stages.values()):
+        raise ConfigError(f"recipe {path}: teachers: train should hold the options of pt and sft, found {stages!r}")
+    _require_known("teachers: train", stages, set(DISTILLED.values()), path)
+    return list(stages.items())
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise ConfigError(f"recipe {path} is its own base")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(shipped_recipes())
+        raise ConfigError(f"no recipe {str(path)!r}: pass a YAML file, or one of {names}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path} should hold entries by name, found {type(content).__name__}")
+    _require_known("a recipe", content, _KEYS, path)
+    for key in _KEYS - {"title", "base", "notes", "matrix"}:
+        if key in content and not isinstance(content[key], dict):
+            raise ConfigError(f"recipe {path}: {key} should hold entries by name, found {content[key]!r}")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    shipped = SHIPPED / f"{base}.yaml"
+    return _merged(_read_with_base(shipped if shipped.is_file() else path.parent / base, (*seen, path)), content)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = key != "matrix" and isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _require_known(what: str, found: Iterable[Any], known: set[str], path: Path) -> None:
+    if unknown := sorted({str(name) for name in found} - known):
+        raise ConfigError(f"recipe {path}: {what} has no {unknown[0]!r}; there are {', '.join(sorted(known))}")
+
+
+def _variables(path: Path, content: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
+    needed, values = content.get("variables", {}), dict(content.get("defaults", {}))
+    for name, text in settings.items():
+        if name not in needed and name not in values:
+            known = ", ".join([*needed, *values]) or "none"
+            raise ConfigError(f"recipe {path} has no variable {name!r}; there are {known}")
+        values[name] = yaml.safe_load(text)
+    return values
+
+
+class _Fill:
+    """Replaces ${NAME} in every text of an entry; a text that is nothing else takes the value as it is, a list or a number."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+        self.missing: dict[str, None] = {}
+
+    def __call__(self, entry: Any) -> Any:
+        if isinstance(entry, Mapping):
+            return {name: self(value) for name, value in entry.items()}
+        if isinstance(entry, list):
+            return [self(value) for value in entry]
+        if not isinstance(entry, str):
+            return entry
+        names = _VARIABLE.findall(entry)
+        if unknown := [name for name in names if name not in self.values]:
+            self.missing |= dict.fromkeys(unknown)
+            return entry
+        if len(names) == 1 and entry == f"${{{names[0]}}}":
+            return self.values[names[0]]
+        return _VARIABLE.sub(lambda found: str(self.values[found[1]]), entry)
+
+    def require_all(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Raise ConfigError if a variable that was met has no value; names all of them."""
+        if not self.missing:
+            return
+        meanings = content.get("variables", {})
+        lines = [f"\n  --set {name}=…" + (f"  ({meanings[name]})" if name in meanings else "") for name in self.missing]
+        raise ConfigError(f"recipe {path} also needs:{''.join(lines)}")
+
+
+def _stage(given: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    options = dict(given.get("all", {}))
+    for name in (DISTILLED.get(stage), stage):
+        options |= given.get(name, {}) if name else {}
+    return options
+
+
+def _cells(matrix: Any, content: Mapping[str, Any], path: Path) -> tuple[Cell, ...]:
+    """Expand the matrix; equal runs are one cell, in the order of their first appearance."""
+    cells: dict[Cell, None] = {}
+    for axes in matrix if isinstance(matrix, list) else [matrix]:
+        if not isinstance(axes, Mapping):
+            raise ConfigError(f"recipe {path}: matrix should hold axes by name, found {axes!r}")
+        _require_known("matrix", axes, set(AXES), path)
+        for key in ("teacher", "student"):
+            there = list(content.get(f"{key}s", {}))
+            axes = {key: there[0] if len(there) == 1 else None} | dict(axes)
+        values = {"scheme": "pt-dft", "objective": "dbild-rkl", "switch": True, "seed": [0, 1, 2]} | dict(axes)
+        lists = [value if isinstance(value, list) else [value] for value in (values[axis] for axis in AXES)]
+        for point in product(*lists):
+            cells[_cell(dict(zip(AXES, point, strict=True)), content, path)] = None
+    if not cells:
+        raise ConfigError(f"recipe {path}: the matrix is empty")
+    return tuple(cells)
+
+
+def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell:
+    """Check one point of the matrix, and leave out of it what has no effect."""
+    where = f"recipe {path}: matrix"
+    point["scheme"] = str(point["scheme"]).lower()
+    for axis, known in (("objective", OBJECTIVES), ("student", content.get("students", {}))):
+        if point[axis] not in known:
+            raise ConfigError(f"{where} has no {axis} {point[axis]!r}; there are {', '.join(known)}")
+    if not isinstance(point["switch"], bool) or isinstance(point["seed"], bool) or not isinstance(point["seed"], int):
+        raise ConfigError(f"{where}: switch is true or false and seed a number, found {point}")
+    if point["objective"] in BASELINES:
+        point["switch"] = False  # they have no switch pathway
+    cell = Cell(**point)
+    if unknown := [stage for stage in cell.stages if stage not in STAGES]:
+        raise ConfigError(f"{where} has no stage {unknown[0]!r} in {cell.scheme!r}; there are {', '.join(STAGES)}")
+    if cell.objective == "sft":
+        cell = replace(cell, scheme="-".join(DISTILLED.get(stage, stage) for stage in cell.stages))
+    if not any(stage in DISTILLED for stage in cell.stages):
+        return replace(cell, objective="sft", switch=False, teacher=None)
+    if cell.teacher not in content.get("teachers", {}):
+        there = ", ".join(content.get("teachers", {})) or "none"
+        raise ConfigError(f"{where} has no teacher {cell.teacher!r}; there are {there}")
+    return cell
+
+
+def _options(kind: Any, given: Mapping[str, Any], entry: str, path: Path) -> dict[str, Any]:
+    """Check option names and turn YAML values into the types of an options dataclass."""
+    hints = typing.get_type_hints(kind)
+    _require_known(entry, given, {field.name for field in fields(kind)} - _DECIDED[kind], path)
+    return {name: _as_type(value, hints[name], f"recipe {path}: {entry}: {name}") for name, value in given.items()}
+
+
+def _as_type(value: Any, hint: Any, where: str) -> Any:
+    """Return a YAML value as `hint` says; YAML reads 1e-3 as text, and knows no paths."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    kinds = typing.get_args(hint) if union else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+            return value
+        kind = typing.get_origin(kind) or kind
+        try:
+            if kind is Path and isinstance(value, str):
+                return Path(value)
+            if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+                return float(value)
+            if isinstance(kind, type) and isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
+                return value
+        except ValueError:
+            continue
+    raise ConfigError(f"{where} cannot be {value!r}")

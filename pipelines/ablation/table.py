@@ -1,0 +1,168 @@
+"""The table of an ablation: mean and spread over seeds, as Markdown, CSV and a plot."""
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from switchkd.pipelines.ablation.recipe import AXES, Recipe
+from switchkd.pipelines.run_folder import write_atomically
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished cell, or one judged teacher."""
+
+    cell: Mapping[str, Any] | None  # axis → value; None for a teacher
+    name: str
+    accuracy: float
+    by_type: Mapping[str, float]
+    questions: int
+    seconds: float  # wall time of the training runs that lead to it, shared ones counted for each
+    runs: list[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Results that differ in the seed alone."""
+
+    labels: tuple[str, ...]  # of the axes that vary
+    results: tuple[Result, ...]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """One a seed."""
+        return [result.accuracy for result in self.results]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over seeds."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over seeds; None for one seed."""
+        return statistics.stdev(self.accuracies) if len(self.results) > 1 else None
+
+    def mean_of(self, kind: str) -> float | None:
+        """Mean accuracy over seeds on questions of one type."""
+        found = [result.by_type[kind] for result in self.results if kind in result.by_type]
+        return statistics.fmean(found) if found else None
+
+
+def rows_of(results: list[Result]) -> tuple[list[str], list[Row]]:
+    """Group results over seeds: (the axes that vary, rows in order of appearance; teachers have no axes' values but one)."""
+    cells = [result.cell for result in results if result.cell is not None]
+    axes = [axis for axis in AXES if axis != "seed" and len({cell[axis] for cell in cells}) > 1] or ["student"]
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        if result.cell is None:
+            labels = (result.name, *[""] * (len(axes) - 1))
+        else:
+            labels = tuple(_word(axis, result.cell) for axis in axes)
+        groups.setdefault(labels, []).append(result)
+    return axes, [Row(labels, tuple(found)) for labels, found in groups.items()]
+
+
+def _word(axis: str, cell: Mapping[str, Any]) -> str:
+    value = cell[axis]
+    if value is None or (axis == "switch" and cell["teacher"] is None):
+        return NONE
+    if axis == "switch":
+        return "with" if value else "without"
+    return str(value).upper() if axis == "scheme" else str(value)
+
+
+def write_report(workdir: Path, recipe: Recipe, results: list[Result], final: bool) -> tuple[Path, ...]:
+    """Write NAME.md, NAME.csv (a line per row), NAME-cells.csv (a line per cell) and, if `final`, NAME.png; returns the paths."""
+    axes, rows = rows_of(results)
+    kinds = sorted({kind for result in results for kind in result.by_type})
+    paths = [workdir / f"{recipe.name}{ending}" for ending in (".md", ".csv", "-cells.csv")]
+    missing = len(recipe.cells) - sum(result.cell is not None for result in results)
+    text = f"# {recipe.title}\n\n{markdown(axes, rows, kinds)}\n"
+    text += f"\n{missing} of {len(recipe.cells)} cells are still missing.\n" if missing else ""
+    text += f"\n{recipe.notes.strip()}\n" if recipe.notes else ""
+    write_atomically(paths[0], text)
+    summary: list[list[Any]] = [[*axes, "accuracy_mean", "accuracy_sd", "seeds", *kinds, "questions", "train_seconds"]]
+    summary += [
+        [*row.labels, row.mean, row.spread, len(row.results), *map(row.mean_of, kinds), _questions(row), _seconds(row)]
+        for row in rows
+    ]
+    write_atomically(paths[1], _csv(summary))
+    cells: list[list[Any]] = [[*AXES, "accuracy", *kinds, "questions", "train_seconds", "run"]]
+    for result in results:
+        values = [result.name, *[""] * (len(AXES) - 1)] if result.cell is None else [result.cell[axis] for axis in AXES]
+        scores = [result.accuracy, *(result.by_type.get(kind) for kind in kinds)]
+        cells.append([*values, *scores, result.questions, result.seconds, (result.runs or [""])[-1]])
+    write_atomically(paths[2], _csv(cells))
+    if final:
+        paths.append(workdir / f"{recipe.name}.png")
+        draw(paths[-1], recipe.title, axes, rows)
+    return tuple(paths)
+
+
+def markdown(axes: list[str], rows: list[Row], kinds: list[str]) -> str:
+    """Return the table: accuracy as mean ± sample standard deviation over seeds, then each seed, then means by question type."""
+    head = [*axes, "accuracy", "each seed", *kinds, "questions", "training time"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(axes) + " ---: |" * (len(head) - len(axes))]
+    for row in rows:
+        spread = "" if row.spread is None else f" ± {row.spread:.4f}"
+        means = [row.mean_of(kind) for kind in kinds]
+        cells = [*row.labels, f"{row.mean:.4f}{spread}", ", ".join(f"{value:.4f}" for value in row.accuracies)]
+        cells += [NONE if mean is None else f"{mean:.4f}" for mean in means]
+        cells += [f"{_questions(row):,}", f"{_seconds(row):,.0f} s" if _seconds(row) else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _name(axes: list[str], row: Row) -> str:
+    """Name a row in the plot: "student small, teacher large"."""
+    if row.results[0].cell is None:
+        return row.labels[0]
+    spoken = {"student": "student {}", "teacher": "teacher {}", "switch": "{} switch"}
+    pairs = zip(axes, row.labels, strict=True)
+    return ", ".join(spoken.get(axis, "{}").format(word) for axis, word in pairs if word != NONE)
+
+
+def _questions(row: Row) -> int:
+    return row.results[0].questions
+
+
+def _seconds(row: Row) -> float:
+    return statistics.fmean(result.seconds for result in row.results)
+
+
+def _csv(lines: list[list[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(lines)
+    return out.getvalue()
+
+
+def draw(path: Path, title: str, axis_names: list[str], rows: list[Row]) -> None:
+    """Draw each row's mean, its spread, and a dot per seed; no bars, since the scale does not begin at 0."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
+    places = range(len(rows))
+    names = [_name(axis_names, row) for row in rows]
+    for place, row in zip(places, rows, strict=True):
+        color = "#888888" if row.results[0].cell is None else "#4477aa"
+        axes.errorbar(row.mean, place, xerr=row.spread or 0.0, fmt="|", color=color, markersize=16, capsize=3)
+        axes.plot(row.accuracies, [place] * len(row.results), "o", color=color, markersize=4, alpha=0.7)
+    low = min(value for row in rows for value in row.accuracies)
+    axes.set(xlim=(max(0.0, low - 0.05), 1.0), xlabel="accuracy; line: mean, whisker: standard deviation, dot: a seed")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_title(title, fontsize=10)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,85 @@
+"""Packing: from the teacher's final states to a store's payload, on the device beside them. Shared by all backends.
+
+Selection and statistics happen where the logits are; what leaves the device is one array of *packed rows*, [P, 5 + 2K + d] float32:
+the statistics, K ids (int32, their bits viewed as float32), K logits, and d numbers of the hidden state if it is kept.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from switchkd.errors import RunError
+from switchkd.losses.selection import kneedle, top_of_rows
+from switchkd.stores import Payload
+from switchkd.stores.layout import STAT_COLUMNS
+
+LOGIT_ROWS = 1024  # rows of [rows, V] logits that exist at a time
+
+
+def pack(
+    states: Tensor, lm_head: Callable[[Tensor], Tensor], vocab_rows: int | None, top_k: int, keep_hidden: bool
+) -> Tensor:
+    """Pack P positions on their device.
+
+    Args:
+        states: [P, d], after the final norm; P > 0. lm_head: [p, d] → [p, V]; it runs on `LOGIT_ROWS` states at a time.
+        vocab_rows: N, the rows in use; None takes all V.
+
+    Returns:
+        Packed rows, see above.
+    """
+    pieces = [
+        pack_logits(lm_head(chunk)[:, :vocab_rows], top_k, chunk if keep_hidden else None)
+        for chunk in torch.split(states, LOGIT_ROWS)
+    ]
+    return torch.cat(pieces)
+
+
+def pack_logits(logits: Tensor, top_k: int, hidden: Tensor | None = None) -> Tensor:
+    """Keep the K largest logits of each row and statistics over all of them.
+
+    Args:
+        logits: [P, N] over the rows in use. top_k: K ≤ N; 0 keeps no logits. hidden: [P, d] to keep beside them.
+
+    Returns:
+        Packed rows. `tail_logsumexp` is log Σ e^z over the N - K smallest logits, -inf if K = N; `knee` is eqs. 8-9 over all N.
+    """
+    logits = logits.float()
+    ids = top_of_rows(logits, top_k)
+    columns = {
+        "z_max": logits.amax(-1),
+        "z_min": logits.amin(-1),
+        "logsumexp": logits.logsumexp(-1),
+        "tail_logsumexp": logits.scatter(-1, ids, -torch.inf).logsumexp(-1),
+        "knee": kneedle(logits).float(),
+    }
+    pieces = [torch.stack([columns[name] for name in STAT_COLUMNS], dim=-1)]
+    pieces += [ids.to(torch.int32).view(torch.float32), logits.gather(-1, ids)]
+    if hidden is not None:
+        pieces.append(hidden.float())
+    return torch.cat(pieces, dim=-1)
+
+
+def unpack(rows: Tensor, top_k: int) -> Payload:
+    """Take packed rows apart.
+
+    Args:
+        rows: [P, 5 + 2K + d], on any device. top_k: K, as they were packed.
+
+    Raises:
+        RunError: a logit was not finite.
+    """
+    widths = [len(STAT_COLUMNS), top_k, top_k, rows.shape[1] - len(STAT_COLUMNS) - 2 * top_k]
+    stats, ids, logits, hidden = (part.contiguous().numpy() for part in torch.split(rows.cpu(), widths, dim=1))
+    payload = Payload(
+        stats=stats,
+        ids=ids.view(np.int32) if top_k else None,
+        logits=logits if top_k else None,
+        hidden=hidden if widths[3] else None,
+    )
+    # NaN is the largest and the smallest of a row, so the two ends tell of every logit between them.
+    if not np.isfinite([payload.stat(name) for name in ("z_max", "z_min")]).all():
+        raise RunError("the teacher's logits are not finite")
+    return payload

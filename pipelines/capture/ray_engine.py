@@ -1,0 +1,120 @@
+"""Stage one over Ray: an actor a device, each a whole worker with its own teacher; Ray Data hands out parts and restarts actors.
+
+What lies in the store is the only state. A part whose actor died is handed out again; one that the dead actor had committed
+already is found there and skipped.
+"""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from switchkd.errors import ConfigError, InputError, RunError, SwitchKDError
+from switchkd.pipelines.capture.options import CacheOptions, check_options
+from switchkd.pipelines.capture.worker import CaptureWorker, PartDone
+from switchkd.stores import Manifest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PART_RETRIES = 5  # of a part whose actors die: a part that kills every actor must end the job
+
+
+def require_ray() -> None:
+    """Raise ConfigError, saying how to install it, if there is no Ray."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--engine ray needs Ray Data: pip install 'switchkd[ray]' (docs/cluster.md)")
+
+
+class CaptureActor:
+    """One actor: its worker is made with its first part, and then captures the parts it is given."""
+
+    def __init__(self, options: CacheOptions, manifest: Manifest) -> None:
+        self.options, self.manifest = options, manifest
+
+    @cached_property
+    def worker(self) -> CaptureWorker:
+        """The worker, with this machine's device."""
+        check_options(self.options)
+        return CaptureWorker(self.options, self.manifest)
+
+    def __call__(self, batch: dict[str, "NDArray[Any]"]) -> dict[str, "NDArray[Any]"]:
+        """Capture a batch of parts; returns one JSON text a part, or one that says what failed: Ray would lose our errors' type."""
+        try:
+            texts = [json.dumps(asdict(done)) for part in batch["part"] for done in self._capture(int(part))]
+        except SwitchKDError as error:
+            texts = [json.dumps({"failed": str(error), "exit_code": error.exit_code})]
+        return {"done": np.array(texts, dtype=object)}
+
+    def _capture(self, part: int) -> Iterator[PartDone]:
+        if self.worker.writer.has_part(part):  # by an actor that died before it could say so
+            yield PartDone(part, written=False, samples=0, positions=0, skipped={}, written_bytes=0)
+        else:
+            yield from self.worker.write([part])
+
+
+def capture_with_ray(options: CacheOptions, manifest: Manifest, parts: Sequence[int]) -> Iterator[PartDone]:
+    """Capture parts on a Ray cluster: the one that RAY_ADDRESS names or this process is in, else this machine.
+
+    Yields:
+        What became of each part, in the order in which they are done.
+
+    Raises:
+        InputError, RunError: what stopped an actor.
+        RunError: no cluster, or one part's actors died again and again.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    try:
+        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"no Ray cluster: {error}") from error
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    options, actors, resources = plan_actors(options, ray.cluster_resources())
+    rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+    done = rows.map_batches(
+        CaptureActor,
+        fn_constructor_args=(options, manifest),
+        batch_size=1,
+        # One part under way and one waiting: what an actor holds when it dies is little, and it never idles.
+        compute=ActorPoolStrategy(size=min(actors, len(parts)), max_tasks_in_flight_per_actor=2),
+        max_restarts=-1,
+        max_task_retries=PART_RETRIES,
+        **resources,
+    )
+    try:
+        for row in done.iter_rows():
+            answer = json.loads(row["done"])
+            if "failed" in answer:
+                kind = InputError if answer["exit_code"] == InputError.exit_code else RunError
+                raise kind(answer["failed"])
+            yield PartDone(**answer)
+    except ray.exceptions.RayError as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"Ray gave up: {first_line}; run the same command again") from error
+
+
+def plan_actors(options: CacheOptions, cluster: dict[str, float]) -> tuple[CacheOptions, int, dict[str, float]]:
+    """Return (options as the actors get them, number of actors, what Ray reserves for each).
+
+    Args:
+        cluster: what the cluster has, as `ray.cluster_resources()` tells. With GPUs, an actor takes as many as share a teacher.
+
+    Raises:
+        ConfigError: more GPUs a teacher than there are.
+    """
+    gpus = int(cluster.get("GPU", 0))
+    device = options.device if options.device != "auto" else "cuda" if gpus else "cpu"
+    if not gpus or (options.backend == "transformers" and device == "cpu"):
+        return replace(options, device=device), options.actors or 1, {"num_cpus": 1}
+    if gpus < options.tensor_parallel:
+        raise ConfigError(f"--tensor-parallel {options.tensor_parallel}, and the Ray cluster has {gpus} GPUs")
+    actors = options.actors or gpus // options.tensor_parallel
+    return replace(options, device=device), actors, {"num_gpus": options.tensor_parallel}

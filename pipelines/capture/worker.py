@@ -1,0 +1,230 @@
+"""One worker of stage one: its teacher, loaded on first use, its data and its writer; it captures whole parts.
+
+A worker may be this process, one of several started by Slurm, Kubernetes or torchrun, or an actor of Ray: all do the same.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.load_template import load_template
+from switchkd.data.samples import BadSample, SampleFile, Status
+from switchkd.errors import RunError
+from switchkd.models.checkpoint import open_checkpoint, with_image_mode
+from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
+from switchkd.pipelines.capture.backends.open import open_backend
+from switchkd.pipelines.capture.manifest import build_manifest
+from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.progress import Progress
+from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
+from switchkd.stores.codec import ranks_by_frequency
+from switchkd.stores.payload import empty_payload
+
+PROBE_SAMPLES = 64  # the first usable samples; their top-k ids give the rank table
+
+Encoded = EncodedSample | BadSample
+
+
+@dataclass(frozen=True)
+class PartDone:
+    """What became of one part."""
+
+    part: int
+    written: bool  # False: another writer committed it first
+    samples: int
+    positions: int
+    skipped: dict[str, int]  # by reason
+    written_bytes: int
+
+
+class CaptureWorker:
+    """Everything that capturing parts needs. The teacher is loaded on first use: a store that is whole costs none.
+
+    Args:
+        manifest: of the store, if it is known already; else it is built, which reads the teacher's weights once.
+
+    Raises:
+        InputError: something given cannot be used.
+    """
+
+    def __init__(self, options: CacheOptions, manifest: Manifest | None = None) -> None:
+        self.options = options
+        self.checkpoint = with_image_mode(
+            open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode
+        )
+        self.samples = SampleFile(options.data)
+        self.encoder = SampleEncoder(
+            self.checkpoint,
+            load_template(options.template, self.checkpoint),
+            options.images,
+            options.max_length,
+            options.max_image_pixels,
+        )
+        self.manifest = manifest or build_manifest(options, self.checkpoint, self.encoder, self.samples)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """The teacher."""
+        options = self.options
+        return open_backend(
+            options.backend,
+            self.checkpoint,
+            self.manifest.teacher["dtype"],
+            device=options.device,
+            max_length=options.max_length,
+            tensor_parallel=options.tensor_parallel,
+            vllm_options=dict(options.vllm_options),
+        )
+
+    @cached_property
+    def writer(self) -> StoreWriter:
+        """The store, created if it is not there."""
+        return StoreWriter(self.options.out, self.manifest, lambda: _id_of_rank(self))
+
+    def write(self, parts: Sequence[int], progress: Progress | None = None) -> Iterator[PartDone]:
+        """Capture and commit parts, one after the other.
+
+        Raises:
+            RunError: the teacher gave logits that are not finite, or disk or network failed; committed parts are whole.
+            BadSample: with `strict`, the first sample that cannot be used.
+        """
+        for part, arrays in self._captured(parts, progress):
+            before = self.writer.written_bytes
+            written = self.writer.write_part(part, arrays)
+            bad = arrays.status[arrays.status != Status.OK]
+            if progress is not None:
+                progress.written_bytes = self.writer.written_bytes
+            yield PartDone(
+                part=part,
+                written=written,
+                samples=len(arrays.status) - len(bad),
+                positions=len(arrays.payload),
+                skipped=dict(Counter(Status(code).label for code in bad)),
+                written_bytes=self.writer.written_bytes - before,
+            )
+
+    def _captured(self, parts: Sequence[int], progress: Progress | None) -> Iterator[tuple[int, PartArrays]]:
+        captured: dict[int, tuple[EncodedSample, Payload] | BadSample] = {}
+        for part, batch, packed in self._captured_batches(parts):
+            pairs = iter(packed)
+            captured |= {
+                index: found if isinstance(found, BadSample) else (found, next(pairs)) for index, found in batch
+            }
+            if progress is not None:
+                progress.advance(len(batch), positions=sum(map(len, packed)))
+            if len(captured) == len(self.manifest.part_samples(part)):
+                yield part, assemble([captured[index] for index in self.manifest.part_samples(part)], self.manifest)
+                captured = {}
+
+    def _captured_batches(self, parts: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, Encoded]], list[Payload]]]:
+        """Yield (part, batch, payloads of its usable samples) in order, with as many batches started as the backend likes."""
+        batches = _Batches(parts, self.manifest, self.encoder, self.samples, self.options.batch_size)
+        loader = DataLoader(batches, batch_size=None, num_workers=self.options.workers)
+        under_way: deque[tuple[int, list[tuple[int, Encoded]], Any]] = deque()
+        for part, batch in loader:
+            usable = [found for _, found in batch if isinstance(found, EncodedSample)]
+            if self.options.strict and len(usable) < len(batch):
+                raise next(found for _, found in batch if isinstance(found, BadSample))
+            with self._name_failing_sample(batch):
+                started = self.backend.start(usable, self.manifest) if usable else None
+            under_way.append((part, batch, started))
+            if len(under_way) >= self.backend.ahead:
+                yield self._finished(*under_way.popleft())
+        while under_way:
+            yield self._finished(*under_way.popleft())
+
+    def _finished(
+        self, part: int, batch: list[tuple[int, Encoded]], started: Any
+    ) -> tuple[int, list[tuple[int, Encoded]], list[Payload]]:
+        with self._name_failing_sample(batch):
+            return part, batch, [] if started is None else self.backend.finish(started)
+
+    @contextmanager
+    def _name_failing_sample(self, batch: list[tuple[int, Encoded]]) -> Iterator[None]:
+        """If a batch fails, find out which sample it was, and name its row."""
+        try:
+            yield
+        except BackendFailed:
+            raise
+        except RunError as failure:
+            for index, found in batch:
+                if isinstance(found, BadSample):
+                    continue
+                try:
+                    self.backend.capture([found], self.manifest)
+                except RunError as error:
+                    raise RunError(f"row {index}: {error}; nothing of its part was stored") from failure
+            raise
+
+
+class _Batches(Dataset[Any]):
+    """Every batch of some parts, in order, encoded. An item is (part, [(sample index, encoded or BadSample), …]).
+
+    Batches never cross parts and do not depend on what was done before, so a resumed run computes each part exactly as an
+    undisturbed one. Inside a part, samples of similar length share a batch.
+    """
+
+    def __init__(
+        self, parts: Sequence[int], manifest: Manifest, encoder: SampleEncoder, samples: SampleFile, batch_size: int
+    ) -> None:
+        self.encoder, self.samples, self.manifest, self.batch_size = encoder, samples, manifest, batch_size
+        per_part = [(part, -(-len(manifest.part_samples(part)) // batch_size)) for part in parts]
+        self.items = [(part, batch) for part, batches in per_part for batch in range(batches)]
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, item: int) -> tuple[int, list[tuple[int, Encoded]]]:
+        part, batch = self.items[item]
+        if self._order[0] != part:
+            self._order = (part, sorted(self.manifest.part_samples(part), key=self._size))
+        chosen = self._order[1][batch * self.batch_size : (batch + 1) * self.batch_size]
+        return part, [(index, self._encode(index)) for index in chosen]
+
+    def _size(self, index: int) -> tuple[bool, int, int]:
+        sample = self.samples[index]
+        return sample.image is not None, sum(len(q) + len(a) for q, a in sample.turns), index
+
+    def _encode(self, index: int) -> Encoded:
+        try:
+            return self.encoder.encode(self.samples[index])
+        except BadSample as bad:
+            return bad
+
+
+def assemble(found: list[tuple[EncodedSample, Payload] | BadSample], manifest: Manifest) -> PartArrays:
+    """Join what was captured of a part's samples, in their order."""
+    payloads = [item[1] for item in found if not isinstance(item, BadSample)]
+    return PartArrays(
+        status=np.array([item.status if isinstance(item, BadSample) else Status.OK for item in found], np.uint8),
+        digest=np.array([(0, 0, 0) if isinstance(item, BadSample) else item[0].digest for item in found], np.uint64),
+        positions=np.array([0 if isinstance(item, BadSample) else item[0].positions for item in found], np.int64),
+        payload=Payload.concatenate([empty_payload(manifest, 0), *payloads]),
+    )
+
+
+def _id_of_rank(worker: CaptureWorker) -> NDArray[np.uint32]:
+    """Order the vocabulary by how often each id is among the top k of the first usable samples."""
+    manifest, batch_size = worker.manifest, worker.options.batch_size
+    encoded: list[EncodedSample] = []
+    for sample in worker.samples if manifest.has_topk else ():
+        try:
+            encoded.append(worker.encoder.encode(sample))
+        except BadSample:
+            continue
+        if len(encoded) == PROBE_SAMPLES:
+            break
+    ids = [np.empty(0, np.int32)]
+    for start in range(0, len(encoded), batch_size):
+        payloads = worker.backend.capture(encoded[start : start + batch_size], manifest)
+        ids += [payload.ids.ravel() for payload in payloads if payload.ids is not None]
+    return ranks_by_frequency(np.concatenate(ids), manifest.vocab_rows)

@@ -1,0 +1,173 @@
+"""Assemble a student from a vision tower, a language model and a fresh projector."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from switchkd.errors import CheckpointError, ConfigError
+from switchkd.fingerprints import component_of
+from switchkd.models.checkpoint import (
+    IMAGE_MODES,
+    PIL_BACKEND,
+    as_checkpoint_error,
+    open_checkpoint,
+    probe_vision,
+    processor_in_mode,
+)
+from switchkd.models.projectors import GRID, SwitchLlavaConfig, image_token_count, model_class
+from switchkd.pipelines.checkpoints.parts import (
+    IMAGE_TOKEN,
+    load_tower,
+    read_vision_config,
+    require_all_weights,
+    tokenizer_with_image,
+)
+
+PROJECTORS = ("mlp", "ldpv2")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """What `switchkd init-student` was asked for; fields are its options."""
+
+    vision: Path
+    language: Path
+    out: Path
+    projector: str = "mlp"
+    grid: int = GRID
+    tokenizer: Path | None = None  # None: the language model's
+    feature_layer: int = -2
+    strategy: str | None = None  # None: "default" drops a class token where there is one, else "full"
+    image_mode: str = "own"
+    seed: int = 42
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class InitSummary:
+    """What was assembled."""
+
+    out: Path
+    image_tokens: int
+    image_token_id: int
+    parameters: dict[str, int]  # of each component; tied weights count once
+
+
+def init_student(options: InitOptions) -> InitSummary:
+    """Write a student checkpoint: a tower's and an LLM's weights as they are, a projector of random weights.
+
+    Raises:
+        InputError: a folder cannot be used, the parts do not fit, or `out` exists; before any weight is read.
+    """
+    _check(options)
+    remote = options.trust_remote_code
+    vision = read_vision_config(options.vision)
+    if hasattr(vision, "vision_use_head"):
+        vision.vision_use_head = False  # SigLIP's pooling head; a Llava never runs it
+    with as_checkpoint_error(options.vision):
+        processor = AutoImageProcessor.from_pretrained(options.vision, trust_remote_code=remote, **PIL_BACKEND)
+    with as_checkpoint_error(options.language):
+        text = AutoConfig.from_pretrained(options.language, trust_remote_code=remote)
+    tokenizer = tokenizer_with_image(options.language, options.tokenizer, remote)
+    config = _config(options, vision, text, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    processor = processor_in_mode(processor, options.image_mode, vision.image_size, options.vision)
+
+    torch.manual_seed(options.seed)  # for rows that a new <image> token adds to the embedding
+    language = _load_language(options, len(tokenizer))
+    tower = load_tower(options.vision, vision)
+    torch.manual_seed(options.seed)  # for the projector, whatever was drawn before
+    model = assemble(config, tower, language)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    opened = open_checkpoint(options.out)
+    parameters = dict.fromkeys(("vision", "projector", "language"), 0)
+    for name, parameter in model.named_parameters():
+        parameters[component_of(name)] += parameter.numel()
+    return InitSummary(options.out, opened.image_tokens, opened.image_token_id, parameters)
+
+
+def _check(options: InitOptions) -> None:
+    for name, words in (("projector", PROJECTORS), ("image_mode", IMAGE_MODES)):
+        if getattr(options, name) not in words:
+            raise ConfigError(f"{name} is one of {', '.join(words)}, got {getattr(options, name)!r}")
+    if options.strategy not in (None, "default", "full"):
+        raise ConfigError(f"strategy is default or full, got {options.strategy!r}")
+    for folder in (options.vision, options.language, options.tokenizer):
+        if folder is not None and not folder.is_dir():
+            raise CheckpointError(f"no checkpoint at {folder}: expected a folder")
+    if options.out.exists() and any(options.out.iterdir()):
+        raise ConfigError(f"{options.out} is not empty: pass another --out, nothing is overwritten")
+
+
+def _config(options: InitOptions, vision: Any, text: Any, image_token: int) -> LlavaConfig:
+    settings = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": image_token,
+        "vision_feature_layer": options.feature_layer,
+        "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
+    config = (
+        LlavaConfig(**settings)
+        if options.projector == "mlp"
+        else SwitchLlavaConfig(**settings, projector_grid=options.grid)
+    )
+    with as_checkpoint_error(options.vision):
+        features, _ = probe_vision(config)
+        has_class_token = features == (vision.image_size // vision.patch_size) ** 2 + 1
+        config.vision_feature_select_strategy = options.strategy or ("default" if has_class_token else "full")
+        config.image_seq_length = image_token_count(config, probe_vision(config)[0])
+    return config
+
+
+def _load_language(options: InitOptions, entries: int) -> Any:
+    """Load the LLM; with a row in its embedding for every entry of the tokenizer."""
+    with as_checkpoint_error(options.language):
+        language, report = AutoModelForCausalLM.from_pretrained(
+            options.language,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+        )
+    require_all_weights(options.language, report, tied=language.config.tie_word_embeddings)
+    rows = language.get_input_embeddings().weight.shape[0]
+    if entries > rows:
+        language.resize_token_embeddings(entries, pad_to_multiple_of=64)
+        log.info("the embedding grew from %d to %d rows, near the mean of the others", rows, language.config.vocab_size)
+    return language
+
+
+def assemble(config: LlavaConfig, tower: nn.Module, language: Any) -> LlavaForConditionalGeneration:
+    """Join a tower and a causal LM with a projector of random weights, in the wider of their dtypes."""
+    config.text_config.vocab_size = language.config.vocab_size
+    with torch.device("meta"):
+        model = model_class(config)(config)
+    dtype = torch.promote_types(next(tower.parameters()).dtype, language.dtype)
+    projector = type(model.model.multi_modal_projector)(config)
+    projector.apply(model._init_weights)
+    model.model.multi_modal_projector = projector
+    head = language.get_output_embeddings().state_dict()
+    for part, weights in (
+        (model.model.vision_tower, tower.state_dict()),
+        (model.model.language_model, language.get_decoder().state_dict()),
+        (model.lm_head, head),
+    ):
+        part.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    config.dtype = dtype
+    return model.to(dtype)

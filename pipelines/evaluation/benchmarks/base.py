@@ -1,0 +1,175 @@
+"""What a benchmark is to the runner: questions about images, and a rule that turns answers into a score.
+
+A *question* is one prompt. A *unit* is what the official rule counts: mostly one question, for MME the two questions of an
+image, for MMBench all rotations of one question's options. A unit is scored only if all of its questions were answered.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.data.images import read_image_bytes
+from switchkd.errors import DataError
+
+# What the LLaVA-1.5 evaluation protocol ends its questions with.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+ALL = "all"  # the stratum of units that need none
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of a benchmark."""
+
+    id: str  # unique within the split
+    text: str  # the user's whole turn, without an image marker
+    image: str  # where the image stands, for people: a path, or FILE#ROW
+    load: Callable[[], bytes] = field(repr=False, compare=False)  # the image file's bytes; raises BadSample
+    reference: Any = None  # what the rule compares with, as JSON data; None where answers are not public
+    unit: str = ""  # "" means that the question is its own unit
+    stratum: str = ALL  # means are taken within a stratum
+    group: str = ""  # a kind of question that the details report apart
+
+    @property
+    def unit_id(self) -> str:
+        """Name of the unit that the question belongs to."""
+        return self.unit or self.id
+
+
+class Answer(NamedTuple):
+    """One model answer beside what it is compared with."""
+
+    reference: Any
+    prediction: str
+
+
+class Unit(NamedTuple):
+    """One scored unit; what `values` holds is the benchmark's own affair."""
+
+    id: str
+    values: tuple[float, ...]
+    stratum: str = ALL
+    group: str = ""
+
+
+# Stratum → mean of the units' values, [values] or [resamples, values]; a score is a function of these means.
+Means = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: the files (`*` for any characters) and folders (ending in "/") it needs below the benchmark's folder."""
+
+    files: tuple[str, ...]
+    scored: bool = True  # False: its answers are not public, so the run ends with a submission file
+
+
+def percent(means: Means) -> NDArray[np.float64]:
+    """Return 100 × the mean of each unit's first value."""
+    return 100 * means[ALL][..., 0]
+
+
+def by_group(units: Sequence[Unit]) -> dict[str, float]:
+    """Return 100 × the mean of the first value within each named group."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for unit in units:
+        groups[unit.group].append(100 * unit.values[0])
+    return {name: float(np.mean(values)) for name, values in sorted(groups.items()) if name}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark; a plain record of functions.
+
+    Attributes:
+        name: as in `--task`. title: its column in the table. folder: its folder below `--benchmarks`.
+        metric: what the score is, in words. home: where the data can be had. source: paper and official script of the rule.
+        splits: by name; the first is the default.
+        read: (folder, split) → questions. judge: the answers of one unit, in the order of its questions → its values.
+        headline: means by stratum → score, 0 … 100. details: units → further figures, 0 … 100 unless the name says otherwise.
+        interval: "wilson" where the score is a share of right units, else "bootstrap".
+        submit: (questions, predictions by id, folder, output folder) → the submission file in the official format.
+    """
+
+    name: str
+    title: str
+    folder: str
+    metric: str
+    home: str
+    source: str
+    splits: Mapping[str, Split]
+    read: Callable[[Path, str], list[Question]]
+    judge: Callable[[Sequence[Answer]], tuple[float, ...]]
+    headline: Callable[[Means], NDArray[np.float64]] = percent
+    details: Callable[[Sequence[Unit]], dict[str, float]] = by_group
+    interval: Literal["wilson", "bootstrap"] = "wilson"
+    submit: Callable[[Sequence[Question], Mapping[str, str], Path, Path], Path] | None = None
+
+
+def require_files(benchmark: Benchmark, root: Path, split: str) -> Path:
+    """Return the benchmark's folder; raises DataError that names the first file or folder that is not there."""
+    folder = root / benchmark.folder
+    for name in benchmark.splits[split].files:
+        path = folder / name
+        if not (path.is_dir() if name.endswith("/") else any(folder.glob(name))):
+            kind = "folder" if name.endswith("/") else "file"
+            raise DataError(
+                f"{benchmark.name} ({split}) needs the {kind} {path}, which is not there; "
+                f"`switchkd eval --list` tells where the data can be had"
+            )
+    return folder
+
+
+def units_of(benchmark: Benchmark, questions: Iterable[Question], predictions: Mapping[str, str]) -> list[Unit]:
+    """Score every unit all of whose questions have a prediction; the others are left out."""
+    members: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        members[question.unit_id].append(question)
+    units = []
+    for name, asked in members.items():
+        if all(question.id in predictions for question in asked):
+            values = benchmark.judge([Answer(question.reference, predictions[question.id]) for question in asked])
+            units.append(Unit(name, values, asked[0].stratum, asked[0].group))
+    return units
+
+
+def fingerprint(questions: Iterable[Question]) -> str:
+    """Hash what is asked and what it is compared with, so that two runs can be told to have answered the same."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps([question.id, question.text, question.reference]).encode())
+    return digest.hexdigest()
+
+
+def image_file(folder: Path, name: str) -> dict[str, Any]:
+    """Return the fields `image` and `load` of a question whose image is a file below `folder`."""
+    return {"image": f"{folder}/{name}", "load": partial(read_image_bytes, folder, name)}
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises DataError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+
+
+def write_submission(output: Path, name: str, content: Any) -> Path:
+    """Write a JSON submission file and return its path."""
+    path = output / name
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def options_of(choices: Mapping[str, str]) -> str:
+    """Return options by letter as lines "A. …", each after a line break."""
+    return "".join(f"\n{letter}. {choice}" for letter, choice in choices.items())

@@ -1,0 +1,216 @@
+"""All results of a run in one JSON file and one Markdown table.
+
+`scores.json`:
+
+    schema       1
+    model        the checkpoint folder; weights: hash of its weight files; template: of the prompts
+    benchmarks   a list of `Result` (results.py says what each field is), in the table's order
+    averages     avg7 and avg10: {"score": mean or null, "missing": titles of the benchmarks it lacks}
+    baseline     null, or with --baseline:
+                   run, model            the other run's folder and checkpoint
+                   benchmarks            {"name", "split", "score" (the baseline's), "difference" (this run minus it),
+                                         "interval" (95 %, paired bootstrap), "units" (shared by both)}
+                   averages              avg7 and avg10 of the baseline, as above
+
+`scores.md` shows the same: the paper's columns, then each benchmark with split, n, interval and failures, then the
+details: MME's points, POPE's figures by part, accuracies by kind of question.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkd.errors import DataError
+from switchkd.pipelines.evaluation.benchmarks.intervals import paired_difference
+from switchkd.pipelines.evaluation.benchmarks.registry import AVERAGES, BENCHMARKS, TEN
+from switchkd.pipelines.evaluation.benchmarks.results import Result, read_results, read_units
+from switchkd.pipelines.run_folder import RECORD, SCORES, write_atomically
+
+SCHEMA = 1
+TABLE = "scores.md"
+
+
+def write_scoreboard(run: Path, baseline: Path | None) -> str:
+    """Write `scores.json` and `scores.md` from all results in a run's folder, and return the table.
+
+    Raises:
+        DataError: `baseline` holds no results, or answered other questions.
+    """
+    results = _ordered(read_results(run))
+    about = _about(run)
+    board: dict[str, Any] = {"schema": SCHEMA, **about, "benchmarks": [asdict(result) for result in results]}
+    board["averages"] = _averages(results)
+    board["baseline"] = None if baseline is None else _compare(run, results, baseline)
+    write_atomically(run / SCORES, json.dumps(board, indent=1))
+    table = markdown(board)
+    write_atomically(run / TABLE, table)
+    return table
+
+
+def markdown(board: dict[str, Any]) -> str:
+    """Return the table of a `scores.json`."""
+    columns = [benchmark.name for benchmark in TEN]
+    scores = _columns(board["benchmarks"], "score")
+    head = ["model", *(_title(board, benchmark.name) for benchmark in TEN), "Avg7", "Avg10"]
+    baseline = board["baseline"]
+    ours, other = _names(board["model"], baseline["model"] if baseline else "")
+    rows = [
+        [
+            ours,
+            *(_figure(scores.get(name)) for name in columns),
+            *_average_cells(board["averages"]),
+        ]
+    ]
+    if baseline:
+        theirs, change = _columns(baseline["benchmarks"], "score"), _columns(baseline["benchmarks"], "difference")
+        rows.append(
+            [
+                other,
+                *(_figure(theirs.get(n)) for n in columns),
+                *_average_cells(baseline["averages"]),
+            ]
+        )
+        rows.append(["difference", *(_figure(change.get(n), "+.1f") for n in columns), "", ""])
+    text = _table(head, rows)
+    for name, average in board["averages"].items():
+        if average["missing"]:
+            text += f"\n{name.capitalize()} is left blank: {', '.join(average['missing'])} not scored.\n"
+    if any(average["score"] is not None for average in board["averages"].values()):
+        text += f"\n{_caveats(board['benchmarks'])}\n"
+    text += "\n" + _table(
+        ["benchmark", "split", "score is", "score", "95 % interval", "n", "left out", "failed", "note"],
+        [_detail_row(result) for result in board["benchmarks"]],
+    )
+    if baseline:
+        lines = [
+            [
+                BENCHMARKS[r["name"]].title,
+                r["split"],
+                _figure(r["difference"], "+.2f"),
+                _span(r["interval"], "+.2f"),
+                f"{r['units']:,}",
+            ]
+            for r in baseline["benchmarks"]
+        ]
+        text += "\n" + _table(["benchmark", "split", "difference", "95 % interval, paired bootstrap", "n"], lines)
+    for row in board["benchmarks"]:
+        if row["details"]:
+            figures = ", ".join(f"{name} {value:,.2f}" for name, value in row["details"].items())
+            text += f"\n{BENCHMARKS[row['name']].title}: {figures}.\n"
+    return text
+
+
+def _ordered(results: Sequence[Result]) -> list[Result]:
+    order = list(BENCHMARKS)
+    return sorted((r for r in results if r.name in order), key=lambda r: (order.index(r.name), r.split))
+
+
+def _about(run: Path) -> dict[str, str]:
+    """Return what a run's record says of its model."""
+    path = run / RECORD
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("model", "weights", "template")}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise DataError(f"{run} is no output folder of `switchkd eval` with benchmarks: {error}") from None
+
+
+def _averages(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    scores = {result.name: result.score for result in results if result.score is not None}
+    out = {}
+    for average, names in AVERAGES.items():
+        missing = [BENCHMARKS[name].title for name in names if name not in scores]
+        mean = None if missing else sum(scores[name] for name in names) / len(names)
+        out[average] = {"score": mean, "missing": missing}
+    return out
+
+
+def _compare(run: Path, results: Sequence[Result], baseline: Path) -> dict[str, Any]:
+    theirs = {(r.name, r.split): r for r in _ordered(read_results(baseline)) if r.score is not None}
+    shared = [r for r in results if r.score is not None and (r.name, r.split) in theirs]
+    if not shared:
+        raise DataError(f"--baseline {baseline} shares no scored benchmark with {run}")
+    rows = []
+    for result in shared:
+        other = theirs[result.name, result.split]
+        if other.fingerprint != result.fingerprint:
+            raise DataError(
+                f"{result.name} ({result.split}) of {baseline} answered other questions than {run}: score both on one copy"
+            )
+        try:
+            found = paired_difference(
+                read_units(run, result), read_units(baseline, other), BENCHMARKS[result.name].headline
+            )
+        except ValueError as error:
+            raise DataError(f"{result.name} ({result.split}) of {baseline} cannot be compared: {error}") from None
+        rows.append({"name": result.name, "split": result.split, "score": other.score, **found._asdict()})
+    return {
+        "run": str(baseline),
+        "model": _about(baseline)["model"],
+        "benchmarks": rows,
+        "averages": _averages(list(theirs.values())),
+    }
+
+
+def _caveats(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what a reader of the averages should know."""
+    text = "The averages take VQAv2 and VizWiz on val; published ones take their test splits."
+    partial = [
+        BENCHMARKS[row["name"]].title for row in rows if row["units_left_out"] and row["name"] in AVERAGES["avg10"]
+    ]
+    return text + (f" Some questions of {', '.join(partial)} could not be asked and are left out." if partial else "")
+
+
+def _names(ours: str, theirs: str) -> tuple[str, str]:
+    """Return the checkpoints' folder names, with one folder more of the path where they would be the same."""
+    names = [Path(path).name for path in (ours, theirs)]
+    if names[0] == names[1] and ours != theirs:
+        names = ["/".join(Path(path).parts[-2:]) for path in (ours, theirs)]
+    return names[0], names[1]
+
+
+def _columns(rows: Sequence[dict[str, Any]], field: str) -> dict[str, float]:
+    return {row["name"]: row[field] for row in rows if row[field] is not None}
+
+
+def _title(board: dict[str, Any], name: str) -> str:
+    """Return a column's title, with the split where it is not the one that the paper's figures are of."""
+    split = next((row["split"] for row in board["benchmarks"] if row["name"] == name and row["score"] is not None), "")
+    return BENCHMARKS[name].title + (f" ({split})" if name in ("vqav2", "vizwiz") and split else "")
+
+
+def _average_cells(averages: dict[str, dict[str, Any]]) -> list[str]:
+    return [_figure(averages[name]["score"]) for name in AVERAGES]
+
+
+def _detail_row(row: dict[str, Any]) -> list[str]:
+    failed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(row["failed"].items())) or "0"
+    span = _span(row["interval"]) + (f" ({row['interval_method']})" if row["interval"] else "")
+    counts = [f"{row['units']:,}", f"{row['units_left_out']:,}", failed]
+    note = row["note"] + (f": {row['submission']}" if row["submission"] else "")
+    return [
+        BENCHMARKS[row["name"]].title,
+        row["split"],
+        row["metric"],
+        _figure(row["score"], ".2f"),
+        span,
+        *counts,
+        note,
+    ]
+
+
+def _figure(value: float | None, form: str = ".1f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _span(interval: Sequence[float] | None, form: str = ".2f") -> str:
+    return "" if interval is None else f"{interval[0]:{form}} … {interval[1]:{form}}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)

@@ -1,0 +1,193 @@
+"""Greedy answers in batches, and the file that keeps them, so that an interrupted evaluation goes on where it stopped."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import GenerationConfig, LlavaForConditionalGeneration, TextStreamer
+
+from switchkd.data.encoding import SampleEncoder, pad_id_of
+from switchkd.data.samples import BadSample
+from switchkd.data.templates import ConversationFormat
+from switchkd.pipelines.run_folder import write_atomically
+
+T = TypeVar("T")
+
+# One prompt as a model reads it: (input_ids [L], pixels [3, H, W] or None).
+Prompt = tuple[NDArray[np.int32], Tensor | None]
+# Options that may change between two starts of one evaluation: they do not change what is computed.
+RESUMABLE_CHANGES = {"output", "batch_size", "workers"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How a model is asked; fields are options of `switchkd eval`."""
+
+    template: str = "qwen2_base"
+    max_new_tokens: int
+    max_length: int = 2048
+    batch_size: int = 64
+    workers: int = 0  # processes that prepare images beside the model
+    device: str = "cpu"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+class _Prompts(Dataset[Prompt | BadSample], Generic[T]):
+    def __init__(self, items: Sequence[T], encode: Callable[[T], Prompt]) -> None:
+        self.items, self.encode = items, encode
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Prompt | BadSample:
+        try:
+            return self.encode(self.items[index])
+        except BadSample as bad:
+            return bad
+
+
+def encoded_batches(
+    items: Sequence[T], encode: Callable[[T], Prompt], batch_size: int, workers: int
+) -> Iterator[tuple[Sequence[T], list[Prompt | BadSample]]]:
+    """Yield batches of items in order, each with its prompts, or with why one cannot be asked.
+
+    Args:
+        encode: raises BadSample. workers: processes that encode ahead; 0 encodes in this one, when a batch is due.
+    """
+    loader = DataLoader(_Prompts(items, encode), batch_size, num_workers=workers, collate_fn=list)
+    for number, prompts in enumerate(loader):
+        yield items[number * batch_size : (number + 1) * batch_size], prompts
+
+
+class GreedyGenerator:
+    """Greedy decoding of batches.
+
+    A checkpoint's own generation settings do not apply: an instruct model's usually bring a repetition penalty, which changes
+    greedy answers too.
+
+    Args:
+        model: on its device; its generation settings are cleared. encoder: gives the tokenizer. template: says what ends an answer.
+        max_new_tokens: an answer is cut there.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        encoder: SampleEncoder,
+        template: ConversationFormat,
+        max_new_tokens: int,
+    ) -> None:
+        model.generation_config = GenerationConfig()
+        self.model, self.max_new_tokens = model, max_new_tokens
+        self.tokenizer = encoder.tokenizer
+        self.pad_id = pad_id_of(self.tokenizer)
+        self.stop_ids = stop_ids_of(template, self.tokenizer)
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[Prompt | BadSample]) -> list[str | BadSample]:
+        """Return for each prompt its answer; what could not be encoded is returned as it is."""
+        results: list[str | BadSample] = [prompt if isinstance(prompt, BadSample) else "" for prompt in prompts]
+        rows = [(place, *prompt) for place, prompt in enumerate(prompts) if not isinstance(prompt, BadSample)]
+        if not rows:
+            return results
+        length = max(len(ids) for _, ids, _ in rows)
+        input_ids = torch.full((len(rows), length), self.pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (_, ids, _) in enumerate(rows):  # padded on the left: generation goes on at the right
+            input_ids[row, length - len(ids) :] = torch.from_numpy(ids).long()
+            attention_mask[row, length - len(ids) :] = 1
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        pixels = [p for _, _, p in rows if p is not None]
+        if pixels:
+            inputs["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
+        generated = self.model.generate(
+            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.pad_id,
+        )
+        for (place, _, _), ids in zip(rows, generated[:, length:].tolist(), strict=True):
+            cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+            results[place] = self.tokenizer.decode(ids[:cut], skip_special_tokens=True).strip()
+        return results
+
+    @torch.inference_mode()
+    def say(self, prompt: Prompt, heard: Callable[[str], None]) -> str:
+        """Return the answer to one prompt, and hand over its words as they come.
+
+        Args:
+            heard: is called with each piece of text; the pieces, joined and stripped, are the answer.
+        """
+        ids, pixels = prompt
+        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).long()[None].to(self.model.device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if pixels is not None:
+            inputs["pixel_values"] = pixels[None].to(self.model.device, self.model.dtype)
+        pieces: list[str] = []
+
+        def hear(piece: str) -> None:
+            pieces.append(piece)
+            heard(piece)
+
+        self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.pad_id,
+            streamer=_Streamer(self.tokenizer, self.stop_ids, hear),
+        )
+        return "".join(pieces).strip()
+
+
+class _Streamer(TextStreamer):
+    """Hands over text as soon as its tokens make whole words; what ends an answer is left out."""
+
+    def __init__(self, tokenizer: Any, stop_ids: list[int], heard: Callable[[str], Any]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop_ids, self.heard = stop_ids, heard
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then token by token."""
+        if self.next_tokens_are_prompt or int(value.flatten()[0]) not in self.stop_ids:
+            super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass text on."""
+        if text:
+            self.heard(text)
+
+
+def stop_ids_of(template: ConversationFormat, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end token, and what the template puts after the text."""
+    end = template.answer_end(tokenizer.eos_token)
+    ids = tokenizer.encode(end, add_special_tokens=False) if end else []
+    return sorted({*ids[:1], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def read_lines(path: Path, *key: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Read what an earlier run wrote, by the fields `key`; a last line that was cut short is dropped from the file."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if not path.is_file():
+        return found
+    text = path.read_text(encoding="utf-8")
+    whole = []
+    for line in filter(None, text.split("\n")):
+        try:
+            content = json.loads(line)
+            found[tuple(content[name] for name in key)] = content
+        except (ValueError, KeyError):
+            continue
+        whole.append(line + "\n")
+    if (kept := "".join(whole)) != text:
+        write_atomically(path, kept)
+    return found

@@ -1,0 +1,109 @@
+"""`switchkd data check`: what a data file holds, what would be skipped and why, before a teacher is run over it."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.data.encoding import SampleEncoder
+from switchkd.data.images import MAX_IMAGE_PIXELS
+from switchkd.data.load_template import load_template
+from switchkd.data.samples import Sample, SampleFile, Status
+from switchkd.errors import DataError
+from switchkd.models.checkpoint import open_checkpoint
+from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
+from switchkd.pipelines.run_folder import write_atomically
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What `switchkd data check` was asked for; fields are its options."""
+
+    data: Path
+    images: Path | None = None
+    model: Path | None = None
+    template: str = "qwen2_base"
+    max_length: int = 2048
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    workers: int = 0
+    report: Path | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What a data file holds."""
+
+    rows: int
+    kinds: dict[str, int]  # "one image, several turns" → rows that can be read
+    survey: Survey
+    lengths: NDArray[np.int64]  # of usable and over-long samples; tokens, or words where there is no model
+    unit: str  # "tokens" or "words"
+    limit: int | None  # max_length, where tokens are known
+    images_read: bool
+
+    @property
+    def skipped(self) -> int:
+        """Rows that would be skipped."""
+        return int((self.survey.status != Status.OK).sum())
+
+
+def check_data(options: CheckOptions) -> DataCheck:
+    """Look at every row of a data file and every image that it names.
+
+    With a model its tokenizer, template and image token count tell lengths and masks; without one, words are counted.
+    `options.report` gets one JSON line for each row that would be skipped.
+
+    Raises:
+        DataError: no such file or image folder, no usable row.
+        CheckpointError: the model folder cannot be used.
+    """
+    samples = SampleFile(options.data)
+    if options.model is not None:
+        checkpoint = open_checkpoint(options.model, options.trust_remote_code)
+        if options.images is None and samples.needs_folder():
+            raise DataError(f"{options.data} names images: pass --images, the folder that their paths start from")
+        template = load_template(options.template, checkpoint)
+        encoder = SampleEncoder(checkpoint, template, options.images, options.max_length, options.max_image_pixels)
+        looker = SampleInspector(encoder)
+    else:
+        if options.images is not None and not options.images.is_dir():
+            raise DataError(f"no image folder {options.images}")
+        looker = SampleInspector(None, options.images, options.max_image_pixels)
+    found = survey(samples, looker, options.workers)
+    if options.report is not None:
+        _write_report(options.report, samples, found)
+    if options.model is not None:
+        lengths, unit = found.tokens[np.isin(found.status, (Status.OK, Status.TOO_LONG))], "tokens"
+    else:
+        usable = np.flatnonzero(found.status == Status.OK)
+        lengths, unit = np.array([_words(samples[int(row)]) for row in usable], np.int64), "words"
+    return DataCheck(
+        rows=len(samples),
+        kinds=dict(Counter(_kind(sample) for sample in samples if sample.status is Status.OK)),
+        survey=found,
+        lengths=lengths,
+        unit=unit,
+        limit=options.max_length if options.model is not None else None,
+        images_read=options.images is not None or not samples.needs_folder(),
+    )
+
+
+def _kind(sample: Sample) -> str:
+    return f"{'text only' if sample.image is None else 'one image'}, {'several turns' if len(sample.turns) > 1 else 'one turn'}"
+
+
+def _words(sample: Sample) -> int:
+    return sum(len(text.split()) for turn in sample.turns for text in turn)
+
+
+def _write_report(path: Path, samples: SampleFile, found: Survey) -> None:
+    rows = [
+        {"row": row, "id": samples[row].id, "reason": Status(int(found.status[row])).label, "detail": detail}
+        for row, detail in found.details.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

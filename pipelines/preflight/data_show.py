@@ -1,0 +1,78 @@
+"""`switchkd data show`: the exact text and mask of samples, as the models read them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.data.encoding import SampleEncoder
+from switchkd.data.load_template import load_template
+from switchkd.data.samples import BadSample, SampleFile
+from switchkd.models.checkpoint import open_checkpoint
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """What `switchkd data show` was asked for; fields are its options."""
+
+    data: Path
+    model: Path
+    n: int = 3
+    start: int = 0
+    template: str = "qwen2_base"
+    max_length: int = 2048
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of tokens of one kind."""
+
+    text: str
+    kind: str  # "prompt", "supervised" or "image"
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One sample as a model reads it."""
+
+    row: int
+    id: str
+    image: str | None
+    spans: list[Span]  # their texts, joined, are the sample's text
+    problem: str = ""  # why it cannot be used
+
+    def tokens(self, kind: str = "") -> int:
+        """Return the number of tokens, of one kind or of all."""
+        return sum(span.tokens for span in self.spans if kind in ("", span.kind))
+
+
+def show_data(options: ShowOptions) -> Iterator[ShownSample]:
+    """Yield n samples from row `start` on. Images are not read.
+
+    Raises:
+        InputError: data file, model or template cannot be used.
+    """
+    checkpoint = open_checkpoint(options.model, options.trust_remote_code)
+    samples = SampleFile(options.data)
+    encoder = SampleEncoder(checkpoint, load_template(options.template, checkpoint), None, options.max_length)
+    for row in range(options.start, min(options.start + options.n, len(samples))):
+        sample = samples[row]
+        try:
+            spans, problem = _spans(encoder, *encoder.encode_text(sample)), ""
+        except BadSample as bad:
+            spans, problem = [], str(bad)
+        yield ShownSample(row, sample.id, sample.image, spans, problem)
+
+
+def _spans(encoder: SampleEncoder, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> list[Span]:
+    kinds = np.where(ids == encoder.image_token_id, "image", np.where(supervised, "supervised", "prompt"))
+    borders = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1), len(ids)]
+    return [
+        Span(encoder.tokenizer.decode(ids[begin:end], skip_special_tokens=False), str(kinds[begin]), int(end - begin))
+        for begin, end in pairwise(borders)
+    ]

@@ -1,0 +1,128 @@
+"""A look at every sample before anything is paid for: can it be used, how long is it, what is odd about it."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from switchkd.data.encoding import SampleEncoder
+from switchkd.data.images import MAX_IMAGE_PIXELS, decode_image, extension_mismatch, image_bytes_of
+from switchkd.data.samples import BadSample, Sample, SampleFile, Status
+from switchkd.pipelines.progress import Progress
+
+ROWS_PER_ITEM = 64  # what a worker process takes at a time
+UNKNOWN = -1  # tokens or positions of a sample that could not be tokenized
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a look at one sample found."""
+
+    status: Status
+    detail: str = ""  # why it cannot be used
+    tokens: int = UNKNOWN  # image tokens included
+    positions: int = UNKNOWN
+    note: str = ""  # odd, but no hindrance: "GIF behind .jpg"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at all n samples found."""
+
+    status: NDArray[np.uint8]  # [n]
+    tokens: NDArray[np.int64]  # [n]
+    positions: NDArray[np.int64]  # [n]
+    details: dict[int, str] = field(default_factory=dict)  # row → why it cannot be used
+    notes: dict[str, list[int]] = field(default_factory=dict)  # what is odd → rows
+
+    def skipped(self) -> Counter[str]:
+        """Return how many samples cannot be used, by reason."""
+        return Counter(Status(int(code)).label for code in self.status[self.status != Status.OK])
+
+
+class SampleInspector:
+    """Looks at single samples: text and mask with an encoder, the image decoded but not processed.
+
+    Args:
+        encoder: None looks at rows and images only, since nothing can be tokenized.
+        images: the image folder; None, without an encoder, leaves images unread.
+    """
+
+    def __init__(
+        self, encoder: SampleEncoder | None, images: Path | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS
+    ) -> None:
+        self.encoder, self.images, self.max_image_pixels = encoder, images, max_image_pixels
+        if encoder is not None:
+            self.images, self.max_image_pixels = encoder.images, encoder.max_image_pixels
+
+    def inspect(self, sample: Sample) -> Finding:
+        """Say what is to be said about one sample; never raises for a bad one."""
+        tokens = positions = UNKNOWN
+        try:
+            sample.require_ok()
+            if self.encoder is not None:
+                encoded = self.encoder.encode(sample, pixels=False)
+                tokens, positions = len(encoded.input_ids), encoded.positions
+            note = self._image_note(sample)
+        except BadSample as bad:
+            return Finding(bad.status, bad.detail, bad.tokens or tokens, positions)
+        return Finding(Status.OK, "", tokens, positions, note)
+
+    def _image_note(self, sample: Sample) -> str:
+        """Decode the image, and tell if it is of another kind than its name says. Raises BadSample."""
+        if sample.image is None or (self.images is None and sample.embedded is None):
+            return ""
+        try:
+            data = image_bytes_of(sample, self.images)
+            assert data is not None
+            decode_image(data, sample.image, self.max_image_pixels)
+        except BadSample as bad:
+            raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
+        return extension_mismatch(data, sample.image)
+
+
+class _Chunks(Dataset[list[Finding]]):
+    """Runs of `ROWS_PER_ITEM` samples, looked at."""
+
+    def __init__(self, samples: SampleFile, inspector: SampleInspector) -> None:
+        self.samples, self.inspector = samples, inspector
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // ROWS_PER_ITEM)
+
+    def __getitem__(self, item: int) -> list[Finding]:
+        rows = range(item * ROWS_PER_ITEM, min((item + 1) * ROWS_PER_ITEM, len(self.samples)))
+        return [self.inspector.inspect(self.samples[row]) for row in rows]
+
+
+def survey(samples: SampleFile, inspector: SampleInspector, workers: int = 0) -> Survey:
+    """Look at every sample of a data file, in `workers` processes (0: in this one).
+
+    Raises:
+        DataError: the data file has images and no folder was given to an encoder.
+    """
+    loader: DataLoader[Any] = DataLoader(_Chunks(samples, inspector), batch_size=None, num_workers=workers)
+    status = np.zeros(len(samples), np.uint8)
+    tokens = np.full(len(samples), UNKNOWN, np.int64)
+    positions = np.full(len(samples), UNKNOWN, np.int64)
+    details: dict[int, str] = {}
+    notes: dict[str, list[int]] = {}
+    with Progress("checking samples", len(samples), "samples") as progress:
+        for row, found in enumerate(_each(loader, progress)):
+            status[row], tokens[row], positions[row] = found.status, found.tokens, found.positions
+            if found.status is not Status.OK:
+                details[row] = found.detail
+            if found.note:
+                notes.setdefault(found.note, []).append(row)
+    return Survey(status, tokens, positions, details, notes)
+
+
+def _each(chunks: Any, progress: Progress) -> Iterator[Finding]:
+    for chunk in chunks:
+        yield from chunk
+        progress.advance(len(chunk))

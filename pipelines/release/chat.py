@@ -1,0 +1,97 @@
+"""`switchkd chat`: ask a model about an image, its answers as they come."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchkd.data.encoding import SampleEncoder
+from switchkd.data.load_template import CHECKPOINT_TEMPLATE, load_template, template_from_dict
+from switchkd.data.samples import BadSample, Status
+from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
+from switchkd.errors import ConfigError, DataError
+from switchkd.models.checkpoint import Checkpoint, open_checkpoint
+from switchkd.models.vlm import load_model
+from switchkd.pipelines.evaluation.generation import GreedyGenerator, Prompt
+from switchkd.pipelines.run_folder import SUMMARY
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What `switchkd chat` was asked for; fields are its options."""
+
+    model: Path
+    image: Path | None = None
+    template: str | None = None  # None: that of the run, else the checkpoint's own
+    max_new_tokens: int = 512
+    max_length: int = 2048
+    device: str = "cpu"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+class Chat:
+    """A conversation about one image, or none.
+
+    Raises:
+        InputError: model, image or template cannot be used.
+    """
+
+    def __init__(self, options: ChatOptions) -> None:
+        checkpoint = open_checkpoint(options.model, options.trust_remote_code)
+        template = template_of(checkpoint, options.template)
+        self.encoder = SampleEncoder(checkpoint, template, None, options.max_length)
+        self.image, self.name = None, str(options.image)
+        if options.image is not None:
+            if not options.image.is_file():
+                raise DataError(f"no image {options.image}")
+            self.image = options.image.read_bytes()
+        self.turns: list[tuple[str, str]] = []
+        self._prompt("?")  # an image that cannot be read is told before the weights are loaded
+        model = load_model(checkpoint, dtype=options.dtype).to(options.device)
+        self._answerer = GreedyGenerator(model, self.encoder, template, options.max_new_tokens)
+
+    def ask(self, question: str, heard: Callable[[str], None]) -> str:
+        """Return the answer to a question after all earlier ones, and hand over its words as they come.
+
+        A conversation that has grown too long is begun anew with this question.
+
+        Raises:
+            BadSample: the question alone is too long, or holds the image marker.
+        """
+        if IMAGE_MARKER in question:
+            raise BadSample(
+                Status.MARKER_WITHOUT_IMAGE, f"a question holds {IMAGE_MARKER}; the image stands before the first"
+            )
+        try:
+            prompt = self._prompt(question)
+        except BadSample as bad:
+            if bad.status is not Status.TOO_LONG or not self.turns:
+                raise
+            self.turns = []
+            prompt = self._prompt(question)
+        answer = self._answerer.say(prompt, heard)
+        self.turns.append((question, answer))
+        return answer
+
+    def _prompt(self, question: str) -> Prompt:
+        return self.encoder.encode_turns([*self.turns, (question, "")], self.image, self.name)
+
+
+def template_of(checkpoint: Checkpoint, asked: str | None = None) -> ConversationFormat:
+    """Return the template to talk to a model with: the one asked for, that of the run which made it, or its own chat template.
+
+    Raises:
+        ConfigError: none of them is there.
+    """
+    if asked is not None:
+        return load_template(asked, checkpoint)
+    summary = checkpoint.path / SUMMARY
+    if summary.is_file() and (made_from := json.loads(summary.read_text(encoding="utf-8")).get("made_from")):
+        return template_from_dict(made_from["template"])
+    try:
+        return load_template(CHECKPOINT_TEMPLATE, checkpoint)
+    except ConfigError as error:
+        raise ConfigError(
+            f"which template {checkpoint.path} was trained with is not known: pass --template ({error})"
+        ) from None

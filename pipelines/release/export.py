@@ -1,0 +1,163 @@
+"""`switchkd export`: a finished run as a folder that plain transformers, vLLM and a hub take, with a card that says what it is."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, LlavaProcessor
+
+from switchkd.data.chat_template_export import chat_template_source
+from switchkd.data.encoding import pad_id_of
+from switchkd.data.templates import ConversationFormat
+from switchkd.errors import ConfigError, DataError, RunError
+from switchkd.fingerprints import hash_json, hash_weights
+from switchkd.models.checkpoint import Checkpoint, open_checkpoint
+from switchkd.models.vlm import load_model
+from switchkd.pipelines.evaluation.generation import stop_ids_of
+from switchkd.pipelines.release.chat import template_of
+from switchkd.pipelines.release.model_card import EvalScores, model_card
+from switchkd.pipelines.run_folder import RECORD, SCORES, SUMMARY
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `switchkd export` was asked for; fields are its options."""
+
+    run: Path
+    out: Path
+    scores: Sequence[Path] = ()  # beside those that lie in the run's folder
+    template: str | None = None  # None: the run's
+    dtype: str = "auto"
+    push_to: str | None = None
+    private: bool = False
+    trust_remote_code: bool = False
+
+
+def export(options: ExportOptions) -> Path:
+    """Write a finished run's student as a Hugging Face folder, and push it where that is asked for.
+
+    The folder holds the weights, generation settings (greedy, ending where training's answers ended), tokenizer, image processor,
+    the run's template as chat template, and a model card. It appears as a whole or not at all.
+
+    Raises:
+        ConfigError: no finished run, no record of its template, or `out` is there already.
+        DataError: scores of another model.
+        RunError: pushing failed; the folder is whole.
+    """
+    if not ((options.run / SUMMARY).is_file() and (options.run / RECORD).is_file()):
+        raise ConfigError(
+            f"{options.run} is no finished run (a folder with {RECORD} and {SUMMARY}); train it to its end"
+        )
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ConfigError(f"{options.out} is there already; remove it, or name another folder")
+    summary = json.loads((options.run / SUMMARY).read_text(encoding="utf-8"))
+    record = yaml.safe_load((options.run / RECORD).read_text(encoding="utf-8"))
+    checkpoint = open_checkpoint(options.run, options.trust_remote_code)
+    template = template_of(checkpoint, options.template)
+    scores = _scores(options)
+    unfinished = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
+    try:
+        _write_model(checkpoint, template, unfinished, options.dtype)
+        card = model_card(options.push_to or options.out.name, checkpoint, record, summary, scores)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        if options.out.is_dir():
+            options.out.rmdir()  # an empty one
+        unfinished.rename(options.out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if options.push_to is not None:
+        _push(options.out, options.push_to, options.private)
+    return options.out
+
+
+def _write_model(checkpoint: Checkpoint, template: ConversationFormat, folder: Path, dtype: str) -> None:
+    model = load_model(checkpoint, dtype=dtype)
+    tokenizer = checkpoint.tokenizer
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=stop_ids_of(template, tokenizer), pad_token_id=pad_id_of(tokenizer)
+    )
+    model.save_pretrained(folder)
+    _name_as_published(folder)
+    source = chat_template_source(template, tokenizer.eos_token)
+    tokenizer.chat_template = source
+    tokenizer.save_pretrained(folder)
+    vision, strategy = checkpoint.config.vision_config, checkpoint.config.vision_feature_select_strategy
+    patches = (vision.image_size // vision.patch_size) ** 2
+    # The processor writes patches + additional image tokens, one less under "default"; a projector that pools makes it negative.
+    additional = checkpoint.image_tokens + (strategy == "default") - patches
+    processor = LlavaProcessor(
+        image_processor=checkpoint.image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=strategy,
+        chat_template=source,
+        image_token=tokenizer.convert_ids_to_tokens(checkpoint.image_token_id),
+        num_additional_image_tokens=additional,
+    )
+    processor.save_pretrained(folder)
+    checkpoint.image_processor.save_pretrained(folder)  # a file of its own, for programs that look for nothing else
+
+
+def _name_as_published(folder: Path) -> None:
+    """Give the vision tower's tensors the level `vision_model` that published Llavas have and vLLM expects.
+
+    transformers reads both names, and since 5.19 writes the shorter one.
+    """
+
+    def longer(name: str) -> str:
+        head, tower, rest = name.partition("vision_tower.")
+        return f"{head}{tower}vision_model.{rest}" if tower and not rest.startswith("vision_model.") else name
+
+    for path in folder.glob("*.safetensors"):
+        save_file({longer(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {longer(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _scores(options: ExportOptions) -> list[EvalScores]:
+    """Read the evaluations of exactly this student."""
+    weights = hash_json(hash_weights(options.run))
+    found = []
+    for folder, asked in [*((folder, True) for folder in options.scores), *((f, False) for f in _below(options.run))]:
+        if not (folder / SCORES).is_file() or not (folder / RECORD).is_file():
+            raise DataError(
+                f"{folder} holds no evaluation: expected {SCORES} and {RECORD}, as `switchkd eval` writes them"
+            )
+        record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
+        if record.get("weights") != weights:
+            if asked:
+                raise DataError(
+                    f"{folder} has the scores of other weights than those of {options.run}; evaluate this student"
+                )
+            log.warning("left out: %s has the scores of other weights", folder)
+            continue
+        found.append(EvalScores(folder, record, json.loads((folder / SCORES).read_text(encoding="utf-8"))))
+    return found
+
+
+def _below(run: Path) -> Iterator[Path]:
+    return (path.parent for path in sorted(run.rglob(SCORES)) if (path.parent / RECORD).is_file())
+
+
+def _push(folder: Path, repository: str, private: bool) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a student made with switchkd")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{folder} is whole, but cannot be pushed to {repository}: {reason}") from error

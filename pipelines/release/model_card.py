@@ -1,0 +1,129 @@
+"""The model card of an exported student: method, data, teacher store, scores; nothing that was not recorded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import switchkd
+from switchkd.models.checkpoint import Checkpoint
+from switchkd.pipelines.evaluation.benchmarks.scoreboard import TABLE
+
+FRONT_MATTER = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [switch-kd, knowledge-distillation, vision-language-model]
+---
+"""
+USE = """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}", backend="pil")  # the pixels of training, with or without torchvision
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+question = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": question}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**inputs, max_new_tokens=128)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+"""
+
+
+@dataclass(frozen=True)
+class EvalScores:
+    """One evaluation of the student."""
+
+    folder: Path
+    record: dict[str, Any]  # its run.yaml
+    scores: dict[str, Any]  # its scores.json
+
+
+def model_card(
+    name: str, checkpoint: Checkpoint, record: dict[str, Any], summary: dict[str, Any], scores: Sequence[EvalScores]
+) -> str:
+    """Write the card. Of paths on the training machine only the last name is kept.
+
+    Args:
+        name: of the repository or folder. record: the run's options. summary: what the run did.
+    """
+    origin: dict[str, Any] = summary.get("made_from") or {}
+    sections = [
+        FRONT_MATTER + f"\n# {name.rpartition('/')[2]}\n",
+        "A vision-language student trained with Switch-KD ([arXiv 2604.14629](https://arxiv.org/abs/2604.14629)) by "
+        f"switchkd {switchkd.__version__}.\n",
+        "## Use\n",
+        ("`import switchkd` first: it registers this model's projector.\n\n" if _own_class(checkpoint) else "")
+        + USE.format(name=name),
+        "## Method\n",
+        _rows(_method(record, summary)),
+        "## Data\n",
+        _rows(_data(checkpoint, record, summary, origin)),
+        "## Teacher\n",
+        _rows(_teacher(record, origin)),
+        "## Last losses\n",
+        _rows({key.removeprefix("loss_"): f"{value:.4f} nats" for key, value in summary["losses"].items()}),
+    ]
+    if scores:
+        sections += ["## Scores\n", *map(_score_section, scores)]
+    return "\n".join(sections)
+
+
+def _own_class(checkpoint: Checkpoint) -> bool:
+    return bool(checkpoint.config.model_type != "llava")
+
+
+def _rows(rows: dict[str, Any]) -> str:
+    return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+
+
+def _name(path: Any) -> str:
+    return Path(str(path)).name if path else "none"
+
+
+def _method(record: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    rows: dict[str, Any] = {"objective": record["objective"], "visual switch": "yes" if record["switch"] else "no"}
+    if record["objective"] != "sft":
+        rows["λ1 (Align), λ2 (VSD)"] = f"{record['align_weight']:g}, {record['vsd_weight']:g}"
+        rows["temperature"] = record["temperature"] or "the objective's default"
+    rows["began as"] = _name(record["student"])
+    rows["steps"] = f"{summary['steps']:,}"
+    for option in ("train_parts", "batch_size", "accumulation", "group_by", "lr", "schedule", "precision", "seed"):
+        if record.get(option) is not None:
+            rows[option.replace("_", " ")] = record[option]
+    return rows
+
+
+def _data(
+    checkpoint: Checkpoint, record: dict[str, Any], summary: dict[str, Any], origin: dict[str, Any]
+) -> dict[str, Any]:
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary["skipped"].items())) or "none"
+    return {
+        "data file": f"{_name(record['data'])}, SHA-256 {origin.get('data', 'not recorded')}",
+        "samples": f"{summary['samples']:,}; skipped: {skipped}",
+        "template": (origin.get("template") or {}).get("name", "not recorded"),
+        "images": f"{type(checkpoint.image_processor).__name__}, {checkpoint.image_tokens} tokens each",
+    }
+
+
+def _teacher(record: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
+    rows: dict[str, Any] = {"teacher": _name(record["teacher"])}
+    if origin.get("store"):
+        rows["teacher store"] = f"identity {origin['store']}"
+        rows |= {f"hash of its {part}": value for part, value in (origin.get("teacher") or {}).items()}
+    else:
+        rows["teacher store"] = "none"
+    return rows
+
+
+def _score_section(found: EvalScores) -> str:
+    table = found.folder / TABLE
+    if table.is_file():
+        return table.read_text(encoding="utf-8")
+    scores = found.scores
+    rows = {"all": f"{scores['accuracy']:.4f}"} | {kind: f"{share:.4f}" for kind, share in scores["by_type"].items()}
+    return (
+        f"Exact match on {_name(found.record['data'])}, {scores['questions']:,} questions, greedy, template "
+        f"{found.record['template']}:\n\n" + _rows(rows)
+    )

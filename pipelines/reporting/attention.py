@@ -1,0 +1,170 @@
+"""Where a model looks while it answers: attention from the answer to the image's tokens, as a map over the patches (Fig. 3).
+
+The paper shows such maps without saying how they are made; this is our definition. A[l, h, q, j] is the attention weight of the
+LLM's layer l and head h from row q to key j, a softmax over all keys that q may see, so Σ_j A[l, h, q, j] = 1. Q are the rows
+that predict the answer's tokens, its end included (the label shift of positions.py), H the heads, S the chosen layers. For the
+token of patch j
+
+    mass_j = 1/(|S|·|H|·|Q|) · Σ_{l in S} Σ_{h in H} Σ_{q in Q} A[l, h, q, j]
+
+Σ_j mass_j over the image is the *share*: how much of its attention the answer spends on the image at all, 0 … 1. The *map* is
+mass / share, so that every map sums to 1 and models can be compared; *overlap* of two maps p and q is Σ_j min(p_j, q_j).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from switchkd.data.encoding import SampleEncoder, collate, pad_id_of
+from switchkd.data.load_template import load_template
+from switchkd.data.samples import BadSample, Sample, Status
+from switchkd.errors import ConfigError, RunError
+from switchkd.models.checkpoint import Checkpoint, open_checkpoint
+from switchkd.models.vlm import load_model
+from switchkd.pipelines.evaluation.generation import GreedyGenerator
+from switchkd.positions import predicting_rows
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """How one model looked at one image."""
+
+    answer: str
+    share: float  # of the answer's attention that goes to the image, 0 … 1
+    map: NDArray[np.float64]  # [rows, columns] of patches; sums to 1; NaN where a patch has no token
+    seen: NDArray[np.float64]  # [H, W, 3], 0 … 1: the image as the model's processor shows it
+
+
+class AttentionProbe:
+    """A model whose attention is read.
+
+    Args:
+        model: checkpoint folder. template: of the prompt. layers: of the LLM, from 0, negative ones from the end; empty: all.
+
+    Raises:
+        CheckpointError, ConfigError: the model cannot be opened, has no such layer, or its image tokens form no grid.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        template: str,
+        layers: Sequence[int] = (),
+        max_new_tokens: int = 32,
+        device: str = "cpu",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint = open_checkpoint(model, trust_remote_code)
+        self.grid = patch_grid(self.checkpoint)
+        count = self.checkpoint.config.text_config.num_hidden_layers
+        if bad := [layer for layer in layers if not -count <= layer < count]:
+            raise ConfigError(f"{model} has layers 0 … {count - 1} (or -{count} … -1), asked for {bad[0]}")
+        self.layers = sorted({layer % count for layer in layers}) or list(range(count))
+        self._template, self._max_new_tokens = load_template(template, self.checkpoint), max_new_tokens
+        self._model = load_model(self.checkpoint, dtype=dtype).to(device)
+        self._model.set_attn_implementation("eager")  # the only one that tells its weights
+
+    def map_of(self, image: Path, question: str, answer: str | None = None) -> AttentionMap:
+        """Ask a question about an image, and map what the answer attends to.
+
+        Args:
+            answer: what to read the attention of; None: the model's own, decoded greedily.
+
+        Raises:
+            BadSample: the image cannot be used.
+        """
+        encoder = SampleEncoder(self.checkpoint, self._template, image.parent, max_length=1 << 20)
+        if answer is None:
+            answer = self._answer(encoder, image, question)
+        encoded = encoder.encode(_sample(image, question, answer))
+        batch = collate([encoded], pad_id_of(self.checkpoint.tokenizer))
+        rows, ids = predicting_rows(batch["labels"])[0], batch["input_ids"]
+        on_image = ids[0] == self.checkpoint.image_token_id
+        assert encoded.pixels is not None
+        pixels = encoded.pixels[None].to(self._model.device, self._model.dtype)
+        with torch.inference_mode():
+            attentions = self._model(
+                input_ids=ids.to(self._model.device), pixel_values=pixels, output_attentions=True, use_cache=False
+            ).attentions
+        chosen = torch.stack([attentions[layer][0].float().cpu() for layer in self.layers])
+        mass = answer_to_image(chosen, rows, on_image)[self.grid.extra :]
+        share = float(mass.sum())
+        if not share > 0:
+            raise RunError(f"{self.checkpoint.path} pays the image no attention at all in layers {self.layers}")
+        return AttentionMap(answer, share, self.grid.place(mass.numpy() / share), self._seen(encoded.pixels))
+
+    def _answer(self, encoder: SampleEncoder, image: Path, question: str) -> str:
+        answerer = GreedyGenerator(self._model, encoder, self._template, self._max_new_tokens)
+        (found,) = answerer.answer([encoder.encode_prompt(_sample(image, question, ""), 0)])
+        if isinstance(found, BadSample):
+            raise found
+        return found
+
+    def _seen(self, pixels: Tensor) -> NDArray[np.float64]:
+        """Undo the processor's normalisation, so that the picture lies under the patches exactly as the model saw it."""
+        processor = self.checkpoint.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        seen: NDArray[np.float64] = (pixels.float() * std + mean).clamp(0, 1).permute(1, 2, 0).double().numpy()
+        return seen
+
+
+def answer_to_image(attention: Tensor, rows: Tensor, on_image: Tensor) -> Tensor:
+    """Return mass_j (module docstring), [n] float64.
+
+    Args:
+        attention: [layers, heads, L, L], rows sum to 1. rows: [L] bool, Q. on_image: [L] bool, the image's n tokens.
+    """
+    return attention.double()[:, :, rows][..., on_image].mean(dim=(0, 1, 2))
+
+
+def overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> float | None:
+    """Return Σ min(p, q) of two maps, 0 (nowhere the same) … 1 (equal); None if their grids differ."""
+    return float(np.nansum(np.minimum(one, other))) if one.shape == other.shape else None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the image's tokens lie: `side` × `side` patches in reading order, of which the first `missing` have no token.
+
+    `extra` tokens (CLIP's class token with strategy "full") come before the patches and belong to none; they are left out.
+    """
+
+    side: int
+    missing: int = 0
+    extra: int = 0
+
+    def place(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Arrange the values of the patches that have a token, [n] → [side, side]; NaN where there is none."""
+        cells = np.full(self.side**2, np.nan)
+        cells[self.missing :] = values
+        return cells.reshape(self.side, self.side)
+
+
+def patch_grid(checkpoint: Checkpoint) -> Grid:
+    """Return how a model's image tokens lie over the image.
+
+    A tower's patches are image_size / patch_size a side. Strategy "default" drops the first state: CLIP's class token, but
+    SigLIP's first patch. A projector that pools gives a smaller square.
+
+    Raises:
+        ConfigError: the number of tokens fits no square.
+    """
+    vision, tokens = checkpoint.config.vision_config, checkpoint.image_tokens
+    side = vision.image_size // vision.patch_size
+    for grid in (Grid(side), Grid(side, missing=1), Grid(side, extra=1), Grid(math.isqrt(tokens))):
+        if grid.side**2 - grid.missing + grid.extra == tokens:
+            return grid
+    raise ConfigError(
+        f"{checkpoint.path}: an image becomes {tokens} tokens, which form no square over {side} × {side} patches"
+    )
+
+
+def _sample(image: Path, question: str, answer: str) -> Sample:
+    return Sample(0, "question", image.name, [(question, answer)], "", Status.OK, "")

@@ -1,0 +1,63 @@
+"""`switchkd store plot`: a store in three pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from switchkd.pipelines.reporting.figures import color, matplotlib_ready
+from switchkd.stores import TeacherStore
+from switchkd.stores.layout import STAT_COLUMNS
+from switchkd.stores.storage.base import StoreLocation
+from switchkd.stores.storage.paths import part_key
+
+LEAST_MASS = 1e-8  # smaller tails count as this
+
+
+@dataclass(frozen=True)
+class StoreStatistics:
+    """What the pictures of a store show."""
+
+    knees: NDArray[Any]  # [P], of the teacher
+    tail_masses: NDArray[Any]  # [P], log10 of the probability outside the top k
+    parts: list[int]
+    part_mb: list[float]  # size of each part, 10^6 bytes
+
+
+def store_statistics(store: TeacherStore) -> StoreStatistics:
+    """Gather them from the parts that are there. Raises StoreError: a damaged part."""
+    parts = store.parts()
+    stats = np.concatenate([store.part_stats(part) for part in parts] or [np.empty((0, len(STAT_COLUMNS)), np.float32)])
+    columns = dict(zip(STAT_COLUMNS, stats.T, strict=True))
+    mass = np.exp(columns["tail_logsumexp"] - columns["logsumexp"])
+    return StoreStatistics(
+        columns["knee"],
+        np.log10(np.maximum(mass, LEAST_MASS)),
+        parts,
+        [sum(store.storage.file_sizes(part_key(part)).values()) / 1e6 for part in parts],
+    )
+
+
+def plot_store(path: StoreLocation, out: Path) -> Path:
+    """Draw the knees, the tail's share of the probability and the bytes per part; returns `out`.
+
+    Raises:
+        ConfigError: matplotlib is missing. StoreError: no store, or a damaged one.
+    """
+    with matplotlib_ready("store plot") as pyplot:
+        store = TeacherStore.open(path)
+        found = store_statistics(store)
+        figure, (knees, tails, sizes) = pyplot.subplots(1, 3, figsize=(13, 3.8))
+        knees.hist(found.knees, bins=60, color=color(0))
+        knees.set(title="Knee of the teacher", xlabel="k", ylabel="positions")
+        tails.hist(found.tail_masses, bins=60, color=color(1))
+        tails.set(
+            title=f"Probability outside the top {store.manifest.top_k}", xlabel="log10 of the mass", ylabel="positions"
+        )
+        sizes.bar(found.parts, found.part_mb, color=color(2))
+        sizes.set(title="Size of the parts", xlabel="part", ylabel="MB")
+        figure.savefig(out, dpi=150)
+        pyplot.close(figure)
+    return out

@@ -1,0 +1,63 @@
+"""What lies in the folder of a run or an evaluation: names of its files, the record of its options, writing a file as a whole."""
+
+import os
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchkd.errors import ConfigError
+
+RECORD = "run.yaml"
+SUMMARY = "summary.json"  # of a training run, written last: a run that has it is finished
+PREDICTIONS = "predictions.jsonl"
+SCORES = "scores.json"
+
+
+def to_plain(options: Any) -> dict[str, Any]:
+    """Return an options dataclass as YAML data; paths as text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the options that a run was begun with; empty if it is new. Raises ConfigError if the record is damaged."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        before = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(before, dict):
+        raise ConfigError(f"{path} is damaged: it should hold options by name")
+    return before
+
+
+def record(folder: Path, options: dict[str, Any], free: Collection[str] = ()) -> None:
+    """Write the resolved options beside a run, or check them against those that it was begun with.
+
+    Args:
+        folder: the run's output. options: name → YAML value. free: options that may change between two starts.
+
+    Raises:
+        ConfigError: the run was begun with other options; names them.
+    """
+    if before := read_record(folder):
+        names = [name for name in options if name not in free and before.get(name) != options[name]]
+        if names:
+            lines = "\n  ".join(f"{name}: run {before.get(name)!r}, now {options[name]!r}" for name in names)
+            raise ConfigError(
+                f"{folder} was begun with other options:\n  {lines}\nRepeat those, or pass another --output"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RECORD, yaml.safe_dump(options, sort_keys=False))
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either there as a whole or not at all; several processes may write the same at once."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    unfinished.rename(path)

@@ -1,0 +1,117 @@
+"""A teacher store read back: samples encoded and checked as they were cached, and the signals that its payloads give to a loss."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from switchkd.data.encoding import EncodedSample, SampleEncoder, collate, pad_id_of
+from switchkd.data.samples import SampleFile, Status
+from switchkd.errors import StoreMismatch
+from switchkd.fingerprints import SampleDigest
+from switchkd.losses.signals import HiddenSignal, SparseSignal, TailPolicy, TeacherSignal
+from switchkd.models.checkpoint import (
+    Checkpoint,
+)
+from switchkd.positions import predicting_rows
+from switchkd.stores import Payload, TeacherStore
+
+
+class TeacherSource(Protocol):
+    """Gives the teacher's signal at a batch's P positions."""
+
+    def signal(self, batch: dict[str, Any]) -> TeacherSignal:
+        """Return the signal; `batch` is what `training_data.Collator` made."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move what it holds."""
+        ...
+
+
+class StoredTopK:
+    """Payload `topk`: sparse."""
+
+    def __init__(self, vocab_rows: int, tail: TailPolicy) -> None:
+        self.vocab_rows, self.tail = vocab_rows, tail
+
+    def signal(self, batch: dict[str, Any]) -> TeacherSignal:
+        """See `TeacherSource.signal`."""
+        return SparseSignal(
+            ids=batch["teacher_ids"],
+            logits=batch["teacher_logits"],
+            tail_logsumexp=batch["teacher_tail"],
+            knee=batch["teacher_knee"],
+            vocab_rows=self.vocab_rows,
+            tail=self.tail,
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to move."""
+
+
+class StoredHidden:
+    """Payload `hidden`: the teacher's LM head turns stored states into its whole rows, about 1 % of its forward pass.
+
+    Args:
+        head: the LM head's weight, [V, d].
+    """
+
+    def __init__(self, head: Tensor, vocab_rows: int) -> None:
+        self.head = head[:vocab_rows]
+
+    def signal(self, batch: dict[str, Any]) -> TeacherSignal:
+        """See `TeacherSource.signal`."""
+        return HiddenSignal(batch["teacher_hidden"], self.head)
+
+    def to(self, device: torch.device) -> None:
+        """Move the LM head."""
+        self.head = self.head.to(device)
+
+
+def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
+    """Return a payload as the columns of a batch, see `Collator`; the large ones share its memory."""
+    columns = {}
+    if payload.ids is not None and payload.logits is not None:
+        columns["teacher_ids"] = torch.from_numpy(payload.ids).long()  # as the losses index
+        columns["teacher_logits"] = torch.from_numpy(payload.logits)
+        columns["teacher_tail"] = torch.tensor(payload.stat("tail_logsumexp"))
+        columns["teacher_knee"] = torch.from_numpy(payload.stat("knee")).long()
+    if payload.hidden is not None:
+        columns["teacher_hidden"] = torch.from_numpy(payload.hidden)
+    return columns
+
+
+def choose_samples(store: TeacherStore, count: int, seed: int) -> list[int]:
+    """Return at most `count` random usable samples of the parts that are there, in ascending order."""
+    usable = np.concatenate(
+        [
+            np.flatnonzero(store.part_statuses(part) == Status.OK) + store.manifest.part_samples(part)[0]
+            for part in store.parts()
+        ]
+        or [np.empty(0, np.int64)]
+    )
+    count = min(count, len(usable))
+    return sorted(np.random.default_rng(seed).choice(usable, count, replace=False).tolist())
+
+
+def encode_as_cached(encoder: SampleEncoder, samples: SampleFile, store: TeacherStore, index: int) -> EncodedSample:
+    """Encode a sample. Raises StoreMismatch if it is not the one that was cached."""
+    encoded = encoder.encode(samples[index])
+    if changed := encoded.digest.differing(SampleDigest(*store.digest(index))):
+        raise StoreMismatch(f"row {index}: its {' and '.join(changed)} changed since {store.path} was made")
+    return encoded
+
+
+@torch.no_grad()
+def final_states(model, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:  # type: ignore[no-untyped-def]
+    """Return the final states at a batch's positions, [P, d]."""
+    inputs = collate(batch, pad_id_of(checkpoint.tokenizer))
+    inputs.pop("has_image")
+    rows = predicting_rows(inputs.pop("labels")).to(model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    states: Tensor = model.model(**inputs, use_cache=False).last_hidden_state[rows]
+    return states

@@ -1,0 +1,64 @@
+"""From our options to `transformers.TrainingArguments`."""
+
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from switchkd.errors import ConfigError
+from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.parallelism import (
+    profile_arguments,
+)
+from switchkd.stores import TeacherStore
+
+log = logging.getLogger(__name__)
+
+
+def _training_arguments(options: TrainOptions, store: TeacherStore | None, samples: int) -> TrainingArguments:
+    """Translate the options; `trainer` entries go to transformers as they are. Raises ConfigError for an unknown one."""
+    assert options.global_batch is not None
+    steps = options.steps or math.ceil(options.epochs * samples / options.global_batch)
+    arguments: dict[str, Any] = {
+        "output_dir": str(options.output),
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.accumulation,
+        "max_steps": steps,
+        "learning_rate": options.lr,
+        "warmup_steps": options.warmup,
+        "lr_scheduler_type": options.schedule,
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.grad_clip,
+        "bf16": options.precision == "bfloat16",
+        "seed": options.seed,
+        "logging_steps": options.log_every,
+        "save_steps": options.save_every,
+        "save_total_limit": 2,
+        "dataloader_num_workers": options.workers,
+        "remove_unused_columns": False,  # the collator's teacher columns are no arguments of the model
+        "ddp_find_unused_parameters": False,  # every trainable parameter gets a gradient in every batch, see SwitchTrainer
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    if both := {"gradient_checkpointing", "activation_checkpointing"} & set(options.trainer):
+        raise ConfigError(f"trainer: {min(both)} is for other models: pass --student-checkpointing")
+    if options.precision not in ("float32", "bfloat16"):
+        raise ConfigError(f"precision is float32 or bfloat16, got {options.precision!r}")
+    arguments |= profile_arguments(options.profile, os.environ) | options.trainer
+    if store is not None and not store.storage.survives_fork and arguments["dataloader_num_workers"]:
+        arguments.setdefault("dataloader_multiprocessing_context", "spawn")
+    try:
+        made = TrainingArguments(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training arguments: {error}") from error
+    if made.n_gpu > 1:
+        log.warning(
+            "using one of %d GPUs; for all: torchrun --nproc-per-node %d --no-python switchkd train …",
+            *[made.n_gpu] * 2,
+        )
+        made._n_gpu = 1  # else transformers would copy the model to all of them in every step (DataParallel)
+    return made

@@ -1,0 +1,128 @@
+"""A batch of samples as tensors: padded or packed, as student and teacher read them, with the stored teacher's columns."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from switchkd.data.encoding import EncodedSample, collate
+from switchkd.fingerprints import digest_sample
+from switchkd.losses.cross_tokenizer import align_positions
+from switchkd.models.checkpoint import Checkpoint, blank_image
+from switchkd.models.packing import layout, pack_rows
+from switchkd.pipelines.stored_teacher import teacher_columns
+from switchkd.stores import Payload
+
+_NOT_IN_THE_FILE = -1  # the index of a sample that stands in
+
+TEACHER_READS = ("input_ids", "attention_mask", "labels")  # what its LLM takes of a batch
+
+
+class Collator:
+    """Makes one batch: what `encoding.collate` gives, and the teacher's word at the batch's P positions.
+
+    Args:
+        stand_in: joins a batch of text alone, see `placeholder_sample`; None leaves such a batch as it is.
+        payload: gives the teacher's word of some samples, as `TrainingSamples.payload` does; the seconds that it takes go into the
+            batch as `store_seconds`. None: there is no store.
+        row_tokens: makes the batch ready for rows of this many tokens: its samples come row by row, and it says how they are laid
+            out, see `switchkd.models.packing`. None leaves their order.
+
+    From a store: teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64 if it has top-k
+    logits; teacher_hidden [P, d] if it has hidden states.
+
+    Where the teacher reads a sample otherwise: teacher_input_ids, teacher_attention_mask, teacher_labels [B, L_T];
+    with another tokenizer also partner [P] int64, the teacher's position of each of the student's, or -1.
+
+    With `row_tokens`: packing [R, N] int64; teacher_packing, of the same samples a row, where the teacher reads them otherwise; and
+    switch_packing, of the samples with an image as the teacher reads them, which share rows of their own.
+    """
+
+    def __init__(
+        self,
+        pad_id: int,
+        stand_in: EncodedSample | None = None,
+        payload: Callable[[Sequence[tuple[EncodedSample, int]]], Payload] | None = None,
+        teacher_pad_id: int | None = None,
+        row_tokens: int | None = None,
+    ) -> None:
+        self.pad_id, self.stand_in, self.payload = pad_id, stand_in, payload
+        self.row_tokens = row_tokens
+        self.teacher_pad_id = pad_id if teacher_pad_id is None else teacher_pad_id
+
+    def __call__(self, items: Sequence[tuple[EncodedSample, int]]) -> dict[str, Any]:
+        items = list(items)
+        if self.stand_in is not None and all(encoded.pixels is None for encoded, _ in items):
+            items.append((self.stand_in, _NOT_IN_THE_FILE))
+        rows: list[list[int]] = []
+        if self.row_tokens is not None:
+            rows = pack_rows([len(encoded.input_ids) for encoded, _ in items], self.row_tokens)
+            items = [items[index] for row in rows for index in row]
+        samples = [encoded for encoded, _ in items]
+        room = 1 if rows else 0
+        batch = collate(samples, self.pad_id, room)
+        views = [sample.teacher for sample in samples if sample.teacher is not None]
+        if views:
+            read = collate(views, self.teacher_pad_id, room)
+            batch |= {f"teacher_{name}": read[name] for name in TEACHER_READS}
+        if any(view.starts is not None for view in views):
+            batch["partner"] = torch.from_numpy(aligned_positions(samples))
+        if self.row_tokens is not None:
+            batch |= _layouts(samples, [len(row) for row in rows], self.row_tokens)
+        if self.payload is not None:
+            start = time.perf_counter()
+            batch |= teacher_columns(self.payload([item for item in items if item[1] != _NOT_IN_THE_FILE]))
+            batch["store_seconds"] = time.perf_counter() - start
+        return batch
+
+
+def _layouts(samples: Sequence[EncodedSample], per_row: Sequence[int], row_tokens: int) -> dict[str, torch.Tensor]:
+    """Return the layouts of a batch that holds `per_row` samples a row, row by row; see `Collator`."""
+    numbers = iter(range(len(samples)))
+    rows = [list(islice(numbers, count)) for count in per_row]
+    lengths = [len(sample.input_ids) for sample in samples]
+    found = {"packing": layout(rows, lengths, max(lengths) + 1)}
+    read = [len((sample.teacher or sample).input_ids) for sample in samples]
+    if any(sample.teacher is not None for sample in samples):
+        found["teacher_packing"] = layout(rows, read, max(read) + 1)
+    shown = [length for length, sample in zip(read, samples, strict=True) if sample.pixels is not None]
+    if shown:
+        found["switch_packing"] = layout(pack_rows(shown, row_tokens), shown, max(read) + 1)
+    return found
+
+
+def aligned_positions(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
+    """Align a batch's positions with the teacher's, [P]; see `vocab_map.align_positions`."""
+    found, before = [np.empty(0, np.int64)], 0
+    for sample in samples:
+        if sample.starts is not None and sample.teacher is not None and sample.teacher.starts is not None:
+            partner = align_positions(sample.starts, sample.teacher.starts)
+            found.append(np.where(partner < 0, -1, partner + before))
+            before += len(sample.teacher.starts)
+    return np.concatenate(found)
+
+
+def teacher_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return input_ids, attention_mask and labels of a batch for the teacher's LLM."""
+    return {name: batch.get(f"teacher_{name}", batch[name]) for name in TEACHER_READS}
+
+
+def placeholder_sample(checkpoint: Checkpoint, teacher: Checkpoint | None = None) -> EncodedSample:
+    """Return a sample that is a blank image and no position, so that a batch of text alone runs what every other batch runs.
+
+    Where layers are sharded, processes gather them together: one that has no image would wait for others that run the vision
+    tower and the switch pathway, for ever. It adds nothing to any sum.
+
+    Args:
+        teacher: reads it otherwise, see `TrainingSamples`.
+    """
+    ids = np.full(checkpoint.image_tokens, checkpoint.image_token_id, np.int32)
+    supervised = np.zeros(checkpoint.image_tokens, np.bool_)
+    view = None if teacher is None else replace(placeholder_sample(teacher), pixels=None)
+    digest = digest_sample(ids, supervised, None)
+    return EncodedSample(ids, supervised, blank_image(checkpoint.config)[0], digest, view)

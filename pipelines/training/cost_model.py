@@ -1,0 +1,199 @@
+"""What a run takes, by arithmetic from the models alone: parameters of each part, memory of a process, FLOPs of its steps.
+
+Nothing is run for it, so it can be told before the first step. docs/training.md explains each term; a test compares memory with
+what one step keeps, and FLOPs with torch's own count.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from switchkd.losses.fused import CHUNK_LOGITS
+from switchkd.models.vlm import layers_of
+from switchkd.pipelines.training.int8_teacher import stored_bytes
+from switchkd.pipelines.training.student_parts import PARTS, part_of
+
+# Tensors of a chunk's size that the loss holds at once: logits of student and teacher, their order, a gradient of each.
+LOSS_TENSORS = 8
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (parameters, those that train) of each part that the model has: vision, projector, language, adapters of a peer."""
+    found = dict.fromkeys((*PARTS, "adapters"), (0, 0))
+    for name, parameter in model.named_parameters():
+        every, trained = found[part_of(name)]
+        found[part_of(name)] = every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad
+    return {part: counts for part, counts in found.items() if counts[0]}
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A transformer by its sizes."""
+
+    layers: int
+    width: int  # d
+    inner: int  # f, of the MLP
+    gated: bool  # a SwiGLU MLP and RMSNorm, as language models have
+    attention: int  # heads x width of a head
+    weights: int  # of the linear layers
+    convolved: int  # weights of a patch embedding
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Stack":
+        config: Any = module.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            layers=len(layers_of(module)),
+            width=config.hidden_size,
+            inner=config.intermediate_size,
+            gated=any(name.endswith("gate_proj") for name, _ in module.named_modules()),
+            attention=config.num_attention_heads * head,
+            weights=sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)),
+            convolved=sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Conv2d)),
+        )
+
+    def forward_flops(self, tokens: float, pairs: float) -> float:
+        """2 FLOPs a weight and token, and 4 a unit of attention and pair of tokens (scores, and the mean they weigh)."""
+        return 2 * (self.weights + self.convolved) * tokens + 4 * self.layers * self.attention * pairs
+
+    def kept_bytes(self, element: int, trains: bool, checkpointed: bool = False) -> int:
+        """Bytes a token that all layers keep for the backward pass; norms compute in float32, `element` bytes elsewhere.
+
+        A layer keeps the inputs of its norms, q, k, v and the attention's output, and what its activation and product are
+        made of; a linear layer keeps its input only if its weight trains. Checkpointed, all keep their inputs alone, and one layer
+        at a time the rest.
+        """
+        if checkpointed:
+            return self.layers * self.width * element + self.kept_bytes(element, trains) // self.layers
+        d, f = self.width, self.inner
+        attention = 4 * self.attention
+        if self.gated:
+            values = attention + 3 * f + (4 * d + f if trains else 0)
+            return self.layers * (element * values + 4 * 2 * d)
+        values = attention + f + 2 * d + (3 * d + f if trains else 0)
+        return self.layers * element * values
+
+
+class Work(NamedTuple):
+    """What was run: sums over batches of B rows padded to L tokens, I of them with an image."""
+
+    tokens: float = 0  # B·L, padding included
+    pairs: float = 0  # B·L², of packed samples rows and their length
+    images: float = 0  # I
+    image_tokens: float = 0  # I·L
+    image_pairs: float = 0  # I·L²
+    positions: float = 0
+    image_positions: float = 0
+
+
+class CostModel:
+    """FLOPs and memory of a student, of the frozen teacher on the switch pathway, and of the source of the teacher's word.
+
+    Args:
+        student: on any device; which of its parameters train is read from it.
+        switch: the teacher of the switch pathway; None if VSD is off.
+        live: the teacher that runs whole in every step; None with a store. May be the same model as `switch`.
+        stored_head: weights of the LM head that turns stored hidden states into logits; 0 without it.
+        vision_tokens: of an image inside the tower.
+    """
+
+    def __init__(
+        self,
+        student: LlavaForConditionalGeneration,
+        switch: LlavaForConditionalGeneration | None,
+        live: LlavaForConditionalGeneration | None,
+        stored_head: int,
+        vision_tokens: int,
+    ) -> None:
+        self.student, self.switch, self.live = student, switch, live
+        self.stored_head, self.vision_tokens = stored_head, vision_tokens
+        trains = {part for part, (_, trained) in count_parameters(student).items() if trained}
+        self.vision_trains, self.language_trains = "vision" in trains, "language" in trains
+        self.projector_trains = "projector" in trains
+
+    def flops(self, work: Work) -> float:
+        """Return the FLOPs of forward and backward passes, without what checkpointing runs again.
+
+        A pass costs twice itself backward where weights train, once where gradients only go through.
+        """
+        student = self.student
+        language = self._language(student, work.tokens, work.pairs) + self._head(student, work.positions)
+        total = (2 + self.language_trains) * language
+        total += (1 + self.projector_trains + self.vision_trains) * self._projector(student, work.images)
+        total += (1 + 2 * self.vision_trains) * self._vision(student, work.images)
+        if self.switch is not None:
+            total += 2 * self._language(self.switch, work.image_tokens, work.image_pairs)
+            total += 2 * self._head(self.switch, work.image_positions)
+            total += 2 * self._projector(self.switch, work.images)
+        if self.live is not None:
+            total += self._language(self.live, work.tokens, work.pairs) + self._head(self.live, work.positions)
+            total += self._projector(self.live, work.images) + self._vision(self.live, work.images)
+        return total + 2 * self.stored_head * work.positions
+
+    def memory(
+        self,
+        rows: int,
+        length: int,
+        *,
+        processes: int,
+        sharded: str | None,
+        half: bool,
+        student_checkpointed: bool = False,
+        teacher_checkpointed: bool = False,
+        masked: bool = False,
+    ) -> dict[str, float]:
+        """Return what a process needs at its peak, bytes by kind.
+
+        Args:
+            rows, length: of a batch, every row with an image and of the full length.
+            sharded: None, "student", or "all" for the teacher's layers too. half: bfloat16 autocast.
+            student_checkpointed, teacher_checkpointed: whose activations are computed again in the backward pass.
+            masked: whether attention needs a mask of all pairs of a row.
+        """
+        student = list(self.student.parameters())
+        trained = sum(p.numel() for p in student if p.requires_grad)
+        share = processes if sharded else 1
+        teachers = {id(model): model for model in (self.switch, self.live) if model is not None}.values()
+        frozen = 0.0
+        for teacher in teachers:
+            inside = {id(p) for layer in layers_of(teacher) for p in layer.parameters()}
+            for p in teacher.parameters():
+                frozen += stored_bytes(p) / (processes if sharded == "all" and id(p) in inside else 1)
+        element = 2 if half else 4
+        tokens, vision = rows * length, rows * self.vision_tokens
+        language = _Stack.of(self.student.model.language_model)
+        kept = tokens * language.kept_bytes(element, self.language_trains, student_checkpointed)
+        if self.vision_trains:
+            tower = _Stack.of(self.student.model.vision_tower)
+            kept += vision * tower.kept_bytes(element, True, student_checkpointed)
+        if self.switch is not None:
+            through, size = _Stack.of(self.switch.model.language_model), self.switch.lm_head.weight.element_size()
+            kept += tokens * through.kept_bytes(size, False, teacher_checkpointed)
+        head = self.student.lm_head.weight
+        chunk = min(CHUNK_LOGITS, tokens * len(head))
+        return {
+            "student": sum(p.nbytes for p in student) / share,
+            "gradients": 4 * trained / share,
+            "optimizer": 8 * trained / share,  # Adam's two moments
+            "teacher": frozen + self.stored_head * element * (not teachers),
+            "activations": float(kept),
+            "mask": float(masked * tokens * length * (1 + element)),  # bool, and as it is added to scores
+            "loss": 4.0 * LOSS_TENSORS * chunk + 4 * head.numel() * head.requires_grad,
+        }
+
+    def _vision(self, model: LlavaForConditionalGeneration, images: float) -> float:
+        stack = _Stack.of(model.model.vision_tower)
+        return stack.forward_flops(images * self.vision_tokens, images * self.vision_tokens**2)
+
+    def _projector(self, model: LlavaForConditionalGeneration, images: float) -> float:
+        linear = [m.weight.numel() for m in model.model.multi_modal_projector.modules() if isinstance(m, nn.Linear)]
+        return 2 * sum(linear) * images * self.vision_tokens
+
+    def _language(self, model: LlavaForConditionalGeneration, tokens: float, pairs: float) -> float:
+        return _Stack.of(model.model.language_model).forward_flops(tokens, pairs)
+
+    def _head(self, model: LlavaForConditionalGeneration, positions: float) -> float:
+        weights: int = model.lm_head.weight.numel()
+        return 2 * weights * positions

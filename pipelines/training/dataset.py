@@ -1,0 +1,141 @@
+"""What stage two reads: samples joined with their stored teacher, every one checked against the store's digest."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.samples import BadSample, SampleFile, Status
+from switchkd.errors import DataError, StoreMismatch
+from switchkd.fingerprints import SampleDigest
+from switchkd.pipelines.preflight.survey import SampleInspector, survey
+from switchkd.pipelines.progress import Progress
+from switchkd.pipelines.training.collator import aligned_positions
+from switchkd.pipelines.training.sampler import EpochOrder
+from switchkd.stores import Payload, TeacherStore
+
+# English in the usual vocabularies. It weighs text against image tokens where lengths are compared; nothing else needs it.
+CHARACTERS_PER_TOKEN = 4
+
+
+class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
+    """The usable samples of a data file, each with its index there, and what the teacher said about them.
+
+    Args:
+        store: a whole store of this data file; None trains without a store (`sft`, a live teacher), for which
+            every sample is looked at first, images decoded.
+        workers: processes for that.
+        teacher_encoder: encodes as the teacher reads, where another tokenizer or number of image tokens makes that differ; the
+            store's digests are then those of its encodings, and every sample has both.
+
+    Raises:
+        StoreMismatch: the store has another number of samples.
+        DataError: no usable sample.
+    """
+
+    def __init__(
+        self,
+        samples: SampleFile,
+        encoder: SampleEncoder,
+        store: TeacherStore | None,
+        workers: int = 0,
+        teacher_encoder: SampleEncoder | None = None,
+    ) -> None:
+        self.samples, self.encoder, self.store = samples, encoder, store
+        self.teacher_encoder = teacher_encoder
+        if store is None:
+            statuses = survey(samples, SampleInspector(encoder), workers).status
+        elif len(store) != len(samples):
+            raise StoreMismatch(
+                f"{store.path} was made from {len(store)} samples, {samples.path} has {len(samples)}; "
+                "train on the data file that was cached"
+            )
+        else:
+            statuses = store.statuses()
+        self.usable = np.flatnonzero(statuses == Status.OK)
+        self.skipped = Counter(Status(int(code)).label for code in statuses[statuses != Status.OK])
+        if not len(self.usable):
+            raise DataError(f"{samples.path} has no usable sample: {dict(self.skipped)}")
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    def __getitem__(self, item: int) -> tuple[EncodedSample, int]:
+        index = int(self.usable[item])
+        sample = self.samples[index]
+        try:
+            encoded = self.encoder.encode(sample)
+            if self.teacher_encoder is not None:
+                encoded = replace(encoded, teacher=self.teacher_encoder.encode(sample, pixels=False))
+        except BadSample as bad:
+            raise DataError(f"{self.samples.path}, {bad}; it was usable when the run was prepared") from None
+        return encoded, index
+
+    def payload(self, items: Sequence[tuple[EncodedSample, int]]) -> Payload:
+        """Return what the teacher said about some of these samples, all their positions joined.
+
+        Raises:
+            StoreMismatch: a sample's text, mask or image is not the cached one.
+        """
+        assert self.store is not None
+        payload = self.store.payload([index for _, index in items])  # first, since it opens all parts at once
+        for encoded, index in items:
+            if changed := (encoded.teacher or encoded).digest.differing(SampleDigest(*self.store.digest(index))):
+                raise StoreMismatch(
+                    f"row {index} (id {self.samples[index].id}) of {self.samples.path}: its {' and '.join(changed)} changed "
+                    f"since {self.store.path} was made; restore it, or cache again"
+                )
+        return payload
+
+    def aligned(self, count: int) -> float:
+        """Return the share of the student's positions that have a partner among the teacher's, over the first samples."""
+        assert self.teacher_encoder is not None
+        partners = []
+        for index in map(int, self.usable[:count]):
+            sides = [
+                encoder.encode(self.samples[index], pixels=False) for encoder in (self.encoder, self.teacher_encoder)
+            ]
+            partners.append(aligned_positions([replace(sides[0], teacher=sides[1])]))
+        return float((np.concatenate(partners) >= 0).mean())
+
+    def order(self, grouping: str, seed: int, global_batch: int) -> EpochOrder:
+        """Return the order in which epochs take the samples; see `EpochOrder`.
+
+        Lengths are estimated from characters, so that no text need be tokenized before the first step.
+        """
+        has_image = self.samples.has_image()[self.usable]
+        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * self.encoder.image_tokens
+        return EpochOrder(grouping, seed, len(self), lengths, has_image, global_batch)
+
+    def longest(self) -> int:
+        """Return the estimated length of the longest sample, in tokens, at most what the encoder lets pass."""
+        lengths = self.order("length", 0, 1).lengths
+        assert lengths is not None
+        return min(int(lengths.max()), self.encoder.max_length)
+
+    def require_same_texts(self) -> None:
+        """Compare every sample with the store without decoding images; for a data file whose bytes changed.
+
+        Raises:
+            StoreMismatch: names the first samples that differ and how many do.
+        """
+        assert self.store is not None
+        wrong: list[str] = []
+        with Progress(
+            "the data file changed since it was cached: comparing samples", len(self.usable), "samples"
+        ) as progress:
+            for index in map(int, self.usable):
+                encoded = (self.teacher_encoder or self.encoder).encode(self.samples[index], pixels=False)
+                if changed := encoded.digest.differing(SampleDigest(*self.store.digest(index))):
+                    wrong.append(f"row {index} (id {self.samples[index].id}): {' and '.join(changed)}")
+                progress.advance(1)
+        if wrong:
+            raise StoreMismatch(
+                f"{len(wrong)} samples of {self.samples.path} differ from what {self.store.path} was made from:\n  "
+                + "\n  ".join(wrong[:5])
+                + ("\n  …" if len(wrong) > 5 else "")
+                + "\nRestore the data file, or cache again"
+            )

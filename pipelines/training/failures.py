@@ -1,0 +1,61 @@
+"""What ends a run before its time, told in one way: what happened, the last good checkpoint, what to do."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch.distributed import DistError
+
+from switchkd.errors import DataError, RunError, StoreError, StoreMismatch, original_message
+from switchkd.pipelines.training.checkpointing import last_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def report_last_checkpoint(run: Path) -> Iterator[None]:
+    """Let every error that can end training name the last good checkpoint.
+
+    Raises:
+        StoreMismatch, DataError: as they came, where a sample is not the one that was cached or checked.
+        RunError: the store or an image folder cannot be read any more, a disk is full, a loader process or another process of
+            the run has died, the loss is not finite.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.warning("the last good checkpoint: %s", _last(run))
+        raise
+    except (StoreMismatch, DataError) as error:
+        raise type(error)(f"{original_message(error)}. {_advice(run)}") from error
+    except RunError as error:
+        raise RunError(f"{original_message(error)}\n{_advice(run)}") from error
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise RunError(f"cannot write a checkpoint: {error}. Make room\n{_advice(run)}") from error
+    except (StoreError, OSError) as error:
+        raise RunError(f"the run cannot go on: {original_message(error)}\n{_advice(run)}") from error
+    except DistError as error:
+        raise RunError(f"lost another process of this run, see its own message: {error}\n{_advice(run)}") from error
+    except RuntimeError as error:
+        if (reason := _known(str(error))) is None:
+            raise
+        raise RunError(f"{reason}: {error}\n{_advice(run)}") from error
+
+
+def _known(message: str) -> str | None:
+    """Say what a RuntimeError of torch means, if it is not a bug of ours or a lack of memory."""
+    if "DataLoader worker" in message:
+        return "a loader process died; the system kills the largest when memory runs out, so try fewer --workers"
+    if any(word in message for word in ("closed by peer", "reset by peer", "gloo/transport")):  # gloo names no type
+        return "lost another process of this run, see its own message"
+    return None
+
+
+def _last(run: Path) -> str:
+    return str(last_checkpoint(run) or "none yet")
+
+
+def _advice(run: Path) -> str:
+    return f"The last good checkpoint: {_last(run)}. The same command goes on from it"

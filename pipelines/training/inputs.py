@@ -1,0 +1,135 @@
+"""Everything that a training run is given, opened and checked against each other before a model is loaded."""
+
+from typing import Any
+
+from switchkd.data.encoding import SampleEncoder
+from switchkd.data.load_template import load_template, template_from_dict
+from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
+from switchkd.fingerprints import hash_image_processor, hash_tokenizer
+from switchkd.losses.baselines import BASELINES
+from switchkd.losses.objective import Objective
+from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
+from switchkd.pipelines.training.options import TrainOptions
+from switchkd.stores import TeacherStore
+from switchkd.stores.reader import pick_store
+
+
+def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoint) -> Checkpoint | None:
+    if not objective.needs_teacher:
+        return None
+    if options.teacher is None:
+        if objective.switch:
+            raise ConfigError("the switch pathway runs the teacher's projector and LLM: pass --teacher, or --no-switch")
+        if options.teacher_mode == "live":
+            raise ConfigError("--teacher-mode live runs the teacher: pass --teacher")
+        return None
+    teacher = open_checkpoint(options.teacher, options.trust_remote_code)
+    adapter, baseline = options.switch_adapter is not None, objective.name in BASELINES
+    check_compatible(teacher, student, objective.switch, adapter, one_text=baseline, vocab_map=options.vocab_map)
+    if options.teacher_mode == "live" and (
+        hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor)
+    ):
+        raise CheckpointError(
+            f"--teacher-mode live shows both models the same pixels, but the image processors of {teacher.path} and "
+            f"{student.path} differ; cache the teacher instead"
+        )
+    return teacher
+
+
+def _open_store(
+    options: TrainOptions, objective: Objective, teacher: Checkpoint | None, student: Checkpoint
+) -> TeacherStore | None:
+    """Open the store that fits the run; everything a manifest says is compared with what the run would use."""
+    if options.teacher_mode not in ("cached", "live"):
+        raise ConfigError(f"teacher mode is cached or live, got {options.teacher_mode!r}")
+    if not objective.needs_teacher or options.teacher_mode == "live":
+        return None
+    if options.cache is None:
+        raise ConfigError(
+            f"objective {objective.name} reads a teacher store: pass --cache, --teacher-mode live, or "
+            "--objective sft --no-switch"
+        )
+    wanted: dict[str, Any] = {
+        "tokenizer": hash_tokenizer((teacher or student).tokenizer),
+        "image_tokens": (teacher or student).image_tokens,
+    }
+    if teacher is not None:
+        wanted["teacher"] = teacher_identity(teacher, vision=False)
+        if options.image_mode is not None:
+            mine = with_image_mode(teacher, options.image_mode).image_processor
+            wanted["image_processor"] = hash_image_processor(mine)
+    if options.template is not None:
+        wanted["template"] = load_template(options.template, teacher or student).as_dict()
+    if options.max_length is not None:
+        wanted["max_length"] = options.max_length
+    store = pick_store(options.cache, wanted)
+    store.check_complete()
+    return store
+
+
+def _image_mode(options: TrainOptions, teacher: Checkpoint | None, store: TeacherStore | None) -> str:
+    """Return how images become square: as the run asks, else as the store says.
+
+    Raises:
+        StoreMismatch: the teacher's image processor is not the one that the store was made with.
+    """
+    if store is None:
+        return options.image_mode or "own"
+    manifest = store.manifest
+    mode = options.image_mode or manifest.written_by.get("image_mode", "own")
+    if teacher is not None:
+        processor = hash_image_processor(with_image_mode(teacher, mode).image_processor)
+        if mismatches := manifest.mismatches({"image_processor": processor}):
+            raise StoreMismatch(f"{store.path} does not fit {teacher.path}: {mismatches[0]}")
+    return mode
+
+
+def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpoint | None) -> str | None:
+    """Choose which of a store's payloads to train from, "topk" or "hidden"; None without a store."""
+    if store is None:
+        return None
+    manifest = store.manifest
+    payload = options.payload or ("hidden" if manifest.has_hidden and teacher is not None else "topk")
+    there = {"topk": manifest.has_topk, "hidden": manifest.has_hidden}
+    if not there.get(payload):
+        advice = "pass --teacher, whose LM head turns its states into logits" if manifest.has_hidden else "cache again"
+        raise ConfigError(f"{store.path} holds payload {manifest.payload}, this run reads {payload}; {advice}")
+    if payload == "hidden" and teacher is None:
+        raise ConfigError("payload hidden needs the teacher's LM head: pass --teacher")
+    if payload == "topk" and options.window is not None and options.window > manifest.top_k:
+        raise ConfigError(
+            f"--window {options.window} looks beyond the {manifest.top_k} logits a position that {store.path} holds; "
+            f"pass --window {manifest.top_k} or cache with a larger --k"
+        )
+    return payload
+
+
+def encoders(
+    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
+) -> tuple[SampleEncoder, SampleEncoder | None]:
+    """Return the student's encoder, and the teacher's if it reads samples otherwise.
+
+    A student whose images become more tokens than the teacher's, or whose tokenizer makes more of a text, may have longer samples.
+    """
+    if teacher is None or not (options.vocab_map or teacher.image_tokens != student.image_tokens):
+        return _encoder(options, student, store), None
+    longer = max(0, student.image_tokens - teacher.image_tokens)
+    if options.vocab_map:
+        longer = student.config.text_config.max_position_embeddings  # the model's bound; the tokenizer has none
+    return _encoder(options, student, store, longer), _encoder(options, teacher, store)
+
+
+def _encoder(
+    options: TrainOptions, checkpoint: Checkpoint, store: TeacherStore | None, longer: int = 0
+) -> SampleEncoder:
+    """Encode as the store says that its samples were; without a store as the options say."""
+    starts = options.vocab_map
+    if store is None:
+        template = load_template(options.template or "qwen2_base", checkpoint)
+        return SampleEncoder(
+            checkpoint, template, options.images, (options.max_length or 2048) + longer, with_starts=starts
+        )
+    manifest = store.manifest
+    template = template_from_dict(manifest.template)
+    length = manifest.max_length + longer
+    return SampleEncoder(checkpoint, template, options.images, length, manifest.max_image_pixels, starts)

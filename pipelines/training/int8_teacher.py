@@ -1,0 +1,82 @@
+"""A frozen teacher with its layers' weights in int8 (`--teacher-dtype int8`), through torchao.
+
+Only the linear layers of the language model are quantised: symmetric, with a scale for each group of 32 inputs. Embedding, norms,
+projector and LM head stay as they are; the LM head makes the teacher's rows from a store's states. How true such a teacher stays
+is measured by `benchmarks/teacher_weights.py`; docs/training-engine.md tells it.
+"""
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from switchkd.errors import ConfigError
+from switchkd.pipelines.training.options import TrainOptions
+
+NAME = "int8"
+GROUP = 32  # weights of an output that share a scale; scales of whole rows double the error
+
+
+def check_int8(options: TrainOptions) -> None:
+    """Raise ConfigError where a run asks for an int8 teacher and cannot have it; before anything is loaded."""
+    if options.teacher_dtype != NAME:
+        return
+    if options.teacher_mode == "live":
+        raise ConfigError(
+            "--teacher-dtype int8 is for the switch pathway; a live teacher is the reference of cached runs. Pass bfloat16, or "
+            "--cache"
+        )
+    if options.profile == "fsdp":
+        raise ConfigError(
+            "--profile fsdp shards the teacher's layers and cannot shard int8 ones: pass --teacher-dtype bfloat16, or --profile ddp"
+        )
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError("--teacher-dtype int8 needs torchao, which is not installed: pip install 'switchkd[torchao]'")
+
+
+def to_int8(language: nn.Module) -> None:
+    """Quantise the layers of a frozen language model in place.
+
+    Raises:
+        ConfigError: a layer's width is no multiple of the group.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, PerGroup, quantize_
+
+    config = Int8WeightOnlyConfig(granularity=PerGroup(GROUP), set_inductor_config=False)
+    for name, module in language.get_submodule("layers").named_modules():
+        if isinstance(module, nn.Linear):
+            if module.in_features % GROUP:
+                raise ConfigError(
+                    f"--teacher-dtype int8 takes widths that are multiples of {GROUP}; layer {name} of the teacher has "
+                    f"{module.in_features} inputs: pass --teacher-dtype bfloat16"
+                )
+            quantize_(module, config)
+            module.forward = partial(_Int8Linear.apply, module)  # type: ignore[method-assign]
+
+
+class _Int8Linear(torch.autograd.Function):
+    """x Wᵀ + b; W comes out of int8 in both directions. torchao's own forward would have autograd keep every dequantised W."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Linear, inputs: Tensor) -> Tensor:
+        ctx.module = module
+        return F.linear(inputs, _weight(module, inputs), module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient @ _weight(ctx.module, gradient)
+
+
+def _weight(module: nn.Linear, like: Tensor) -> Tensor:
+    weight: Any = module.weight
+    dequantised: Tensor = weight.dequantize().to(like.dtype)
+    return dequantised
+
+
+def stored_bytes(parameter: Tensor) -> int:
+    """Return what a parameter takes in memory: an int8 one says the size that it would have dequantised."""
+    parts = vars(parameter).values() if hasattr(parameter, "qdata") else [parameter]
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))

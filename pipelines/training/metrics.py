@@ -1,0 +1,185 @@
+"""What a run measures between two logs: work done, time waited, knees, and how strongly VSD pulls at the vision tower."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchkd.losses.selection import kneedle
+from switchkd.losses.signals import TeacherSignal
+from switchkd.pipelines.training.cost_model import CostModel, Work
+from switchkd.positions import count_positions
+
+KNEE_POSITIONS = 32  # of a batch whose knees are looked at, in steps that are logged
+
+
+class StepMetrics:
+    """Counts in this process; `take` adds up all processes and starts anew.
+
+    Args:
+        footprint: tells FLOPs; None leaves them out.
+        window: of the knee search, see `kneedle`; knees are measured only with an objective that has them.
+        knees: whether it has them.
+        in_blocks: whether student and switch teacher attend within samples only, see `block_attention`.
+    """
+
+    def __init__(
+        self,
+        footprint: CostModel | None,
+        *,
+        knees: bool,
+        window: int | None,
+        in_blocks: tuple[bool, bool] = (False, False),
+    ) -> None:
+        self.footprint, self.knees, self.window, self.in_blocks = footprint, knees, window, in_blocks
+        self.looking = False  # whether this step will be logged
+        self._start_over()
+        self._since = 0.0  # the clock starts with the first step
+
+    def _start_over(self) -> None:
+        self._since = time.perf_counter()
+        self._waited = self._store = self._samples = self._tokens = self._pairs = 0.0
+        self._images = self._image_tokens = self._image_pairs = 0.0
+        # Real tokens, positions, positions with an image, pairs of tokens of one sample: the student's, on the switch pathway.
+        self._on_device: Tensor | None = None
+        self._knees: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+        self._vsd_square: Tensor | None = None
+
+    def step_begins(self, looking: bool, waited: float, batches: list[dict[str, Any]]) -> None:
+        """Note a step whose micro-batches took `waited` seconds to come, and whether it will be logged."""
+        self.looking, self._vsd_square = looking, None
+        self._since = self._since or time.perf_counter() - waited
+        self._waited += waited
+        self._store += sum(float(batch.pop("store_seconds", 0.0)) for batch in batches)
+
+    def count(self, batch: dict[str, Any]) -> None:
+        """Count one micro-batch on its way into the model."""
+        rows, length = batch.get("packing", batch["input_ids"]).shape
+        images = len(batch["pixel_values"]) if "pixel_values" in batch else 0
+        self._samples += len(batch["input_ids"])
+        self._tokens += rows * length
+        self._pairs += rows * length**2
+        self._images += images
+        read = images, batch.get("teacher_input_ids", batch["input_ids"]).shape[1]
+        rows, length = batch["switch_packing"].shape if "switch_packing" in batch else read
+        self._image_tokens += rows * length
+        self._image_pairs += rows * length**2
+        positions = count_positions(batch["labels"])
+        lengths = batch["attention_mask"].sum(-1)
+        read_lengths = batch.get("teacher_attention_mask", batch["attention_mask"]).sum(-1)
+        shown = batch["has_image"]
+        counts = lengths, positions, positions[shown], lengths**2, read_lengths[shown] ** 2
+        found = torch.stack([count.sum() for count in counts]).double()
+        self._on_device = found if self._on_device is None else self._on_device + found
+
+    def leave_out(self, images: int, length: int, known: int) -> None:
+        """Take back what `count` counted of the switch pathway: `known` of the `length` tokens of each row did not run."""
+        self._image_tokens -= images * known
+        self._image_pairs -= images * known * length
+
+    @torch.no_grad()
+    def record_knees(self, logits: Tensor, teacher: TeacherSignal | None) -> None:
+        """Measure the knees of some positions, in a step that will be logged: student logits [c, V], the teacher's word on them."""
+        if not (self.knees and self.looking) or teacher is None:
+            return
+        room = KNEE_POSITIONS - sum(map(len, self._knees["student"]))
+        if room > 0 and len(logits):
+            some = torch.arange(len(logits), device=logits.device) < room
+            mine, word = logits.detach()[some, : teacher.vocab_rows], teacher.select(some)
+            _, of_teacher = word.leading_ids(word.rows(mine), self.window)
+            self._knees["student"].append(kneedle(mine, self.window))
+            self._knees["teacher"].append(of_teacher)
+
+    def watch_projector(self, projector: nn.Module) -> None:
+        """Measure the gradient that comes back out of the switch pathway into the student's vision features.
+
+        The teacher's projector gets a view of the features, whose gradient is that of VSD alone; the student's own pathway reads
+        the features themselves. It costs a norm.
+        """
+
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if not (self.looking and inputs[0].requires_grad):
+                return None
+            seen = inputs[0].view_as(inputs[0])
+            seen.register_hook(self._add_square)  # type: ignore[no-untyped-call]
+            return (seen, *inputs[1:])
+
+        projector.register_forward_pre_hook(before)
+
+    def _add_square(self, gradient: Tensor) -> None:
+        square = gradient.detach().float().square().sum().double()
+        self._vsd_square = square if self._vsd_square is None else self._vsd_square + square
+
+    def take(self, accelerator: Any, gradient_scale: float, peak_flops: float | None) -> dict[str, float]:
+        """Return the figures since the last call, over all processes; every process calls it.
+
+        Args:
+            gradient_scale: what the loss was multiplied by for the sake of processes that average.
+            peak_flops: of one device, per second; None leaves MFU out.
+        """
+        seconds = time.perf_counter() - self._since
+        device = accelerator.device
+        on_device = torch.zeros(5, dtype=torch.float64) if self._on_device is None else self._on_device
+        square = torch.zeros((), dtype=torch.float64) if self._vsd_square is None else self._vsd_square
+        plain = [self._samples, self._tokens, self._pairs, self._images, self._image_tokens, self._image_pairs]
+        sums = [
+            torch.tensor([*plain, self._waited, self._store, 1.0], dtype=torch.float64),
+            on_device,
+            square.reshape(1),
+        ]
+        reduced = accelerator.reduce(torch.cat([s.to(device) for s in sums]), reduction="sum").tolist()
+        (
+            samples,
+            tokens,
+            pairs,
+            images,
+            image_tokens,
+            image_pairs,
+            waited,
+            store,
+            processes,
+            real,
+            positions,
+            shown,
+            own_pairs,
+            own_image_pairs,
+            square_sum,
+        ) = reduced
+        pairs = own_pairs if self.in_blocks[0] else pairs
+        image_pairs = own_image_pairs if self.in_blocks[1] else image_pairs
+        found = {
+            "seconds": seconds,
+            "samples_per_second": samples / seconds,
+            "positions_per_second": positions / seconds,
+            "padding_share": 1 - real / max(tokens, 1),
+            "wait_seconds": waited / processes,
+            "wait_share": waited / processes / seconds,
+            "store_read_seconds": store / processes,
+        }
+        if self.footprint is not None:
+            work = Work(tokens, pairs, images, image_tokens, image_pairs, positions, shown)
+            per_second = self.footprint.flops(work) / seconds
+            found["tflops_per_second"] = per_second / 1e12
+            if peak_flops is not None:
+                found["mfu"] = per_second / peak_flops / processes
+        if square_sum:
+            found["vsd_gradient_norm"] = square_sum**0.5 / gradient_scale
+        found |= self._knee_figures(accelerator)
+        self._start_over()
+        return found
+
+    def _knee_figures(self, accelerator: Any) -> dict[str, float]:
+        if not self.knees:
+            return {}
+        found = {}
+        for who, knees in self._knees.items():
+            room = torch.full((KNEE_POSITIONS,), torch.nan, dtype=torch.float64)
+            here = torch.cat(knees)[:KNEE_POSITIONS].double().cpu() if knees else room[:0]
+            room[: len(here)] = here
+            every = accelerator.gather(room.to(accelerator.device))
+            every = every[~every.isnan()]
+            if len(every):
+                found[f"knee_{who}_mean"] = float(every.mean())
+                found[f"knee_{who}_p95"] = float(every.quantile(0.95))
+        return found

@@ -1,0 +1,121 @@
+"""How processes share the work, by name: replicated (ddp) or sharded models (fsdp, zero3)."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import LlavaForConditionalGeneration, TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from switchkd.errors import ConfigError
+from switchkd.models.vlm import layers_of
+
+PROFILES = {
+    "ddp": "every process holds whole models; gradients are averaged",
+    "fsdp": "weights, gradients, optimizer state and the frozen teacher's layers are sharded over the processes (FSDP2)",
+    "zero3": "the student's weights, gradients and optimizer state are sharded over the processes (DeepSpeed ZeRO-3)",
+}
+# DeepSpeed's configuration; what the command line says ("auto") is filled in by transformers.
+ZERO3: dict[str, Any] = {
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "stage3_gather_16bit_weights_on_model_save": True,  # a checkpoint opens with from_pretrained
+    },
+    "bf16": {"enabled": "auto"},
+    "gradient_clipping": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "zero_allow_untested_optimizer": True,  # torch's AdamW, as the other profiles
+}
+
+
+def profile_arguments(profile: str, environment: Any) -> dict[str, Any]:
+    """Return the entries of `TrainingArguments` that make a profile.
+
+    Args:
+        environment: the process environment, where torchrun says that it started this process.
+
+    Raises:
+        ConfigError: no such profile; sharding without torchrun; DeepSpeed is missing.
+    """
+    if profile not in PROFILES:
+        raise ConfigError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
+    if profile == "ddp":
+        return {}
+    if "LOCAL_RANK" not in environment:
+        raise ConfigError(
+            f"--profile {profile} shares one model among processes: start it with "
+            "`torchrun --nproc-per-node N --no-python switchkd train …`"
+        )
+    if profile == "fsdp":
+        return {"fsdp": True, "fsdp_config": {"version": 2}}
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("--profile zero3 runs DeepSpeed, which is not installed: pip install 'switchkd[deepspeed]'")
+    return {"deepspeed": ZERO3}
+
+
+def require_checkpoint(profile: str, checkpoint: Path, processes: int) -> None:
+    """Check that a profile can go on from a checkpoint; DeepSpeed's hold a shard for each process that wrote them.
+
+    Raises:
+        ConfigError: zero3 on one side only, or with another number of processes.
+    """
+    of_deepspeed = (checkpoint / "latest").is_file()
+    if of_deepspeed != (profile == "zero3"):
+        written = "zero3" if of_deepspeed else "ddp or fsdp"
+        raise ConfigError(
+            f"{checkpoint} was written with --profile {written}, {profile} cannot read it: pass --profile {written}"
+        )
+    wrote = len(list(checkpoint.glob("rng_*.json")))
+    if of_deepspeed and wrote != processes:
+        raise ConfigError(
+            f"{checkpoint} was written with --profile zero3 by {wrote} processes, and only as many can read it, not {processes}"
+        )
+
+
+@contextmanager
+def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """Let models be loaded whole under ZeRO-3; DeepSpeed shards the student when training begins.
+
+    Otherwise transformers loads every model in shards, also the frozen teacher, which the losses read outside of DeepSpeed.
+    """
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if arguments.deepspeed is not None:
+            set_hf_deepspeed_config(arguments.hf_deepspeed_config)
+
+
+def fit_fsdp(arguments: TrainingArguments, model: nn.Module) -> None:
+    """Tell FSDP which layers to shard, and to add up gradients in float32, as DistributedDataParallel does.
+
+    The layers that a model class names itself need not exist in this checkpoint.
+    """
+    names = sorted({type(layer).__name__ for layer in layers_of(model)})
+    arguments.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
+    if arguments.bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+
+
+def shard_frozen(teacher: LlavaForConditionalGeneration) -> None:
+    """Shard the layers of a frozen teacher over all processes; each is gathered when it runs, and dropped again.
+
+    Embedding, projector and LM head stay whole everywhere: the losses read them outside of the model's forward.
+    """
+    tower, language = teacher.model.vision_tower, teacher.model.language_model
+    for layer in layers_of(language) + ([] if tower is None else layers_of(tower)):
+        fully_shard(layer)
+    # The model around the layers has them gathered ahead of their turn. A vision tower is left as it is: transformers looks
+    # its hidden states up by the name of its class, which sharding changes.
+    sharded = {id(parameter) for layer in layers_of(language) for parameter in layer.parameters()}
+    fully_shard(language, ignored_params={p for p in language.parameters() if id(p) not in sharded})

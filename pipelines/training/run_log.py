@@ -1,0 +1,125 @@
+"""What a training run tells: its plan before the first step, a line per logging interval, what it took at the end."""
+
+import logging
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from switchkd.models.block_attention import uses_block_attention
+from switchkd.pipelines.progress import Progress
+from switchkd.pipelines.run_folder import RECORD, to_plain
+from switchkd.pipelines.training.cost_model import CostModel, count_parameters
+from switchkd.pipelines.training.dataset import TrainingSamples
+from switchkd.pipelines.training.options import TrainOptions
+
+SHARDED = {"ddp": None, "fsdp": "all", "zero3": "student"}  # what of the models each profile shards
+log = logging.getLogger(__name__)
+
+
+def tell_plan(
+    options: TrainOptions,
+    arguments: TrainingArguments,
+    samples: TrainingSamples,
+    footprint: CostModel,
+    unused: list[str],
+    resume: Path | None,
+) -> None:
+    """Log the resolved options, the models' parts and what trains of them, the data, and the memory that it will take."""
+    said = ", ".join(f"{name} {value}" for name, value in to_plain(options).items() if value not in (None, {}))
+    log.info(
+        "options (in %s): %s",
+        options.output / RECORD,
+        textwrap.fill(said, 130, initial_indent="\n  ", subsequent_indent="  "),
+    )
+    for who, model in (("student", footprint.student), ("teacher", footprint.switch or footprint.live)):
+        if model is not None:
+            parts = count_parameters(model)
+            told = ", ".join(f"{part} {trained:,} of {every:,}" for part, (every, trained) in parts.items())
+            every, trained = (sum(counts) for counts in zip(*parts.values(), strict=True))
+            log.info(
+                "%s: %s of %s parameters train (%s), %s", who, f"{trained:,}", f"{every:,}", told, str(model.dtype)[6:]
+            )
+    if unused:
+        log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
+    log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")
+    if samples.store is not None:
+        log.info("store: %s", samples.store.path)
+    log.info(
+        "steps: %s of %d samples: %d processes (%s) x batch size %d x accumulation %d",
+        f"{arguments.max_steps:,}", options.global_batch, arguments.world_size, options.profile,
+        options.batch_size, options.accumulation,
+    )  # fmt: skip
+    length = samples.longest()
+    rows = 1 if options.packing is None else max(1, options.packing // length)  # samples a row
+    rows, width = -(-options.batch_size // rows), rows * length
+    memory = footprint.memory(
+        rows,
+        width,
+        processes=arguments.world_size,
+        sharded=SHARDED[options.profile],
+        half=options.precision == "bfloat16",
+        student_checkpointed=options.student_checkpointing,
+        teacher_checkpointed=options.teacher_checkpointing,
+        masked=options.packing is not None and not uses_block_attention(footprint.student.model.language_model),
+    )
+    log.info(
+        "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",
+        rows, width, _gigabytes(sum(memory.values())),
+        ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items() if size),
+    )  # fmt: skip
+    if resume is not None:
+        log.info("resuming from %s", resume)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
+
+
+class RunReport(TrainerCallback):
+    """One line per logging interval; at the end the memory that was used, where the device counts it."""
+
+    def __init__(self, samples: int, samples_per_step: int) -> None:
+        self.samples, self.samples_per_step = samples, samples_per_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress = Progress("training", state.max_steps, "steps", done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.epoch = state.global_step * self.samples_per_step / self.samples  # the Trainer sees the run as one epoch
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss_ce" in logs and state.is_world_process_zero:
+            count = state.global_step - self.progress.done
+            self.progress.advance(count, int(logs["positions"]), line_of(logs))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            log.info("memory, the most that was used: %s", _gigabytes(torch.cuda.max_memory_allocated()))
+
+
+def line_of(logs: dict[str, Any]) -> str:
+    """Return the figures of one logging interval as a line; docs/training.md says what each is."""
+    losses = " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in logs.items() if n.startswith("loss_"))
+    said = [f"loss {logs['loss']:.4f} ({losses})", f"lr {logs['learning_rate']:.2e}"]
+    if "grad_norm" in logs:
+        said.append(f"gradient {logs['grad_norm']:.3g}")
+    if "vsd_gradient_norm" in logs:
+        said.append(f"of VSD {logs['vsd_gradient_norm']:.3g}")
+    if "knee_teacher_mean" in logs:
+        said += [
+            f"k {who} {logs[f'knee_{who}_mean']:,.0f} p95 {logs[f'knee_{who}_p95']:,.0f}"
+            for who in ("teacher", "student")
+        ]
+    said += [
+        f"{logs['samples_per_second']:,.1f} samples/s",
+        f"waiting {logs['wait_share']:.0%}",
+        f"padding {logs['padding_share']:.0%}",
+    ]
+    if "tflops_per_second" in logs:
+        said.append(f"{logs['tflops_per_second']:.3g} TFLOP/s")
+    if "mfu" in logs:
+        said.append(f"MFU {logs['mfu']:.1%}")
+    return ", ".join(said)

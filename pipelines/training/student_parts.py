@@ -1,0 +1,56 @@
+"""The parts of a student: which of them train, and at which learning rates."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+from switchkd.errors import ConfigError
+from switchkd.losses.baselines import ADAPTERS
+
+PARTS = ("vision", "projector", "language")
+
+
+def parts_of(text: str) -> frozenset[str]:
+    """Read a list of parts such as "vision,projector". Raises ConfigError for an unknown part or none."""
+    parts = [part.strip() for part in text.split(",")]
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"no part {unknown[0]!r} to train; parts are {', '.join(PARTS)}, separated by commas")
+    return frozenset(parts)
+
+
+def part_of(name: str) -> str:
+    """Return the part that a parameter belongs to, by its name; the LM head counts as language, a switch adapter as projector.
+
+    Adapters that a baseline's objective hangs on a student are no part of it: "adapters".
+    """
+    if f"{ADAPTERS}." in name:
+        return "adapters"
+    if "vision_tower." in name:
+        return "vision"
+    return "projector" if "multi_modal_projector." in name or "switch_adapter." in name else "language"
+
+
+def freeze_other_parts(model: nn.Module, trained: Iterable[str]) -> None:
+    """Stop gradients to the parameters of every part that is not named."""
+    trained = set(trained)
+    for name, parameter in model.named_parameters():
+        if part_of(name) not in trained:
+            parameter.requires_grad_(False)
+
+
+def set_part_rates(optimizer: Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Split an optimizer's groups so that each part named in `rates` has its own peak learning rate.
+
+    To be called before a scheduler is made, which takes each group's rate for its peak, and before the first step.
+    """
+    part_by_id = {id(p): part_of(name) for name, p in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        members: dict[str | None, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            members.setdefault(part_by_id.get(id(parameter)), []).append(parameter)
+        for part, parameters in members.items():
+            rate = rates.get(part, group["lr"]) if part is not None else group["lr"]
+            groups.append({**group, "params": parameters, "lr": rate})
+    optimizer.param_groups[:] = groups

@@ -1,0 +1,372 @@
+"""The trainer of stage two: transformers' Trainer with the objective of eq. 1 and a resume that is exact."""
+
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import LlavaForConditionalGeneration, Trainer
+from transformers.trainer_utils import seed_worker
+
+from switchkd.errors import ConfigError, RunError
+from switchkd.losses.cross_tokenizer import VocabMap, loss_over_vocabularies
+from switchkd.losses.fused import LMHead
+from switchkd.losses.objective import FusedLoss, LossTerms, Objective
+from switchkd.models.block_attention import uses_block_attention
+from switchkd.models.checkpoint import blank_image
+from switchkd.models.packing import into_rows, text_inputs
+from switchkd.models.prefix_cache import SharedPrefixCache
+from switchkd.models.switch import switch_states
+from switchkd.models.vlm import capture_vision_features, replace_lm_head
+from switchkd.pipelines.stored_teacher import TeacherSource
+from switchkd.pipelines.training import checkpointing
+from switchkd.pipelines.training.collator import teacher_inputs
+from switchkd.pipelines.training.cost_model import CostModel
+from switchkd.pipelines.training.metrics import StepMetrics
+from switchkd.pipelines.training.sampler import StepBatches
+from switchkd.pipelines.training.student_parts import set_part_rates
+from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
+
+LOSS_TERMS = ("ce", "align", "vsd")
+NO_DISTANCE = 1e-6  # nats per position; what rounding leaves of a VSD that is 0
+log = logging.getLogger(__name__)
+
+
+class SwitchTrainer(Trainer):
+    """Minimises CE + λ1·Align + λ2·VSD; each the objective's mean over the global batch (all devices and micro-batches).
+
+    Args:
+        objective: what is minimised.
+        part_rates: peak learning rates of parts of the student that have their own, see `stages.set_part_rates`.
+        source: where Align and VSD have the teacher's word from; None for "sft".
+        teacher: frozen, for the switch pathway; None if VSD is off.
+        vocab_map: for a teacher with another tokenizer; its source must know whole rows.
+        group_by: which samples share a batch, see `EpochOrder`.
+        footprint: tells the FLOPs of what ran; None leaves them out of the log.
+        peak_tflops: of one device, for MFU.
+        arguments: those of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        source: TeacherSource | None,
+        teacher: LlavaForConditionalGeneration | None,
+        vocab_map: VocabMap | None = None,
+        part_rates: dict[str, float] | None = None,
+        group_by: str = "none",
+        footprint: CostModel | None = None,
+        peak_tflops: float | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        self.objective, self.peak_tflops = objective, peak_tflops
+        self.meter = StepMetrics(
+            footprint,
+            knees=objective.name.startswith("dbild"),
+            window=objective.window,
+            in_blocks=(
+                uses_block_attention(self.model.model.language_model),
+                teacher is not None and uses_block_attention(teacher.model.language_model),
+            ),
+        )
+        if teacher is not None:
+            self.meter.watch_projector(teacher.model.multi_modal_projector)
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
+        # Sharded layers are gathered by all processes together, which need not know the same text.
+        self.prefix_cache = None if self.args.fsdp else SharedPrefixCache()
+        self.source = source
+        self.vocab_map = None if vocab_map is None else vocab_map.to(self.args.device)
+        self.group_by = group_by
+        if source is not None:
+            source.to(self.args.device)
+        self.part_rates = part_rates or {}
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole accumulated batch
+        self._logged = torch.zeros(
+            len(LOSS_TERMS) + 2, dtype=torch.float64
+        )  # sums since the last log; their count; positions
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Load the micro-batches of this process; `StepBatches` shares out the samples, so accelerate must not do it again."""
+        args, dataset = self.args, self.train_dataset
+        if args.train_sampling_strategy != "random":
+            raise ConfigError("samples are ordered by --group-by; leave train_sampling_strategy out")
+        seed = args.seed if args.data_seed is None else args.data_seed
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batches = StepBatches(
+            dataset.order(self.group_by, seed, per_step),
+            steps=args.max_steps,
+            batch_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            process=args.process_index,
+            processes=args.world_size,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; on CPUs accelerate would copy models where it was asked to shard them."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.accelerator.is_fsdp2:
+            self.is_fsdp_enabled = True
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of one micro-batch: a sum over its positions, divided by the count of the global batch."""
+        self.meter.count(inputs)
+        total, terms = self.loss_terms(model, inputs)
+        count = self.objective.count(inputs["labels"])
+        self._record(terms, count, count_positions(inputs["labels"]).sum())
+        if "pixel_values" not in inputs:
+            total = total + 0.0 * self._idle_vision(model)
+        if num_items_in_batch is None:
+            return total / count.clamp_min(1)
+        return total * self._averaged / num_items_in_batch
+
+    @property
+    def _averaged(self) -> int:
+        """What a loss is multiplied by: processes average gradients, and the division is by the count of all of them."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return the micro-batches of one step and what the objective's mean divides by: the Trainer counts positions only."""
+        asked = time.perf_counter()
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        logged = (self.state.global_step + 1) % self.state.logging_steps == 0
+        self.meter.step_begins(logged, time.perf_counter() - asked, batches)
+        if self.objective.normalize_by == "position" or count is None:
+            return batches, count
+        here = torch.stack([self.objective.count(batch["labels"]) for batch in batches]).sum().to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            here = self.accelerator.gather(here).sum()
+        return batches, here
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the Trainer's optimizer, with a learning rate of its own for each part that has one."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh and self.part_rates:
+            set_part_rates(optimizer, self.model if model is None else model, self.part_rates)
+        return optimizer
+
+    def loss_terms(self, model: nn.Module, batch: dict[str, Any]) -> FusedLoss:
+        """Run the student, the switch pathway and the objective over one batch; see `Objective.fused`.
+
+        All of it happens inside the student's forward, where its LM head would run.
+        """
+        student = self.accelerator.unwrap_model(model)
+        rows = predicting_rows(batch["labels"])
+        pixels, source = batch.get("pixel_values"), batch.get("packing")
+        found: list[FusedLoss] = []
+
+        def loss_of_states(states: Tensor) -> Tensor:
+            found.append(self._loss_of_states(student, states, features, batch, rows))
+            return found[0].total
+
+        with capture_vision_features(student) as features, replace_lm_head(student, loss_of_states):
+            total = model(
+                **text_inputs(batch["input_ids"], batch["attention_mask"], source),
+                pixel_values=None if pixels is None else pixels.to(student.dtype),
+                # Samples come row by row, so positions are in the same order in rows and one sample a line.
+                logits_to_keep=rows if source is None else into_rows(rows, source),
+                use_cache=False,
+            ).logits
+        return FusedLoss(total, found[0].terms)
+
+    def _loss_of_states(
+        self, student: Any, states: Tensor, features: list[Tensor], batch: dict[str, Any], rows: Tensor
+    ) -> FusedLoss:
+        """The objective at the student's final hidden states, [P, d]; `features` holds V_S(x) if there is an image."""
+        has_image = batch["has_image"]
+        switch = switch_head = None
+        if self.objective.switch and features:
+            assert self.teacher is not None
+            read = teacher_inputs(batch)
+            switch = switch_states(
+                self.teacher,
+                _adapted(student, features[0]),
+                read["input_ids"][has_image],
+                read["attention_mask"][has_image],
+                predicting_rows(read["labels"])[has_image],
+                batch.get("switch_packing"),
+                self.prefix_cache,
+            )
+            if self.prefix_cache is not None and "switch_packing" not in batch:
+                self.meter.leave_out(len(features[0]), read["input_ids"].shape[1], self.prefix_cache.length)
+            switch_head = LMHead(self.teacher.lm_head.weight)
+        weights = self.objective.weights(batch["labels"])
+        if self.vocab_map is not None:
+            assert self.source is not None
+            theirs = predicting_rows(batch["teacher_labels"])
+            return loss_over_vocabularies(
+                self.objective,
+                self.vocab_map,
+                states,
+                LMHead(student.lm_head.weight),
+                targets(batch["labels"]),
+                self.source.signal(batch),
+                batch["partner"],
+                switch,
+                switch_head,
+                on_image=has_image.repeat_interleave(theirs.sum(-1)),
+                weights=weights,
+                switch_weights=teacher_weights(batch["labels"], batch["teacher_labels"], weights),
+            )
+        return self.objective.fused(
+            states,
+            LMHead(student.lm_head.weight),
+            targets(batch["labels"]),
+            None if self.source is None else self.source.signal(batch),
+            switch,
+            switch_head,
+            on_image=has_image.repeat_interleave(rows.sum(-1)),
+            weights=weights,
+            on_block=self.meter.record_knees,
+        )
+
+    def _idle_vision(self, model: nn.Module) -> Tensor:
+        """Show the student a blank image, for its graph only.
+
+        In a batch of text alone no gradient would reach the vision tower and the projector: DistributedDataParallel would wait
+        for it while other processes have images, and a stage that trains the projector alone would have nothing to go back through.
+        One process does it too: Adam moves a weight whose gradient is 0 and leaves one without, so runs would differ.
+        """
+        student = self.accelerator.unwrap_model(model)
+        blank = blank_image(student.config).to(self.args.device, student.dtype)
+        with capture_vision_features(student) as features:
+            projected: Tensor = student.model.get_image_features(pixel_values=blank).pooler_output[0]
+        return projected.sum() + _adapted(student, features[0]).sum()
+
+    def _record(self, terms: LossTerms, count: Tensor, positions: Tensor) -> None:
+        sums = [torch.zeros_like(terms.ce) if term is None else term.detach() for term in terms]
+        self._logged = self._logged.to(positions.device)
+        self._logged += torch.stack([*(s.double() for s in sums), count.double(), positions.double()])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, nats, each the objective's mean over the global batches since the last log."""
+        if "loss" in logs:
+            self._require_finite()
+            sums = self.accelerator.reduce(self._logged.clone(), reduction="sum")
+            *values, count, positions = sums.tolist()
+            self._logged.zero_()
+            means = dict(zip(LOSS_TERMS, (value / max(count, 1) for value in values), strict=True))
+            logs |= {f"loss_{name}": mean for name, mean in means.items()}
+            # The Trainer averages over steps, whatever their length; this is the objective's mean, as the parts are.
+            logs["loss"] = (
+                means["ce"] + self.objective.align_weight * means["align"] + self.objective.vsd_weight * means["vsd"]
+            )
+            for name, (mean, weight) in self.more_losses().items():
+                logs[f"loss_{name}"] = mean
+                logs["loss"] += weight * mean
+            logs["positions"] = positions
+            peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
+            logs |= self.meter.take(self.accelerator, self._averaged, peak)
+            first = self.state.log_history == [] and self.is_world_process_zero()
+            if self.objective.switch and first and means["vsd"] < NO_DISTANCE:
+                log.warning(
+                    "VSD is %.1e at the start: the student sees as the teacher does, so the switch pathway teaches it nothing. "
+                    "That is right if both have the same vision tower",
+                    means["vsd"],
+                )
+        super().log(logs, start_time)
+
+    def more_losses(self) -> dict[str, tuple[float, float]]:
+        """Return terms of the loss beside the objective's three since the last log: name → (mean, weight). Here there are none."""
+        return {}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, unless what it would hold is spoilt."""
+        self._require_finite()
+        super()._save_checkpoint(model, trial)
+
+    def _require_finite(self) -> None:
+        """Raise RunError, in all processes, if a loss since the last log or a weight is not finite in any of them."""
+        weights = [getattr(p, "ds_tensor", p.detach()) for p in self.model.parameters() if p.requires_grad]
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
+        here = torch.stack([self._logged.isfinite().all(), *(p.isfinite().all() for p in local)])
+        bad = self.accelerator.reduce((~here).float(), reduction="sum").tolist()
+        if any(bad):
+            what = "the loss" if bad[0] else "a weight"
+            raise RunError(
+                f"{what} is not finite at step {self.state.global_step}, or since the check before (at every log and checkpoint); "
+                "lower --lr or --grad-clip"
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student; every process calls it, the first one writes."""
+        if self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, checkpointing.whole_weights(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save model, tokenizer and image processor; nothing pickled (the stock Trainer pickles its arguments)."""
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        # The finished student gets the names that Llava checkpoints carry everywhere; a checkpoint of the run those that
+        # the model itself uses, since only then does a resumed run find every weight again.
+        finished = folder == self.args.output_dir
+        if state_dict is not None:
+            state_dict = checkpointing.set_apart_adapter(Path(folder), state_dict)
+        self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=finished)
+        for processor in self.processing_class:
+            processor.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the student's weights; a missing or unknown name is an error (the stock Trainer warns and goes on)."""
+        if self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpointing.load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            optimizer = self.optimizer.optimizer  # out of accelerate's wrapper
+            checkpointing.save(Path(output_dir), self.model, optimizer, self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            scheduler = checkpointing.load(Path(checkpoint), self.model, self.optimizer.optimizer)
+            self.lr_scheduler.load_state_dict(scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpointing.save_rng(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpointing.load_rng(Path(checkpoint), self.args.process_index)
+
+
+def _adapted(student: Any, features: Tensor) -> Tensor:
+    """Return V_S(x) as the teacher's projector takes it: through the student's switch adapter if it has one."""
+    adapter = getattr(student, "switch_adapter", None)
+    adapted: Tensor = features if adapter is None else adapter(features)
+    return adapted

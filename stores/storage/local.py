@@ -1,0 +1,202 @@
+"""A store in a folder of a file system: written beside its place, forced to disk, renamed."""
+
+import os
+import shutil
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from switchkd.stores.storage import paths
+from switchkd.stores.storage.base import Files, R, Request, StoreLocation, T
+from switchkd.stores.storage.paths import MARKER
+
+ONE_CALL = 1 << 26  # bytes read at once; a system may return less than was asked for from 2 GiB on
+
+AHEAD = 64  # files of a folder that are open at once
+
+
+class LocalStorage:
+    """A store in a folder: visible by a rename, which fails if another writer's folder is there."""
+
+    survives_fork = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def uri_of(self, key: str) -> Path:
+        """Return the path of `key`."""
+        return self.path / key
+
+    def exists(self) -> bool:
+        """Whether there is a file or folder."""
+        return self.path.exists()
+
+    def stores(self) -> list[StoreLocation]:
+        """Return this folder, or those in it that end in .zarr."""
+        if (self.path / MARKER).is_file():
+            return [self.path]
+        return sorted(file.parent for file in self.path.glob(f"*.zarr/{MARKER}"))
+
+    def read(self, key: str) -> bytes:
+        """Return a file's bytes."""
+        return (self.path / key).read_bytes()
+
+    def read_ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
+        """Open files ahead and have the disk fetch their runs meanwhile; a run is shorter where its file ends before."""
+        handles: deque[int] = deque()
+        coming = (request for request in requests if request[1])
+        try:
+            for _, spans in requests:
+                if not spans:
+                    yield []
+                    continue
+                for key, ahead in islice(coming, AHEAD - len(handles)):
+                    # As text: joining paths takes longer than opening the file.
+                    handles.append(os.open(f"{self.path}/{key}", os.O_RDONLY))
+                    _expect(handles[-1], ahead)
+                handle = handles.popleft()
+                try:
+                    found = _read(handle, spans)
+                finally:
+                    os.close(handle)
+                yield found
+        finally:
+            for handle in handles:
+                os.close(handle)
+
+    def file_sizes(self, key: str = "") -> dict[str, int]:
+        """Return the size of every file below a folder."""
+        folder = self.path / key
+        files = (file for file in folder.rglob("*") if file.is_file())
+        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+    def parts(self) -> set[str]:
+        """Return the names in `parts/`."""
+        folder = self.path / paths.PARTS
+        return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+
+    def has_part(self, part: int) -> bool:
+        """Whether the part's folder is there."""
+        return paths.part_path(self.path, part).exists()
+
+    def read_array(self, key: str) -> NDArray[Any]:
+        """Read with zarr."""
+        return np.asarray(zarr.open_array(self.path / key, mode="r", zarr_format=3)[...])
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Take one after the other."""
+        return [function(item) for item in items]
+
+    def commit_store(self, files: Files) -> bool:
+        """Write beside the store, so that the rename stays on one file system."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _staged(self.path.parent, f".{self.path.name}.", files) as folder:
+            (folder / paths.WRITING).mkdir()
+            return _rename(folder, self.path)
+
+    def commit_part(self, part: int, files: Files) -> bool:
+        """Write into `.writing/` and rename."""
+        with _staged(self.path / paths.WRITING, "", files, paths.part_name(part)) as folder:
+            return _rename(folder, paths.part_path(self.path, part))
+
+    def remove_part(self, part: int) -> None:
+        """Move the part out of sight by one rename, then delete it: an interrupted removal leaves no half part."""
+        hidden = self.path / paths.WRITING / f"{paths.writer_prefix()}-{paths.part_name(part)}-dropped"
+        paths.part_path(self.path, part).rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+    def remove_stale(self) -> None:
+        """Look beside the store and into `.writing/`."""
+        _remove_stale(self.path.parent, f".{self.path.name}.")
+        _remove_stale(self.path / paths.WRITING, "")
+
+
+def _together(spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether each run of bytes begins where the one before it ends, and all of them are few enough for one call."""
+    return spans[-1][1] - spans[0][0] <= ONE_CALL and all(a[1] == b[0] for a, b in pairwise(spans))
+
+
+def _expect(handle: int, spans: Sequence[tuple[int, int]]) -> None:
+    """Have the system read runs of a file's bytes into memory in the background, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        for begin, end in [(spans[0][0], spans[-1][1])] if _together(spans) else spans:
+            os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+
+def _read(handle: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return runs of a file's bytes, those that lie together by one call."""
+    if not _together(spans):
+        return [os.pread(handle, end - begin, begin) for begin, end in spans]
+    first, last = spans[0][0], spans[-1][1]
+    data = os.pread(handle, last - first, first)
+    return [data[begin - first : end - first] for begin, end in spans]
+
+
+@contextmanager
+def _staged(place: Path, prefix: str, files: Files, name: str = "") -> Iterator[Path]:
+    """Write files to an unfinished folder, named so that `_remove_stale` knows whose it is; delete what is there at the end."""
+    words = [paths.writer_prefix(), name, uuid.uuid4().hex[:8]]
+    folder = place / (prefix + "-".join(filter(None, words)))
+    try:
+        for key, data in files.items():
+            file = folder / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale(place: Path, prefix: str) -> None:
+    """Delete the unfinished folders in `place` that dead processes of this machine made."""
+    begin = f"{prefix}{paths.host()}-"
+    for leftover in list(place.glob(f"{begin}*")):
+        process = leftover.name.removeprefix(begin).split("-")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _rename(source: Path, target: Path) -> bool:
+    """Force a folder to disk and rename it into place; False if the target was there first."""
+    _sync_folder(source)
+    committed = True
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.exists():  # else a folder that is not empty, which cannot be renamed over: somebody was first
+            raise
+        committed = False
+    _sync(target.parent)
+    return committed
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's files and folders to disk, so that a rename never outlives what it names."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,228 @@
+"""A store on an object store (S3, GCS, Azure) through obstore: visible by one object that is written last.
+
+A part's objects are uploaded one by one and its own zarr.json last, with `create`, which the object store grants once. That
+object is the marker: a prefix without it is no part, whatever lies there. The store's own zarr.json is the store's marker.
+Credentials and endpoint come from the environment, as obstore reads it: AWS_ENDPOINT_URL, AWS_REGION, AWS_ALLOW_HTTP, ….
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from switchkd.errors import RunError, StoreError
+from switchkd.stores.storage import paths
+from switchkd.stores.storage.base import Files, Request, StoreLocation
+from switchkd.stores.storage.paths import MARKER
+
+try:
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, BaseError
+    from obstore.store import from_url
+    from zarr.storage import ObjectStore
+except ImportError:
+    raise StoreError("a store at a URL needs obstore: pip install 'switchkd[s3]'") from None
+
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+AT_ONCE = 8  # requests in flight; each waits tens of milliseconds for its answer
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ObjectStorage:
+    """A prefix of a bucket.
+
+    Args:
+        url: `s3://BUCKET/PREFIX`, or another of `SCHEMES`.
+
+    Raises:
+        StoreError: obstore cannot make anything of the URL.
+    """
+
+    survives_fork = False
+
+    def __init__(self, url: str) -> None:
+        self.path: StoreLocation = url.rstrip("/")
+        if url.split("://")[0] not in SCHEMES:
+            raise StoreError(f"{url}: a store lies in a folder or at {', '.join(f'{name}://' for name in SCHEMES)}")
+        try:
+            self._store = from_url(str(self.path))
+        except (BaseError, ValueError) as error:
+            raise StoreError(f"{url} cannot be used: {_first_line(error)}") from error
+
+    def uri_of(self, key: str) -> str:
+        """Return the URL of `key`."""
+        return f"{self.path}/{key}" if key else str(self.path)
+
+    def exists(self) -> bool:
+        """Whether a store's marker is there; other objects below the prefix are none of ours and stay."""
+        return self._has(MARKER)
+
+    def stores(self) -> list[StoreLocation]:
+        """Return this prefix, or those directly below it that end in .zarr."""
+        if self.exists():
+            return [self.path]
+        with self.reaching():
+            below = obstore.list_with_delimiter(self._store)["common_prefixes"]
+        names = sorted(name for name in below if name.endswith(".zarr"))
+        there = self.map(lambda name: self._has(f"{name}/{MARKER}"), names)
+        return [self.uri_of(name) for name, is_store in zip(names, there, strict=True) if is_store]
+
+    def read(self, key: str) -> bytes:
+        """Return an object's bytes."""
+        with self.reaching(key):
+            return bytes(obstore.get(self._store, key).bytes())
+
+    def read_ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
+        """Ask for several objects at once; runs of one that lie close come in one request."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from pool.map(self._ranges_of, requests)
+
+    def file_sizes(self, key: str = "") -> dict[str, int]:
+        """Return the size of every object below `key`, from one listing."""
+        begin = f"{key}/" if key else ""
+        with self.reaching(key):
+            found = [meta for chunk in obstore.list(self._store, begin or None) for meta in chunk]
+        return {meta["path"].removeprefix(begin): meta["size"] for meta in found}
+
+    def parts(self) -> set[str]:
+        """Return the names of the parts whose marker is there, from one listing."""
+        split = (name.split("/") for name in self.file_sizes(paths.PARTS))
+        return {words[0] for words in split if len(words) == 2 and words[1] == MARKER}
+
+    def has_part(self, part: int) -> bool:
+        """Whether a part's marker is there."""
+        return self._has(f"{paths.part_key(part)}/{MARKER}")
+
+    def read_array(self, key: str) -> NDArray[Any]:
+        """Read with zarr through obstore."""
+        with self.reaching(key):
+            store = ObjectStore(self._store, read_only=True)
+            return np.asarray(zarr.open_array(store, path=key, mode="r", zarr_format=3)[...])
+
+    @contextmanager
+    def reaching(self, key: str = "") -> Iterator[None]:
+        """Turn obstore's errors into ours. Raises FileNotFoundError: no object at `key`. RunError: all else."""
+        _refuse_fork(self.uri_of(key))
+        try:
+            yield
+        except FileNotFoundError:
+            raise FileNotFoundError(f"nothing at {self.uri_of(key)}: no such object or bucket") from None
+        except BaseError as error:
+            raise RunError(
+                f"cannot reach {self.uri_of(key)}: {_first_line(error)}. Check network, endpoint and credentials (http needs "
+                "AWS_ALLOW_HTTP=true) and run the same command again; what is committed is whole"
+            ) from error
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Take several items at once."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(function, items))
+
+    def commit_store(self, files: Files) -> bool:
+        """Upload a store without parts, its marker last.
+
+        Two creators may be at it with different rank tables. The table is one object and never written over, so both, and
+        every writer after them, read the table of whoever came first.
+        """
+        for name in sorted(files.keys() - {MARKER}):
+            self._create(name, files[name])
+        return self._create(MARKER, files[MARKER])
+
+    def commit_part(self, part: int, files: Files) -> bool:
+        """Upload a part, its marker last.
+
+        Two writers of one part, which run the same teacher on the same samples, write the same bytes to the same keys, so
+        it does no harm if their uploads cross. Objects that a dead writer left without a marker are written over.
+        """
+        key, names = paths.part_key(part), sorted(files.keys() - {MARKER})
+        there = self.file_sizes(key)
+        if MARKER in there:
+            return False
+        self._delete(f"{key}/{name}" for name in there.keys() - set(names))
+        if not all(self.map(lambda name: self._upload(f"{key}/{name}", files[name], part), names)):
+            return False
+        return self._create(f"{key}/{MARKER}", files[MARKER])
+
+    def remove_part(self, part: int) -> None:
+        """Delete the marker, then the rest."""
+        key = paths.part_key(part)
+        self._delete([f"{key}/{MARKER}"])
+        self._delete(f"{key}/{name}" for name in self.file_sizes(key))
+
+    def remove_stale(self) -> None:
+        """Do nothing: objects without a marker may be those of a living writer, and the next commit clears them."""
+
+    def _ranges_of(self, request: Request) -> list[bytes]:
+        key, spans = request
+        if not spans:
+            return []
+        starts, ends = zip(*spans, strict=True)
+        with self.reaching(key):
+            return [bytes(data) for data in obstore.get_ranges(self._store, key, starts=starts, ends=ends)]
+
+    def _has(self, key: str) -> bool:
+        try:
+            with self.reaching(key):
+                obstore.head(self._store, key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _create(self, key: str, data: bytes) -> bool:
+        """Upload to a key that must be free; False, and nothing changed, if it is not.
+
+        A retry inside obstore may find the object that its first try made. It has our bytes, so False is no loss then.
+        """
+        with self.reaching(key):
+            try:
+                obstore.put(self._store, key, data, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def _upload(self, key: str, data: bytes, part: int) -> bool:
+        """Upload a file of an uncommitted part; False if the part has been committed meanwhile."""
+        if self._create(key, data):
+            return True
+        if self.has_part(part):
+            return False
+        with self.reaching(key):
+            obstore.put(self._store, key, data)
+        return True
+
+    def _delete(self, keys: Iterable[str]) -> None:
+        names = list(keys)
+        with self.reaching():
+            if names:
+                obstore.delete(self._store, names)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")
+
+
+# obstore's threads do not survive a fork: the child would wait for ever, and may take the parent down with it.
+_FORKED = False
+
+
+def _mark_forked() -> None:
+    global _FORKED
+    _FORKED = True
+
+
+os.register_at_fork(after_in_child=_mark_forked)
+
+
+def _refuse_fork(where: str) -> None:
+    if _FORKED:
+        raise RunError(
+            f"{where} cannot be read in a forked process: start workers with spawn, "
+            "as in DataLoader(…, multiprocessing_context='spawn')"
+        )

@@ -1,0 +1,23 @@
+"""From a path or URL to the storage that it names."""
+
+import re
+from pathlib import Path
+
+from switchkd.errors import StoreError
+from switchkd.stores.storage.base import Storage, StoreLocation
+from switchkd.stores.storage.local import LocalStorage
+
+
+def open_storage(path: StoreLocation) -> Storage:
+    """Return the storage that a path or URL names; nothing is opened.
+
+    Raises:
+        StoreError: a URL that no store can lie at, or the extra `s3` is not installed.
+    """
+    if "://" in str(path):
+        from switchkd.stores.storage.object_store import ObjectStorage
+
+        return ObjectStorage(str(path))
+    if re.match(r"(s3a?|gs|az|abfss?):/", str(path)):
+        raise StoreError(f"{path} was a URL and lost a slash as a Path: give it as text")
+    return LocalStorage(Path(path))

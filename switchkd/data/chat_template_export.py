@@ -1,0 +1,50 @@
+"""A `Template` as a chat template, so that other programs write prompts as training did."""
+
+import json
+
+from switchkd.data.templates import ConversationFormat, Template
+
+# Content may be a text or a list of parts; {text} becomes the texts as they follow.
+_TEXT = (
+    "{%- if message['content'] is string -%}{%- set text = message['content'] -%}{%- else -%}{%- set text = message['content']"
+    " | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}{%- endif -%}"
+)
+
+
+def chat_template_source(template: ConversationFormat, eos: str | None) -> str:
+    """Return a format as Jinja source for transformers' chat templates.
+
+    Images come as parts of type "image" of a user's message and stand where the format has them. System messages have no place.
+
+    Args:
+        eos: the tokenizer's end token, written into the source where the format uses it.
+    """
+    if not isinstance(template, Template):
+        return template.as_dict()["chat_template"]
+    user, assistant = _output(template.user, template, eos), _output(template.assistant, template, eos)
+    answer = _output(template.answer + template.after, template, eos)
+    return (
+        f"{_output(template.system, template, eos)}{{%- for message in messages -%}}{_TEXT}"
+        f"{{%- if message['role'] == 'user' -%}}{user}"
+        f"{{%- elif message['role'] == 'assistant' -%}}{assistant}{answer}"
+        "{%- else -%}{{- raise_exception('only user and assistant speak here, not ' + message['role']) -}}{%- endif -%}"
+        f"{{%- endfor -%}}{{%- if add_generation_prompt -%}}{assistant}{{%- endif -%}}"
+    )
+
+
+def _output(pattern: str, template: Template, eos: str | None) -> str:
+    """Return the statements that write a pattern of a template."""
+    statements = []
+    for number, between in enumerate(pattern.replace("{eos}", eos or "").split("{text}")):
+        if number:
+            statements.append("{{- text -}}")
+        for place, literal in enumerate(between.split("{image}")):
+            if place:
+                image = json.dumps(template.image)
+                statements.append(
+                    "{%- if message['content'] is not string -%}{%- for part in message['content'] | "
+                    f"selectattr('type', 'equalto', 'image') -%}}{{{{- {image} -}}}}{{%- endfor -%}}{{%- endif -%}}"
+                )
+            if literal:
+                statements.append(f"{{{{- {json.dumps(literal)} -}}}}")
+    return "".join(statements)

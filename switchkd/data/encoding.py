@@ -1,0 +1,240 @@
+"""From a sample to what a model reads: token ids, supervised mask, pixels; and from several to a batch."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter, itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+from numpy.typing import NDArray
+from torch import Tensor
+
+from switchkd.data.chat_template import TemplateNotInvertible
+from switchkd.data.images import MAX_IMAGE_PIXELS, decode_image, image_bytes_of
+from switchkd.data.samples import BadSample, Sample, Status
+from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
+from switchkd.errors import CheckpointError, DataError
+from switchkd.fingerprints import SampleDigest, digest_sample
+from switchkd.models.checkpoint import Checkpoint
+from switchkd.positions import IGNORED
+
+# Processed pixels kept per process, for data files that ask many questions about few images.
+PIXEL_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as a model reads it."""
+
+    input_ids: NDArray[np.int32]  # [L], the image's tokens expanded
+    supervised: NDArray[np.bool_]  # [L]
+    pixels: Tensor | None  # [3, H, W] float32
+    digest: SampleDigest
+    teacher: "EncodedSample | None" = None  # as the teacher reads it, without pixels, where that is not the same
+    starts: NDArray[np.int64] | None = (
+        None  # [P], where in the answers each position's token begins, see `token_starts`
+    )
+
+    @property
+    def positions(self) -> int:
+        """Number of supervised tokens."""
+        return int(self.supervised[1:].sum())
+
+
+class SampleEncoder:
+    """Encodes samples for one checkpoint and template; cheap to copy into DataLoader workers.
+
+    Args:
+        checkpoint: gives tokenizer, image processor, image token id and count.
+        images: the image folder; may be None for text-only data.
+        max_length: tokens, image tokens included; longer samples are refused, never cut.
+        max_image_pixels: larger images are refused before they are decoded.
+        with_starts: whether encoded samples say where their positions begin, for two tokenizers to be aligned.
+
+    Raises:
+        DataError: the image folder does not exist.
+        CheckpointError: the image token is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        template: ConversationFormat,
+        images: Path | None,
+        max_length: int,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        with_starts: bool = False,
+    ) -> None:
+        if images is not None and not images.is_dir():
+            raise DataError(
+                f"no image folder {images}: --images takes the folder that the data file's paths start from"
+            )
+        if checkpoint.image_token_id >= len(checkpoint.tokenizer):
+            raise CheckpointError(
+                f"{checkpoint.path}: image token id {checkpoint.image_token_id} is not in the tokenizer "
+                f"({len(checkpoint.tokenizer)} entries)"
+            )
+        self.tokenizer = checkpoint.tokenizer
+        self.image_processor = checkpoint.image_processor
+        self.image_token_id = checkpoint.image_token_id
+        self.image_tokens = checkpoint.image_tokens
+        self.template = template
+        self.images = images
+        self.max_length = max_length
+        self.max_image_pixels = max_image_pixels
+        self.with_starts = with_starts
+        self._pixel_cache: LRUCache[bytes, Tensor] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the pixels behind: they would be copied into every spawned DataLoader worker."""
+        return self.__dict__ | {"_pixel_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))}
+
+    def encode(self, sample: Sample, pixels: bool = True) -> EncodedSample:
+        """Encode one sample.
+
+        Args:
+            pixels: False leaves the image undecoded (its bytes still enter the digest).
+
+        Raises:
+            BadSample: names the row and why it cannot be used.
+        """
+        sample.require_ok()
+        with _naming(sample):
+            ids, supervised = self.encode_text(sample)
+            data = image_bytes_of(sample, self.images)
+            image = self._pixels(data, sample.image) if data is not None and pixels else None
+            starts = self.token_starts(self._segments(sample))[int(supervised[0]) :] if self.with_starts else None
+        return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data), starts=starts)
+
+    def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Encode one sample's text, its image's tokens with it: (input_ids [L], supervised [L]). Raises BadSample."""
+        sample.require_ok()
+        ids, supervised = self.tokenize(self._segments(sample))
+        if not supervised[1:].any():
+            raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
+        return ids, supervised
+
+    def _segments(self, sample: Sample) -> list[tuple[str, bool]]:
+        try:
+            return self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
+        except TemplateNotInvertible as error:
+            raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
+
+    def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
+        """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
+        sample.require_ok()
+        with _naming(sample):
+            return self.encode_turns(sample.turns[: turn + 1], image_bytes_of(sample, self.images), str(sample.image))
+
+    def encode_turns(
+        self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str
+    ) -> tuple[NDArray[np.int32], Tensor | None]:
+        """Encode turns up to where the last one's answer begins.
+
+        Args:
+            turns: (question, answer) pairs; the last answer is not read. image: an image file's bytes. name: its name in errors.
+
+        Returns:
+            input_ids [L], and pixels [3, H, W] if there is an image.
+
+        Raises:
+            BadSample: too long, nothing to read, or an image that cannot be used.
+        """
+        try:
+            segments = self.template.prompt(turns, image is not None, self.tokenizer.eos_token)
+        except TemplateNotInvertible as error:
+            raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
+        ids, _ = self.tokenize(segments)
+        if not len(ids):
+            raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
+        return ids, None if image is None else self._pixels(image, name)
+
+    def token_starts(self, segments: list[tuple[str, bool]]) -> NDArray[np.int64]:
+        """Return where each supervised token begins, in order: the number of its segment · 2³² + characters of it before the token.
+
+        Equal numbers for two tokenizers mean that the same text comes before; only what ends a segment may differ.
+        """
+        found: list[int] = []
+        for number, text in enumerate(text for text, is_supervised in segments if is_supervised):
+            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            # A token begins where the one before it ends; its own offset may leave out a space.
+            found += [(number << 32) + end for end in [0, *(end for _, end in offsets)][: len(offsets)]]
+        return np.array(found, np.int64)
+
+    def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Tokenize segments; returns (ids [L], supervised [L]). Raises BadSample if too long.
+
+        Neighbours that are both supervised or both not are one text, as they are for whoever tokenizes a prompt as a whole: a
+        merge of the tokenizer may reach from one into the other.
+        """
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for is_supervised, run in groupby(segments, key=itemgetter(1)):
+            text = "".join(text for text, _ in run)
+            for number, piece in enumerate(text.split(IMAGE_MARKER) if not is_supervised else [text]):
+                words = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+                if self.image_token_id in words:  # no feature would stand behind it
+                    raise BadSample(Status.MARKER_WITHOUT_IMAGE, "the text spells out the image token")
+                new = ([self.image_token_id] * self.image_tokens if number else []) + words
+                ids += new
+                supervised += [is_supervised] * len(new)
+        if len(ids) > self.max_length:
+            raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}", len(ids))
+        return np.array(ids, np.int32), np.array(supervised, np.bool_)
+
+    def _pixels(self, data: bytes, name: str | None) -> Tensor:
+        key = hashlib.blake2b(data, digest_size=16).digest()
+        if key in self._pixel_cache:
+            return self._pixel_cache[key]
+        image = decode_image(data, str(name), self.max_image_pixels)
+        pixels: Tensor = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+        if pixels.nbytes <= PIXEL_CACHE_BYTES:
+            self._pixel_cache[key] = pixels
+        return pixels
+
+
+@contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Add the row to what is said of a bad sample."""
+    try:
+        yield
+    except BadSample as bad:
+        raise BadSample(bad.status, f"row {sample.index}: {bad.detail}", bad.tokens) from None
+
+
+def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dict[str, Any]:
+    """Pad encoded samples on the right into one batch.
+
+    Args:
+        room: columns of padding beyond the longest sample.
+
+    Returns:
+        input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and
+        pixel_values [number of images, 3, H, W] if there is an image.
+    """
+    length = max(len(sample.input_ids) for sample in samples) + room
+    input_ids = torch.full((len(samples), length), pad_id)
+    labels = torch.full((len(samples), length), IGNORED)
+    attention_mask = torch.zeros(len(samples), length, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        ids = torch.from_numpy(sample.input_ids.astype(np.int64))
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, : len(ids)] = torch.where(torch.from_numpy(sample.supervised), ids, IGNORED)
+    batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    batch["has_image"] = torch.tensor([sample.pixels is not None for sample in samples])
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    if pixels:
+        batch["pixel_values"] = torch.stack(pixels)
+    return batch
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """Return the id that fills a batch; padding is masked, so any id serves and 0 stands in for a missing pad token."""
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

@@ -1,0 +1,95 @@
+"""Images of a data file: found below the image folder only, bounded in size, decoded once."""
+
+import io
+import warnings
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from switchkd.data.samples import BadSample, Sample, Status
+from switchkd.errors import DataError
+
+# 64 million pixels: above any photograph of the usual data sets, far below a decompression bomb.
+MAX_IMAGE_PIXELS = 1 << 26
+
+
+def image_bytes_of(sample: Sample, folder: Path | None) -> bytes | None:
+    """Return the bytes of a sample's image, from the data set or from the image folder; None for a sample of text alone.
+
+    Raises:
+        BadSample: see `read_image_bytes`.
+        DataError: the image lies in a folder and none was given.
+    """
+    if sample.image is None:
+        return None
+    if sample.embedded is not None:
+        return sample.embedded()
+    if folder is None:
+        raise DataError(f"row {sample.index} has the image {sample.image!r}: --images must name the image folder")
+    return read_image_bytes(folder, sample.image)
+
+
+def read_image_bytes(folder: Path, relative: str) -> bytes:
+    """Return an image file's bytes.
+
+    Args:
+        folder: the image folder. relative: the path in the data file, which must stay below it (no `..`; an absolute one must lead
+            into it; links that the folder's owner placed inside it are followed).
+
+    Raises:
+        BadSample: the path leaves the folder, or there is no such file.
+    """
+    path = PurePosixPath(relative.replace("\\", "/"))
+    base = PurePosixPath(folder.absolute().as_posix())
+    if path.is_relative_to(base):
+        path = path.relative_to(base)
+    if path.is_absolute() or ".." in path.parts or Path(relative).drive:
+        raise BadSample(Status.IMAGE_OUTSIDE_FOLDER, f"{relative!r} leaves the image folder")
+    try:
+        return (folder / path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise BadSample(Status.IMAGE_MISSING, f"no image {folder / path}") from None
+    except (OSError, ValueError) as error:
+        raise BadSample(Status.IMAGE_UNREADABLE, f"{relative!r}: {error}") from None
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decode an image to RGB (the first frame of an animation).
+
+    Raises:
+        BadSample: more than `max_pixels`, checked before decoding, or not an image, or cut short.
+    """
+    try:
+        # Pillow's own limit warns and then raises; the check below is stricter and names the sample.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise BadSample(
+                    Status.IMAGE_TOO_LARGE,
+                    f"{name!r} has {image.width}×{image.height} pixels, the limit is {max_pixels}",
+                )
+            return image.convert("RGB")
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(Status.IMAGE_TOO_LARGE, f"{name!r}: {error}") from None
+    # Pillow's decoders raise many kinds of error on broken input; none of them may stop a run over thousands of images.
+    except Exception as error:
+        raise BadSample(Status.IMAGE_UNREADABLE, f"{name!r}: {error}") from None
+
+
+def extension_mismatch(data: bytes, name: str) -> str:
+    """Return what an image's bytes are where its name says something else, as "GIF behind .jpg"; "" where both agree.
+
+    Decoders go by the bytes, so this does no harm; data sets that were gathered from the web are full of it.
+
+    Args:
+        data: bytes that `decode_image` takes. name: the file's name.
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = Image.open(io.BytesIO(data)).format or ""
+    named = Image.registered_extensions().get(suffix, found)
+    return "" if found in (named, "MPO") else f"{found} behind {suffix}"  # MPO: JPEG with more pictures behind it

@@ -1,0 +1,9 @@
+"""The public losses, in one place."""
+
+from switchkd.losses.dbild import bild_loss, dbild_loss
+from switchkd.losses.fused import LMHead
+from switchkd.losses.kl import kl_loss
+from switchkd.losses.objective import fused_dbild
+from switchkd.losses.selection import kneedle
+
+__all__ = ["LMHead", "bild_loss", "dbild_loss", "fused_dbild", "kl_loss", "kneedle"]

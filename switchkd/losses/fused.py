@@ -1,0 +1,239 @@
+"""A loss on logits, computed from hidden states and LM heads without the logits of all positions ever existing.
+
+[T, V] logits of a Qwen vocabulary take 0.6 GB for a thousand positions, and a loss makes several tensors of that size. Here a
+chunk of positions goes through the LM head, the loss and back to gradients of hidden states and LM head, all in the forward
+pass; the next chunk then reuses the memory. The backward pass only scales what is known. The scheme is that of Liger-Kernel's
+fused linear cross entropy (arXiv 2410.10989), for any loss that is a sum over positions.
+
+Plain torch: matrix products run in the libraries of the device, and what is left is a few passes over a chunk.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from switchkd.losses.reduction import at_least_float32
+
+# Logits of a chunk, 80 MiB in float32: 138 positions of a Qwen vocabulary, enough for efficient matrix products and so that the
+# LM heads are not read too often; little beside the LM head itself.
+CHUNK_LOGITS = 5 << 22
+# A loss makes some ten tensors of the size of what it is given: on a CPU it gets blocks of a chunk whose tensors stay in cache and
+# in memory that is at hand, on an accelerator whole chunks.
+BLOCK_LOGITS = {"cpu": 1 << 19}
+
+
+class LMHead(NamedTuple):
+    """The last linear layer of a language model."""
+
+    weight: Tensor  # [V, d]
+    bias: Tensor | None = None  # [V]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, d] → [T, V], computed in the head's dtype and returned in float32 or above."""
+        return at_least_float32(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+
+
+class Block(NamedTuple):
+    """Some consecutive positions, as a loss sees them."""
+
+    rows: slice  # of the T positions
+    in_chunk: slice  # the same, counted from the beginning of the chunk
+    logits: Tensor  # [c, V], float32 or float64
+    switch: Tensor | None  # z_switch at those of them that belong to images, [c', V_T]; None if there is none
+
+
+# A block → (what is minimised, its parts for the log), sums over the block's positions
+LossOfBlock = Callable[[Block], tuple[Tensor, Tensor]]
+# What is done once for a chunk of positions → the loss of its blocks
+OpenChunk = Callable[[slice], LossOfBlock]
+
+
+# It calls autograd itself: a compiled program steps out of its graph here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def loss_in_chunks(
+    hidden: Tensor,
+    head: LMHead,
+    open_chunk: OpenChunk,
+    *,
+    switch_hidden: Tensor | None = None,
+    switch_head: LMHead | None = None,
+    on_image: Tensor | None = None,
+    chunk_positions: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (Σ of what is minimised, scalar with graph; Σ of its parts, without) over all positions.
+
+    Gradients reach `hidden`, `head` and `switch_hidden`; `switch_head` is frozen. Both LM heads may be of a half precision: the
+    loss is computed on logits raised to float32, the gradient of the weight is summed over chunks in float32. Under autocast the
+    student's LM head runs in autocast's dtype.
+
+    Args:
+        hidden: the student's final hidden states, [T, d].
+        head: the student's LM head; may be tied to its embedding.
+        open_chunk: given a chunk's positions, returns the loss of its blocks: differentiable in a block's logits; anything else
+            that it reads receives no gradient.
+        switch_hidden: the switch pathway's hidden states at the positions of image samples, in order, [T', d_T].
+        switch_head: the teacher's LM head, wanted with `switch_hidden`.
+        on_image: [T] bool with T' True; wanted with `switch_hidden`.
+        chunk_positions: positions at a time, at most; by default what makes `CHUNK_LOGITS` logits.
+
+    Raises:
+        ValueError: the switch pathway's arguments do not go together.
+    """
+    if switch_hidden is not None:
+        if switch_head is None or on_image is None:
+            raise ValueError("switch_hidden comes with switch_head and on_image")
+        if int(on_image.sum()) != len(switch_hidden):
+            raise ValueError(f"on_image marks {int(on_image.sum())} positions, switch_hidden has {len(switch_hidden)}")
+    autocast = hidden.device.type if torch.is_autocast_enabled(hidden.device.type) else None
+    work = _Work(
+        open_chunk=open_chunk,
+        switch_head=switch_head,
+        on_image=on_image,
+        positions=chunk_positions or max(1, CHUNK_LOGITS // len(head.weight)),
+        dtype=torch.get_autocast_dtype(autocast) if autocast else hidden.dtype,
+        with_gradients=torch.is_grad_enabled(),
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        total, parts = _InChunks.apply(hidden, head.weight, head.bias, switch_hidden, work)  # type: ignore[no-untyped-call]
+    return total, parts
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is done, apart from the tensors that receive a gradient."""
+
+    open_chunk: OpenChunk
+    switch_head: LMHead | None
+    on_image: Tensor | None
+    positions: int  # in a chunk, at most
+    dtype: torch.dtype  # of the student's matrix products
+    with_gradients: bool
+
+    def images_before(self, count: int) -> list[int]:
+        """Return how many of the first 0, 1 … count positions belong to images."""
+        return [0, *self.on_image.cumsum(0).tolist()] if self.on_image is not None else [0] * (count + 1)
+
+
+class _InChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, switch_hidden: Tensor | None, work: _Work
+    ) -> tuple[Tensor, Tensor]:
+        wanted = [work.with_gradients and needed for needed in ctx.needs_input_grad[:4]]
+        sums = _Gradients((hidden, weight, bias, switch_hidden), wanted)
+        head = LMHead(weight.to(work.dtype), None if bias is None else bias.to(work.dtype))
+        before = work.images_before(len(hidden))
+        block_rows = max(1, BLOCK_LOGITS.get(hidden.device.type, CHUNK_LOGITS) // len(weight))
+        total = parts = None
+        chunks = max(1, -(-len(hidden) // work.positions))
+        step = max(1, -(-len(hidden) // chunks))  # chunks of one size: a small one costs as many passes over the head
+        for start in range(0, len(hidden), step):
+            rows = slice(start, min(start + step, len(hidden)))
+            switch_rows = slice(before[rows.start], before[rows.stop])
+            states = hidden[rows].to(work.dtype)
+            logits, switch = head.logits(states), None
+            if switch_hidden is not None and work.switch_head is not None and switch_rows.stop > switch_rows.start:
+                switch = work.switch_head.logits(switch_hidden[switch_rows])
+            loss_of_block = work.open_chunk(rows)
+            for first in range(rows.start, rows.stop, block_rows):
+                last = min(first + block_rows, rows.stop)
+                of_switch = slice(before[first] - switch_rows.start, before[last] - switch_rows.start)
+                block = Block(
+                    slice(first, last),
+                    slice(first - start, last - start),
+                    logits[first - start : last - start],
+                    switch[of_switch] if switch is not None and of_switch.stop > of_switch.start else None,
+                )
+                loss, of_parts = _replace_by_gradients(loss_of_block, block, any(wanted))
+                total, parts = (loss, of_parts) if total is None or parts is None else (total + loss, parts + of_parts)
+            if any(wanted):
+                sums.add(rows, states, head.weight, logits)
+                if switch is not None and work.switch_head is not None:
+                    sums.add_switch(switch_rows, work.switch_head.weight, switch)
+            del logits, switch, block, loss_of_block  # before the next chunk is made
+        if total is None or parts is None:
+            total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+            parts = total.new_zeros(0)
+        ctx.gradients = sums.finished()
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        return total, parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "a fused loss gives its gradients away and can go backward once: do not retain its graph"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad_total is None:
+            return None, None, None, None, None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grad_total)
+        return (*gradients, None)
+
+
+def _replace_by_gradients(loss_of_block: LossOfBlock, block: Block, with_gradients: bool) -> tuple[Tensor, Tensor]:
+    """Return a block's (loss, parts), and write the loss's gradients over the block's logits."""
+    if not with_gradients:
+        return loss_of_block(block)
+    places = [z for z in (block.logits, block.switch) if z is not None]
+    inputs = [z.detach().requires_grad_() for z in places]
+    block = block._replace(logits=inputs[0], switch=inputs[1] if len(inputs) > 1 else None)
+    with torch.enable_grad():
+        loss, parts = loss_of_block(block)
+        found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    for place, gradient in zip(places, found, strict=True):
+        place.copy_(gradient) if gradient is not None else place.zero_()
+    return loss.detach(), parts.detach()
+
+
+class _Gradients:
+    """Gradients of the four inputs, filled chunk by chunk; None where none is wanted."""
+
+    def __init__(self, inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> None:
+        self.inputs = [x if is_wanted else None for x, is_wanted in zip(inputs, wanted, strict=True)]
+        hidden, _, bias, switch_hidden = self.inputs
+        self.hidden = None if hidden is None else torch.zeros_like(hidden)
+        self.weight: Tensor | None = None  # the largest; made by the first chunk
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=_sum_dtype(bias))
+        self.switch = None if switch_hidden is None else torch.zeros_like(switch_hidden)
+
+    def add(self, rows: slice, states: Tensor, weight: Tensor, of_logits: Tensor) -> None:
+        """Carry the gradient of a chunk's logits [c, V] back through the student's LM head."""
+        if self.bias is not None:
+            self.bias += of_logits.sum(0)
+        of_logits = of_logits.to(states.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = of_logits @ weight
+        wanted = self.inputs[1]
+        if wanted is not None and self.weight is None:
+            self.weight = (of_logits.T @ states).to(_sum_dtype(wanted))
+        elif self.weight is not None and self.weight.dtype == states.dtype:
+            self.weight.addmm_(of_logits.T, states)
+        elif self.weight is not None:
+            self.weight += of_logits.T @ states
+
+    def add_switch(self, rows: slice, weight: Tensor, of_logits: Tensor) -> None:
+        """Carry the gradient of a chunk's z_switch [c', V_T] back through the teacher's LM head."""
+        if self.switch is not None:
+            self.switch[rows] = of_logits.to(weight.dtype) @ weight
+
+    def finished(self) -> list[Tensor | None]:
+        """Return the gradients in their inputs' dtypes; zeros where no chunk came by."""
+        found = (self.hidden, self.weight, self.bias, self.switch)
+        return [
+            None if x is None else torch.zeros_like(x) if gradient is None else gradient.to(x.dtype)
+            for x, gradient in zip(self.inputs, found, strict=True)
+        ]
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,268 @@
+"""The training objective L = CE + λ1·Align + λ2·VSD (paper, eq. 1) and its variants by name (Table 4)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from switchkd.errors import ConfigError
+from switchkd.losses.baselines import BASELINES
+from switchkd.losses.dbild import Divergence, bild_loss, dbild_loss
+from switchkd.losses.fused import Block, LMHead, loss_in_chunks
+from switchkd.losses.kl import kl_loss
+from switchkd.losses.reduction import at_least_float32
+from switchkd.losses.signals import TeacherSignal
+from switchkd.positions import count_positions, per_sample_weights
+
+_Divergence = Callable[..., Tensor]
+
+OBJECTIVES: dict[str, _Divergence | None] = {
+    "sft": None,
+    "fkl": partial(kl_loss, direction="forward"),
+    "rkl": partial(kl_loss, direction="reverse"),
+    "bild-fkl": partial(bild_loss, divergence="forward_kl"),
+    "bild-rkl": partial(bild_loss, divergence="reverse_kl"),
+    "dbild-fkl": partial(dbild_loss, divergence="forward_kl"),
+    "dbild-rkl": partial(dbild_loss, divergence="reverse_kl"),
+    # Their Align; what they add to it is in `baselines`.
+    "llava-kd": partial(kl_loss, direction="forward"),
+    "align-kd": partial(kl_loss, direction="forward"),
+}
+
+
+REDUCTIONS = ("position", "sample")
+
+
+class LossTerms(NamedTuple):
+    """Weighted sums over positions, nats; divide by what `Objective.normalize_by` counts. A term that is off is None."""
+
+    ce: Tensor
+    align: Tensor | None
+    vsd: Tensor | None
+
+
+class FusedLoss(NamedTuple):
+    """What is minimised, with graph, and its terms, without; sums over positions, nats."""
+
+    total: Tensor
+    terms: LossTerms
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the student minimises.
+
+    Args:
+        name: one of `OBJECTIVES`; "sft" is CE alone.
+        switch: whether VSD takes part (paper, Table 3).
+        align_weight, vsd_weight: λ1, λ2.
+        temperature: τ; None takes 3 for (D)BiLD, as the paper, and 1 for plain KL.
+        window: restricts DBiLD's knee search, see `kneedle`; None is the paper.
+        normalize_by: "position" is the mean over all supervised positions of the global batch; "sample" takes each sample's mean
+            over its positions first and then the mean over the samples of the global batch, so that long answers weigh no more.
+
+    Raises:
+        ConfigError: unknown name, switch or window with an objective that has none, a temperature that is not positive.
+    """
+
+    name: str = "dbild-rkl"
+    switch: bool = True
+    align_weight: float = 1.0
+    vsd_weight: float = 1.0
+    temperature: float | None = None
+    window: int | None = None
+    normalize_by: str = "position"
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise ConfigError(f"no objective {self.name!r}; there are {', '.join(OBJECTIVES)}")
+        if self.name == "sft" and self.switch:
+            raise ConfigError("objective sft has no teacher to switch to: pass --no-switch")
+        if self.name in BASELINES and self.switch:
+            raise ConfigError(f"objective {self.name} has no switch pathway: pass --no-switch")
+        if self.window is not None and not self.name.startswith("dbild"):
+            raise ConfigError(f"a knee window belongs to dbild-fkl and dbild-rkl, not to {self.name}")
+        if self.window is not None and self.window < 2:
+            raise ConfigError(f"a knee window has at least 2 logits, got {self.window}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ConfigError(f"the temperature must be positive, got {self.temperature}")
+        if self.normalize_by not in REDUCTIONS:
+            raise ConfigError(f"the mean is one over {'s or over '.join(REDUCTIONS)}s, got {self.normalize_by!r}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything but CE is computed."""
+        return self.name != "sft"
+
+    def count(self, labels: Tensor) -> Tensor:
+        """Return how many things the mean runs over, positions or samples with a position: [B, L] labels → scalar int64."""
+        positions = count_positions(labels)
+        return positions.sum() if self.normalize_by == "position" else (positions > 0).sum()
+
+    def weights(self, labels: Tensor) -> Tensor | None:
+        """Return the weight of each position, [P] float32; None where all weigh 1."""
+        return None if self.normalize_by == "position" else per_sample_weights(labels)
+
+    def divergence(self, logits: Tensor, teacher: TeacherSignal, weights: Tensor | None = None) -> Tensor:
+        """Return the named loss between `logits` [T, N] and the teacher, summed over positions with `weights` [T]."""
+        loss = OBJECTIVES[self.name]
+        assert loss is not None
+        options: dict[str, float] = {}
+        if self.temperature is not None:
+            options["temperature"] = self.temperature
+        if self.window is not None:
+            options["window"] = self.window
+        return _weighted_sum(loss(logits, teacher, reduction="none", **options), weights)
+
+    def terms(
+        self,
+        student_logits: Tensor,
+        targets: Tensor,
+        teacher: TeacherSignal | None,
+        switch: Tensor | None,
+        on_image: Tensor,
+        weights: Tensor | None = None,
+    ) -> LossTerms:
+        """Compute CE, Align (eq. 4) and VSD (eq. 6), each summed over positions.
+
+        CE runs over all V rows of the model; the distillation terms over the N rows in use.
+
+        Args:
+            student_logits: [P, V_S]. targets: [P] int64.
+            teacher: signal over the same P positions and N ≤ V_S rows; None for "sft".
+            switch: z_switch at the positions of image samples, [P_image, V_T]; None if there are none or VSD is off.
+            on_image: [P] bool, which positions belong to image samples.
+            weights: [P], of each position; see `Objective.weights`. VSD's are those of image samples.
+        """
+        ce = _weighted_sum(F.cross_entropy(at_least_float32(student_logits), targets, reduction="none"), weights)
+        if not self.needs_teacher or teacher is None:
+            return LossTerms(ce, None, None)
+        rows = teacher.vocab_rows
+        align = self.divergence(student_logits[:, :rows], teacher, weights)
+        vsd = None
+        if switch is not None:
+            if torch.compiler.is_compiling():  # a mask selects a number of positions that a compiler does not know
+                on_image = torch.nonzero_static(on_image, size=switch.shape[0]).squeeze(-1)
+            on_image_weights = None if weights is None else weights[on_image]
+            vsd = self.divergence(switch[:, :rows], teacher.select(on_image), on_image_weights)
+        return LossTerms(ce, align, vsd)
+
+    def total(self, terms: LossTerms) -> Tensor:
+        """Weigh and add the terms: eq. 1."""
+        total = terms.ce
+        if terms.align is not None:
+            total = total + self.align_weight * terms.align
+        if terms.vsd is not None:
+            total = total + self.vsd_weight * terms.vsd
+        return total
+
+    def fused(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        targets: Tensor,
+        teacher: TeacherSignal | None,
+        switch_hidden: Tensor | None = None,
+        switch_head: LMHead | None = None,
+        on_image: Tensor | None = None,
+        weights: Tensor | None = None,
+        chunk_positions: int | None = None,
+        on_block: Callable[[Tensor, TeacherSignal | None], None] | None = None,
+    ) -> FusedLoss:
+        """Compute `total(terms(…))` from hidden states; no more than a chunk of logits exists at a time.
+
+        The student's LM head runs once for all three terms. A chunk of the teacher's logits, their order and their knee serve
+        both Align and VSD. Memory and dtypes: see `fused.loss_in_chunks`.
+
+        Args:
+            hidden: the student's final hidden states at the P positions, [P, d]. head: its LM head.
+            targets: [P] int64. teacher: see `terms`.
+            switch_hidden: the teacher's final hidden states on the switch pathway at the positions of image samples,
+                [P_image, d_T]; None if there are none or VSD is off. switch_head: the teacher's LM head, frozen.
+            on_image: [P] bool, which positions belong to image samples; wanted with `switch_hidden`.
+            weights: [P], see `terms`.
+            chunk_positions: positions at a time.
+            on_block: called with each block's student logits and the teacher's signal at its positions, for what is measured
+                beside the loss.
+        """
+
+        def open_chunk(rows: slice) -> Callable[[Block], tuple[Tensor, Tensor]]:
+            signal = None if teacher is None else teacher.slice_rows(rows)
+            return partial(loss_of_block, signal)
+
+        def loss_of_block(signal: TeacherSignal | None, block: Block) -> tuple[Tensor, Tensor]:
+            rows = block.rows
+            keep = targets.new_zeros(len(block.logits), dtype=torch.bool) if on_image is None else on_image[rows]
+            weight = None if weights is None else weights[rows]
+            here = None if signal is None else signal.slice_rows(block.in_chunk)
+            if on_block is not None:
+                on_block(block.logits.detach(), here)
+            terms = self.terms(block.logits, targets[rows], here, block.switch, keep, weight)
+            return self.total(terms), torch.stack([terms.ce.new_zeros(()) if term is None else term for term in terms])
+
+        total, sums = loss_in_chunks(
+            hidden,
+            head,
+            open_chunk,
+            switch_hidden=switch_hidden,
+            switch_head=switch_head,
+            on_image=on_image,
+            chunk_positions=chunk_positions,
+        )
+        ce, align, vsd = sums if len(sums) else total.detach().expand(3)
+        there = self.needs_teacher and teacher is not None
+        return FusedLoss(total, LossTerms(ce, align if there else None, None if switch_hidden is None else vsd))
+
+
+def _weighted_sum(per_position: Tensor, weights: Tensor | None) -> Tensor:
+    return per_position.sum() if weights is None else (per_position * weights.to(per_position.dtype)).sum()
+
+
+def fused_dbild(
+    student_hidden: Tensor,
+    student_head: LMHead,
+    targets: Tensor,
+    teacher: TeacherSignal,
+    *,
+    switch_hidden: Tensor | None = None,
+    switch_head: LMHead | None = None,
+    on_image: Tensor | None = None,
+    temperature: float = 3.0,
+    divergence: Divergence = "reverse_kl",
+    window: int | None = None,
+    align_weight: float = 1.0,
+    vsd_weight: float = 1.0,
+    chunk_positions: int | None = None,
+) -> FusedLoss:
+    """CE + λ1·Align + λ2·VSD with DBiLD (eq. 1) from hidden states and LM heads, without [P, V] logits.
+
+    Equal to `dbild_loss` on whole logits. The gradient is computed with the value, so backward can run once.
+
+    Args: see `Objective.fused`, `Objective` and `dbild_loss`. Without `switch_hidden` there is no VSD.
+
+    Returns:
+        (total, terms), sums over positions, nats; divide by their number for a mean.
+
+    Raises:
+        ConfigError: a temperature that is not positive, a window below 2.
+        ValueError: the switch pathway's arguments do not go together, or an unknown divergence.
+    """
+    names = {"reverse_kl": "dbild-rkl", "forward_kl": "dbild-fkl"}
+    if divergence not in names:
+        raise ValueError(f"divergence must be 'reverse_kl' or 'forward_kl', got {divergence!r}")
+    switch = switch_hidden is not None
+    objective = Objective(names[divergence], switch, align_weight, vsd_weight, temperature, window)
+    return objective.fused(
+        student_hidden,
+        student_head,
+        targets,
+        teacher,
+        switch_hidden,
+        switch_head,
+        on_image,
+        chunk_positions=chunk_positions,
+    )

@@ -1,0 +1,232 @@
+"""The leading entries of logits rows, without sorting whole rows.
+
+A histogram of each row says below which logit nothing can matter: to the knee, or to a fixed number of leading entries. What lies
+above is picked out and sorted, a few thousand of a vocabulary's 152 thousand entries. The result is that of a stable full sort,
+ties included; the histogram decides how much is sorted, never what comes out.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 2048  # at most; a knee is known to about one bin before anything is sorted
+# Logits that are looked at together: temporaries of this many entries stay in a CPU's cache and a GPU's memory.
+BLOCK_LOGITS = {"cpu": 1 << 20}
+BLOCK_LOGITS_ELSEWHERE = 1 << 25
+# Bins are computed in the logits' dtype: their edges are known to 1e-6 of the row's spread even in float32.
+EDGE_ERROR = 1e-6
+
+
+def top_of_rows(logits: Tensor, count: int) -> Tensor:
+    """Return the ids of each row's `count` largest logits in descending order, [T, N] → [T, count] int64.
+
+    Equal logits come in the order of their ids, so that the order of eq. 12's pairs is defined.
+    """
+    found: Tensor = _top_of_rows(logits.detach(), count)
+    return found
+
+
+def leading_entries(logits: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """Select each row's leading entries up to its knee, in the order of `top_of_rows`.
+
+    Args:
+        logits: [T, N]. window: see `kneedle`.
+
+    Returns:
+        (ids [T, k_max] int64, k [T] int64), where k_max is the largest k of the batch (2 if T = 0). Beyond a row's k its ids
+        are valid but arbitrary.
+
+    Raises:
+        ValueError: fewer than two columns, or a window below 2.
+    """
+    if window is not None and window < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
+    if logits.shape[-1] < 2:
+        raise ValueError(f"a knee needs at least 2 logits a row, got {logits.shape[-1]}")
+    found: tuple[Tensor, Tensor] = _lead_of_rows(logits.detach(), window)
+    return found
+
+
+# Operators of torch, so that compiled and exported programs hold a call where what is done depends on the logits.
+
+
+@torch.library.custom_op("switchkd::top_of_rows", mutates_args=())
+def _top_of_rows(logits: Tensor, count: int) -> Tensor:
+    tops = [_top(block, count) for block in _blocks(logits)]
+    return torch.cat(tops) if tops else torch.zeros(0, count, dtype=torch.long, device=logits.device)
+
+
+@_top_of_rows.register_fake
+def _(logits: Tensor, count: int) -> Tensor:
+    return logits.new_empty(logits.shape[0], count, dtype=torch.long)
+
+
+@torch.library.custom_op("switchkd::leading_entries", mutates_args=())
+def _lead_of_rows(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    rows, count = logits.shape
+    if not rows:
+        none = torch.zeros(0, dtype=torch.long, device=logits.device)
+        return none.new_zeros(0, 2), none
+    if window is not None and window < count:
+        ids = top_of_rows(logits, window)
+        k = knee_of_sorted(logits.gather(-1, ids), window)
+        return ids[:, : int(k.max())].contiguous(), k
+    leads = [_lead(block, window) for block in _blocks(logits)]
+    longest = max(ids.shape[-1] for ids, _ in leads)
+    return torch.cat([F.pad(ids, (0, longest - ids.shape[-1])) for ids, _ in leads]), torch.cat([k for _, k in leads])
+
+
+@_lead_of_rows.register_fake
+def _(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    longest = torch.library.get_ctx().new_dynamic_size(min=2)
+    return (
+        logits.new_empty(logits.shape[0], longest, dtype=torch.long),
+        logits.new_empty(logits.shape[0], dtype=torch.long),
+    )
+
+
+def kneedle(logits: Tensor, window: int | None = None) -> Tensor:
+    """Return the number k of leading logits that each row's knee selects.
+
+    Eqs. 8-9: with the row sorted in descending order, x_i = i/N and y_i the value scaled to [0, 1],
+    k = argmax_i (1 - x_i) - y_i for i = 1 … N; the first i on a tie. Where the paper is silent: k is at least 2, since one
+    logit has no pair, and a row of equal logits (y undefined) gives 2.
+
+    Args:
+        logits: [T, N], floating point, finite, N ≥ 2. No gradient flows through the result.
+        window: look for the knee in the row's `window` largest logits as if they were the whole row. None: all N (the paper).
+
+    Returns:
+        [T], int64, 2 ≤ k ≤ N (or ≤ window).
+
+    Raises:
+        ValueError: fewer than two columns, or a window below 2.
+    """
+    return leading_entries(logits, window)[1]
+
+
+def _blocks(logits: Tensor) -> list[Tensor]:
+    size = BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS_ELSEWHERE)
+    rows = logits.detach()
+    rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    return list(torch.split(rows, max(1, size // max(rows.shape[-1], 1)))) if len(rows) else []
+
+
+def _top(logits: Tensor, count: int) -> Tensor:
+    heights, from_bin = _histogram(logits)
+    floor = (from_bin >= count).sum(-1) - 1  # the highest bin with `count` entries in it and above
+    return _sorted_from(logits, heights, floor, from_bin)[1][:, :count]
+
+
+def _lead(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    heights, from_bin = _histogram(logits)
+    floor = _floor_of_knee(from_bin, logits.shape[-1])
+    values, ids = _sorted_from(logits, heights, floor, from_bin)
+    k = knee_of_sorted(values, window, row_size=logits.shape[-1], row_min=logits.amin(-1, keepdim=True))
+    return ids[:, : int(k.max())], k
+
+
+def _in_numpy(rows: Tensor) -> bool:
+    """Whether numpy, which counts, finds and sorts several times as fast as torch on the same core, takes these rows."""
+    return rows.device.type == "cpu" and bool(torch.isfinite(rows.sum()))
+
+
+def _histogram(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (height of every entry, [T, N], rising with the logit; entries in a bin and those above it, [T, bins] int64).
+
+    An entry's bin is the whole part of its height. Whatever is not finite also has one.
+    """
+    count = min(BINS, logits.shape[-1])
+    low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
+    scale = count / (high - low).clamp_min(1e-30)  # equal logits share bin 0
+    heights = (logits - low).mul_(scale)
+    if _in_numpy(high - low):
+        # A row's largest logit has the bin `count` to itself and belongs into the one below.
+        found = [np.bincount(row.astype(np.int64), minlength=count + 1) for row in heights.numpy()]
+        entries = torch.from_numpy(np.stack(found))
+        entries[:, count - 1] += entries[:, count]
+        entries = entries[:, :count]
+    else:
+        bins = heights.nan_to_num_(0.0).long().clamp_(0, count - 1)
+        one = torch.ones((), dtype=torch.int32, device=logits.device).expand(bins.shape)
+        entries = torch.zeros(len(bins), count, dtype=torch.int32, device=logits.device).scatter_add_(-1, bins, one)
+    return heights, entries.flip(-1).cumsum(-1).flip(-1)
+
+
+def _floor_of_knee(from_bin: Tensor, columns: int) -> Tensor:
+    """Return the lowest bin that may hold a row's knee, [T].
+
+    The entries of bin b have y between b / bins and (b + 1) / bins, and the first of them has rank 1 + entries above b. So the
+    largest of their distances 1 - x - y lies within one bin's height below the bound used here.
+    """
+    count = from_bin.shape[-1]
+    above = F.pad(from_bin[:, 1:], (0, 1))
+    bottom = torch.arange(count, dtype=torch.float64, device=from_bin.device) / count
+    bound = (-(above.double() / columns) - bottom).masked_fill(from_bin == above, -torch.inf)  # empty bins hold none
+    reach = bound.amax(-1, keepdim=True) - 1 / count - 4 * EDGE_ERROR
+    return (bound >= reach).to(torch.uint8).argmax(-1)
+
+
+def _sorted_from(logits: Tensor, heights: Tensor, floor: Tensor, from_bin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (values, ids) of each row's entries in bin `floor` and above, [T, m], descending, ties by id; then -inf and 0."""
+    number = from_bin.gather(-1, floor.unsqueeze(-1))  # [T, 1]
+    longest = int(number.max())
+    values = logits.new_full((len(logits), longest), -torch.inf)
+    ids = torch.zeros(len(logits), longest, dtype=torch.long, device=logits.device)
+    if _in_numpy(number):
+        rows = (x.numpy() for x in (logits, heights, floor, values, ids))
+        for row, height, bottom, of_values, of_ids in zip(*rows, strict=True):
+            places = np.flatnonzero(height >= bottom.astype(height.dtype))
+            of_ids[: len(places)] = places[_falling_order(row[places])]
+            of_values[: len(places)] = row[of_ids[: len(places)]]
+        return values, ids
+    flat = (heights >= floor.unsqueeze(-1)).view(-1).nonzero().squeeze(-1)  # row-major, ids ascending
+    starts = torch.arange(len(logits), device=logits.device).mul_(logits.shape[-1])
+    filled = torch.arange(longest, device=logits.device) < number
+    values[filled] = logits.reshape(-1)[flat]
+    ids[filled] = flat - starts.repeat_interleave(number.squeeze(-1))
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
+
+
+def _falling_order(values: np.ndarray) -> np.ndarray:
+    """Return what sorts [m] values in descending order, equal ones in the order they have."""
+    if values.dtype != np.float32:
+        return np.argsort(-values, kind="stable")
+    # Integers are sorted with vector instructions, indices are not: one key of a value's bits, turned so that they rise as the
+    # value falls, and the entry's place.
+    bits = (values + 0.0).view(np.int32)  # + 0.0 makes -0.0 equal to 0.0
+    falling = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    keys = (falling.astype(np.int64) << 32) | np.arange(len(values))
+    keys.sort()
+    return keys & 0xFFFFFFFF
+
+
+def knee_of_sorted(
+    descending: Tensor, window: int | None = None, row_size: int | None = None, row_min: Tensor | None = None
+) -> Tensor:
+    """Return the knee k of rows that are sorted already, [T, M] → [T] int64; see `selection.kneedle`.
+
+    Args:
+        descending: whole rows, or their leading entries, filled up with -inf.
+        window: the knee is looked for in this many leading entries, as if they were the whole row.
+        row_size, row_min: for leading entries that are sure to hold the knee: N, and the smallest logit of each row [T, 1].
+
+    Raises:
+        ValueError: fewer than two columns, or a window below 2.
+    """
+    if window is not None:
+        if window < 2:
+            raise ValueError(f"window must be at least 2, got {window}")
+        descending = descending[:, :window]
+    count = descending.shape[-1] if row_size is None else row_size
+    bottom = descending[:, -1:] if row_min is None else row_min
+    if count < 2:
+        raise ValueError(f"a knee needs at least 2 logits a row, got {count}")
+    top, bottom = descending[:, :1].double(), bottom.double()
+    spread = (top - bottom).clamp_min(torch.finfo(torch.float64).tiny)
+    height = (descending.double() - bottom).div_(spread)  # y_i; 0 everywhere if all logits are equal
+    rank = torch.arange(1, descending.shape[-1] + 1, dtype=torch.float64, device=descending.device)
+    distance = height.neg_().add_(1 - rank / count).masked_fill_(descending == -torch.inf, -torch.inf)
+    return distance.argmax(dim=-1).add_(1).clamp_min_(2)

@@ -1,0 +1,248 @@
+"""What a teacher says about T supervised positions, whether it was cached or is live: `TeacherSignal`.
+
+Losses read a signal through these methods and never know where it came from:
+
+* `rows(student)`        its logits over all N vocabulary rows;
+* `leading_ids(rows, window)`   the teacher-led selection: its leading ids in descending order, and how many of them (the knee);
+* `top(count)`           a fixed number of leading ids;
+* `part(rows)`            the same for a run of positions, so that a loss can go through them chunk by chunk.
+
+`DenseSignal` knows every logit, `HiddenSignal` the hidden states that they are made from. `SparseSignal` knows K of them and the
+tail's mass; what it answers for the others is a named policy, one of `TAIL_POLICIES`, which may look at the student.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from switchkd.losses.selection import knee_of_sorted, leading_entries, top_of_rows
+
+TailPolicy = Literal["student", "uniform", "floor"]
+TAIL_POLICIES: dict[str, str] = {
+    "student": "the student's own logits, shifted to the tail's mass and held at the smallest cached logit; the teacher-led "
+    "set goes on beyond K, up to the knee, in this order",
+    "uniform": "the tail's mass, spread evenly: tail_logsumexp - log(N - K); probabilities sum to 1",
+    "floor": "the smallest cached logit: an upper bound on every one of them",
+}
+
+
+# Corrections of the shift for what the ceiling cuts off; the gradient's error changes by under 0.4 points from 1 to 8.
+_SHIFT_PASSES = 4
+
+
+class TeacherSignal(Protocol):
+    """The teacher's word on T positions over N vocabulary rows."""
+
+    @property
+    def vocab_rows(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        ...
+
+    def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return (ids [T, k_max] int64 in the teacher's descending order, k [T] int64, 2 ≤ k ≤ k_max).
+
+        Args:
+            rows: what `rows` returned. window: see `kneedle`.
+        """
+        ...
+
+    def top(self, count: int) -> Tensor:
+        """Return the ids of the `count` largest logits in the teacher's descending order, [T, count] int64."""
+        ...
+
+    def rows(self, student: Tensor) -> Tensor:
+        """Return the teacher's logits, [T, N], without a graph; `student` [T, N] may help to guess those that are not known."""
+        ...
+
+    def select(self, keep: Tensor) -> Self:
+        """Return the signal of the positions where `keep` [T] bool is True."""
+        ...
+
+    def slice_rows(self, rows: slice) -> "TeacherSignal":
+        """Return the signal of consecutive positions, ready to be read; a signal that makes its logits makes them here, once."""
+        ...
+
+
+@torch.library.custom_op("switchkd::ids_up_to", mutates_args=())  # of torch, as those of `selection`
+def _ids_up_to(cached: Tensor, rows: Tensor, k: Tensor) -> Tensor:
+    """Return the leading ids of [T, N] rows up to the largest k, [T, k_max]: first the [T, K] cached, then the rows' order."""
+    largest = int(k.max()) if len(k) else 2
+    if largest <= cached.shape[-1]:
+        return cached[:, :largest].clone()
+    others = rows.scatter(-1, cached, -torch.inf)  # guesses may equal the smallest cached logit; they come after it
+    return torch.cat([cached, others.topk(largest - cached.shape[-1], dim=-1).indices], dim=-1)
+
+
+@_ids_up_to.register_fake
+def _(cached: Tensor, rows: Tensor, k: Tensor) -> Tensor:
+    return cached.new_empty(cached.shape[0], torch.library.get_ctx().new_dynamic_size(min=2))
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """A teacher whose logits are all at hand: live, or made from its final hidden states."""
+
+    logits: Tensor  # [T, N]
+    leads: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # window → what was found
+
+    @property
+    def vocab_rows(self) -> int:
+        """N."""
+        return self.logits.shape[-1]
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.logits.shape[0]
+
+    def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """See `TeacherSignal.lead`. Found once: Align and VSD share the teacher's order and knee."""
+        if window not in self.leads:
+            self.leads[window] = leading_entries(rows, window)
+        return self.leads[window]
+
+    def top(self, count: int) -> Tensor:
+        """See `TeacherSignal.top`."""
+        return top_of_rows(self.logits, count)
+
+    def rows(self, student: Tensor) -> Tensor:
+        """See `TeacherSignal.rows`."""
+        return self.logits.detach()
+
+    def select(self, keep: Tensor) -> "DenseSignal":
+        """See `TeacherSignal.select`."""
+        return DenseSignal(self.logits[keep], {window: (ids[keep], k[keep]) for window, (ids, k) in self.leads.items()})
+
+    def slice_rows(self, rows: slice) -> "DenseSignal":
+        """See `TeacherSignal.part`."""
+        return DenseSignal(self.logits[rows])
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """A teacher known by its final hidden states: stored, or just computed. Its LM head makes the logits of what is read."""
+
+    hidden: Tensor  # [T, d]
+    head: Tensor  # [N, d], the LM head's rows in use; logits are computed in its dtype
+
+    @property
+    def vocab_rows(self) -> int:
+        """N."""
+        return len(self.head)
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.hidden.shape[0]
+
+    def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """See `TeacherSignal.lead`."""
+        return leading_entries(rows, window)
+
+    def top(self, count: int) -> Tensor:
+        """See `TeacherSignal.top`."""
+        return self.slice_rows(slice(None)).top(count)
+
+    def rows(self, student: Tensor) -> Tensor:
+        """See `TeacherSignal.rows`."""
+        return self.slice_rows(slice(None)).logits
+
+    def select(self, keep: Tensor) -> "HiddenSignal":
+        """See `TeacherSignal.select`."""
+        return HiddenSignal(self.hidden[keep], self.head)
+
+    def slice_rows(self, rows: slice) -> DenseSignal:
+        """See `TeacherSignal.part`."""
+        with torch.no_grad():
+            return DenseSignal(F.linear(self.hidden[rows].to(self.head.dtype), self.head))
+
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """A teacher known by its K largest logits and statistics over all N, as a `topk` payload holds them.
+
+    Exact where K covers what is asked: K = N, a window ≤ K, or KL terms inside the top K. Otherwise `tail` decides. With the
+    policies that do not look at the student, the teacher-led set of full-vocabulary DBiLD is cut at K.
+    """
+
+    ids: Tensor  # [T, K] int64, in the teacher's descending order
+    logits: Tensor  # [T, K]
+    tail_logsumexp: Tensor  # [T], nats: log Σ e^z over the N - K others; -inf if K = N
+    knee: Tensor  # [T] int64, over all N rows
+    vocab_rows: int  # N
+    tail: TailPolicy = "student"
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.ids.shape[0]
+
+    def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """See `TeacherSignal.lead`.
+
+        Raises:
+            ValueError: the window is wider than the K cached logits, so its knee is not known.
+        """
+        cached = self.ids.shape[-1]
+        if window is not None:
+            if window > cached:
+                raise ValueError(f"window = {window} asks for more than the {cached} cached logits a position")
+            k = knee_of_sorted(self.logits, window)
+        elif self.tail == "student":
+            k = self.knee.clamp(2, self.vocab_rows)
+        else:
+            k = self.knee.clamp(2, cached)
+        return _ids_up_to(self.ids, rows.detach(), k), k
+
+    def top(self, count: int) -> Tensor:
+        """See `TeacherSignal.top`. Raises ValueError if fewer than `count` are cached."""
+        if count > self.ids.shape[-1]:
+            raise ValueError(f"{count} leading logits asked for, {self.ids.shape[-1]} a position are cached")
+        return self.ids[:, :count]
+
+    def rows(self, student: Tensor) -> Tensor:
+        """See `TeacherSignal.rows`; entries outside the top K follow the tail policy."""
+        others = self.vocab_rows - self.ids.shape[-1]
+        if others and self.tail == "student":
+            return self._rows_beside(student.detach())
+        if others and self.tail == "uniform":
+            fill = self.tail_logsumexp - torch.tensor(float(others)).log().item()
+        else:
+            fill = self.logits[:, -1]
+        rows = fill.to(self.logits.dtype).unsqueeze(-1).repeat(1, self.vocab_rows)
+        return rows.scatter_(-1, self.ids, self.logits)
+
+    def _rows_beside(self, student: Tensor) -> Tensor:
+        """Guess the tail from the student, [T, N]: one shift a row gives it the teacher's mass.
+
+        No uncached logit exceeds the smallest cached one, so the guess is held there, and the shift is corrected for what that
+        cuts off. Measured against the true tail in docs/payloads.md.
+        """
+        logits = self.logits.to(student.dtype)
+        tail = student.scatter(-1, self.ids, -torch.inf)
+        ceiling, target = logits[:, -1:], self.tail_logsumexp.to(student.dtype).unsqueeze(-1)
+        shift = target - tail.logsumexp(-1, keepdim=True)
+        for _ in range(_SHIFT_PASSES):
+            held = torch.minimum(tail + shift, ceiling)
+            shift = shift + target - held.logsumexp(-1, keepdim=True)
+        return torch.minimum(tail + shift, ceiling).scatter_(-1, self.ids, logits)
+
+    def select(self, keep: Tensor) -> "SparseSignal":
+        """See `TeacherSignal.select`."""
+        return self._take(keep)
+
+    def slice_rows(self, rows: slice) -> "SparseSignal":
+        """See `TeacherSignal.part`."""
+        return self._take(rows)
+
+    def _take(self, keep: Tensor | slice) -> "SparseSignal":
+        tensors = {f.name: getattr(self, f.name)[keep] for f in fields(self) if f.name not in ("vocab_rows", "tail")}
+        return replace(self, **tensors)

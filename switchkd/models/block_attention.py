@@ -1,0 +1,138 @@
+"""Attention over rows that several samples share: which way a language model takes, and whether it keeps samples apart.
+
+A mask of all pairs of a row costs the square of its length, and most of it masks. Where every layer is plain causal attention, each
+sample of a row attends to itself by itself instead, which costs what samples alone cost. Other attention (sliding windows) takes
+transformers' masks. Both know samples by their position ids, which begin anew with each.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from switchkd.errors import ConfigError
+
+NAME = "switchkd_blocks"  # of the attention; transformers makes no mask for a name that its masks do not know
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that can keep samples apart
+PROBE = (5, 8)  # tokens of the samples that a language model is tried with
+HALF_TOLERANCE, TOLERANCE = 3e-2, 1e-4  # of a token's state; rounding stays below, another sample's influence does not
+
+
+def attend_in_blocks(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention within each sample, an attention of transformers.
+
+    Args:
+        query, key, value: [R, heads, N, d]. attention_mask: None.
+        options: position_ids [R, N] or [1, N], and those of transformers' own attention. Without them a row is one block, which
+            `enable_packing` finds out.
+
+    Returns:
+        [R, N, heads, d], and no weights.
+    """
+    assert attention_mask is None
+    position_ids = options.get("position_ids")
+    lengths = [[query.shape[2]]] if position_ids is None else _block_lengths(position_ids)
+    rows = []
+    for row in range(len(query)):
+        blocks = [whole[row : row + 1].split(lengths[row % len(lengths)], dim=2) for whole in (query, key, value)]
+        alone = [sdpa_attention_forward(module, *block, None, **options)[0] for block in zip(*blocks, strict=True)]
+        rows.append(torch.cat(alone, dim=1))
+    return torch.cat(rows), None
+
+
+def _block_lengths(position_ids: Tensor) -> list[list[int]]:
+    """Return the tokens of each block of each row; found once a batch, since all layers are given the same tensor."""
+    known: list[list[int]] | None = getattr(position_ids, "block_lengths", None)
+    if known is None:
+        ends = position_ids.shape[1]
+        starts = [[place for place, position in enumerate(row) if position == 0] for row in position_ids.tolist()]
+        known = [[end - start for start, end in zip(row, [*row[1:], ends], strict=True)] for row in starts]
+        position_ids.block_lengths = known  # type: ignore[attr-defined]
+    return known
+
+
+AttentionInterface.register(NAME, attend_in_blocks)
+
+
+def uses_block_attention(language: Any) -> bool:
+    """Tell whether a language model was made to attend in blocks, see `enable_packing`."""
+    return bool(language.config._attn_implementation == NAME)
+
+
+def _is_plain(config: Any) -> bool:
+    """Tell whether every token attends to all before it, in every layer, by torch's fused attention."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
+    windows = ("sliding_window", "attention_chunk_size")
+    return config._attn_implementation == "sdpa" and all(getattr(config, name, None) is None for name in windows)
+
+
+def check_layers(config: Any, name: str) -> None:
+    """Refuse a language model whose config tells of layers that mix what stands in a row, before anything is loaded.
+
+    Not every config tells; `enable_packing` tries the model itself.
+
+    Args:
+        config: of the language model. name: of the model, for the error.
+
+    Raises:
+        ConfigError: convolutions, linear attention, state spaces.
+    """
+    if mixing := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION):
+        raise ConfigError(
+            f"--packing: the language model of {name} ({config.model_type}) has layers of kind {', '.join(mixing)}, which mix "
+            "samples of one row; leave --packing out"
+        )
+
+
+def enable_packing(language: Any, name: str) -> None:
+    """Make a language model ready for rows, and try whether it keeps the samples of one apart; some layers mix whatever is there.
+
+    Two short samples of random embeddings are run alone, and in rows in either order. It takes what a few dozen tokens take.
+
+    Args:
+        language: any of transformers' decoders, with weights; its attention is changed, see `attend_in_blocks`.
+        name: of the model, for the error.
+
+    Raises:
+        ConfigError: it mixes them.
+    """
+    training = language.training
+    language.eval()
+    weight = language.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randn(1, n, weight.shape[1], generator=generator).to(weight) * weight.std() for n in PROBE]
+    with torch.no_grad():
+        alone = [language(inputs_embeds=sample, use_cache=False).last_hidden_state for sample in samples]
+        before, tolerance = language.config._attn_implementation, TOLERANCE
+        if weight.dtype.itemsize == 2:
+            tolerance = HALF_TOLERANCE
+        for way in (NAME, before) if _is_plain(language.config) else (before,):
+            language.set_attn_implementation(way)
+            change = _influence(language, samples, alone)
+            if change <= tolerance:
+                break
+        else:
+            raise ConfigError(
+                f"--packing: the language model of {name} ({language.config.model_type}) does not keep samples of one row apart: "
+                f"their states change by {change:.1%}. All layers must heed position ids; leave --packing out"
+            )
+    language.train(training)
+
+
+def _influence(language: nn.Module, samples: list[Tensor], alone: list[Tensor]) -> float:
+    """Return how much samples change each other in rows: the largest change of a token's state, relative to its norm."""
+    orders = ((0, 1), (1, 0))
+    rows, expected = (
+        torch.cat([torch.cat([states[sample] for sample in order], 1) for order in orders])
+        for states in (samples, alone)
+    )
+    position_ids = torch.stack([torch.cat([torch.arange(PROBE[sample]) for sample in order]) for order in orders])
+    found = language(inputs_embeds=rows, position_ids=position_ids.to(rows.device), use_cache=False).last_hidden_state
+    change = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return float(change.nan_to_num(torch.inf).max())

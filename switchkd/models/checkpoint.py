@@ -1,0 +1,234 @@
+"""A model folder opened, not loaded: config, tokenizer, image processor, and what must agree between a teacher and a student."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from switchkd.errors import CheckpointError, ConfigError
+from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
+from switchkd.models.projectors import (
+    SwitchLlavaConfig,
+    image_token_count,
+)
+
+CONFIGS = {kind.model_type: kind for kind in (LlavaConfig, SwitchLlavaConfig)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder, opened but not loaded: config, tokenizer, image processor and the numbers that must fit."""
+
+    path: Path
+    config: LlavaConfig
+    tokenizer: Any
+    image_processor: Any
+    image_tokens: int  # tokens an image becomes
+    feature_tokens: int  # n, features that enter the projector; more than image_tokens if it pools them
+    feature_width: int  # d_v, their width
+    trust_remote_code: bool = False
+
+    @property
+    def vocab_rows(self) -> int:
+        """N: rows in use, the tokenizer's length; a model's embedding may be padded beyond it."""
+        rows: int = min(len(self.tokenizer), self.config.text_config.vocab_size)
+        return rows
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token that an image's features replace."""
+        token: int = self.config.image_token_id
+        return token
+
+    def resolve_dtype(self, dtype: str) -> str:
+        """Return the dtype that "auto" stands for, or `dtype` itself."""
+        if dtype != "auto":
+            return dtype
+        saved = self.config.dtype or self.config.text_config.dtype or torch.float32
+        return str(saved).removeprefix("torch.")
+
+
+def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a Llava checkpoint folder without loading weights.
+
+    Raises:
+        CheckpointError: no such folder, not a Llava, no fast tokenizer, no image processor.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"no checkpoint at {folder}: expected a folder with a config.json")
+    with as_checkpoint_error(folder):
+        config = LlavaConfig.get_config_dict(folder)[0]
+        kind = CONFIGS.get(config.get("model_type", ""))
+        if kind is None or "mm_projector_type" in config:  # original LLaVA's model type is "llava", too
+            raise CheckpointError(
+                f"{folder} is a {config.get('model_type')!r} model; expected a LlavaForConditionalGeneration "
+                f"(model_type {' or '.join(CONFIGS)}). `switchkd convert` makes one of TinyLLaVA's and original LLaVA's"
+            )
+        llava = kind.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **PIL_BACKEND)
+        feature_tokens, feature_width = probe_vision(llava)
+        image_tokens = image_token_count(llava, feature_tokens)
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
+    return Checkpoint(
+        folder, llava, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
+    )
+
+
+IMAGE_MODES = ("own", "square", "pad")
+
+
+def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:
+    """Return the checkpoint with another way of making images square; see `processor_in_mode`."""
+    side = checkpoint.config.vision_config.image_size
+    processor = processor_in_mode(checkpoint.image_processor, mode, side, checkpoint.path)
+    return checkpoint if mode == "own" else replace(checkpoint, image_processor=processor)
+
+
+def processor_in_mode(processor: Any, mode: str, side: int, path: Path) -> Any:
+    """Return an image processor with another way of making images square.
+
+    Args:
+        mode: "own", the image processor as it is; "square", resized to the tower's size whatever the shape, nothing cut off; "pad",
+            first filled up to a square with the processor's mean colour, as LLaVA 1.5 does (Llava's processor of transformers,
+            so that what is saved opens anywhere).
+        side: the tower's size, in pixels. path: of the checkpoint, for the error.
+
+    Raises:
+        CheckpointError: the image processor has no mean colour.
+    """
+    if mode not in IMAGE_MODES:
+        raise ConfigError(f"image mode is one of {', '.join(IMAGE_MODES)}, got {mode!r}")
+    if mode == "own":
+        return processor
+    settings = processor.to_dict()
+    settings |= {"size": {"height": side, "width": side}, "do_resize": True, "do_center_crop": False}
+    kind: Any = type(processor)
+    if mode == "pad":
+        if not settings.get("image_mean"):
+            raise CheckpointError(f"{path}: its image processor has no mean colour to fill images up with")
+        kind = LlavaImageProcessorPil
+        names = (
+            "do_rescale",
+            "rescale_factor",
+            "do_normalize",
+            "image_mean",
+            "image_std",
+            "resample",
+            "do_convert_rgb",
+        )
+        shape = {name: settings[name] for name in ("size", "do_resize", "do_center_crop")}
+        settings = shape | {name: settings[name] for name in names if name in settings} | {"do_pad": True}
+    return kind.from_dict(settings)
+
+
+def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, str]:
+    """Return the hashes that tell one teacher from another: config, and each component's weights.
+
+    Args:
+        vision: False leaves the vision tower's weights unread, and out of the result.
+    """
+    components = ("vision", "projector", "language") if vision else ("projector", "language")
+    return {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
+
+
+# torchvision may be missing or broken, and its pixels differ from Pillow's in the last bits: one backend everywhere.
+PIL_BACKEND = {"backend": "pil"}
+
+
+def probe_vision(config: LlavaConfig) -> tuple[int, int]:
+    """Return (number, width) of the features that a Llava's vision tower hands to the projector, without its weights.
+
+    The tower runs on the meta device, so any tower that transformers knows is measured rather than guessed.
+
+    Raises:
+        ValueError: the tower takes something else than images (SigLIP2 NaFlex).
+    """
+    with torch.device("meta"), torch.no_grad():
+        tower = AutoModel.from_config(config.vision_config).eval()
+        if "spatial_shapes" in inspect.signature(tower.forward).parameters:
+            raise ValueError(
+                f"a {config.vision_config.model_type} takes patches and their grid; Llava hands it plain images. Take a tower "
+                "of fixed resolution (SigLIP2's are of type siglip_vision_model)"
+            )
+        states = tower(blank_image(config).to(tower.dtype), output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    tokens = states[layers[0]].shape[1] - (config.vision_feature_select_strategy == "default")
+    return tokens, sum(states[layer].shape[-1] for layer in layers)
+
+
+def blank_image(config: LlavaConfig) -> Tensor:
+    """Return one image of zeros in the size that a Llava's vision tower takes, [1, 3, H, W] float32."""
+    vision = config.vision_config
+    return torch.zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+
+
+def check_compatible(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    switch: bool,
+    adapter: bool = False,
+    one_text: bool = False,
+    vocab_map: bool = False,
+) -> None:
+    """Check that a student can learn from a teacher.
+
+    Both pathways need one tokenizer and image token id; the switch pathway also needs features of one width and number, since the
+    teacher's projector reads the student's.
+
+    Args:
+        adapter: whether a switch adapter maps the features, so that the latter need not be.
+        one_text: whether both read the same ids, image tokens included, even without the switch pathway.
+        vocab_map: whether two tokenizers are mapped, so that they need not be one.
+
+    Raises:
+        CheckpointError: names both sides of the first thing that does not fit.
+    """
+    sides = f"teacher {teacher.path}, student {student.path}"
+    if not vocab_map and hash_tokenizer(teacher.tokenizer) != hash_tokenizer(student.tokenizer):
+        raise CheckpointError(
+            f"the tokenizers differ ({len(teacher.tokenizer)} and {len(student.tokenizer)} entries): {sides}. "
+            "Logits can only be compared over one vocabulary; give both models the same tokenizer, or pass --vocab-map"
+        )
+    if not vocab_map and teacher.image_token_id != student.image_token_id:
+        raise CheckpointError(
+            f"the image token ids differ ({teacher.image_token_id} and {student.image_token_id}): {sides}"
+        )
+    switch = switch and not adapter
+    advice = "--switch-adapter linear, or --no-switch" if switch else "another teacher"
+    if (switch or one_text) and teacher.image_tokens != student.image_tokens:
+        raise CheckpointError(
+            f"an image becomes {teacher.image_tokens} tokens for the teacher and {student.image_tokens} for the student: "
+            f"{sides}. Choose a tower with the same number of patches, {advice}"
+        )
+    if switch and teacher.feature_tokens != student.feature_tokens:
+        raise CheckpointError(
+            f"the switch pathway feeds the student's {student.feature_tokens} vision features to the teacher's projector, which "
+            f"takes {teacher.feature_tokens}: {sides}. Choose a tower with the teacher's number of patches, {advice}"
+        )
+    if switch and teacher.feature_width != student.feature_width:
+        raise CheckpointError(
+            f"the switch pathway feeds the student's vision features (width {student.feature_width}) to the teacher's "
+            f"projector (width {teacher.feature_width}): {sides}. Choose a tower of the teacher's width, {advice}"
+        )
+
+
+@contextmanager
+def as_checkpoint_error(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises about a folder's content into a CheckpointError that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot open checkpoint {folder}: {error}") from error

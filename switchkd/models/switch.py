@@ -1,0 +1,60 @@
+"""The visual-switch pathway (paper, section 3.1, eq. 5): the student's eyes, the teacher's brain."""
+
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from switchkd.models.packing import into_rows, out_of_rows, positions_in_rows
+from switchkd.models.prefix_cache import SharedPrefixCache
+
+
+def switch_states(
+    teacher: LlavaForConditionalGeneration,
+    features: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    rows: Tensor,
+    packing: Tensor | None = None,
+    prefix_cache: SharedPrefixCache | None = None,
+) -> Tensor:
+    """Return the final hidden states behind z_switch = L_T(P_T(V_S(x)), text) at the rows asked for.
+
+    The teacher is frozen, its activations are not: the gradient flows through L_T and P_T into `features` and on into the
+    student's vision tower.
+
+    Args:
+        teacher: the frozen teacher; its vision tower is not used and need not exist.
+        features: V_S(x), [B, n, d_v], with graph.
+        input_ids: [B, L], as many image tokens a sample as the projector makes of its features. attention_mask: [B, L].
+        rows: [B, L] bool, the rows that predict supervised tokens (`positions.predicting_rows`).
+        packing: how the samples share rows, see `packing.layout`; None gives each its own.
+        prefix_cache: what is kept of the text before the image; None, and packed rows, run all text in every batch, with gradient.
+
+    Returns:
+        [P, d], in row-major order of `rows`; the teacher's LM head turns them into z_switch.
+
+    Raises:
+        ValueError: the number of image tokens is not that of the projected features.
+    """
+    embeds = teacher.get_input_embeddings()(input_ids)
+    is_image = input_ids == teacher.config.image_token_id
+    image_embeds = teacher.model.multi_modal_projector(features.to(embeds.dtype))  # P_T(V_S(x)), [B, tokens, d]
+    if int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
+        raise ValueError(f"{int(is_image.sum())} image tokens for projected features of {tuple(image_embeds.shape)}")
+    # Autocast leaves embeddings in float32 and projects in bfloat16.
+    embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(embeds.dtype))
+    language = teacher.model.language_model
+    if packing is not None:
+        states = language(
+            inputs_embeds=into_rows(embeds, packing),
+            position_ids=positions_in_rows(attention_mask, packing),
+            use_cache=False,
+        ).last_hidden_state
+        return out_of_rows(states, packing, rows)
+    start, cache = (
+        (0, {})
+        if prefix_cache is None
+        else prefix_cache.before(language, embeds, input_ids, is_image | rows | (attention_mask == 0))
+    )
+    states = language(inputs_embeds=embeds[:, start:], attention_mask=attention_mask, use_cache=False, **cache)
+    found: Tensor = states.last_hidden_state[rows[:, start:]]
+    return found

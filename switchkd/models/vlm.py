@@ -1,0 +1,173 @@
+"""A VLM in three parts: vision tower V, projector P, language model L (paper, section 3.1).
+
+Every VLM here is an ordinary `transformers.LlavaForConditionalGeneration` checkpoint, or one whose projector is LDPv2
+(`projectors.py`). This module loads one, whole or without its vision tower, and says what must agree between a teacher and a
+student.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from switchkd.errors import CheckpointError
+from switchkd.models.checkpoint import Checkpoint, as_checkpoint_error, blank_image
+from switchkd.models.projectors import (
+    SwitchLlavaConfig,
+    SwitchLlavaForConditionalGeneration,
+    model_class,
+    register_weight_names,
+)
+
+
+class LlavaWithoutVision(LlavaForConditionalGeneration):
+    """A Llava whose vision tower does not exist; its weights are neither read from disk nor kept in memory."""
+
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower\."]
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)  # from_pretrained builds on the meta device, so the tower costs nothing here
+        self.model.vision_tower = None
+
+
+class SwitchLlavaWithoutVision(LlavaWithoutVision, SwitchLlavaForConditionalGeneration):
+    """The same with LDPv2."""
+
+    config_class = SwitchLlavaConfig
+
+
+for _kind in (LlavaWithoutVision, SwitchLlavaWithoutVision):
+    register_weight_names(_kind)
+
+
+def load_model(
+    checkpoint: Checkpoint, *, vision: bool = True, dtype: str | torch.dtype = "auto"
+) -> LlavaForConditionalGeneration:
+    """Load a checkpoint's weights on the CPU, in evaluation mode; safetensors only.
+
+    Args:
+        vision: False leaves the vision tower out. dtype: "auto" keeps the checkpoint's, else "float32", "bfloat16", …
+
+    Raises:
+        CheckpointError: weights missing, of another shape, or not safetensors.
+    """
+    kind = model_class(checkpoint.config)
+    if not vision:
+        kind = LlavaWithoutVision if kind is LlavaForConditionalGeneration else SwitchLlavaWithoutVision
+    with as_checkpoint_error(checkpoint.path):
+        model, report = kind.from_pretrained(
+            checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
+    if missing := sorted(set(report["missing_keys"]) - {"lm_head.weight"}):
+        raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} weights, the first is {missing[0]}")
+    if "lm_head.weight" in report["missing_keys"] and not model.config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{checkpoint.path} lacks lm_head.weight, and its config does not tie it to the embedding"
+        )
+    return model.eval()
+
+
+def load_lm_head(checkpoint: Checkpoint, dtype: str) -> Tensor:
+    """Read the LM head's weight alone, [V, d]; a tied one from the embedding.
+
+    Raises:
+        CheckpointError: no such weight.
+    """
+    endings = ("lm_head.weight",) + (("embed_tokens.weight",) if checkpoint.config.tie_word_embeddings else ())
+    for ending in endings:
+        for file in sorted(checkpoint.path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  not a dict
+                    if name.endswith(ending):
+                        head: Tensor = tensors.get_tensor(name).to(getattr(torch, dtype))
+                        return head
+    raise CheckpointError(f"{checkpoint.path} holds no {' or '.join(endings)}")
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Stop gradients to every parameter; activations still carry them."""
+    return model.requires_grad_(False).eval()
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model's towers: what lies in its module lists, the unit that is sharded, gathered and checkpointed."""
+    return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
+
+
+def enable_activation_checkpointing(*towers: nn.Module | None, dropout: bool = False) -> None:
+    """Recompute the activations of each layer in the backward pass instead of keeping them; results are the same.
+
+    transformers' own switch works in training mode alone, which a frozen teacher is not in, and makes embeddings require a
+    gradient, so that the backward pass goes through towers that do not train.
+
+    Args:
+        towers: vision towers or language models; None is passed over. dropout: whether random numbers are drawn in them.
+    """
+    for layer in (layer for tower in towers if tower is not None for layer in layers_of(tower)):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout)
+
+
+def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:
+    """Freeze the vision parameters that no gradient reaches, and return their names.
+
+    A feature layer before the last leaves later layers, the final norm and the pooling head unused; a trainable parameter
+    without a gradient stops DistributedDataParallel. One backward pass over a blank image finds them.
+    """
+    tower = model.model.vision_tower
+    reached = [p for p in tower.parameters() if p.requires_grad]
+    features = vision_features(model, blank_image(model.config).to(tower.device, tower.dtype))
+    gradients = torch.autograd.grad(features.float().sum(), reached, allow_unused=True)
+    unused = {id(p) for p, g in zip(reached, gradients, strict=True) if g is None}
+    names = [name for name, p in tower.named_parameters() if id(p) in unused]
+    for parameter in tower.parameters():
+        if id(parameter) in unused:
+            parameter.requires_grad_(False)
+    return names
+
+
+def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Return V(x), the features that enter the projector: [B, 3, H, W] → [B, n, d_v]."""
+    with capture_vision_features(model) as captured:
+        model.model.get_image_features(pixel_values=pixels)
+    return captured[0]
+
+
+@contextmanager
+def capture_vision_features(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect V(x) of every image batch that `model` sees inside the block, with its graph.
+
+    A hook on the projector's input takes whatever the model's own forward computed, so layer choice, CLS handling and any
+    wrapper (DistributedDataParallel, FSDP) stay exactly as they are.
+    """
+    captured: list[Tensor] = []
+    projector = model.get_submodule("model.multi_modal_projector")
+    # A compiled model leaves its graph here and in the LM head's place: both reach what is not the model's own.
+    hook = projector.register_forward_pre_hook(torch.compiler.disable(lambda _, inputs: captured.append(inputs[0])))
+    try:
+        yield captured
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def replace_lm_head(model: nn.Module, head: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `model`'s forward give its final hidden states to `head` and return what that returns as its logits.
+
+    The LM head is still called as a module, inside the forward of whatever wraps the model. So its parameters are gathered as
+    ever (FSDP, DeepSpeed ZeRO-3), and their gradient comes from the graph that the wrapper knows of (DistributedDataParallel).
+    """
+    module = model.get_submodule("lm_head")
+    before = module.__dict__.get("forward")
+    module.forward = torch.compiler.disable(head)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]

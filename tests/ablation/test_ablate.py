@@ -1,0 +1,280 @@
+"""Ablations: cells are run once, shared work is shared, a second start does the rest, and the table says what came out."""
+
+import csv
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+import tiny
+import yaml
+from click.testing import CliRunner
+
+from switchkd.cli.main import main
+from switchkd.errors import CheckpointError, ConfigError, DataError, RunError
+from switchkd.pipelines.ablation import ablate as module
+from switchkd.pipelines.ablation.ablate import AblateOptions, ablate
+from switchkd.pipelines.ablation.recipe import SHIPPED, shipped_recipes
+from switchkd.pipelines.ablation.table import NONE, Result, markdown, rows_of
+
+pytest.importorskip("matplotlib", reason="the table's plot is drawn with matplotlib")
+
+
+@pytest.fixture
+def place(teacher, student, tmp_path):
+    """A data file and a recipe over tiny checkpoints: SFT, and Switch-KD with and without switch."""
+    data = tiny.data(tmp_path / "data", tiny.rows(6))
+    common = {"data": str(data), "images": str(data.parent / "images")}
+    content = {
+        "title": "Tiny",
+        "teachers": {"t": str(teacher)},
+        "students": {"s": str(student)},
+        "stages": {
+            "all": common | {"template": "qa", "steps": 2, "batch_size": 3, "accumulation": 1, "lr": 1e-3},
+            "pt": {"train_parts": "projector"},
+        },
+        "cache": {"payload": "hidden", "part_size": 3},
+        "evaluate": common | {"template": "qa", "max_new_tokens": 2},
+        "matrix": [{"objective": "sft", "seed": 0}, {"switch": [False, True], "seed": 0}],
+    }
+    return save(tmp_path, content)
+
+
+def save(folder, content):
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def change(place, **entries):
+    return save(place, yaml.safe_load((place / "tiny.yaml").read_text()) | entries)
+
+
+def options_of(place, **more):
+    return AblateOptions(recipe=str(place / "tiny.yaml"), workdir=place / "work", **more)
+
+
+def counted(monkeypatch, name):
+    """Count calls of a stage."""
+    calls, original = [], getattr(module, name)
+
+    def counting(options):
+        calls.append(options)
+        return original(options)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+def test_shared_work_is_done_once_and_a_second_start_does_nothing(place, monkeypatch):
+    trained, cached = counted(monkeypatch, "train"), counted(monkeypatch, "cache_teacher")
+    done = ablate(options_of(place))
+    assert (done.cells, done.done_before) == (4, 0)  # three cells and the teacher
+    assert [(run.stage, run.objective, run.switch) for run in trained] == [
+        ("pt", "sft", False),  # shared by all three
+        ("sft", "sft", False),
+        ("dft", "dbild-rkl", False),
+        ("dft", "dbild-rkl", True),
+    ]
+    assert len({run.out for run in cached}) == 1
+    assert all(run.train_parts == "projector" for run in trained if run.stage == "pt")
+    tables = {path.name: path.read_bytes() for path in done.files}
+    trained.clear()
+    cached.clear()
+    again = ablate(options_of(place))
+    assert (again.cells, again.done_before) == (4, 4)
+    assert not trained and not cached
+    assert {path.name: path.read_bytes() for path in again.files if path.suffix != ".png"} == {
+        name: content for name, content in tables.items() if not name.endswith(".png")
+    }
+
+
+def test_an_interrupted_ablation_keeps_its_finished_cells(place, monkeypatch):
+    original, calls = module.train, []
+
+    def failing(options):
+        calls.append(options)
+        if len(calls) == 4:
+            raise RunError("out of something")
+        return original(options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", failing)
+        with pytest.raises(RunError):
+            ablate(options_of(place))
+    text = (place / "work/tiny.md").read_text()
+    assert "1 of 3 cells are still missing." in text
+    trained = counted(monkeypatch, "train")
+    done = ablate(options_of(place))
+    assert (done.cells, done.done_before) == (4, 3)
+    assert [(run.stage, run.switch) for run in trained] == [("dft", True)]
+    assert "still missing" not in done.table
+
+
+def test_a_cell_more_costs_one_cell(place, monkeypatch):
+    ablate(options_of(place))
+    trained = counted(monkeypatch, "train")
+    matrix = [{"objective": "sft", "seed": 0}, {"switch": [False, True], "seed": 0}, {"objective": "fkl", "seed": 0}]
+    ablate(options_of(change(place, matrix=matrix)))
+    assert [(run.stage, run.objective) for run in trained] == [("dft", "fkl")]
+
+
+def test_a_distilled_stage_with_frozen_eyes_has_no_switch(place, monkeypatch):
+    trained, cached = counted(monkeypatch, "train"), counted(monkeypatch, "cache_teacher")
+    ablate(options_of(change(place, matrix={"scheme": "dpt-dft", "switch": True, "seed": 0})))
+    assert [(run.stage, run.objective, run.switch) for run in trained] == [
+        ("dpt", "dbild-rkl", False),
+        ("dft", "dbild-rkl", True),
+    ]
+    assert trained[1].student == trained[0].output
+    # Both stages read one data file with one template here, so one store serves both.
+    assert len({(run.teacher, run.data, run.template) for run in cached}) == 1
+
+
+def test_a_baseline_runs_the_teacher_live_and_caches_nothing(place, monkeypatch):
+    trained, cached = counted(monkeypatch, "train"), counted(monkeypatch, "cache_teacher")
+    done = ablate(options_of(change(place, matrix={"objective": "llava-kd", "switch": [False, True], "seed": 0})))
+    assert done.cells == 2  # the teacher and one cell: there is no switch
+    assert [(run.stage, run.objective, run.teacher_mode) for run in trained] == [
+        ("pt", "sft", "cached"),
+        ("dft", "llava-kd", "live"),
+    ]
+    assert not cached
+
+
+def test_a_trained_teacher_is_made_first(place, teacher, monkeypatch):
+    trained = counted(monkeypatch, "train")
+    own = {"t": {"vision": {}, "language": {}, "train": {"sft": {"steps": 1}}}}
+    monkeypatch.setattr(module.twin, "check_twin", lambda *_: None)
+    monkeypatch.setattr(module.twin, "write_untrained", lambda *_, **__: None)
+    monkeypatch.setattr(
+        module.twin, "untrained_path", lambda folder, name, model, seed: teacher if name == "t" else model_path(model)
+    )
+    model_path = type(place)
+    ablate(options_of(change(place, teachers=own, matrix={"seed": 0})))
+    assert [(run.stage, run.steps) for run in trained] == [("sft", 1), ("pt", 2), ("dft", 2)]
+    assert trained[2].teacher == trained[0].output
+
+
+@pytest.mark.slow
+def test_training_in_processes_of_their_own(place):
+    change(place, matrix={"objective": "sft", "scheme": "sft", "seed": 0})
+    words = ["ablate", place / "tiny.yaml", "--workdir", place / "work", "--launch", "env OMP_NUM_THREADS=1"]
+    done = CliRunner().invoke(main, [str(word) for word in (*words, "--device", "cpu")])
+    assert done.exit_code == 0, done.output
+    assert "1 cells, 0 of them were done before" in done.output
+    (run,) = (place / "work/runs").glob("*/run.yaml")
+    assert yaml.safe_load(run.read_text())["stage"] == "sft"
+
+
+def test_a_failed_process_stops_the_ablation(place):
+    with pytest.raises(RunError, match=r"training .*runs/pt-.* ended with exit code 1, see above"):
+        ablate(replace(options_of(place), launch=("false",)))
+
+
+MISTAKES = {
+    "no data": ({"evaluate": {"data": "nowhere.json"}}, DataError, "there is no nowhere.json"),
+    "no student": ({"students": {"s": "nowhere"}}, CheckpointError, "no checkpoint at nowhere"),
+    "no teacher": ({"teachers": {"t": "nowhere"}}, CheckpointError, "no checkpoint at nowhere"),
+    "a model to make without data": (
+        {"students": {"s": {"vision": {}}}},
+        ConfigError,
+        "only a recipe with easy_vqa makes models",
+    ),
+    "an unknown template": ({"stages": {"all": {"data": "d", "template": "poem"}}}, ConfigError, "no template 'poem'"),
+    "no data option": ({"stages": {"all": {"template": "qa"}}}, ConfigError, "stages: pt gives no data"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_everything_is_looked_at_before_any_work(place, monkeypatch, mistake):
+    entries, error, message = MISTAKES[mistake]
+    calls = [counted(monkeypatch, name) for name in ("train", "cache_teacher", "evaluate")]
+    with pytest.raises(error, match=message):
+        ablate(options_of(change(place, **entries)))
+    assert calls == [[], [], []]
+    assert not (place / "work/runs").exists()
+
+
+def test_models_that_do_not_fit_are_refused_before_any_work(place, tmp_path, monkeypatch):
+    trained = counted(monkeypatch, "train")
+    narrow = tiny.checkpoint(tmp_path / "narrow", seed=1, vision=tiny.vision_config(width=16))
+    with pytest.raises(CheckpointError, match="width 16.*width 32"):
+        ablate(options_of(change(place, students={"s": str(narrow)})))
+    assert not trained
+
+
+def result(accuracy, seed, switch=True, teacher="t", **more):
+    cell = {"student": "s", "scheme": "pt-dft", "objective": "fkl", "switch": switch, "teacher": teacher, "seed": seed}
+    return Result(cell, f"cell {seed}", accuracy, {"color": accuracy / 2}, 10, 60.0, ["run"], **more)
+
+
+def test_the_table_has_mean_and_sample_deviation():
+    results = [
+        Result(None, "teacher t", 0.9, {"color": 0.9}, 10, 0.0, []),
+        *(result(value, seed) for seed, value in enumerate((0.5, 0.6, 0.9))),
+        result(0.7, 0, switch=False),
+        result(0.2, 0, switch=False, teacher=None),
+    ]
+    axes, rows = rows_of(results)
+    assert axes == ["switch", "teacher"]
+    assert [row.labels for row in rows] == [("teacher t", ""), ("with", "t"), ("without", "t"), (NONE, NONE)]
+    assert rows[1].spread == pytest.approx(statistics.stdev([0.5, 0.6, 0.9]))
+    lines = markdown(axes, rows, ["color"]).splitlines()
+    assert lines[3] == "| with | t | 0.6667 ± 0.2082 | 0.5000, 0.6000, 0.9000 | 0.3333 | 10 | 60 s |"
+    assert lines[4] == "| without | t | 0.7000 | 0.7000 | 0.3500 | 10 | 60 s |"
+
+
+def test_csv_and_markdown_say_the_same(place):
+    done = ablate(options_of(change(place, matrix={"objective": "sft", "scheme": "sft", "seed": [0, 1]})))
+    by_name = {path.name: path for path in done.files}
+    assert set(by_name) == {"tiny.md", "tiny.csv", "tiny-cells.csv", "tiny.png"}
+    rows, cells = (
+        list(csv.DictReader(by_name[name].read_text().splitlines())) for name in ("tiny.csv", "tiny-cells.csv")
+    )
+    assert (len(rows), len(cells)) == (1, 2)
+    scored = [float(cell["accuracy"]) for cell in cells if cell["objective"] == "sft"]
+    assert float(rows[0]["accuracy_mean"]) == pytest.approx(statistics.fmean(scored))
+    assert (
+        f"{float(rows[0]['accuracy_mean']):.4f} ± {float(rows[0]['accuracy_sd']):.4f}" in by_name["tiny.md"].read_text()
+    )
+    for cell in cells:
+        found = json.loads((place / "work/cells").joinpath(cell_file(place, cell)).read_text())
+        assert found["accuracy"] == float(cell["accuracy"])
+
+
+def cell_file(place, cell):
+    """The result whose last run is that of the line."""
+    for path in (place / "work/cells").glob("*.json"):
+        if json.loads(path.read_text())["runs"][-1:] == [cell["run"]]:
+            return path.name
+    raise AssertionError(cell)
+
+
+def test_the_list_and_what_is_missing():
+    listed = CliRunner().invoke(main, ["ablate", "--list"])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.output.splitlines()] == list(shipped_recipes())
+    for words, message in (
+        (["ablate"], "name a recipe"),
+        (["ablate", "table3", "--set", "x"], "'x' should be NAME=VALUE"),
+    ):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 2
+        assert message in done.output
+
+
+@pytest.mark.slow
+def test_every_table_runs_from_its_shipped_recipe(teacher, student, tmp_path):
+    """Tiny checkpoints in the place of the paper's: each row of Tables 1 to 6 as shipped, in one folder, with bfloat16."""
+    data = tiny.data(tmp_path / "data", tiny.rows(6, text_only=(1,)))
+    values = {name: str(data) for name in ("pt_data", "ft_data", "eval_data")}
+    values |= {name: str(data.parent / "images") for name in ("pt_images", "ft_images", "eval_images")}
+    values |= {name: str(teacher) for name in ("teacher_3b", "teacher_7b", "teacher")}
+    values |= {name: str(student) for name in ("student_05b", "student_15b", "student")} | {"workers": "0"}
+    cells = {}
+    for table in ("table1", "table2", "table3", "table4", "table5", "table6"):
+        content = [yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()) for name in ("paper", table)]
+        known = {name for entry in content for key in ("variables", "defaults") for name in entry.get(key, {})}
+        given = {name: value for name, value in values.items() if name in known}
+        cells[table] = ablate(AblateOptions(table, tmp_path / "work", given)).cells
+    assert cells == {"table1": 8, "table2": 4, "table3": 4, "table4": 7, "table5": 5, "table6": 6}  # with teachers

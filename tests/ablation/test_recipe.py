@@ -1,0 +1,180 @@
+"""Recipes: variables, bases, the matrix and what is the same run, option types, and every mistake by name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from switchkd.errors import ConfigError
+from switchkd.pipelines.ablation.recipe import SHIPPED, Cell, read_recipe, shipped_recipes
+
+WORK = Path("work")
+CONTENT = {
+    "title": "A title",
+    "variables": {"teacher": "the teacher's folder"},
+    "defaults": {"steps": 3, "seeds": [0, 1]},
+    "teachers": {"t": "${teacher}"},
+    "students": {"s": "models/s-{seed}"},
+    "stages": {
+        "all": {"lr": "1e-3", "template": "qa"},
+        "pt": {"data": "pt.json", "steps": "${steps}"},
+        "sft": {"data": "${workdir}/ft.json"},
+        "dft": {"steps": 7},
+    },
+    "cache": {"k": 8},
+    "evaluate": {"data": "test.json"},
+    "matrix": {"objective": "dbild-rkl", "seed": "${seeds}"},
+}
+
+
+def recipe_of(tmp_path, settings=("teacher=T",), **changed):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(CONTENT | changed, sort_keys=False))
+    return read_recipe(str(path), dict(text.split("=", 1) for text in settings), WORK)
+
+
+def test_variables_keep_their_type_and_paths_are_paths(tmp_path):
+    found = recipe_of(tmp_path, ("teacher=T", "steps=5", "seeds=[4]"))
+    assert found.stages["pt"] == {"lr": 1e-3, "template": "qa", "data": Path("pt.json"), "steps": 5}
+    assert found.stages["dft"]["data"] == WORK / "ft.json"
+    assert found.teachers == {"t": "T"}
+    assert found.cells == (Cell("s", "pt-dft", "dbild-rkl", True, "t", 4),)
+
+
+def test_distilled_stages_take_the_options_of_plain_ones_and_their_own(tmp_path):
+    found = recipe_of(tmp_path, matrix={"scheme": "dpt-dft"})
+    assert set(found.stages) == {"dpt", "dft"}
+    assert found.stages["dpt"]["data"] == Path("pt.json")
+    assert found.stages["dft"]["steps"] == 7
+
+
+def test_points_that_are_the_same_run_are_one_cell(tmp_path):
+    matrix = {
+        "objective": ["sft", "fkl"],
+        "switch": [False, True],
+        "scheme": ["pt-sft", "pt-dft", "dpt-sft"],
+        "seed": 0,
+    }
+    cells = recipe_of(tmp_path, matrix=matrix).cells
+    plain = Cell("s", "pt-sft")
+    assert set(cells) == {plain} | {
+        Cell("s", scheme, "fkl", switch, "t") for scheme in ("pt-dft", "dpt-sft") for switch in (False, True)
+    }
+    assert cells[0] == plain
+
+
+def test_a_list_of_matrices_is_their_union(tmp_path):
+    matrix = [{"objective": "sft", "seed": 3}, {"objective": ["fkl", "rkl"], "switch": False, "seed": 3}]
+    assert [cell.objective for cell in recipe_of(tmp_path, matrix=matrix).cells] == ["sft", "fkl", "rkl"]
+
+
+def test_a_base_gives_what_a_recipe_leaves_out(tmp_path):
+    recipe_of(tmp_path)
+    over = tmp_path / "over.yaml"
+    over.write_text(yaml.safe_dump({"base": "mine.yaml", "stages": {"dft": {"lr": 5}}, "matrix": {"seed": 9}}))
+    found = read_recipe(str(over), {"teacher": "T"}, WORK)
+    assert found.stages["dft"] == {"lr": 5.0, "template": "qa", "data": WORK / "ft.json", "steps": 7}
+    assert [cell.seed for cell in found.cells] == [9]
+    over.write_text(yaml.safe_dump({"base": "over.yaml", "matrix": {}}))
+    with pytest.raises(ConfigError, match="is its own base"):
+        read_recipe(str(over), {}, WORK)
+
+
+MISTAKES = {
+    "a variable without value": ({}, (), r"also needs:\n  --set teacher=…  \(the teacher's folder\)"),
+    "an unknown variable": ({}, ("teachr=T",), "has no variable 'teachr'; there are teacher, steps, seeds"),
+    "an unknown entry": ({"matrx": {}}, ("teacher=T",), "a recipe has no 'matrx'"),
+    "an unknown axis": ({"matrix": {"colour": 1}}, ("teacher=T",), "matrix has no 'colour'; there are objective"),
+    "an unknown objective": ({"matrix": {"objective": "kl"}}, ("teacher=T",), "no objective 'kl'; there are sft, fkl"),
+    "an unknown stage": ({"matrix": {"scheme": "pt-xft"}}, ("teacher=T",), "no stage 'xft' in 'pt-xft'"),
+    "an unknown student": ({"matrix": {"student": "x"}}, ("teacher=T",), "no student 'x'; there are s"),
+    "an unknown teacher": ({"matrix": {"teacher": "x"}}, ("teacher=T",), "no teacher 'x'; there are t"),
+    "a switch that is no switch": ({"matrix": {"switch": "on it"}}, ("teacher=T",), "switch is true or false"),
+    "an unknown option": ({"stages": {"all": {"data": "d", "stepz": 1}}}, ("teacher=T",), "stages: pt has no 'stepz'"),
+    "an option that cells decide": (
+        {"stages": {"all": {"data": "d", "seed": 1}}},
+        ("teacher=T",),
+        "stages: pt has no 'seed'",
+    ),
+    "an option of another type": ({"cache": {"k": "many"}}, ("teacher=T",), "cache: k cannot be 'many'"),
+    "an unknown tail": ({"stages": {"all": {"data": "d", "tail": "long"}}}, ("teacher=T",), "tail cannot be 'long'"),
+    "no data file": ({"stages": {}}, ("teacher=T",), "stages: pt gives no data file"),
+    "no matrix": ({"matrix": []}, ("teacher=T",), "the matrix is empty"),
+    "entries without names": ({"cache": [1]}, ("teacher=T",), "cache should hold entries by name"),
+    "a teacher trained in an unknown way": (
+        {"teachers": {"t": {"train": {"dft": {}}}}},
+        ("teacher=T",),
+        "teachers: train has no 'dft'; there are pt, sft",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(tmp_path, mistake):
+    changed, settings, message = MISTAKES[mistake]
+    with pytest.raises(ConfigError, match=message):
+        recipe_of(tmp_path, settings, **changed)
+
+
+def test_a_recipe_that_is_not_there_names_those_that_are():
+    with pytest.raises(ConfigError, match="no recipe 'table99': pass a YAML file, or one of .*table3-small, table3"):
+        read_recipe("table99", {}, WORK)
+
+
+def test_every_table_has_its_recipe_and_its_small_twin():
+    tables = {f"table{n}" for n in (3, 4, 5, 6)}
+    shipped = set(shipped_recipes())
+    assert shipped == {"table1", "table2", "peers-small"} | tables | {f"{name}-small" for name in tables}
+
+
+def needed_by(name):
+    """A value for every variable that a shipped recipe may need."""
+    if name.endswith("small"):
+        return {}
+    contents = [yaml.safe_load((SHIPPED / f"{file}.yaml").read_text()) for file in ("paper", name)]
+    return {variable: f"/{variable}" for content in contents for variable in content.get("variables", {})}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_can_be_read(name):
+    found = read_recipe(name, needed_by(name), WORK)
+    assert len({cell.seed for cell in found.cells}) == (3 if name.endswith("small") else 1)
+
+
+def rows_of(name):
+    found = read_recipe(name, needed_by(name), WORK)
+    return [
+        (c.student, c.scheme, c.objective, c.switch, c.teacher) for c in found.cells if c.seed == found.cells[0].seed
+    ]
+
+
+def test_the_rows_are_those_of_the_papers_tables():
+    plain = ("pt-sft", "sft", False, None)
+    assert rows_of("table1") == [
+        ("0.5b", *plain),
+        ("0.5b", "dpt-sft-dft", "llava-kd", False, "3b"),
+        ("0.5b", "pt-dft", "dbild-rkl", True, "3b"),
+        ("1.5b", *plain),
+        ("1.5b", "dpt-sft-dft", "llava-kd", False, "7b"),
+        ("1.5b", "pt-dft", "dbild-rkl", True, "7b"),
+    ]
+    assert [row[1:4] for row in rows_of("table2")] == [
+        plain[:3],
+        ("pt-dft", "align-kd", False),
+        ("pt-dft", "dbild-rkl", True),
+    ]
+    assert rows_of("table3") == [
+        ("0.5b", "pt-sft", "sft", False, None),
+        ("0.5b", "pt-dft", "dbild-rkl", False, "3b"),
+        ("0.5b", "pt-dft", "dbild-rkl", True, "3b"),
+    ]
+    names = ["fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl"]
+    assert rows_of("table4") == [("0.5b", "pt-dft", name, False, "3b") for name in names]
+    schemes = [row[1] for row in rows_of("table5")]
+    assert schemes == ["pt-sft", "dpt-sft", "pt-dft", "dpt-dft"]
+    assert [(row[4], row[0]) for row in rows_of("table6")] == [(t, s) for s in ("0.5b", "1.5b") for t in ("3b", "7b")]
+
+
+@pytest.mark.parametrize("table", ("table3", "table4", "table5"))
+def test_a_twin_has_the_rows_of_its_table(table):
+    assert [row[1:4] for row in rows_of(f"{table}-small")] == [row[1:4] for row in rows_of(table)]

@@ -1,0 +1,138 @@
+"""Evaluation: greedy answers, exact match by type, resume, bad samples apart."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from switchkd.data.encoding import SampleEncoder
+from switchkd.data.samples import SampleFile
+from switchkd.data.templates import TEMPLATES
+from switchkd.errors import ConfigError
+from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.vlm import load_model
+from switchkd.pipelines.evaluation.exact_match import EvalOptions, evaluate, normalise
+from switchkd.pipelines.evaluation.generation import GreedyGenerator
+
+
+@pytest.fixture
+def options(teacher, tmp_path):
+    data = tiny.data(tmp_path / "data", tiny.rows(7, text_only=(2,), two_turns=(4,)))
+    return EvalOptions(
+        model=teacher,
+        data=data,
+        images=data.parent / "images",
+        output=tmp_path / "out",
+        template="qa",
+        max_new_tokens=4,
+        batch_size=3,
+    )
+
+
+def lines(options):
+    return [json.loads(text) for text in (options.output / "predictions.jsonl").read_text().splitlines()]
+
+
+def greedy(options, index, turn):
+    """Decode by hand: one forward pass a token, no cache, no padding."""
+    opened = open_checkpoint(options.model)
+    encoder = SampleEncoder(opened, TEMPLATES["qa"], options.images, 128)
+    ids, pixels = encoder.encode_prompt(SampleFile(options.data)[index], turn)
+    model, ids, out = load_model(opened), torch.from_numpy(ids).long().unsqueeze(0), []
+    for _ in range(options.max_new_tokens):
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=None if pixels is None else pixels.unsqueeze(0)).logits
+        token = int(logits[0, -1].argmax())
+        if token == 1:
+            break
+        out.append(token)
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    return encoder.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def test_predictions_are_greedy_whatever_the_batch(options):
+    scores = evaluate(options)
+    assert scores.questions == 8  # seven rows, one of them with two turns
+    for line in lines(options):
+        assert line["prediction"] == greedy(options, line["row"], line["turn"]), line
+
+
+def test_a_checkpoints_generation_settings_do_not_change_greedy_answers(options, tmp_path):
+    plain = {line["row"]: line["prediction"] for line in (evaluate(options), lines(options))[1]}
+    shutil.copytree(options.model, tmp_path / "instruct")
+    settings = {
+        "repetition_penalty": 50.0,
+        "no_repeat_ngram_size": 1,
+        "do_sample": True,
+        "temperature": 5.0,
+        "min_length": 9,
+    }
+    (tmp_path / "instruct/generation_config.json").write_text(json.dumps(settings))
+    other = replace(options, model=tmp_path / "instruct", output=tmp_path / "other")
+    evaluate(other)
+    assert {line["row"]: line["prediction"] for line in lines(other)} == plain
+
+
+def test_accuracy_counts_exact_matches_by_type(options, monkeypatch):
+    monkeypatch.setattr(SampleEncoder, "encode_prompt", lambda self, sample, turn: sample.index)
+    monkeypatch.setattr(GreedyGenerator, "answer", lambda self, rows: ["green" if row % 2 else "Red." for row in rows])
+    scores = evaluate(options)
+    # Rows 0, 2, 4, 6 answer "red"; row 4's second turn asks for "a circle"; row 2 is text only and has no type.
+    assert scores.accuracy == 4 / 8
+    assert scores.by_type == {"color": 3 / 7}
+    assert json.loads((options.output / "scores.json").read_text())["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(" Yes. ", "yes"), ("a  Red\ncircle", "a red circle"), ("3.5", "3.5"), (".", "")]
+)
+def test_answers_are_compared_in_a_common_form(text, expected):
+    assert normalise(text) == expected
+
+
+def test_an_interrupted_evaluation_goes_on(options, monkeypatch):
+    whole = replace(options, output=options.output.with_name("whole"))
+    expected = evaluate(whole)
+    evaluate(options)
+    kept = (options.output / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (options.output / "predictions.jsonl").write_text("".join(kept[:4]) + kept[4][:20])
+    asked = []
+    original = SampleEncoder.encode_prompt
+    monkeypatch.setattr(SampleEncoder, "encode_prompt", lambda self, *a: asked.append(a) or original(self, *a))
+    scores = evaluate(options)
+    assert len(asked) == 4
+    assert (scores.accuracy, scores.questions) == (expected.accuracy, expected.questions)
+    assert sorted(map(str, lines(options))) == sorted(map(str, lines(whole)))
+
+
+def test_workers_prepare_the_same_prompts(options):
+    (options.images / "001.png").write_bytes(b"no image")
+    expected = evaluate(options)
+    beside = replace(options, output=options.output.with_name("beside"), workers=2)
+    assert evaluate(beside) == replace(expected, predictions=beside.output / "predictions.jsonl")
+    assert expected.skipped == {"image_unreadable": 1}
+
+
+def test_a_finished_evaluation_loads_no_model(options, monkeypatch):
+    first = evaluate(options)
+    monkeypatch.setattr("switchkd.pipelines.evaluation.exact_match.load_model", None)
+    assert evaluate(options) == first
+
+
+def test_another_model_in_the_same_output_is_refused(options, student):
+    evaluate(options)
+    with pytest.raises(ConfigError, match=r"begun with other options:\n  model: .*\n  weights: "):
+        evaluate(replace(options, model=student))
+
+
+def test_bad_samples_are_counted_apart(options):
+    (options.images / "001.png").unlink()
+    rows = json.loads(options.data.read_text())
+    rows[3]["conversations"] = []
+    options.data.write_text(json.dumps(rows))
+    scores = evaluate(options)
+    assert scores.skipped == {"image_missing": 1, "no_conversation": 1}
+    assert scores.questions == 6

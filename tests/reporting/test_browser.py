@@ -1,0 +1,141 @@
+"""Pages as a reader sees them: in a real browser, on a desk and on a phone, light and dark.
+
+Screenshots are kept in pytest's temporary folder, or in the folder that SWITCHKD_SCREENSHOTS names (`make test-browser`).
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import report_runs
+import tiny
+from chromium import PROGRAM, Page
+from colours import luminance
+from docs_pages import build_site
+
+pytest.importorskip("matplotlib", reason="reports need the extra `viz`")
+pytest.importorskip("jinja2", reason="reports need the extra `viz`")
+if PROGRAM is None:
+    pytest.skip("no Chromium: `make test-browser` installs it where it may", allow_module_level=True)
+
+from switchkd.pipelines.reporting.attend import AttendOptions, attend
+from switchkd.pipelines.reporting.report import ReportOptions, report
+
+DESK, PHONE = 1280, 390
+EACH_LOOK = pytest.mark.parametrize(
+    ("width", "dark"),
+    [(DESK, False), (DESK, True), (PHONE, False), (PHONE, True)],
+    ids=["desk-light", "desk-dark", "phone-light", "phone-dark"],
+)
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"  # to the side, in pixels
+# Elements that stick out to the right of the page and are not inside something that scrolls by itself.
+STICKING_OUT = """[...document.querySelectorAll('body *')].filter(e => {
+  for (let p = e.parentElement; p; p = p.parentElement)
+    if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
+  return e.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+}).map(e => e.outerHTML.slice(0, 120))"""
+
+
+@pytest.fixture(scope="module")
+def report_page(finished_runs, tmp_path_factory):
+    """A report on everything, scores on the ten benchmarks included."""
+    folder = tmp_path_factory.mktemp("browser")
+    for name, shift in {"teacher": 8, "sft": -6, "switch-kd": 0}.items():
+        scores = [66.8, 63.5, 57.8, 79.6, 61.6, 57.9, 29.8, 52.3, 44.9, 87.3]
+        report_runs.benchmarks(folder / "benchmarks" / name, [score + shift for score in scores])
+    places = [(None, finished_runs), (None, folder / "benchmarks")]
+    return report(ReportOptions(places, folder / "report", samples=9, knees=4)).page
+
+
+@pytest.fixture
+def screenshots(tmp_path):
+    return Path(os.environ.get("SWITCHKD_SCREENSHOTS", tmp_path))
+
+
+def rgb(text):
+    """ "rgb(1, 2, 3)" → "#010203"."""
+    return "#" + "".join(f"{int(part):02x}" for part in text[4:-1].split(","))
+
+
+@EACH_LOOK
+def test_the_report(report_page, tmp_path, screenshots, width, dark, request):
+    with Page(tmp_path / "profile", width, dark, mobile=width == PHONE) as page:
+        page.open(report_page.as_uri())
+        page.screenshot(screenshots / f"report-{request.node.callspec.id}.png")
+        # Nothing of the data ran, nothing was fetched, nothing went wrong.
+        assert page.value("document.title") == "Switch-KD report"
+        assert [url for url in page.fetched if not url.startswith(("file:", "data:"))] == []
+        assert page.complaints == []
+        # It is as wide as its place, and every picture and image is drawn in it.
+        assert page.value(OVERFLOW) <= 0
+        assert page.value(STICKING_OUT) == []
+        pictures = page.value("[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().width)")
+        assert len(pictures) >= 11 and min(pictures) > 250
+        assert page.value("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert page.value("document.images.length") >= 7
+        # The page and its pictures follow the reader's scheme.
+        background = luminance(rgb(page.value("getComputedStyle(document.body).backgroundColor")))
+        ink = luminance(rgb(page.value("getComputedStyle(document.querySelector('svg text')).fill")))
+        assert (background < 0.05 and ink > 0.5) if dark else (background > 0.9 and ink < 0.05)
+        # Text in pictures is large enough to read: 9 points are drawn at no less than 8 pixels.
+        scale = "(e => e.getScreenCTM().a)(document.querySelector('svg text'))"
+        assert page.value(scale) * 9 > 8
+
+
+def test_text_of_the_data_stands_in_the_page_as_text(report_page, tmp_path):
+    with Page(tmp_path / "profile", DESK, False, mobile=False) as page:
+        page.open(report_page.as_uri())
+        questions = page.value("[...document.querySelectorAll('.question')].map(e => e.textContent)")
+        assert report_runs.ATTACK in questions
+        assert page.value("document.scripts.length") == 0
+        assert page.value("document.querySelectorAll('img[onerror]').length") == 0
+
+
+@pytest.fixture(scope="module")
+def attention_page(teacher, student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attend")
+    asked = [(tiny.image(folder / f"{i}.png", i), f"{report_runs.ATTACK} {i}") for i in range(2)]
+    attend(AttendOptions(student, asked, teacher, student, template="qa", out=folder))
+    return folder / "attend.html"
+
+
+@EACH_LOOK
+def test_the_attention_maps(attention_page, tmp_path, screenshots, width, dark, request):
+    with Page(tmp_path / "profile", width, dark, mobile=width == PHONE) as page:
+        page.open(attention_page.as_uri())
+        page.screenshot(screenshots / f"attend-{request.node.callspec.id}.png")
+        assert page.value("document.title") == "Where the models look"
+        assert page.complaints == []
+        assert page.value(OVERFLOW) <= 0
+        assert page.value(STICKING_OUT) == []
+        tops = page.value("[...document.querySelectorAll('.maps')].map(m => [...m.children].map(e => e.offsetTop))")
+        assert [len(row) for row in tops] == [4, 4]
+        # On a desk the four pictures of a question stand side by side, on a phone one below the other.
+        assert all(len(set(row)) == (1 if width == DESK else 4) for row in tops)
+        sides = page.value(
+            "[...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width])"
+        )
+        assert all(complete and natural >= 200 and shown > 150 for complete, natural, shown in sides)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("latex2mathml", reason="building the site needs the packages of the extra `docs`")
+    return build_site(tmp_path_factory.mktemp("site"))
+
+
+@EACH_LOOK
+def test_the_site(site, tmp_path, screenshots, width, dark, request):
+    """Formulas are drawn, long lines scroll within their place, nothing is fetched from elsewhere."""
+    with Page(tmp_path / "profile", width, dark, mobile=width == PHONE) as page:
+        for name in ("index", "method", "commands", "payloads"):
+            page.open((site / f"{name}.html").as_uri())
+            if name in ("index", "method"):
+                page.screenshot(screenshots / f"site-{name}-{request.node.callspec.id}.png")
+            assert page.value(OVERFLOW) <= 0, name
+            assert [url for url in page.fetched if not url.startswith(("file:", "data:", "blob:"))] == []
+            background = luminance(rgb(page.value("getComputedStyle(document.body).backgroundColor")))
+            assert (background < 0.05) if dark else (background > 0.9)
+        page.open((site / "method.html").as_uri())
+        heights = page.value("[...document.querySelectorAll('math')].map(e => e.getBoundingClientRect().height)")
+        assert len(heights) >= 15 and min(heights) > 10

@@ -1,0 +1,139 @@
+"""On a GPU as on the CPU: selection, losses, capture, training, the estimate of memory. `make test-gpu`; skipped without CUDA."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import training
+from loss_cases import Case, objective
+from spectra import SPECTRA, assert_leads
+from training import history
+
+from switchkd.losses import LMHead, dbild_loss, fused_dbild
+from switchkd.losses.selection import leading_entries, top_of_rows
+from switchkd.losses.signals import DenseSignal, HiddenSignal
+from switchkd.pipelines.capture.audit import AuditOptions, audit
+from switchkd.pipelines.capture.cache_teacher import cache_teacher
+from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.training.train import train
+from switchkd.stores import TeacherStore
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run by `make test-gpu`"),
+]
+cached, options = training.cached, training.options
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("positions", "rows"), [(1, 2), (5, 3000), (3, 151_936)])
+def test_selection_is_that_of_a_stable_sort(positions, rows, spectrum, dtype):
+    z = SPECTRA[spectrum](normal(positions, rows, dtype=torch.float64)).to(dtype)
+    ids, k = leading_entries(z.cuda())
+    assert torch.equal(k.cpu(), leading_entries(z)[1])
+    assert_leads((ids.cpu(), k.cpu()), z)
+    assert torch.equal(top_of_rows(z.cuda(), 2).cpu(), top_of_rows(z, 2))
+
+
+def moved(case):
+    fields = {name: x.detach().cuda() for name, x in vars(case).items() if x is not None}
+    for name in ("hidden", "weight", "bias", "switch_hidden"):
+        fields[name].requires_grad_()
+    return replace(case, **fields)
+
+
+@pytest.mark.parametrize("chunk", (1, 3, 100))
+@pytest.mark.parametrize("name", ("fkl", "rkl", "bild-rkl", "dbild-fkl", "dbild-rkl"))
+def test_the_fused_objective_in_float64(name, chunk):
+    here, there = Case.make(), moved(Case.make())
+    wanted, found = (case.fused(objective(name), case.signal(), chunk) for case in (here, there))
+    torch.testing.assert_close(found.total.cpu(), wanted.total, rtol=1e-11, atol=1e-12)
+    gradients = [torch.autograd.grad(loss.total / 11, case.inputs()) for loss, case in ((wanted, here), (found, there))]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-10, atol=1e-12)
+
+
+def test_dbild_of_a_whole_vocabulary_in_float32():
+    student, teacher = normal(4, 151_936) * 3, normal(4, 151_936, seed=1) * 3
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        z = student.to(device, dtype).requires_grad_()
+        loss = dbild_loss(z, DenseSignal(teacher.to(device, dtype)))
+        results.append((loss.detach().cpu().double(), torch.autograd.grad(loss, z)[0].cpu().double()))
+    (wanted, gradient), (found, other) = results
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    assert (other - gradient).norm() < 1e-4 * gradient.norm()
+
+
+def test_a_compiled_loss():
+    student, teacher = normal(5, 3000).cuda().requires_grad_(), DenseSignal(normal(5, 3000, seed=1).cuda())
+    plain, compiled = (call(student, teacher) for call in (dbild_loss, torch.compile(dbild_loss, fullgraph=True)))
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (compiled, plain)))
+
+
+def test_the_fused_loss_holds_a_chunk_of_logits_and_no_more():
+    width, vocabulary = 256, 151_936
+    head, teacher_head = (normal(vocabulary, width, seed=seed).cuda() / 8 for seed in (1, 2))
+    peaks = []
+    for positions in (256, 4096):
+        hidden = normal(positions, width, seed=3).cuda().requires_grad_()
+        signal = HiddenSignal(normal(positions, width, seed=4).cuda(), teacher_head)
+        targets = torch.arange(positions).cuda()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fused_dbild(hidden, LMHead(head), targets, signal).total.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before - hidden.nbytes)
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize("payload", ("topk", "hidden"))
+def test_a_store_captured_on_the_gpu(cached, teacher, payload, tmp_path):
+    made = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.zarr"
+        cache_teacher(
+            CacheOptions(
+                teacher=teacher, data=cached / "data.json", images=cached / "images", out=out, template="qa",
+                part_size=5, payload=payload, k=6, device=device, fine=1 / 4096, coarse=1 / 4096,
+            )
+        )  # fmt: skip
+        made[device] = TeacherStore(out).payload(range(12))
+    here, there = made.values()
+    np.testing.assert_allclose(there.stat("logsumexp"), here.stat("logsumexp"), atol=2 / 1024)
+    if payload == "hidden":
+        np.testing.assert_allclose(there.hidden, here.hidden, atol=2e-2)
+    else:
+        assert (there.ids == here.ids).mean() > 0.98  # neighbours may change places
+        np.testing.assert_allclose(there.logits, here.logits, atol=2e-3)
+    found = audit(AuditOptions(store=tmp_path / "cuda.zarr", teacher=teacher, data=cached / "data.json",
+                               images=cached / "images", samples=8, device="cuda"))  # fmt: skip
+    assert found.positions > 0
+
+
+@pytest.mark.parametrize("precision", ("float32", "bfloat16"))
+def test_training_is_that_on_the_cpu(options, monkeypatch, precision):
+    train(replace(options, precision=precision, steps=4))
+    found = history(options.output)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train(replace(options, precision=precision, steps=4, output=options.output.with_name("cpu")))
+    wanted = history(options.output.with_name("cpu"))
+    np.testing.assert_allclose(found, wanted, rtol=2e-4 if precision == "float32" else 3e-2)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(options, monkeypatch):
+    train(replace(options, output=options.output.with_name("whole")))
+    with monkeypatch.context() as patch:
+        training.interrupt_after(patch, 3)
+        with pytest.raises(training.Stop):
+            train(options)
+    train(options)
+    folders = [options.output, options.output.with_name("whole")]
+    training.assert_same_weights(*map(training.weights, folders), rtol=1e-5, atol=1e-6)
