@@ -127,7 +127,7 @@ def held_out_vsd(place, teacher, student, adapter):
     expected = whole(pixel_values=batches[0]["pixel_values"], **inputs).logits[rows]
     features = adapter(vision_features(eyes, batches[1]["pixel_values"]))
     found = whole.lm_head(switch_states(whole, features, **inputs, rows=rows))
-    return (Objective().distance(found, DenseSignal(expected)) / rows.sum()).item()
+    return (Objective().divergence(found, DenseSignal(expected)) / rows.sum()).item()
 
 
 def adapter_of(kind, teacher, student, folder=None, seed=42):
