@@ -27,7 +27,8 @@ from switchkd.pipelines.demo import easy_vqa
 from switchkd.pipelines.demo.easy_vqa import TEACHER_LANGUAGE, TEACHER_VISION, TEACHER_WEIGHTS
 from switchkd.pipelines.evaluation.benchmarks import mme, vqa
 from switchkd.pipelines.evaluation.benchmarks.base import Answer
-from switchkd.pipelines.evaluation.benchmarks.run import BenchmarkOptions, run_benchmarks
+from switchkd.pipelines.evaluation.benchmarks.run import run_benchmarks
+from switchkd.pipelines.evaluation.options import BenchmarkOptions
 from switchkd.pipelines.run_folder import PREDICTIONS, SCORES
 
 # lmms-eval asks for 146 packages and CUDA builds; these and what they need are what `llava_hf` and the three tasks import.

@@ -4,7 +4,10 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import PATH, config_option, default_device, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, default_device, lines_of, quiet_libraries
+from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
+from switchkd.pipelines.evaluation.options import BENCHMARKS, AnswerOptions, BenchmarkOptions, EvalOptions
+from switchkd.pipelines.options import fields_of
 
 EXACT_MATCH = "exact-match"
 # Options of one kind of task only.
@@ -20,11 +23,18 @@ def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) 
         ctx.exit()
 
 
-@click.command("eval")
+@click.command("eval", cls=GroupedCommand)
 @config_option
-@click.option("--model", type=PATH, help="Checkpoint folder.")
+@options_of(
+    EvalOptions,
+    leave_out=(*fields_of(AnswerOptions),),
+    changes={"model": {"required": False}, "data": {"required": False}},
+)
+@options_of(BenchmarkOptions, leave_out=(*fields_of(AnswerOptions),), changes={"benchmarks": {"required": False}})
 @click.option(
     "--task",
+    cls=GroupedOption,
+    group=BENCHMARKS,
     multiple=True,
     default=(EXACT_MATCH,),
     show_default=True,
@@ -32,46 +42,15 @@ def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) 
 )
 @click.option(
     "--list",
+    cls=GroupedOption,
+    group=BENCHMARKS,
     is_flag=True,
     is_eager=True,
     expose_value=False,
     callback=_list_benchmarks,
     help="List the benchmarks, where their data can be had and which files they need, and exit.",
 )
-@click.option("--benchmarks", type=PATH, help="Folder with one folder for each benchmark, as --list shows them.")
-@click.option("--data", type=PATH, help="exact-match: LLaVA-style JSON; every answer in it is a question to the model.")
-@click.option("--images", type=PATH, help="exact-match: folder that the data file's image paths start from.")
-@click.option("--output", type=PATH, required=True, help="Folder for predictions and scores.")
-@click.option(
-    "--template",
-    default="qwen2_base",
-    show_default=True,
-    help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
-)
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Answers are cut there.  [default: 32; benchmarks 128]")
-@click.option(
-    "--max-length",
-    type=click.IntRange(2),
-    default=2048,
-    show_default=True,
-    help="Longer prompts are not asked, and counted.",
-)
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
-@click.option(
-    "--workers",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Processes that prepare images beside the model.",
-)
-@click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-)
-@click.option("--score-only", is_flag=True, help="Benchmarks: score the answers in --output again, without a model.")
-@click.option("--retry-failed", is_flag=True, help="Benchmarks: ask again what could not be asked before.")
-@click.option("--baseline", type=PATH, help="Benchmarks: --output of another model's run, to show differences from.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
+@options_of(AnswerOptions, changes={"max_new_tokens": {"required": False}})
 def command(task: tuple[str, ...], **options: Any) -> None:
     """Score a model: on the ten benchmarks of the paper, or by exact match on a data file.
 
@@ -98,7 +77,7 @@ def command(task: tuple[str, ...], **options: Any) -> None:
 
 
 def _exact_match(options: dict[str, Any]) -> None:
-    from switchkd.pipelines.evaluation.exact_match import EvalOptions, evaluate
+    from switchkd.pipelines.evaluation.exact_match import evaluate
 
     scores = evaluate(EvalOptions(**options))
     click.echo(
@@ -110,7 +89,7 @@ def _exact_match(options: dict[str, Any]) -> None:
 
 
 def _benchmarks(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
-    from switchkd.pipelines.evaluation.benchmarks.run import BenchmarkOptions, run_benchmarks
+    from switchkd.pipelines.evaluation.benchmarks.run import run_benchmarks
     from switchkd.pipelines.evaluation.benchmarks.scoreboard import TABLE
     from switchkd.pipelines.run_folder import SCORES
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from switchkd.cli.common import PATH, STORE, default_device, duration, lines_of, quiet_libraries
+from switchkd.cli.options import GroupedCommand, options_of
+from switchkd.pipelines.capture.options import AuditOptions
 
 if TYPE_CHECKING:
     from switchkd.pipelines.capture.audit import AuditReport
+    from switchkd.settings import StoreLocation
     from switchkd.stores import Manifest
-    from switchkd.stores.storage.base import StoreLocation
 
 
 @click.group("store")
@@ -137,21 +139,13 @@ def repair(path: "StoreLocation") -> None:
     click.echo(f"{store.path}: dropped parts: {names}" + ("; run cache-teacher again to write them" if dropped else ""))
 
 
-@command.command("audit")
+@command.command("audit", cls=GroupedCommand)
 @click.argument("path", type=STORE)
-@click.option("--teacher", type=PATH, required=True, help="Checkpoint folder of the teacher.")
-@click.option("--data", type=PATH, required=True, help="The data file that was cached.")
-@click.option("--images", type=PATH, help="Folder that the data file's image paths start from.")
-@click.option("--student", type=PATH, help="Checkpoint folder of a student.  [default: the teacher with noise]")
-@click.option("-n", "--samples", type=click.IntRange(1), default=64, show_default=True, help="Random samples.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
-@click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a checkpoint.")
+@options_of(AuditOptions)
 def audit(path: "StoreLocation", device: str | None, **options: Any) -> None:
     """Run the teacher again on random samples and say how far the store is from it."""
     quiet_libraries()
-    from switchkd.pipelines.capture.audit import AuditOptions, audit
+    from switchkd.pipelines.capture.audit import audit
 
     for line in _format_audit(audit(AuditOptions(store=path, device=device or default_device(), **options))):
         click.echo(line)

@@ -10,11 +10,12 @@ from switchkd.data.encoding import EncodedSample, SampleEncoder, collate, pad_id
 from switchkd.data.samples import SampleFile, Status
 from switchkd.errors import StoreMismatch
 from switchkd.fingerprints import SampleDigest
-from switchkd.losses.signals import HiddenSignal, SparseSignal, TailPolicy, TeacherSignal
+from switchkd.losses.signals import HiddenSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import (
     Checkpoint,
 )
 from switchkd.positions import predicting_rows
+from switchkd.settings import TailPolicy
 from switchkd.stores import Payload, TeacherStore
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from switchkd.settings import StoreLocation
 from switchkd.stores.layout import STAT_COLUMNS
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.reader import TeacherStore
-from switchkd.stores.storage.base import StoreLocation
 from switchkd.stores.storage.paths import MARKER, PARTS
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}

@@ -4,10 +4,12 @@ import hashlib
 import math
 import warnings
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from switchkd.settings import HiddenDtype, PayloadName
 
 FORMAT = "switchkd-store"
 VERSION = 1
@@ -20,8 +22,8 @@ OFFSET, DIGEST, STATUS = "samples/offset", "samples/digest", "samples/status"
 GAP, HEIGHT, BOTTOM = "topk/gap", "topk/height", "topk/bottom"
 STATE, SCALE = "hidden/state", "hidden/scale"
 STATS = "stats"
-PAYLOADS = ("topk", "hidden", "both")
-HIDDEN_DTYPES = ("float16", "bfloat16", "int8")
+PAYLOADS: tuple[str, ...] = get_args(PayloadName)
+HIDDEN_DTYPES: tuple[str, ...] = get_args(HiddenDtype)
 # Columns of `stats`, in order; all over the N rows in use, before anything is cut or rounded.
 STAT_COLUMNS = ("z_max", "z_min", "logsumexp", "tail_logsumexp", "knee")
 

@@ -11,6 +11,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from switchkd.errors import RunError, StoreError, StoreMismatch
+from switchkd.settings import StoreLocation
 from switchkd.stores import layout
 from switchkd.stores.codec import decode_hidden, decode_topk
 from switchkd.stores.manifest import Manifest
@@ -18,7 +19,6 @@ from switchkd.stores.part import DAMAGED_PART_ADVICE, Part, open_part, read_chun
 from switchkd.stores.payload import Payload, empty_payload
 from switchkd.stores.shards import Shard
 from switchkd.stores.storage import paths
-from switchkd.stores.storage.base import StoreLocation
 from switchkd.stores.storage.open import open_storage
 from switchkd.stores.storage.paths import MARKER
 

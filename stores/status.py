@@ -8,11 +8,11 @@ from itertools import pairwise
 from statistics import median
 
 from switchkd.errors import StoreError
+from switchkd.settings import StoreLocation
 from switchkd.stores import layout
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.reader import TeacherStore
 from switchkd.stores.storage import paths
-from switchkd.stores.storage.base import StoreLocation
 from switchkd.stores.storage.paths import MARKER
 
 PAUSE = 10.0  # so many times the usual time between two commits end a stretch of work

@@ -19,6 +19,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from switchkd.errors import RunError, StoreError
+from switchkd.settings import StoreLocation
 from switchkd.stores import layout
 from switchkd.stores.codec import encode_hidden, encode_topk, invert, round_stats
 from switchkd.stores.manifest import Manifest
@@ -26,7 +27,7 @@ from switchkd.stores.payload import Payload
 from switchkd.stores.reader import TeacherStore, read_manifest
 from switchkd.stores.shards import Description, encode_shard
 from switchkd.stores.storage import paths
-from switchkd.stores.storage.base import Files, StoreLocation
+from switchkd.stores.storage.base import Files
 from switchkd.stores.storage.open import open_storage
 from switchkd.stores.storage.paths import MARKER
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from switchkd.cli.main import main
+from switchkd.cli.options import grouped
 
 PAGE = Path(__file__).parents[1] / "commands.md"
 HEAD = """# Every command and option
@@ -41,11 +42,16 @@ def section(context: click.Context) -> str:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     lines = [f"{'#' * depth} {context.command_path}", "", "```text", usage, "```", ""]
     lines += [_cell(" ".join(part.split())) + "\n" for part in (command.help or "").split("\n\n")]
-    options = [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
-    if options:
-        lines += ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
-        lines += [_row(option, context) for option in options]
-        lines.append("")
+    groups = {
+        title: [option for option in options if option.name != "help"]
+        for title, options in grouped(command, context).items()
+    }
+    for title, options in groups.items():
+        if options:
+            lines += [f"**{title}**", ""] if len(groups) > 1 else []
+            lines += ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
+            lines += [_row(option, context) for option in options]
+            lines.append("")
     return "\n".join(lines)
 
 

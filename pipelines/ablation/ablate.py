@@ -23,13 +23,14 @@ from switchkd.models.checkpoint import check_compatible, open_checkpoint
 from switchkd.pipelines.ablation import small_models
 from switchkd.pipelines.ablation.recipe import DISTILLED, Cell, Recipe, read_recipe
 from switchkd.pipelines.ablation.table import Result, write_report
+from switchkd.pipelines.capture.backends.open import check_available
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
-from switchkd.pipelines.capture.options import CacheOptions, check_options
-from switchkd.pipelines.evaluation.exact_match import EvalOptions, evaluate
+from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.evaluation.exact_match import evaluate
+from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import SUMMARY, to_plain, write_atomically
 from switchkd.pipelines.stopwatch import Stopwatch
-from switchkd.pipelines.training.baseline_trainer import check_baseline
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.stages import with_stage
 from switchkd.pipelines.training.train import train
@@ -205,13 +206,10 @@ def _check(recipe: Recipe, options: AblateOptions, jobs: list[_Job]) -> None:
     small_models.check_twin(recipe.easy_vqa, {**recipe.teachers, **recipe.students})
     runs = [run for job in jobs for run in job.runs]
     for run in runs:
-        run.options.as_objective()
-        run.options.as_parts()
-        check_baseline(run.options)
         if not options.launch:
             run.options.accumulated(processes=1)
         if run.cache is not None:
-            check_options(run.cache)
+            check_available(run.cache.backend, run.cache.device)
         if run.options.template is not None:
             load_template(run.options.template)
     needed = {path for o in [r.options for r in runs] + [jobs[0].evaluation] for path in (o.data, o.images) if path}

@@ -17,10 +17,8 @@ objective and switch; "sft" turns distilled stages into plain ones; llava-kd and
 """
 
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ from switchkd.errors import ConfigError
 from switchkd.losses.baselines import BASELINES
 from switchkd.losses.objective import OBJECTIVES
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.evaluation.exact_match import EvalOptions
+from switchkd.pipelines.evaluation.options import EvalOptions
+from switchkd.pipelines.options import fields_of, value_of_option
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.stages import STAGES
 
@@ -54,7 +53,7 @@ _KEYS = {
 }
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # Options that a recipe's cells decide.
-_DECIDED = {
+_DECIDED: dict[type, set[str]] = {
     TrainOptions: {"student", "output", "teacher", "cache", "stage", "objective", "switch", "seed"},
     CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "image_mode", "shard"},
     EvalOptions: {"model", "output"},
@@ -297,30 +296,10 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
     return cell
 
 
-def _options(kind: Any, given: Mapping[str, Any], entry: str, path: Path) -> dict[str, Any]:
-    """Check option names and turn YAML values into the types of an options dataclass."""
-    hints = typing.get_type_hints(kind)
-    _require_known(entry, given, {field.name for field in fields(kind)} - _DECIDED[kind], path)
-    return {name: _as_type(value, hints[name], f"recipe {path}: {entry}: {name}") for name, value in given.items()}
-
-
-def _as_type(value: Any, hint: Any, where: str) -> Any:
-    """Return a YAML value as `hint` says; YAML reads 1e-3 as text, and knows no paths."""
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    kinds = typing.get_args(hint) if union else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
-            return value
-        kind = typing.get_origin(kind) or kind
-        try:
-            if kind is Path and isinstance(value, str):
-                return Path(value)
-            if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-                return float(value)
-            if isinstance(kind, type) and isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
-                return value
-        except ValueError:
-            continue
-    raise ConfigError(f"{where} cannot be {value!r}")
+def _options(kind: type, given: Mapping[str, Any], entry: str, path: Path) -> dict[str, Any]:
+    """Check options by name, and turn YAML values into those that an options class takes."""
+    _require_known(entry, given, set(fields_of(kind)) - _DECIDED[kind], path)
+    try:
+        return {name: value_of_option(kind, name, value) for name, value in given.items()}
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {entry}: {error}") from None

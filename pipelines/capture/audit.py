@@ -6,7 +6,6 @@ can be better than.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from switchkd.data.samples import SampleFile
 from switchkd.fingerprints import hash_tokenizer
 from switchkd.losses import dbild_loss
 from switchkd.losses.selection import leading_entries
-from switchkd.losses.signals import DenseSignal, SparseSignal, TailPolicy, TeacherSignal
+from switchkd.losses.signals import DenseSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
 from switchkd.models.vlm import freeze, load_model
+from switchkd.pipelines.capture.options import AuditOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import (
     StoredHidden,
@@ -31,30 +31,13 @@ from switchkd.pipelines.stored_teacher import (
     final_states,
     teacher_columns,
 )
+from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
-from switchkd.stores.storage.base import StoreLocation
 
 # Without a student, its logits are the teacher's LM head on states with this much noise, in standard deviations of the states.
 PERTURBATION = 0.2
 CONTROL = "control: teacher against itself"
-
-
-@dataclass(frozen=True)
-class AuditOptions:
-    """What `switchkd store audit` was asked for; fields are its options."""
-
-    store: StoreLocation
-    teacher: Path
-    data: Path
-    images: Path | None = None
-    student: Path | None = None
-    samples: int = 64
-    batch_size: int = 8
-    tail: TailPolicy = "student"
-    seed: int = 0
-    device: str = "cpu"
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

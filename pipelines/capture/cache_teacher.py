@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from switchkd.pipelines.capture.options import CacheOptions, check_options
+from switchkd.pipelines.capture.backends.open import check_available
+from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.ray_engine import capture_with_ray, require_ray
 from switchkd.pipelines.capture.worker import CaptureWorker, PartDone
 from switchkd.pipelines.progress import Progress
+from switchkd.settings import StoreLocation
 from switchkd.stores import Manifest
-from switchkd.stores.storage.base import StoreLocation
 from switchkd.stores.storage.open import open_storage
 
 __all__ = ["CacheOptions", "CacheSummary", "cache_teacher"]
@@ -36,7 +37,7 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
         InputError: something given cannot be used; nothing expensive has started.
         RunError: the teacher gave logits that are not finite, or disk or network failed; committed parts are whole.
     """
-    check_options(options)
+    check_available(options.backend, options.device)
     if options.engine == "ray":
         require_ray()
     worker = CaptureWorker(options)

@@ -12,14 +12,15 @@ import torch
 from switchkd.data.encoding import EncodedSample, SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile
 from switchkd.pipelines.capture.backends.base import Backend
-from switchkd.pipelines.capture.options import CacheOptions, check_options
+from switchkd.pipelines.capture.backends.open import check_available
+from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.worker import CaptureWorker, assemble
+from switchkd.settings import StoreLocation
 from switchkd.stores import Payload, StoreWriter
 from switchkd.stores.codec import ranks_by_frequency
 from switchkd.stores.info import describe
 from switchkd.stores.layout import HIDDEN_DTYPES
 from switchkd.stores.manifest import Manifest
-from switchkd.stores.storage.base import StoreLocation
 
 PROBE_SAMPLES = 64  # at least; two batches if that is more
 
@@ -63,7 +64,7 @@ def plan(options: CacheOptions) -> Plan:
     Raises:
         InputError: whatever would stop the capture itself.
     """
-    check_options(options)
+    check_available(options.backend, options.device)
     worker = CaptureWorker(replace(options, payload="both"))
     samples, manifest = worker.samples, worker.manifest
     wanted = max(PROBE_SAMPLES, 2 * options.batch_size)

@@ -1,77 +1,160 @@
-"""Options of stage one."""
+"""Options of stage one and of the audit of a store."""
 
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from switchkd.data.images import MAX_IMAGE_PIXELS
 from switchkd.errors import ConfigError
-from switchkd.pipelines.capture.backends.base import require_backend
-from switchkd.stores.layout import HIDDEN_DTYPES, PAYLOADS
-from switchkd.stores.storage.base import StoreLocation
+from switchkd.pipelines.options import option, options_class
+from switchkd.settings import (
+    MAX_IMAGE_PIXELS,
+    HiddenDtype,
+    ImageMode,
+    ModelDtype,
+    PayloadName,
+    StoreLocation,
+    TailPolicy,
+)
+
+# Headings of the help, in its order.
+FIRST = "Needed first"
+DATA = "Data"
+PAYLOAD = "What is stored"
+TEACHER = "Teacher"
+SCALE = "Scale"
+
+# Samples handed over at a time: what one forward pass takes; vLLM makes its own batches from a queue.
+BATCH_SIZES = {"transformers": 16, "vllm": 128}
 
 
-@dataclass(frozen=True)
+@options_class
 class CacheOptions:
-    """What `switchkd cache-teacher` was asked for; fields are its options."""
+    """What `switchkd cache-teacher` was asked for; fields are its options.
 
-    teacher: Path
-    data: Path
-    out: StoreLocation
-    images: Path | None = None
-    template: str = "qwen2_base"
-    backend: str = "transformers"  # or "vllm"
-    payload: str = "topk"  # or "hidden", "both"
-    k: int = 128
-    fine: float = 0.004  # steps of the stored logits, see stores/codec.py
-    coarse: float = 0.125
-    hidden_dtype: str = "float16"  # or "bfloat16", "int8"
-    part_size: int = 512
-    batch_size: int = 16
-    max_length: int = 2048
-    image_mode: str = "own"  # or "square", "pad"
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    device: str = "cpu"  # of the transformers backend; vLLM finds its own. "auto", with Ray: what an actor is given
-    tensor_parallel: int = 1  # devices that share one teacher; vLLM only
-    vllm_options: tuple[tuple[str, Any], ...] = ()  # further arguments of vLLM's engine, by name
-    dtype: str = "auto"
-    workers: int = 0
-    shard: tuple[int, int] = (0, 1)
-    engine: str = "local"  # or "ray"
-    actors: int | None = None  # of Ray; None takes one a device
-    strict: bool = False
-    trust_remote_code: bool = False
+    Raises:
+        ConfigError: an option that its type or bounds do not allow, or two that do not go together; nothing was opened.
+    """
+
+    teacher: Path = option(group=FIRST, help="Checkpoint folder of the teacher (a Llava).")
+    data: Path = option(group=FIRST, help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow.")
+    out: StoreLocation = option(
+        group=FIRST, help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued."
+    )
+    images: Path | None = option(default=None, group=FIRST, help="Folder that the data file's image paths start from.")
+    template: str = option(
+        default="qwen2_base",
+        group=DATA,
+        help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
+    )
+    backend: Literal["transformers", "vllm"] = option(
+        default="transformers", group=TEACHER, help="What runs the teacher; vllm needs an environment of its own."
+    )
+    payload: PayloadName = option(
+        default="topk",
+        group=FIRST,
+        help="topk: the largest logits and the mass of the rest; hidden: the final hidden state, exact for every objective.",
+    )
+    k: int = option(default=128, at_least=2, group=PAYLOAD, help="Logits kept per position.")
+    fine: float = option(
+        default=0.004,
+        above=0,
+        group=PAYLOAD,
+        help="Step of a stored logit at probability 1; it grows as probability falls.",
+    )
+    coarse: float = option(
+        default=0.125,
+        above=0,
+        group=PAYLOAD,
+        help="Largest step of a stored logit; its error is at most half of it.",
+    )
+    hidden_dtype: HiddenDtype = option(
+        default="float16", group=PAYLOAD, help="How hidden states are stored; int8 has a scale per 32."
+    )
+    part_size: int = option(
+        default=512, at_least=1, group=PAYLOAD, help="Samples per part, the unit of work and resume."
+    )
+    batch_size: int = option(
+        default=16,
+        at_least=1,
+        group=SCALE,
+        help="Samples per forward pass, or handed to vLLM at a time, which makes its own batches.",
+        unset="; ".join(map(str, BATCH_SIZES.values())),
+    )
+    max_length: int = option(
+        default=2048, at_least=2, group=DATA, help="Longer samples are skipped, in tokens with image tokens."
+    )
+    image_mode: ImageMode = option(
+        default="own",
+        group=DATA,
+        help="How images become square: as the checkpoint says, resized whatever the shape, or filled up with the mean colour.",
+    )
+    max_image_pixels: int = option(
+        default=MAX_IMAGE_PIXELS, at_least=1, group=DATA, help="Larger images are skipped undecoded."
+    )
+    # With Ray also "auto": what an actor is given.
+    device: str = option(
+        default="cpu", group=TEACHER, help="cpu, cuda, cuda:1, …; not for vllm.", unset="cuda if there is one"
+    )
+    tensor_parallel: int = option(default=1, at_least=1, group=SCALE, help="Devices that share one teacher; vllm only.")
+    vllm_options: tuple[tuple[str, Any], ...] = option(
+        default=(),
+        group=TEACHER,
+        metavar="NAME=VALUE",
+        flag="--vllm-option",
+        multiple=True,
+        help="Further argument of vLLM's engine, as in gpu_memory_utilization=0.8; may be repeated.",
+    )
+    dtype: ModelDtype = option(
+        default="auto", group=TEACHER, help="What the teacher runs in; auto is the checkpoint's own."
+    )
+    workers: int = option(default=0, at_least=0, group=SCALE, help="Processes that read and decode images.")
+    shard: tuple[int, int] = option(
+        default=(0, 1),
+        group=SCALE,
+        metavar="I/N",
+        help="Write parts I, I+N, …; else Slurm's array variables, then RANK and WORLD_SIZE.",
+        unset="",
+    )
+    engine: Literal["local", "ray"] = option(
+        default="local", group=SCALE, help="Where workers run: this process is one, or Ray starts one a device."
+    )
+    actors: int | None = option(
+        default=None, at_least=1, group=SCALE, help="Workers that Ray starts.", unset="one a device"
+    )
+    strict: bool = option(
+        default=False,
+        group=DATA,
+        help="Stop at the first sample that cannot be used instead of recording a skip.",
+    )
+    trust_remote_code: bool = option(default=False, group=TEACHER, help="Run code that comes with the checkpoint.")
+
+    def __post_init__(self) -> None:
+        index, count = self.shard
+        if not 0 <= index < count:
+            raise ConfigError(f"shard {index}/{count}: the first number runs from 0 to {count - 1}")
+        if PurePosixPath(str(self.out)).suffix != ".zarr":
+            raise ConfigError(f"a store's name ends in .zarr, got {self.out}")
+        if not self.fine <= self.coarse:
+            raise ConfigError(f"0 < fine <= coarse is needed, got fine = {self.fine:g}, coarse = {self.coarse:g}")
+        if self.engine == "ray" and self.shard != (0, 1):
+            raise ConfigError("--engine ray hands out the parts itself: leave out --shard")
+        if self.actors is not None and self.engine != "ray":
+            raise ConfigError("--actors is Ray's: add --engine ray")
+        if self.backend != "vllm" and (self.tensor_parallel != 1 or self.vllm_options):
+            raise ConfigError("--tensor-parallel and --vllm-option are vLLM's: add --backend vllm")
 
 
-def check_options(options: CacheOptions) -> None:
-    """Refuse options that cannot work, before anything is opened. Raises ConfigError."""
-    index, count = options.shard
-    if not 0 <= index < count:
-        raise ConfigError(f"shard {index}/{count}: the first number runs from 0 to {count - 1}")
-    if PurePosixPath(str(options.out)).suffix != ".zarr":
-        raise ConfigError(f"a store's name ends in .zarr, got {options.out}")
-    for name in ("k", "part_size", "batch_size", "max_length", "tensor_parallel"):
-        if getattr(options, name) < 2 - (name != "k"):
-            raise ConfigError(f"{name} is too small: {getattr(options, name)}")
-    if not 0 < options.fine <= options.coarse:
-        raise ConfigError(f"0 < fine <= coarse is needed, got fine = {options.fine:g}, coarse = {options.coarse:g}")
-    for name, words in (("payload", PAYLOADS), ("hidden_dtype", HIDDEN_DTYPES)):
-        if getattr(options, name) not in words:
-            raise ConfigError(f"{name} is one of {', '.join(words)}, got {getattr(options, name)!r}")
-    require_backend(options.backend)
-    if options.engine == "ray" and options.shard != (0, 1):
-        raise ConfigError("--engine ray hands out the parts itself: leave out --shard")
-    if options.actors is not None and options.engine != "ray":
-        raise ConfigError("--actors is Ray's: add --engine ray")
-    if options.backend == "vllm":
-        return  # touching a device here would keep vLLM's processes from forking
-    if options.tensor_parallel != 1 or options.vllm_options:
-        raise ConfigError("--tensor-parallel and --vllm-option are vLLM's: add --backend vllm")
-    if options.device == "auto":
-        return  # Ray's actors will have one of their own
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+@options_class
+class AuditOptions:
+    """What `switchkd store audit` was asked for; fields are its options."""
+
+    store: StoreLocation = option(hidden=True, help="The store.")
+    teacher: Path = option(help="Checkpoint folder of the teacher.")
+    data: Path = option(help="The data file that was cached.")
+    images: Path | None = option(default=None, help="Folder that the data file's image paths start from.")
+    student: Path | None = option(default=None, help="Checkpoint folder of a student.", unset="the teacher with noise")
+    samples: int = option(default=64, at_least=1, flag="-n, --samples", help="Random samples.")
+    batch_size: int = option(default=8, at_least=1, help="Samples per forward pass.")
+    tail: TailPolicy = option(default="student", hidden=True, help="See `switchkd train --tail`.")
+    seed: int = option(default=0, help="Of the choice of samples.")
+    device: str = option(default="cpu", help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
+    trust_remote_code: bool = option(default=False, help="Run code that comes with a checkpoint.")

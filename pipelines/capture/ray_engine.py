@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from switchkd.errors import ConfigError, InputError, RunError, SwitchKDError
-from switchkd.pipelines.capture.options import CacheOptions, check_options
+from switchkd.pipelines.capture.backends.open import check_available
+from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.worker import CaptureWorker, PartDone
 from switchkd.stores import Manifest
 
@@ -40,7 +41,7 @@ class CaptureActor:
     @cached_property
     def worker(self) -> CaptureWorker:
         """The worker, with this machine's device."""
-        check_options(self.options)
+        check_available(self.options.backend, self.options.device)
         return CaptureWorker(self.options, self.manifest)
 
     def __call__(self, batch: dict[str, "NDArray[Any]"]) -> dict[str, "NDArray[Any]"]:

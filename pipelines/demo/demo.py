@@ -20,7 +20,8 @@ from switchkd.pipelines.demo.easy_vqa import (
     TEACHER_VISION,
     TEACHER_WEIGHTS,
 )
-from switchkd.pipelines.evaluation.exact_match import EvalOptions, Scores, evaluate
+from switchkd.pipelines.evaluation.exact_match import Scores, evaluate
+from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.run_folder import SUMMARY, write_atomically
 from switchkd.pipelines.stopwatch import Stopwatch
 from switchkd.pipelines.training.options import TrainOptions

@@ -13,27 +13,10 @@ from switchkd.data.samples import BadSample, Sample, SampleFile
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
-from switchkd.pipelines.evaluation.generation import (
-    RESUMABLE_CHANGES,
-    AnswerOptions,
-    GreedyGenerator,
-    Prompt,
-    encoded_batches,
-    read_lines,
-)
+from switchkd.pipelines.evaluation.generation import GreedyGenerator, Prompt, encoded_batches, read_lines
+from switchkd.pipelines.evaluation.options import RESUMABLE_CHANGES, EvalOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, SCORES, record, to_plain, write_atomically
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions(AnswerOptions):
-    """What `switchkd eval` was asked for; fields are its options."""
-
-    model: Path
-    data: Path
-    output: Path
-    images: Path | None = None
-    max_new_tokens: int = 32
 
 
 @dataclass(frozen=True)

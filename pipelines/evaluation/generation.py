@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,22 +21,6 @@ T = TypeVar("T")
 
 # One prompt as a model reads it: (input_ids [L], pixels [3, H, W] or None).
 Prompt = tuple[NDArray[np.int32], Tensor | None]
-# Options that may change between two starts of one evaluation: they do not change what is computed.
-RESUMABLE_CHANGES = {"output", "batch_size", "workers"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerOptions:
-    """How a model is asked; fields are options of `switchkd eval`."""
-
-    template: str = "qwen2_base"
-    max_new_tokens: int
-    max_length: int = 2048
-    batch_size: int = 64
-    workers: int = 0  # processes that prepare images beside the model
-    device: str = "cpu"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
 
 
 class _Prompts(Dataset[Prompt | BadSample], Generic[T]):

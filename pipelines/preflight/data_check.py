@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.images import MAX_IMAGE_PIXELS
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import Sample, SampleFile, Status
 from switchkd.errors import DataError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
 from switchkd.pipelines.run_folder import write_atomically
+from switchkd.settings import MAX_IMAGE_PIXELS
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.images import MAX_IMAGE_PIXELS, decode_image, extension_mismatch, image_bytes_of
+from switchkd.data.images import decode_image, extension_mismatch, image_bytes_of
 from switchkd.data.samples import BadSample, Sample, SampleFile, Status
 from switchkd.pipelines.progress import Progress
+from switchkd.settings import MAX_IMAGE_PIXELS
 
 ROWS_PER_ITEM = 64  # what a worker process takes at a time
 UNKNOWN = -1  # tokens or positions of a sample that could not be tokenized

@@ -11,8 +11,8 @@ import yaml
 from switchkd.errors import DataError
 from switchkd.pipelines.run_folder import RECORD, SCORES, SUMMARY
 from switchkd.pipelines.training.checkpointing import last_checkpoint
+from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
-from switchkd.stores.storage.base import StoreLocation
 from switchkd.stores.storage.open import open_storage
 
 STATE = "trainer_state.json"  # of a checkpoint; holds the history of a run that is not finished

@@ -20,8 +20,8 @@ from switchkd.pipelines.reporting.samples import choose_samples
 from switchkd.pipelines.reporting.scores import scores_of
 from switchkd.pipelines.reporting.store_plots import store_statistics
 from switchkd.pipelines.reporting.student_knees import knees_beside
+from switchkd.settings import StoreLocation
 from switchkd.stores.info import describe
-from switchkd.stores.storage.base import StoreLocation
 
 PAGE = "report.html"
 LOSSES = {"loss_ce": "CE", "loss_align": "Align", "loss_vsd": "VSD"}  # a baseline's objective may have others

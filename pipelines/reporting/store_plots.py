@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.pipelines.reporting.figures import color, matplotlib_ready
+from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.layout import STAT_COLUMNS
-from switchkd.stores.storage.base import StoreLocation
 from switchkd.stores.storage.paths import part_key
 
 LEAST_MASS = 1e-8  # smaller tails count as this

@@ -3,12 +3,14 @@
 import logging
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from switchkd.errors import ConfigError
+from switchkd.pipelines.run_folder import read_record
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import (
     profile_arguments,
@@ -46,8 +48,6 @@ def _training_arguments(options: TrainOptions, store: TeacherStore | None, sampl
     }
     if both := {"gradient_checkpointing", "activation_checkpointing"} & set(options.trainer):
         raise ConfigError(f"trainer: {min(both)} is for other models: pass --student-checkpointing")
-    if options.precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"precision is float32 or bfloat16, got {options.precision!r}")
     arguments |= profile_arguments(options.profile, os.environ) | options.trainer
     if store is not None and not store.storage.survives_fork and arguments["dataloader_num_workers"]:
         arguments.setdefault("dataloader_multiprocessing_context", "spawn")
@@ -62,3 +62,27 @@ def _training_arguments(options: TrainOptions, store: TeacherStore | None, sampl
         )
         made._n_gpu = 1  # else transformers would copy the model to all of them in every step (DataParallel)
     return made
+
+
+def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
+    """Return the options with accumulation and global batch as numbers.
+
+    A run that goes on keeps its global batch. Where the same command meets another number of processes, the accumulation is
+    chosen anew.
+
+    Raises:
+        ConfigError: the global batch cannot be made of these processes and batch sizes, or is not that of the run.
+    """
+    before = read_record(options.output)
+    accumulation = options.accumulated(processes)
+    asked = options.batch_size * accumulation * processes
+    wanted = options.global_batch or int(before.get("global_batch") or asked)
+    if asked != wanted:
+        if options.accumulation not in (None, before["accumulation"]):
+            raise ConfigError(
+                f"{options.output} was begun with {wanted} samples a step; {processes} processes x batch size "
+                f"{options.batch_size} x accumulation {options.accumulation} make {asked}. Choose numbers that make {wanted}"
+            )
+        accumulation = replace(options, global_batch=wanted, accumulation=None).accumulated(processes)
+        log.info("accumulation %d: a step of this run has %d samples", accumulation, wanted)
+    return replace(options, accumulation=accumulation, global_batch=wanted)

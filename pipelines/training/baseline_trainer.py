@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
-from switchkd.errors import ConfigError
 from switchkd.losses.baselines import (
     ADAPTERS,
     BASELINES,
@@ -31,22 +30,6 @@ from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.teacher_source import LiveTeacher
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import predicting_rows
-
-
-def check_baseline(options: TrainOptions) -> None:
-    """Refuse what a baseline's objective cannot be trained with. Raises ConfigError; nothing happens for the paper's objectives."""
-    name = options.objective
-    if name not in BASELINES:
-        return
-    if options.teacher_mode != "live":
-        what = "logits at visual tokens" if name == "llava-kd" else "visual tokens and attention"
-        raise ConfigError(
-            f"objective {name} compares {what}, which no store holds: pass --teacher-mode live, and the teacher runs in every step"
-        )
-    if options.packing is not None:
-        raise ConfigError(f"objective {name} compares images sample by sample: leave --packing out")
-    if options.profile != "ddp":
-        raise ConfigError(f"objective {name} trains with --profile ddp only, got {options.profile}")
 
 
 class BaselineTeacher(LiveTeacher):

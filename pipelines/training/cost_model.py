@@ -13,7 +13,8 @@ from transformers import LlavaForConditionalGeneration
 from switchkd.losses.fused import CHUNK_LOGITS
 from switchkd.models.vlm import layers_of
 from switchkd.pipelines.training.int8_teacher import stored_bytes
-from switchkd.pipelines.training.student_parts import PARTS, part_of
+from switchkd.pipelines.training.options import PARTS
+from switchkd.pipelines.training.student_parts import part_of
 
 # Tensors of a chunk's size that the loss holds at once: logits of student and teacher, their order, a gradient of each.
 LOSS_TENSORS = 8

@@ -24,15 +24,6 @@ def check_int8(options: TrainOptions) -> None:
     """Raise ConfigError where a run asks for an int8 teacher and cannot have it; before anything is loaded."""
     if options.teacher_dtype != NAME:
         return
-    if options.teacher_mode == "live":
-        raise ConfigError(
-            "--teacher-dtype int8 is for the switch pathway; a live teacher is the reference of cached runs. Pass bfloat16, or "
-            "--cache"
-        )
-    if options.profile == "fsdp":
-        raise ConfigError(
-            "--profile fsdp shards the teacher's layers and cannot shard int8 ones: pass --teacher-dtype bfloat16, or --profile ddp"
-        )
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError("--teacher-dtype int8 needs torchao, which is not installed: pip install 'switchkd[torchao]'")
 

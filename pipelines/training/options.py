@@ -1,16 +1,22 @@
-"""Options of stage two, and the record of them that lies beside a run."""
+"""Options of stage two."""
 
-import logging
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
-from switchkd.losses.objective import Objective
-from switchkd.losses.signals import TailPolicy
-from switchkd.pipelines.run_folder import read_record
-from switchkd.pipelines.training.student_parts import PARTS, parts_of
-from switchkd.stores.storage.base import StoreLocation
+from switchkd.pipelines.options import option, options_class
+from switchkd.settings import (
+    BASELINE_OBJECTIVES,
+    ImageMode,
+    NormalizeBy,
+    ObjectiveName,
+    StoreLocation,
+    TailPolicy,
+    check_objective,
+)
+
+if TYPE_CHECKING:
+    from switchkd.losses.objective import Objective
 
 # Options that may change between two starts of one run: they do not change what is computed. How the global batch is made up
 # (batch size, accumulation, processes) may change, the global batch may not.
@@ -27,66 +33,211 @@ RESUMABLE_CHANGES = {
     "batch_size",
     "accumulation",
 }
-log = logging.getLogger(__name__)
+PARTS = ("vision", "projector", "language")
+# The names of transformers' schedulers (`transformers.trainer_utils.SchedulerType`; a test compares).
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+# Headings of the help, in its order.
+FIRST = "Needed first"
+DATA = "Data"
+MODELS = "Models"
+OBJECTIVE = "Objective"
+OPTIMISATION = "Optimisation"
+SCALE = "Scale"
+LOGGING = "Logging and checkpoints"
 
 
-@dataclass(frozen=True)
+@options_class
 class TrainOptions:
-    """What `switchkd train` was asked for; fields are its options. Defaults follow LLaVA-KD's fine-tuning stage."""
+    """What `switchkd train` was asked for; fields are its options. Defaults follow LLaVA-KD's fine-tuning stage.
 
-    student: Path
-    data: Path
-    output: Path
-    teacher: Path | None = None
-    images: Path | None = None
-    cache: StoreLocation | None = None
-    objective: str = "dbild-rkl"
-    switch: bool = True
-    align_weight: float = 1.0  # λ1
-    vsd_weight: float = 1.0  # λ2
-    switch_adapter: str | None = None  # or "linear", "mlp": maps the student's features to the teacher's shape
-    vocab_map: bool = False  # the teacher has another tokenizer
-    temperature: float | None = None
-    window: int | None = None
-    mean: str = "position"  # or sample: of each sample first
-    teacher_mode: str = "cached"  # or live: the standard pathway online, without a store
-    payload: str | None = None  # None: hidden if the store has it, else topk
-    tail: TailPolicy = "student"
-    template: str | None = None  # None: the store's; without a store qwen2_base
-    image_mode: str | None = None  # None: the store's; without a store the checkpoint's own
-    max_length: int | None = None  # None: the store's; without a store 2048
-    epochs: float = 1.0
-    steps: int | None = None  # overrides epochs
-    batch_size: int = 16  # samples per device
-    accumulation: int | None = None  # None: what global_batch asks for, else 1
-    global_batch: int | None = None  # samples per optimizer step over all devices
-    stage: str | None = None  # whose defaults these options were made from, see stages.py
-    train_parts: str = "vision,projector,language"
-    group_by: str = "none"  # or "length", "modality-length": which samples share a batch
-    packing: int | None = None  # tokens of a row that samples of a batch share; None: one sample a row
-    lr: float = 2e-5
-    lr_vision: float | None = None  # of a part; None: lr
-    lr_projector: float | None = None
-    lr_language: float | None = None
-    warmup: float = 0.03  # share of the steps
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    profile: str = "ddp"  # how processes share the work, see profiles.py
-    precision: str = "float32"  # or bfloat16: autocast over float32 master weights
-    teacher_dtype: str = "auto"  # the checkpoint's; bfloat16 under --precision bfloat16; or "int8", see int8_teacher.py
-    student_checkpointing: bool = False  # recompute the student's activations in the backward pass
-    teacher_checkpointing: bool = False  # the frozen teacher's
-    seed: int = 42
-    log_every: int = 10
-    peak_tflops: float | None = None  # of one device, in TFLOP/s; MFU is told over it
-    save_every: int = 500
-    workers: int = 0
-    trust_remote_code: bool = False
-    trainer: dict[str, Any] = field(default_factory=dict)  # further transformers.TrainingArguments
+    Raises:
+        ConfigError: an option that its type or bounds do not allow, or two that do not go together; nothing was opened.
+    """
 
-    def as_objective(self) -> Objective:
-        """Return the objective; raises ConfigError if its parts contradict each other."""
+    student: Path = option(group=FIRST, help="Checkpoint folder of the student (a Llava).")
+    data: Path = option(group=FIRST, help="The data file that was cached.")
+    output: Path = option(group=FIRST, help="The run: checkpoints, options, losses, the trained student.")
+    teacher: Path | None = option(
+        default=None, group=FIRST, help="Checkpoint folder of the teacher; its vision tower is not read."
+    )
+    images: Path | None = option(default=None, group=DATA, help="Folder that the data file's image paths start from.")
+    cache: StoreLocation | None = option(
+        default=None,
+        group=FIRST,
+        help="A teacher store, or a folder of stores (or s3://…): the one that fits is taken.",
+    )
+    objective: ObjectiveName = option(
+        default="dbild-rkl",
+        group=OBJECTIVE,
+        help="What Align and VSD measure; sft is CE alone. llava-kd and align-kd are other methods: "
+        "--no-switch --teacher-mode live.",
+    )
+    switch: bool = option(default=True, group=OBJECTIVE, help="Train the visual-switch pathway (VSD).")
+    align_weight: float = option(default=1.0, group=OBJECTIVE, help="λ1.")
+    vsd_weight: float = option(default=1.0, group=OBJECTIVE, help="λ2.")
+    switch_adapter: Literal["linear", "mlp"] | None = option(
+        default=None,
+        group=MODELS,
+        help="Map the student's vision features to the teacher's width and number with a layer, or two, that train along.",
+    )
+    vocab_map: bool = option(
+        default=False,
+        group=MODELS,
+        help="The teacher has another tokenizer: compare entries and positions that stand for the same text.",
+    )
+    temperature: float | None = option(
+        default=None, group=OBJECTIVE, help="τ.", unset="3 for (d)bild, 1 for fkl and rkl"
+    )
+    window: int | None = option(
+        default=None,
+        at_least=2,
+        group=OBJECTIVE,
+        help="Look for DBiLD's knee among this many leading logits.",
+        unset="all",
+    )
+    mean: NormalizeBy = option(
+        default="position",
+        group=OBJECTIVE,
+        help="Over all positions of the global batch, or over each sample's positions first and then over the samples.",
+    )
+    teacher_mode: Literal["cached", "live"] = option(
+        default="cached",
+        group=MODELS,
+        help="live runs the whole teacher in every step instead of reading a store: the reference of a cached run.",
+    )
+    payload: Literal["topk", "hidden"] | None = option(
+        default=None, group=DATA, help="Which payload of the store to train from.", unset="hidden if it is there"
+    )
+    tail: TailPolicy = option(
+        default="student",
+        group=OBJECTIVE,
+        help="Teacher logits that a topk store does not hold: in the student's order with the teacher's mass, that mass spread "
+        "evenly, or the smallest cached logit.",
+    )
+    template: str | None = option(default=None, group=DATA, help="Conversation template.", unset="the store's")
+    image_mode: ImageMode | None = option(
+        default=None,
+        group=DATA,
+        help="How images become square, for both models.",
+        unset="the store's, without one the checkpoint's own",
+    )
+    max_length: int | None = option(
+        default=None, at_least=2, group=DATA, help="In tokens with image tokens.", unset="the store's"
+    )
+    epochs: float = option(default=1.0, above=0, group=OPTIMISATION)
+    steps: int | None = option(
+        default=None, at_least=1, group=OPTIMISATION, help="Optimizer steps; overrides --epochs."
+    )
+    batch_size: int = option(default=16, at_least=1, group=SCALE, help="Samples per device and forward pass.")
+    accumulation: int | None = option(
+        default=None,
+        at_least=1,
+        group=SCALE,
+        help="Forward passes per optimizer step.",
+        unset="1, or as --global-batch asks",
+    )
+    global_batch: int | None = option(
+        default=None, at_least=1, group=OPTIMISATION, help="Samples per optimizer step over all devices."
+    )
+    stage: Literal["pt", "dpt", "sft", "dft"] | None = option(
+        default=None,
+        group=OPTIMISATION,
+        help="Take the paper's settings of a training stage for whatever is not given: pre-training on captions (pt; dpt: "
+        "distilled), which moves the projector alone, or fine-tuning of the whole student (sft; dft: distilled).",
+    )
+    train_parts: str = option(
+        default=",".join(PARTS),
+        group=MODELS,
+        help="Parts of the student that train; the others stay as they are.",
+    )
+    group_by: Literal["none", "length", "modality-length"] = option(
+        default="none",
+        group=SCALE,
+        help="Which samples share a batch: any, those of similar length, or so apart for image samples and text alone.",
+    )
+    packing: int | None = option(
+        default=None,
+        at_least=2,
+        group=SCALE,
+        metavar="TOKENS",
+        help="Put the samples of a batch into rows of up to this many tokens, each seen as if it were alone: less padding, "
+        "none with rows longer than the batch; the same losses.",
+        unset="one sample a row",
+    )
+    lr: float = option(default=2e-5, above=0, group=OPTIMISATION, help="Peak learning rate.")
+    lr_vision: float | None = option(
+        default=None, above=0, group=OPTIMISATION, help="Of the vision tower.", unset="--lr"
+    )
+    lr_projector: float | None = option(
+        default=None, above=0, group=OPTIMISATION, help="Of the projector.", unset="--lr"
+    )
+    lr_language: float | None = option(default=None, above=0, group=OPTIMISATION, help="Of the LLM.", unset="--lr")
+    warmup: float = option(default=0.03, at_least=0, at_most=1, group=OPTIMISATION, help="Share of the steps.")
+    schedule: Schedule = option(default="cosine", group=OPTIMISATION, help="A scheduler of transformers.")
+    weight_decay: float = option(default=0.0, group=OPTIMISATION)
+    grad_clip: float = option(default=1.0, group=OPTIMISATION, help="Largest norm of the gradient.")
+    profile: Literal["ddp", "fsdp", "zero3"] = option(
+        default="ddp",
+        group=SCALE,
+        help="Under torchrun: whole models in every process; sharded by FSDP2; sharded by DeepSpeed.",
+    )
+    precision: Literal["float32", "bfloat16"] = option(
+        default="float32", group=SCALE, help="bfloat16: autocast over float32 weights."
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
+        default="auto",
+        group=SCALE,
+        help="What its frozen weights are kept in; auto: bfloat16 under --precision bfloat16, else as the checkpoint has them; "
+        "int8: the layers of its LLM, the rest as auto.",
+    )
+    student_checkpointing: bool = option(
+        default=False,
+        group=SCALE,
+        help="Recompute the student's activations in the backward pass: less memory, a third more of its time.",
+    )
+    teacher_checkpointing: bool = option(
+        default=False,
+        group=SCALE,
+        help="The same for the frozen teacher on the switch pathway: half more of its time.",
+    )
+    seed: int = option(default=42, group=OPTIMISATION)
+    log_every: int = option(default=10, at_least=1, group=LOGGING, help="In steps.")
+    peak_tflops: float | None = option(
+        default=None,
+        above=0,
+        group=LOGGING,
+        help="TFLOP/s that one device can do at this precision; MFU is told over it.",
+    )
+    save_every: int = option(default=500, at_least=1, group=LOGGING, help="In steps.")
+    workers: int = option(default=0, at_least=0, group=SCALE, help="DataLoader processes.")
+    trust_remote_code: bool = option(default=False, group=MODELS, help="Run code that comes with a checkpoint.")
+    trainer: dict[str, Any] = option(
+        default={}, hidden=True, help="Further arguments of transformers.TrainingArguments; in a config file only."
+    )
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective, self.switch, self.temperature, self.window, self.mean)
+        self.as_parts()
+        self._check_baseline()
+        self._check_int8_teacher()
+
+    def as_objective(self) -> "Objective":
+        """Return the objective."""
+        from switchkd.losses.objective import Objective
+
         return Objective(
             self.objective, self.switch, self.align_weight, self.vsd_weight, self.temperature, self.window, self.mean
         )
@@ -127,26 +278,42 @@ class TrainOptions:
             )
         return self.global_batch // at_once
 
-
-def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
-    """Return the options with accumulation and global batch as numbers.
-
-    A run that goes on keeps its global batch. Where the same command meets another number of processes, the accumulation is
-    chosen anew.
-
-    Raises:
-        ConfigError: the global batch cannot be made of these processes and batch sizes, or is not that of the run.
-    """
-    before = read_record(options.output)
-    accumulation = options.accumulated(processes)
-    asked = options.batch_size * accumulation * processes
-    wanted = options.global_batch or int(before.get("global_batch") or asked)
-    if asked != wanted:
-        if options.accumulation not in (None, before["accumulation"]):
+    def _check_baseline(self) -> None:
+        """Refuse what a baseline's objective cannot be trained with."""
+        if self.objective not in BASELINE_OBJECTIVES:
+            return
+        if self.teacher_mode != "live":
+            what = "logits at visual tokens" if self.objective == "llava-kd" else "visual tokens and attention"
             raise ConfigError(
-                f"{options.output} was begun with {wanted} samples a step; {processes} processes x batch size "
-                f"{options.batch_size} x accumulation {options.accumulation} make {asked}. Choose numbers that make {wanted}"
+                f"objective {self.objective} compares {what}, which no store holds: pass --teacher-mode live, and the teacher "
+                "runs in every step"
             )
-        accumulation = replace(options, global_batch=wanted, accumulation=None).accumulated(processes)
-        log.info("accumulation %d: a step of this run has %d samples", accumulation, wanted)
-    return replace(options, accumulation=accumulation, global_batch=wanted)
+        if self.packing is not None:
+            raise ConfigError(f"objective {self.objective} compares images sample by sample: leave --packing out")
+        if self.profile != "ddp":
+            raise ConfigError(f"objective {self.objective} trains with --profile ddp only, got {self.profile}")
+        if self.vocab_map:
+            raise ConfigError(f"objective {self.objective} compares one tokenizer's logits: leave --vocab-map out")
+
+    def _check_int8_teacher(self) -> None:
+        """Refuse an int8 teacher where a run cannot have one."""
+        if self.teacher_dtype != "int8":
+            return
+        if self.teacher_mode == "live":
+            raise ConfigError(
+                "--teacher-dtype int8 is for the switch pathway; a live teacher is the reference of cached runs. Pass "
+                "bfloat16, or --cache"
+            )
+        if self.profile == "fsdp":
+            raise ConfigError(
+                "--profile fsdp shards the teacher's layers and cannot shard int8 ones: pass --teacher-dtype bfloat16, or "
+                "--profile ddp"
+            )
+
+
+def parts_of(text: str) -> frozenset[str]:
+    """Read a list of parts such as "vision,projector". Raises ConfigError for an unknown part or none."""
+    parts = [part.strip() for part in text.split(",")]
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"no part {unknown[0]!r} to train; parts are {', '.join(PARTS)}, separated by commas")
+    return frozenset(parts)

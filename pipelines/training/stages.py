@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.training.student_parts import PARTS
+from switchkd.pipelines.training.options import PARTS
 
 # The setting that the paper inherits from LLaVA-KD and TinyLLaVA (section 4.1). Distilled pre-training moves the projector alone,
 # so the switch pathway, which teaches the vision tower, has no place in it; the scores of Table 5 are those without switch.

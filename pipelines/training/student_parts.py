@@ -5,18 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from switchkd.errors import ConfigError
 from switchkd.losses.baselines import ADAPTERS
-
-PARTS = ("vision", "projector", "language")
-
-
-def parts_of(text: str) -> frozenset[str]:
-    """Read a list of parts such as "vision,projector". Raises ConfigError for an unknown part or none."""
-    parts = [part.strip() for part in text.split(",")]
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ConfigError(f"no part {unknown[0]!r} to train; parts are {', '.join(PARTS)}, separated by commas")
-    return frozenset(parts)
 
 
 def part_of(name: str) -> str:

@@ -21,8 +21,8 @@ from switchkd.models.vlm import enable_activation_checkpointing, freeze_unused_v
 from switchkd.pipelines.run_folder import SUMMARY, record, to_plain, write_atomically
 from switchkd.pipelines.stored_teacher import StoredHidden
 from switchkd.pipelines.training import cross_tokenizer
-from switchkd.pipelines.training.arguments import _training_arguments
-from switchkd.pipelines.training.baseline_trainer import BaselineTrainer, check_baseline, make_baseline
+from switchkd.pipelines.training.arguments import _training_arguments, resolve_batches
+from switchkd.pipelines.training.baseline_trainer import BaselineTrainer, make_baseline
 from switchkd.pipelines.training.checkpointing import last_checkpoint
 from switchkd.pipelines.training.collator import Collator, placeholder_sample
 from switchkd.pipelines.training.cost_model import CostModel
@@ -31,7 +31,7 @@ from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import _image_mode, _open_store, _open_teacher, _payload, encoders
 from switchkd.pipelines.training.int8_teacher import check_int8
 from switchkd.pipelines.training.model_setup import _load_teacher, make_switch_adapter
-from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions, resolve_batches
+from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import (
     fit_fsdp,
     loading_whole,
@@ -75,7 +75,6 @@ def train(options: TrainOptions) -> TrainSummary:
             "an environment for vLLM only caches: train in another"
         )
     objective, parts = options.as_objective(), options.as_parts()
-    check_baseline(options)
     check_int8(options)
     options = resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
     if (options.output / SUMMARY).is_file():

@@ -4,12 +4,12 @@ Nothing else in `stores/` knows which of the two it is. A key is a path inside t
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
-StoreLocation = Path | str  # a folder, or the URL of a prefix
+from switchkd.settings import StoreLocation
+
 Files = dict[str, bytes]  # by their paths inside a store or part
 # A file's key, and runs of its bytes: each from its begin up to its end.
 Request = tuple[str, Sequence[tuple[int, int]]]

@@ -14,8 +14,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from switchkd.settings import StoreLocation
 from switchkd.stores.storage import paths
-from switchkd.stores.storage.base import Files, R, Request, StoreLocation, T
+from switchkd.stores.storage.base import Files, R, Request, T
 from switchkd.stores.storage.paths import MARKER
 
 ONE_CALL = 1 << 26  # bytes read at once; a system may return less than was asked for from 2 GiB on

@@ -16,8 +16,9 @@ import zarr
 from numpy.typing import NDArray
 
 from switchkd.errors import RunError, StoreError
+from switchkd.settings import StoreLocation
 from switchkd.stores.storage import paths
-from switchkd.stores.storage.base import Files, Request, StoreLocation
+from switchkd.stores.storage.base import Files, Request
 from switchkd.stores.storage.paths import MARKER
 
 try:

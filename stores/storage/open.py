@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from switchkd.errors import StoreError
-from switchkd.stores.storage.base import Storage, StoreLocation
+from switchkd.settings import StoreLocation
+from switchkd.stores.storage.base import Storage
 from switchkd.stores.storage.local import LocalStorage
 
 

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from switchkd.data.chat_template import TemplateNotInvertible
-from switchkd.data.images import MAX_IMAGE_PIXELS, decode_image, image_bytes_of
+from switchkd.data.images import decode_image, image_bytes_of
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
 from switchkd.errors import CheckpointError, DataError
 from switchkd.fingerprints import SampleDigest, digest_sample
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.positions import IGNORED
+from switchkd.settings import MAX_IMAGE_PIXELS
 
 # Processed pixels kept per process, for data files that ask many questions about few images.
 PIXEL_CACHE_BYTES = 256 << 20

@@ -8,9 +8,9 @@ from PIL import Image
 
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.errors import DataError
+from switchkd.settings import MAX_IMAGE_PIXELS
 
 # 64 million pixels: above any photograph of the usual data sets, far below a decompression bomb.
-MAX_IMAGE_PIXELS = 1 << 26
 
 
 def image_bytes_of(sample: Sample, folder: Path | None) -> bytes | None:

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switchkd.errors import ConfigError
-from switchkd.losses.baselines import BASELINES
 from switchkd.losses.dbild import Divergence, bild_loss, dbild_loss
 from switchkd.losses.fused import Block, LMHead, loss_in_chunks
 from switchkd.losses.kl import kl_loss
 from switchkd.losses.reduction import at_least_float32
 from switchkd.losses.signals import TeacherSignal
 from switchkd.positions import count_positions, per_sample_weights
+from switchkd.settings import check_objective
 
 _Divergence = Callable[..., Tensor]
 
@@ -32,9 +31,6 @@ OBJECTIVES: dict[str, _Divergence | None] = {
     "llava-kd": partial(kl_loss, direction="forward"),
     "align-kd": partial(kl_loss, direction="forward"),
 }
-
-
-REDUCTIONS = ("position", "sample")
 
 
 class LossTerms(NamedTuple):
@@ -78,20 +74,7 @@ class Objective:
     normalize_by: str = "position"
 
     def __post_init__(self) -> None:
-        if self.name not in OBJECTIVES:
-            raise ConfigError(f"no objective {self.name!r}; there are {', '.join(OBJECTIVES)}")
-        if self.name == "sft" and self.switch:
-            raise ConfigError("objective sft has no teacher to switch to: pass --no-switch")
-        if self.name in BASELINES and self.switch:
-            raise ConfigError(f"objective {self.name} has no switch pathway: pass --no-switch")
-        if self.window is not None and not self.name.startswith("dbild"):
-            raise ConfigError(f"a knee window belongs to dbild-fkl and dbild-rkl, not to {self.name}")
-        if self.window is not None and self.window < 2:
-            raise ConfigError(f"a knee window has at least 2 logits, got {self.window}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"the temperature must be positive, got {self.temperature}")
-        if self.normalize_by not in REDUCTIONS:
-            raise ConfigError(f"the mean is one over {'s or over '.join(REDUCTIONS)}s, got {self.normalize_by!r}")
+        check_objective(self.name, self.switch, self.temperature, self.window, self.normalize_by)
 
     @property
     def needs_teacher(self) -> bool:

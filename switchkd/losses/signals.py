@@ -12,15 +12,15 @@ tail's mass; what it answers for the others is a named policy, one of `TAIL_POLI
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from switchkd.losses.selection import knee_of_sorted, leading_entries, top_of_rows
+from switchkd.settings import TailPolicy
 
-TailPolicy = Literal["student", "uniform", "floor"]
 TAIL_POLICIES: dict[str, str] = {
     "student": "the student's own logits, shifted to the tail's mass and held at the smallest cached logit; the teacher-led "
     "set goes on beyond K, up to the knee, in this order",
@@ -104,7 +104,7 @@ class DenseSignal:
         return self.logits.shape[0]
 
     def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """See `TeacherSignal.lead`. Found once: Align and VSD share the teacher's order and knee."""
+        """See `TeacherSignal.leading_ids`. Found once: Align and VSD share the teacher's order and knee."""
         if window not in self.leads:
             self.leads[window] = leading_entries(rows, window)
         return self.leads[window]
@@ -144,7 +144,7 @@ class HiddenSignal:
         return self.hidden.shape[0]
 
     def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """See `TeacherSignal.lead`."""
+        """See `TeacherSignal.leading_ids`."""
         return leading_entries(rows, window)
 
     def top(self, count: int) -> Tensor:
@@ -180,13 +180,17 @@ class SparseSignal:
     vocab_rows: int  # N
     tail: TailPolicy = "student"
 
+    def __post_init__(self) -> None:
+        if self.tail not in TAIL_POLICIES:
+            raise ValueError(f"tail is one of {', '.join(TAIL_POLICIES)}, got {self.tail!r}")
+
     @property
     def positions(self) -> int:
         """T."""
         return self.ids.shape[0]
 
     def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """See `TeacherSignal.lead`.
+        """See `TeacherSignal.leading_ids`.
 
         Raises:
             ValueError: the window is wider than the K cached logits, so its knee is not known.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from switchkd.models.projectors import (
     SwitchLlavaConfig,
     image_token_count,
 )
+from switchkd.settings import ImageMode
 
 CONFIGS = {kind.model_type: kind for kind in (LlavaConfig, SwitchLlavaConfig)}
 
@@ -84,7 +85,7 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     )
 
 
-IMAGE_MODES = ("own", "square", "pad")
+IMAGE_MODES: tuple[str, ...] = get_args(ImageMode)
 
 
 def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:

@@ -144,10 +144,12 @@ def test_a_baseline_runs_the_teacher_live_and_caches_nothing(place, monkeypatch)
 def test_a_trained_teacher_is_made_first(place, teacher, monkeypatch):
     trained = counted(monkeypatch, "train")
     own = {"t": {"vision": {}, "language": {}, "train": {"sft": {"steps": 1}}}}
-    monkeypatch.setattr(module.twin, "check_twin", lambda *_: None)
-    monkeypatch.setattr(module.twin, "write_untrained", lambda *_, **__: None)
+    monkeypatch.setattr(module.small_models, "check_twin", lambda *_: None)
+    monkeypatch.setattr(module.small_models, "write_untrained", lambda *_, **__: None)
     monkeypatch.setattr(
-        module.twin, "untrained_path", lambda folder, name, model, seed: teacher if name == "t" else model_path(model)
+        module.small_models,
+        "untrained_path",
+        lambda folder, name, model, seed: teacher if name == "t" else model_path(model),
     )
     model_path = type(place)
     ablate(options_of(change(place, teachers=own, matrix={"seed": 0})))

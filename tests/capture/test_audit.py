@@ -7,9 +7,9 @@ import tiny
 
 from switchkd.cli.main import main
 from switchkd.errors import StoreMismatch
-from switchkd.pipelines.capture.audit import AuditOptions, audit
+from switchkd.pipelines.capture.audit import audit
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
-from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.capture.options import AuditOptions, CacheOptions
 
 WORDS = [*tiny.WORDS, *(f"w{i}" for i in range(185))]
 

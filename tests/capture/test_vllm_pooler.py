@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from switchkd.cli.main import main
 from switchkd.errors import ConfigError
-from switchkd.pipelines.capture.backends.base import require_backend
+from switchkd.pipelines.capture.backends.base import require_vllm
 from switchkd.pipelines.capture.backends.packed_rows import pack
 from switchkd.pipelines.capture.backends.vllm_backend import predicting_runs
 from switchkd.pipelines.capture.backends.vllm_pooler import RowsPooler, request_options
@@ -140,7 +140,7 @@ def test_runs_are_the_predicting_rows():
 def test_without_vllm_one_line_says_how_to_install_it(monkeypatch, teacher, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError):
-        require_backend("vllm")
+        require_vllm()
     words = ["cache-teacher", "--backend", "vllm", "--teacher", teacher, "--data", tmp_path / "d.json"]
     result = CliRunner().invoke(main, [*map(str, words), "--out", str(tmp_path / "s.zarr")])
     assert result.exit_code == 2

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from switchkd.data.images import MAX_IMAGE_PIXELS, decode_image, read_image_bytes
+from switchkd.data.images import decode_image, read_image_bytes
 from switchkd.data.samples import BadSample, Status
+from switchkd.settings import MAX_IMAGE_PIXELS
 
 
 @pytest.fixture

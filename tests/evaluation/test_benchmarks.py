@@ -13,8 +13,9 @@ from switchkd.cli.main import main
 from switchkd.errors import ConfigError, DataError, InputError
 from switchkd.pipelines.evaluation.benchmarks import run as run_module
 from switchkd.pipelines.evaluation.benchmarks.registry import BENCHMARKS, TEN
-from switchkd.pipelines.evaluation.benchmarks.run import BenchmarkOptions, run_benchmarks
+from switchkd.pipelines.evaluation.benchmarks.run import run_benchmarks
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
+from switchkd.pipelines.evaluation.options import BenchmarkOptions
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from switchkd.data.templates import TEMPLATES
 from switchkd.errors import ConfigError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
-from switchkd.pipelines.evaluation.exact_match import EvalOptions, evaluate, normalise
+from switchkd.pipelines.evaluation.exact_match import evaluate, normalise
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
+from switchkd.pipelines.evaluation.options import EvalOptions
 
 
 @pytest.fixture

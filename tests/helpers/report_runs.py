@@ -10,7 +10,8 @@ from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.benchmarks.registry import TEN
 from switchkd.pipelines.evaluation.benchmarks.results import Result
-from switchkd.pipelines.evaluation.exact_match import EvalOptions, evaluate
+from switchkd.pipelines.evaluation.exact_match import evaluate
+from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 

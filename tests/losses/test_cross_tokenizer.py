@@ -135,7 +135,7 @@ def test_with_one_tokenizer_it_is_the_plain_loss(mean):
     on_image = torch.tensor([1, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
     labels = torch.tensor([[-100, 1, 2, 3], [-100, 4, 5, -100], [-100, 6, 7, -100]])
     switch = torch.randn(5, 6, generator=generator, dtype=torch.float64)
-    objective = Objective(mean=mean, align_weight=0.7, vsd_weight=0.3)
+    objective = Objective(normalize_by=mean, align_weight=0.7, vsd_weight=0.3)
     weights = objective.weights(labels)
     signal, ids = HiddenSignal(theirs, their_head), torch.arange(11)
     results = []
@@ -188,8 +188,10 @@ def test_chunks_and_blocks_change_nothing_and_a_chunk_makes_its_teacher_logits_o
     )
     teacher = HiddenSignal(theirs.detach(), their_head.detach())
     sizes = []
-    of_part = HiddenSignal.part
-    monkeypatch.setattr(HiddenSignal, "part", lambda self, rows: sizes.append(self.positions) or of_part(self, rows))
+    of_part = HiddenSignal.slice_rows
+    monkeypatch.setattr(
+        HiddenSignal, "slice_rows", lambda self, rows: sizes.append(self.positions) or of_part(self, rows)
+    )
 
     def gradients(**chunks):
         loss = loss_over_vocabularies(

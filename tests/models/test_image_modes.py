@@ -14,9 +14,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
-from switchkd.pipelines.capture.audit import AuditOptions, audit
+from switchkd.pipelines.capture.audit import audit
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
-from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.capture.options import AuditOptions, CacheOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 

@@ -133,7 +133,7 @@ def awkward(encoded, student):
     return [sample for sample, _ in encoded[0][:6]] + [silent, placeholder_sample(open_checkpoint(student)), first]
 
 
-def parts_and_gradients(student, teacher, batch, source="live", blocks=False, **of_objective):
+def terms_and_gradients(student, teacher, batch, source="live", blocks=False, **of_objective):
     """The loss of one batch in float64, as the trainer computes it: total, CE, Align, VSD, and all gradients."""
     model = load_model(open_checkpoint(student), dtype="float64").train()
     whole = freeze(load_model(open_checkpoint(teacher), dtype="float64"))
@@ -154,7 +154,7 @@ def parts_and_gradients(student, teacher, batch, source="live", blocks=False, **
     loss = trainer.loss_terms(model, dict(batch))
     loss.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return [loss.total.detach(), *(part for part in loss.parts if part is not None)], gradients
+    return [loss.total.detach(), *(part for part in loss.terms if part is not None)], gradients
 
 
 def assert_equal(mine, theirs):
@@ -168,10 +168,10 @@ def assert_equal(mine, theirs):
 @pytest.fixture(scope="module")
 def alone(awkward, student, teacher):
     """Sums over batches of one sample each."""
-    found = [parts_and_gradients(student, teacher, collate([sample], 0)) for sample in awkward if sample.positions]
-    parts = [torch.stack([each[i] for each, _ in found if i < len(each)]).sum() for i in range(4)]
+    found = [terms_and_gradients(student, teacher, collate([sample], 0)) for sample in awkward if sample.positions]
+    terms = [torch.stack([each[i] for each, _ in found if i < len(each)]).sum() for i in range(4)]
     names = {name for _, gradients in found for name in gradients}
-    return parts, {name: sum(gradients[name] for _, gradients in found if name in gradients) for name in names}
+    return terms, {name: sum(gradients[name] for _, gradients in found if name in gradients) for name in names}
 
 
 @pytest.mark.parametrize("blocks", (False, True), ids=("masks", "blocks"))
@@ -181,7 +181,7 @@ def test_loss_and_gradients_are_those_of_samples_alone(awkward, alone, student, 
     batch = Collator(0, row_tokens=row_tokens)([(sample, 0) for sample in awkward])
     assert sorted(len(sample.input_ids) for sample in awkward) == [3, 4, 5, 7, 11, 11, 11, 11, 17]
     assert batch["packing"].shape[0] == {2: 9, 14: 7, 32: 3, 10_000: 1}[row_tokens]
-    found = parts_and_gradients(student, teacher, batch, blocks=blocks)
+    found = terms_and_gradients(student, teacher, batch, blocks=blocks)
     assert found[1].keys() >= alone[1].keys()  # the blank image adds gradients of 0
     assert_equal((found[0], {name: found[1][name] for name in alone[1]}), alone)
     assert not any(gradient.any() for name, gradient in found[1].items() if name not in alone[1])
@@ -202,14 +202,14 @@ def test_every_source_of_the_teachers_word(encoded, student, teacher, cached, hi
             batch["teacher_hidden"] = batch["teacher_hidden"].double()
     objective = {"mean": "sample", "align_weight": 0.7, "vsd_weight": 0.3}
     assert_equal(
-        *(parts_and_gradients(student, teacher, batch, source, "packing" in batch, **objective) for batch in rows)
+        *(terms_and_gradients(student, teacher, batch, source, "packing" in batch, **objective) for batch in rows)
     )
 
 
 @pytest.mark.parametrize("samples", (slice(3, 4), slice(0, 1)), ids=("text alone", "an image"))
 def test_batches_of_one_kind(encoded, student, teacher, samples):
     batches = [Collator(0, row_tokens=tokens)([encoded[0][samples][0]] * 3) for tokens in (None, 100)]
-    assert_equal(*(parts_and_gradients(student, teacher, batch, blocks="packing" in batch) for batch in batches))
+    assert_equal(*(terms_and_gradients(student, teacher, batch, blocks="packing" in batch) for batch in batches))
 
 
 def test_no_sample_predicts_the_first_token_of_the_next(awkward):
@@ -235,9 +235,9 @@ def running_on(attention_mask, source):
 def test_a_plain_causal_mask_gives_another_loss(awkward, student, teacher, monkeypatch, where, changed, blocks):
     """What the tests above would find if samples saw each other, on the standard pathways or on the switch pathway."""
     batch = Collator(0, row_tokens=10_000)([(sample, 0) for sample in awkward])
-    right = parts_and_gradients(student, teacher, batch, blocks=blocks)[0]
+    right = terms_and_gradients(student, teacher, batch, blocks=blocks)[0]
     monkeypatch.setattr(f"{where}.positions_in_rows", running_on)
-    wrong = parts_and_gradients(student, teacher, batch, blocks=blocks)[0]
+    wrong = terms_and_gradients(student, teacher, batch, blocks=blocks)[0]
     assert {i for i in range(4) if abs(wrong[i] - right[i]) > 1e-5 * right[i]} == set(changed)  # total, CE, Align, VSD
 
 

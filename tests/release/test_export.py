@@ -22,8 +22,9 @@ from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.evaluation.exact_match import EvalOptions, evaluate
+from switchkd.pipelines.evaluation.exact_match import evaluate
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
+from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.release.chat import Chat, ChatOptions, template_of
 from switchkd.pipelines.release.export import ExportOptions, export
 from switchkd.pipelines.training.options import TrainOptions

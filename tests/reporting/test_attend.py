@@ -76,7 +76,7 @@ def naive(folder, picture, answer, layers):
 
 @pytest.mark.parametrize("layers", ((), (1,), (-2, 0)))
 def test_a_look_is_the_definition(teacher, picture, layers):
-    look = AttentionProbe(teacher, "qa", layers).look(picture, QUESTION, "red")
+    look = AttentionProbe(teacher, "qa", layers).map_of(picture, QUESTION, "red")
     share, expected = naive(teacher, picture, "red", {(): (0, 1), (1,): (1,), (-2, 0): (0,)}[layers])
     assert look.map.shape == (2, 2)  # 16 pixels, patches of 8
     assert look.map.sum() == pytest.approx(1)
@@ -85,15 +85,15 @@ def test_a_look_is_the_definition(teacher, picture, layers):
 
 
 def test_the_models_own_answer_is_its_greedy_one(teacher, picture):
-    onlooker = AttentionProbe(teacher, "qa", max_new_tokens=3)
-    own = onlooker.look(picture, QUESTION)
+    probe = AttentionProbe(teacher, "qa", max_new_tokens=3)
+    own = probe.map_of(picture, QUESTION)
     assert 1 <= len(own.answer.split()) <= 3
-    given = onlooker.look(picture, QUESTION, own.answer)
+    given = probe.map_of(picture, QUESTION, own.answer)
     np.testing.assert_array_equal(own.map, given.map)
 
 
 def test_the_picture_is_what_the_model_saw(teacher, picture):
-    seen = AttentionProbe(teacher, "qa").look(picture, QUESTION, "red").seen
+    seen = AttentionProbe(teacher, "qa").map_of(picture, QUESTION, "red").seen
     with Image.open(picture) as image:
         np.testing.assert_allclose(seen * 255, np.asarray(image), atol=1e-3)
 
@@ -111,7 +111,7 @@ def test_the_map_has_the_towers_patches(name, picture, tmp_path):
     (kind, strategy), grid = TOWERS[name]
     folder = tiny.checkpoint(tmp_path / "m", 0, vision=tiny.vision_config(kind), layer=-2, strategy=strategy)
     assert patch_grid(open_checkpoint(folder)) == grid
-    look = AttentionProbe(folder, "qa").look(picture, QUESTION, "red")
+    look = AttentionProbe(folder, "qa").map_of(picture, QUESTION, "red")
     assert look.map.shape == (2, 2)
     assert np.isnan(look.map[0, 0]) == bool(grid.missing)
     assert np.nansum(look.map) == pytest.approx(1)
@@ -139,11 +139,11 @@ def test_the_panels_show_the_maps(teacher, student, picture, tmp_path):
     assert row.panels[0].overlap is None and 0 < row.panels[1].overlap <= 1
     for panel in row.panels:
         mixed = _overlaid(row, panel)
-        tint = mixed - 0.35 * panel.look.seen.mean(axis=2, keepdims=True)
+        tint = mixed - 0.35 * panel.attention.seen.mean(axis=2, keepdims=True)
         blocks = tint.reshape(2, 8, 2, 8, 3).transpose(0, 2, 1, 3, 4).reshape(4, 64, 3)
         assert np.ptp(blocks, axis=1).max() < 1e-6
         lightness = blocks.mean(axis=(1, 2))
-        assert np.argsort(lightness).tolist() == np.argsort(panel.look.map.ravel()).tolist()
+        assert np.argsort(lightness).tolist() == np.argsort(panel.attention.map.ravel()).tolist()
 
 
 def run(picture, teacher, student, out, *more):

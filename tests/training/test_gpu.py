@@ -13,9 +13,9 @@ from training import history
 from switchkd.losses import LMHead, dbild_loss, fused_dbild
 from switchkd.losses.selection import leading_entries, top_of_rows
 from switchkd.losses.signals import DenseSignal, HiddenSignal
-from switchkd.pipelines.capture.audit import AuditOptions, audit
+from switchkd.pipelines.capture.audit import audit
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
-from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.capture.options import AuditOptions, CacheOptions
 from switchkd.pipelines.training.train import train
 from switchkd.stores import TeacherStore
 

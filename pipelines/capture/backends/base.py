@@ -10,8 +10,6 @@ from switchkd.data.encoding import EncodedSample
 from switchkd.errors import ConfigError, RunError
 from switchkd.stores import Manifest, Payload
 
-# Samples handed over at a time: what one forward pass takes; vLLM makes its own batches from a queue.
-BATCH_SIZES = {"transformers": 16, "vllm": 128}
 _SOFTWARE = ("switchkd", "torch", "transformers", "zarr", "numcodecs")
 
 
@@ -46,11 +44,9 @@ class Backend(ABC):
         return self.capture(*started)
 
 
-def require_backend(name: str) -> None:
-    """Raise ConfigError, saying how to install it, if a backend cannot be had here."""
-    if name not in BATCH_SIZES:
-        raise ConfigError(f"backend is one of {', '.join(BATCH_SIZES)}, got {name!r}")
-    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+def require_vllm() -> None:
+    """Raise ConfigError, saying how to install it, if vLLM cannot be had here."""
+    if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "--backend vllm needs vLLM, in an environment of its own: pip install 'switchkd[vllm]' (docs/cluster.md)"
         )

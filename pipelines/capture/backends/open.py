@@ -3,9 +3,32 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from switchkd.errors import ConfigError
 from switchkd.models.checkpoint import Checkpoint
-from switchkd.pipelines.capture.backends.base import Backend
+from switchkd.pipelines.capture.backends.base import Backend, require_vllm
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
+
+
+def check_available(backend: str, device: str) -> None:
+    """Check that this machine has what a capture asks for.
+
+    Args:
+        backend: "transformers" or "vllm". device: of the transformers backend, a name of torch's; "auto" is left to Ray.
+
+    Raises:
+        ConfigError: the backend is not installed, or there is no such device; says what to do.
+    """
+    if backend == "vllm":
+        require_vllm()
+        return  # touching a device here would keep vLLM's processes from forking
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def open_backend(

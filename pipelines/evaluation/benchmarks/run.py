@@ -20,23 +20,10 @@ from switchkd.pipelines.evaluation.benchmarks.base import Benchmark, Question, f
 from switchkd.pipelines.evaluation.benchmarks.registry import parse_tasks
 from switchkd.pipelines.evaluation.benchmarks.results import Result, folder_name, score, write_result
 from switchkd.pipelines.evaluation.benchmarks.scoreboard import write_scoreboard
-from switchkd.pipelines.evaluation.generation import AnswerOptions, GreedyGenerator, Prompt, encoded_batches, read_lines
+from switchkd.pipelines.evaluation.generation import GreedyGenerator, Prompt, encoded_batches, read_lines
+from switchkd.pipelines.evaluation.options import BenchmarkOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, RECORD, record, write_atomically
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions(AnswerOptions):
-    """What `switchkd eval --task …` was asked for; fields are its options."""
-
-    tasks: tuple[str, ...]  # NAME, NAME:SPLIT or all
-    benchmarks: Path  # the folder of the benchmarks' folders
-    output: Path
-    model: Path | None = None  # not needed to score what was answered before
-    max_new_tokens: int = 128
-    score_only: bool = False
-    retry_failed: bool = False
-    baseline: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""Options of evaluation."""
+
+from pathlib import Path
+
+from switchkd.pipelines.options import option, options_class
+from switchkd.settings import ModelDtype
+
+# Options that may change between two starts of one evaluation: they do not change what is computed.
+RESUMABLE_CHANGES = {"output", "batch_size", "workers"}
+# Headings of the help, in its order.
+FIRST = "Needed first"
+BENCHMARKS = "Benchmarks"
+GENERATION = "Generation"
+SCALE = "Scale"
+
+
+@options_class
+class AnswerOptions:
+    """How a model is asked; fields are options of `switchkd eval`."""
+
+    template: str = option(
+        default="qwen2_base",
+        group=GENERATION,
+        help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
+    )
+    max_new_tokens: int = option(
+        at_least=1, group=GENERATION, help="Answers are cut there.", unset="32; benchmarks 128"
+    )
+    max_length: int = option(
+        default=2048, at_least=2, group=GENERATION, help="Longer prompts are not asked, and counted."
+    )
+    batch_size: int = option(default=64, at_least=1, group=SCALE)
+    workers: int = option(default=0, at_least=0, group=SCALE, help="Processes that prepare images beside the model.")
+    device: str = option(default="cpu", group=SCALE, help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
+    dtype: ModelDtype = option(default="auto", group=SCALE)
+    trust_remote_code: bool = option(default=False, group=GENERATION, help="Run code that comes with the checkpoint.")
+
+
+@options_class
+class EvalOptions(AnswerOptions):
+    """What `switchkd eval --task exact-match` was asked for; fields are its options."""
+
+    model: Path = option(group=FIRST, help="Checkpoint folder.")
+    data: Path = option(
+        group=FIRST, help="exact-match: LLaVA-style JSON; every answer in it is a question to the model."
+    )
+    output: Path = option(group=FIRST, help="Folder for predictions and scores.")
+    images: Path | None = option(
+        default=None, group=FIRST, help="exact-match: folder that the data file's image paths start from."
+    )
+    max_new_tokens: int = option(default=32, at_least=1, hidden=True)
+
+
+@options_class
+class BenchmarkOptions(AnswerOptions):
+    """What `switchkd eval --task …` was asked for; fields are its options."""
+
+    tasks: tuple[str, ...] = option(hidden=True, help="NAME, NAME:SPLIT or all.")
+    benchmarks: Path = option(group=FIRST, help="Folder with one folder for each benchmark, as --list shows them.")
+    output: Path = option(hidden=True, help="Folder for answers and scores.")
+    model: Path | None = option(default=None, hidden=True, help="Not needed to score what was answered before.")
+    max_new_tokens: int = option(default=128, at_least=1, hidden=True)
+    score_only: bool = option(
+        default=False, group=BENCHMARKS, help="Benchmarks: score the answers in --output again, without a model."
+    )
+    retry_failed: bool = option(
+        default=False, group=BENCHMARKS, help="Benchmarks: ask again what could not be asked before."
+    )
+    baseline: Path | None = option(
+        default=None, group=BENCHMARKS, help="Benchmarks: --output of another model's run, to show differences from."
+    )

@@ -1,0 +1,49 @@
+"""The words and limits that options take, in one place and without torch, so that the command line can offer them at once.
+
+Each `Literal` is the type of an option. What a word means is written where it is used: objectives in `losses/objective.py`, tail
+policies in `losses/signals.py`, image modes in `models/checkpoint.py`, payloads in `stores/layout.py`.
+"""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from switchkd.errors import ConfigError
+
+ObjectiveName = Literal["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl", "llava-kd", "align-kd"]
+BASELINE_OBJECTIVES = ("llava-kd", "align-kd")  # other methods, which have no switch pathway and need a live teacher
+NormalizeBy = Literal["position", "sample"]
+TailPolicy = Literal["student", "uniform", "floor"]
+ImageMode = Literal["own", "square", "pad"]
+PayloadName = Literal["topk", "hidden", "both"]
+HiddenDtype = Literal["float16", "bfloat16", "int8"]
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+StoreLocation = Path | str  # a folder, or the URL of a prefix of an object store
+
+MAX_IMAGE_PIXELS = 1 << 26  # larger images are refused undecoded
+
+
+def check_objective(
+    name: str, switch: bool, temperature: float | None = None, window: int | None = None, normalize_by: str = "position"
+) -> None:
+    """Check that the settings of an objective go together; see `losses.objective.Objective` for what they are.
+
+    Raises:
+        ConfigError: unknown name, switch or window with an objective that has none, a temperature that is not positive.
+    """
+    names = get_args(ObjectiveName)
+    if name not in names:
+        raise ConfigError(f"no objective {name!r}; there are {', '.join(names)}")
+    if name == "sft" and switch:
+        raise ConfigError("objective sft has no teacher to switch to: pass --no-switch")
+    if name in BASELINE_OBJECTIVES and switch:
+        raise ConfigError(f"objective {name} has no switch pathway: pass --no-switch")
+    if window is not None and not name.startswith("dbild"):
+        raise ConfigError(f"a knee window belongs to dbild-fkl and dbild-rkl, not to {name}")
+    if window is not None and window < 2:
+        raise ConfigError(f"a knee window has at least 2 logits, got {window}")
+    if temperature is not None and not temperature > 0:
+        raise ConfigError(f"the temperature must be positive, got {temperature}")
+    ways = get_args(NormalizeBy)
+    if normalize_by not in ways:
+        raise ConfigError(f"the mean is one over {'s or over '.join(ways)}s, got {normalize_by!r}")
