@@ -6,31 +6,17 @@ from pathlib import Path
 
 import click
 
-from switchkd.cli.common import PATH, default_device, quiet_libraries
+from switchkd.cli.common import default_device, quiet_libraries
+from switchkd.cli.options import options_of
+from switchkd.pipelines.ablation.options import AblateOptions
 
 
 @click.command("ablate")
 @click.argument("recipe", required=False)
 @click.option("--list", "show", is_flag=True, help="Show the recipes that come with switchkd.")
-@click.option(
-    "--workdir",
-    type=PATH,
-    default=Path("ablations"),
-    show_default=True,
-    help="Where everything goes: stores, runs, tables. Recipes in one folder share what is the same.",
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A variable of the recipe; may be repeated."
-)
-@click.option(
-    "--launch",
-    default="",
-    metavar="COMMAND",
-    help='Start every training run with this, as "torchrun --nproc-per-node 8 --no-python".  [default: in this process]',
-)
-@click.option("--device", help="Of teacher and evaluation.  [default: cuda if there is one]")
+@options_of(AblateOptions)
 def command(
-    recipe: str | None, show: bool, workdir: Path, settings: tuple[str, ...], launch: str, device: str | None
+    recipe: str | None, show: bool, workdir: Path, settings: tuple[str, ...], launch: str | None, device: str | None
 ) -> None:
     """Train and judge every cell of a RECIPE: objective × switch × scheme × teacher × student × seed.
 
@@ -50,7 +36,7 @@ def command(
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} should be NAME=VALUE", param_hint="--set")
     quiet_libraries()
-    from switchkd.pipelines.ablation.ablate import AblateOptions, ablate
+    from switchkd.pipelines.ablation.ablate import ablate
 
     program = [sys.executable, "-c", "from switchkd.cli.main import main; main()"]
     done = ablate(

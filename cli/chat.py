@@ -5,35 +5,21 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import PATH, default_device, quiet_libraries
+from switchkd.cli.common import default_device, quiet_libraries
+from switchkd.cli.options import options_of
+from switchkd.pipelines.release.options import ChatOptions
 
 
 @click.command("chat")
-@click.option("--model", type=PATH, required=True, help="Checkpoint folder, or a finished run.")
-@click.option("--image", type=PATH, help="What the conversation is about.")
 @click.option("--question", help="Ask this alone.  [default: ask what is typed, or each line of standard input]")
-@click.option(
-    "--template",
-    help="Conversation template: a name, a JSON file, or chat.  [default: the run's, else the checkpoint's own]",
-)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="An answer is cut there."
-)
-@click.option(
-    "--max-length", type=click.IntRange(2), default=2048, show_default=True, help="Of the conversation, in tokens."
-)
-@click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the checkpoint.")
+@options_of(ChatOptions)
 def command(question: str | None, device: str | None, **options: Any) -> None:
     """Talk to a model about an image; answers are greedy and come word by word.
 
     On a terminal an empty line ends the conversation.
     """
     quiet_libraries()
-    from switchkd.pipelines.release.chat import Chat, ChatOptions
+    from switchkd.pipelines.release.chat import Chat
 
     chat = Chat(ChatOptions(device=device or default_device(), **options))
 

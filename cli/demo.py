@@ -4,27 +4,21 @@ from pathlib import Path
 
 import click
 
-from switchkd.cli.common import PATH, quiet_libraries
+from switchkd.cli.common import quiet_libraries
+from switchkd.cli.options import options_of
+from switchkd.pipelines.demo.options import DemoOptions
 
 
 @click.command("demo")
-@click.option(
-    "--workdir",
-    type=PATH,
-    default=Path("demo-run"),
-    show_default=True,
-    help="Where everything goes; a demo that was interrupted goes on there.",
-)
-@click.option("--train-teacher", is_flag=True, help="Train the teacher here instead of taking the weights that ship.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the students' first weights and data order.")
+@options_of(DemoOptions)
 def command(workdir: Path, train_teacher: bool, seed: int) -> None:
     """See the whole method work on easy-VQA: cache a teacher, train two students, compare them.
 
     Takes a few minutes on two cores; nothing is downloaded.
     """
     quiet_libraries()
-    from switchkd.pipelines.demo.demo import DemoOptions, demo
+    from switchkd.pipelines.demo.demo import demo
 
-    done = demo(DemoOptions(workdir, train_teacher, seed))
+    done = demo(DemoOptions(workdir=workdir, train_teacher=train_teacher, seed=seed))
     click.echo(done.table)
     click.echo(f"\nreport: {done.report}\npicture: {done.picture}\ntime: {done.seconds:,.0f} s")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import click
 
@@ -98,6 +98,8 @@ def _option(name: str, field: Any, changes: Mapping[str, Any]) -> tuple[str, Cal
 def _type(field: Any) -> Any:
     """Return what click makes of a value: a choice of words, a number within bounds, a path."""
     kinds = [kind for kind in declared.kinds_of(field.annotation) if kind is not type(None)]
+    if len(kinds) == 1 and get_origin(kinds[0]) is tuple and declared.shown(field).multiple:
+        kinds = [get_args(kinds[0])[0]]  # of each value
     if words := [word for kind in kinds for word in declared.words_of(kind)]:
         return click.Choice(words)
     least, above, most = declared.bounds(field)

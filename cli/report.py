@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from switchkd.cli.common import PATH, STORE, default_device, quiet_libraries
+from switchkd.cli.common import STORE, default_device, quiet_libraries
+from switchkd.cli.options import options_of
+from switchkd.pipelines.reporting.options import ReportOptions
 
 if TYPE_CHECKING:
     from switchkd.pipelines.reporting.report import Report
@@ -14,20 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…")
-@click.option(
-    "--out", type=PATH, default=Path("report"), show_default=True, help="Folder for report.html and its pictures."
-)
-@click.option(
-    "--samples", type=click.IntRange(0), default=8, show_default=True, help="Questions shown with every model's answer."
-)
-@click.option(
-    "--knees",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Run finished students on this many random samples of the store, and show their knees beside the teacher's.",
-)
-@click.option("--device", help="cpu, cuda, cuda:1, …  [default: cuda if there is one]")
+@options_of(ReportOptions)
 def command(runs: tuple[str, ...], out: Path, samples: int, knees: int, device: str | None) -> None:
     """Write one HTML page, and PNGs, about training runs, evaluations and stores.
 
@@ -36,10 +25,14 @@ def command(runs: tuple[str, ...], out: Path, samples: int, knees: int, device: 
     what would bring it.
     """
     quiet_libraries()
-    from switchkd.pipelines.reporting.report import ReportOptions, report
+    from switchkd.pipelines.reporting.report import report
 
     options = ReportOptions(
-        [_labelled(run) for run in runs], out, samples, knees, (device or default_device()) if knees else "cpu"
+        runs=tuple(_labelled(run) for run in runs),
+        out=out,
+        samples=samples,
+        knees=knees,
+        device=(device or default_device()) if knees else "cpu",
     )
     for line in _format_report(report(options)):
         click.echo(line)

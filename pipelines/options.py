@@ -77,21 +77,30 @@ def option(
     return pydantic.Field(default, **settings)
 
 
-@dataclass_transform(field_specifiers=(option,), frozen_default=True, kw_only_default=True)
+@dataclass_transform(field_specifiers=(option,), frozen_default=True)
 def options_class(cls: type[T]) -> type[T]:
-    """Make a frozen dataclass of options, given by keyword and checked when an instance is made.
+    """Make a frozen dataclass of options that are checked when an instance is made.
 
     An instance raises ConfigError, which names the option, what it takes and what was found. A method `__post_init__` checks what
     must hold between options.
     """
+    return _checked(cls, kw_only=False)
 
+
+@dataclass_transform(field_specifiers=(option,), frozen_default=True, kw_only_default=True)
+def keyword_options_class(cls: type[T]) -> type[T]:
+    """Make the same with fields that are given by name alone, so that a subclass may add fields without a default."""
+    return _checked(cls, kw_only=True)
+
+
+def _checked(cls: type[T], kw_only: bool) -> type[T]:
     config = pydantic.ConfigDict(extra="forbid")
-    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(cls)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=kw_only, config=config)(cls)
     checked = made.__init__
 
-    def initialise(self: Any, **named: Any) -> None:
+    def initialise(self: Any, *values: Any, **named: Any) -> None:
         try:
-            checked(self, **named)
+            checked(self, *values, **named)
         except pydantic.ValidationError as error:
             raise _as_config_error(error, made) from None
 
@@ -144,7 +153,8 @@ def _as_config_error(error: pydantic.ValidationError, kind: Any) -> SwitchKDErro
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, SwitchKDError):
         return raised
-    name = str(first["loc"][0])
+    where = first["loc"][0]  # a number for a value that was given by place
+    name = list(fields_of(kind))[where] if isinstance(where, int) and where < len(fields_of(kind)) else str(where)
     field = fields_of(kind).get(name)
     if first["type"] in ("missing", "missing_argument"):
         return ConfigError(f"{name} is needed: pass --{name.replace('_', '-')}")

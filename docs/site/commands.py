@@ -43,7 +43,7 @@ def section(context: click.Context) -> str:
     lines = [f"{'#' * depth} {context.command_path}", "", "```text", usage, "```", ""]
     lines += [_cell(" ".join(part.split())) + "\n" for part in (command.help or "").split("\n\n")]
     groups = {
-        title: [option for option in options if option.name != "help"]
+        title: [option for option in options if "--help" not in option.opts]
         for title, options in grouped(command, context).items()
     }
     for title, options in groups.items():

@@ -9,7 +9,7 @@ import json
 import logging
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from switchkd.fingerprints import hash_json
 from switchkd.losses.baselines import BASELINES
 from switchkd.models.checkpoint import check_compatible, open_checkpoint
 from switchkd.pipelines.ablation import small_models
+from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.recipe import DISTILLED, Cell, Recipe, read_recipe
 from switchkd.pipelines.ablation.table import Result, write_report
 from switchkd.pipelines.capture.backends.open import check_available
@@ -38,17 +39,6 @@ from switchkd.pipelines.training.train import train
 # Options of a stage that say how samples are encoded; a distilled stage's store is made with them and then holds them.
 _ENCODING = ("template", "max_length", "image_mode")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AblateOptions:
-    """What `switchkd ablate` was asked for; fields are its options."""
-
-    recipe: str  # a shipped recipe's name, or a file
-    workdir: Path
-    settings: dict[str, str] = field(default_factory=dict)  # variables of the recipe, as YAML text
-    device: str = "cpu"  # of cache and evaluation; training takes what there is
-    launch: tuple[str, ...] = ()  # command that runs `switchkd` with the words after it; () trains in this process
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.models.checkpoint import PIL_BACKEND, as_checkpoint_error, open_checkpoint, processor_in_mode
-from switchkd.models.layouts import LAYOUTS, RECOMPUTED, config_from_hf, config_to_hf, from_hf, layout_of, to_hf
+from switchkd.models.layouts import RECOMPUTED, config_from_hf, config_to_hf, from_hf, layout_of, to_hf
 from switchkd.models.projectors import model_class
 from switchkd.models.vlm import load_model
+from switchkd.pipelines.checkpoints.options import ConvertOptions
 from switchkd.pipelines.checkpoints.parts import (
     IMAGE_TOKEN,
     load_tower,
@@ -29,18 +30,6 @@ from switchkd.pipelines.run_folder import write_atomically
 
 TOWER, LANGUAGE = "vision_tower", "language_model"  # folders beside the weights in layouts that name their parts
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What `switchkd convert` was asked for; fields are its options."""
-
-    source: Path
-    target: Path
-    to: str = "hf"
-    vision: Path | None = None  # the tower's folder, where the source names it only
-    tokenizer: Path | None = None
-    strategy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +62,6 @@ def convert(options: ConvertOptions) -> ConvertSummary:
         CheckpointError: unknown, missing or misshapen tensors, which are named, or something the layout cannot say.
         ConfigError: the target is there already, or its layout is the source's.
     """
-    if options.to not in LAYOUTS:
-        raise ConfigError(f"layouts are {', '.join(LAYOUTS)}, got {options.to!r}")
     if options.target.exists() and any(options.target.iterdir()):
         raise ConfigError(f"{options.target} is not empty: pass another folder, nothing is overwritten")
     config = _read_config(options.source)

@@ -18,14 +18,14 @@ from transformers import (
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import component_of
 from switchkd.models.checkpoint import (
-    IMAGE_MODES,
     PIL_BACKEND,
     as_checkpoint_error,
     open_checkpoint,
     probe_vision,
     processor_in_mode,
 )
-from switchkd.models.projectors import GRID, SwitchLlavaConfig, image_token_count, model_class
+from switchkd.models.projectors import SwitchLlavaConfig, image_token_count, model_class
+from switchkd.pipelines.checkpoints.options import InitOptions
 from switchkd.pipelines.checkpoints.parts import (
     IMAGE_TOKEN,
     load_tower,
@@ -34,25 +34,7 @@ from switchkd.pipelines.checkpoints.parts import (
     tokenizer_with_image,
 )
 
-PROJECTORS = ("mlp", "ldpv2")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class InitOptions:
-    """What `switchkd init-student` was asked for; fields are its options."""
-
-    vision: Path
-    language: Path
-    out: Path
-    projector: str = "mlp"
-    grid: int = GRID
-    tokenizer: Path | None = None  # None: the language model's
-    feature_layer: int = -2
-    strategy: str | None = None  # None: "default" drops a class token where there is one, else "full"
-    image_mode: str = "own"
-    seed: int = 42
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,11 +82,6 @@ def init_student(options: InitOptions) -> InitSummary:
 
 
 def _check(options: InitOptions) -> None:
-    for name, words in (("projector", PROJECTORS), ("image_mode", IMAGE_MODES)):
-        if getattr(options, name) not in words:
-            raise ConfigError(f"{name} is one of {', '.join(words)}, got {getattr(options, name)!r}")
-    if options.strategy not in (None, "default", "full"):
-        raise ConfigError(f"strategy is default or full, got {options.strategy!r}")
     for folder in (options.vision, options.language, options.tokenizer):
         if folder is not None and not folder.is_dir():
             raise CheckpointError(f"no checkpoint at {folder}: expected a folder")

@@ -20,6 +20,7 @@ from switchkd.pipelines.demo.easy_vqa import (
     TEACHER_VISION,
     TEACHER_WEIGHTS,
 )
+from switchkd.pipelines.demo.options import DemoOptions
 from switchkd.pipelines.evaluation.exact_match import Scores, evaluate
 from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.run_folder import SUMMARY, write_atomically
@@ -27,17 +28,6 @@ from switchkd.pipelines.stopwatch import Stopwatch
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 from switchkd.stores.info import StoreInfo, describe
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """What `switchkd demo` was asked for; fields are its options."""
-
-    workdir: Path
-    train_teacher: bool = False
-    seed: int = 0
-    student_steps: int = 600
-    student_samples: int = 12_800  # training samples that are cached and learned from
 
 
 @dataclass(frozen=True)

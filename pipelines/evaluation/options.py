@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from switchkd.pipelines.options import option, options_class
+from switchkd.pipelines.options import keyword_options_class, option
 from switchkd.settings import ModelDtype
 
 # Options that may change between two starts of one evaluation: they do not change what is computed.
@@ -14,7 +14,7 @@ GENERATION = "Generation"
 SCALE = "Scale"
 
 
-@options_class
+@keyword_options_class
 class AnswerOptions:
     """How a model is asked; fields are options of `switchkd eval`."""
 
@@ -36,7 +36,7 @@ class AnswerOptions:
     trust_remote_code: bool = option(default=False, group=GENERATION, help="Run code that comes with the checkpoint.")
 
 
-@options_class
+@keyword_options_class
 class EvalOptions(AnswerOptions):
     """What `switchkd eval --task exact-match` was asked for; fields are its options."""
 
@@ -51,7 +51,7 @@ class EvalOptions(AnswerOptions):
     max_new_tokens: int = option(default=32, at_least=1, hidden=True)
 
 
-@options_class
+@keyword_options_class
 class BenchmarkOptions(AnswerOptions):
     """What `switchkd eval --task …` was asked for; fields are its options."""
 

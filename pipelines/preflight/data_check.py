@@ -13,24 +13,9 @@ from switchkd.data.load_template import load_template
 from switchkd.data.samples import Sample, SampleFile, Status
 from switchkd.errors import DataError
 from switchkd.models.checkpoint import open_checkpoint
+from switchkd.pipelines.preflight.options import CheckOptions
 from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
 from switchkd.pipelines.run_folder import write_atomically
-from switchkd.settings import MAX_IMAGE_PIXELS
-
-
-@dataclass(frozen=True)
-class CheckOptions:
-    """What `switchkd data check` was asked for; fields are its options."""
-
-    data: Path
-    images: Path | None = None
-    model: Path | None = None
-    template: str = "qwen2_base"
-    max_length: int = 2048
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    workers: int = 0
-    report: Path | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +11,7 @@ from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, SampleFile
 from switchkd.models.checkpoint import open_checkpoint
-
-
-@dataclass(frozen=True)
-class ShowOptions:
-    """What `switchkd data show` was asked for; fields are its options."""
-
-    data: Path
-    model: Path
-    n: int = 3
-    start: int = 0
-    template: str = "qwen2_base"
-    max_length: int = 2048
-    trust_remote_code: bool = False
+from switchkd.pipelines.preflight.options import ShowOptions
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import CHECKPOINT_TEMPLATE, load_template, template_from_dict
@@ -13,21 +11,8 @@ from switchkd.errors import ConfigError, DataError
 from switchkd.models.checkpoint import Checkpoint, open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator, Prompt
+from switchkd.pipelines.release.options import ChatOptions
 from switchkd.pipelines.run_folder import SUMMARY
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """What `switchkd chat` was asked for; fields are its options."""
-
-    model: Path
-    image: Path | None = None
-    template: str | None = None  # None: that of the run, else the checkpoint's own
-    max_new_tokens: int = 512
-    max_length: int = 2048
-    device: str = "cpu"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
 
 
 class Chat:

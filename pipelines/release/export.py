@@ -4,8 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -22,23 +21,10 @@ from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import stop_ids_of
 from switchkd.pipelines.release.chat import template_of
 from switchkd.pipelines.release.model_card import EvalScores, model_card
+from switchkd.pipelines.release.options import ExportOptions
 from switchkd.pipelines.run_folder import RECORD, SCORES, SUMMARY
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `switchkd export` was asked for; fields are its options."""
-
-    run: Path
-    out: Path
-    scores: Sequence[Path] = ()  # beside those that lie in the run's folder
-    template: str | None = None  # None: the run's
-    dtype: str = "auto"
-    push_to: str | None = None
-    private: bool = False
-    trust_remote_code: bool = False
 
 
 def export(options: ExportOptions) -> Path:

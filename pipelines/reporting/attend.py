@@ -15,6 +15,7 @@ from switchkd.errors import ConfigError
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.reporting.attention import AttentionMap, AttentionProbe, overlap
 from switchkd.pipelines.reporting.figures import PAGES, matplotlib_ready
+from switchkd.pipelines.reporting.options import AttendOptions
 from switchkd.pipelines.reporting.page import write_page
 from switchkd.pipelines.run_folder import write_atomically
 
@@ -22,24 +23,6 @@ PAGE, PICTURE = "attend.html", "attend.png"
 COLORS = "inferno"  # light is much, in colour and in grey, and for the colour-blind
 LEAST_PIXELS = 384  # width of a picture in the page
 VEIL = 0.65  # opacity of the map over the image
-
-
-@dataclass(frozen=True)
-class AttendOptions:
-    """What `switchkd attend` was asked for; fields are its options."""
-
-    model: Path
-    asked: Sequence[tuple[Path, str]]  # (image, question)
-    teacher: Path | None = None
-    baseline: Path | None = None
-    answer: str | None = None  # None: each model's own
-    template: str = "qwen2_base"
-    layers: Sequence[int] = ()  # empty: all
-    out: Path = Path("attend")
-    max_new_tokens: int = 32
-    device: str = "cpu"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

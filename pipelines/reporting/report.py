@@ -5,7 +5,6 @@ line that says what would bring it. All text comes from data files and models, s
 security policy forbids scripts altogether.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from switchkd.errors import InputError
 from switchkd.pipelines.reporting import figures
 from switchkd.pipelines.reporting.figures import Figure
 from switchkd.pipelines.reporting.inputs import Inputs, TrainRun, find_inputs
+from switchkd.pipelines.reporting.options import ReportOptions
 from switchkd.pipelines.reporting.page import Section, Table, write_page
 from switchkd.pipelines.reporting.samples import choose_samples
 from switchkd.pipelines.reporting.scores import scores_of
 from switchkd.pipelines.reporting.store_plots import store_statistics
 from switchkd.pipelines.reporting.student_knees import knees_beside
-from switchkd.settings import StoreLocation
 from switchkd.stores.info import describe
 
 PAGE = "report.html"
@@ -35,17 +34,6 @@ CURVES = {
     "vsd_gradient_norm": ("Gradient of VSD in the vision features", "norm", f"train with `--switch`; {LOGGED}"),
 }
 TEACHER = {"teacher": len(figures.SERIES) - 1}  # what a store says of its teacher has one colour everywhere
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """What `switchkd report` was asked for; fields are its options."""
-
-    runs: Sequence[tuple[str | None, StoreLocation]]  # (label or None, place)
-    out: Path = Path("report")
-    samples: int = 8  # questions side by side
-    knees: int = 0  # random samples on which students are run for their knees; 0: not at all
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from transformers import AutoConfig, LlavaConfig
 
 from switchkd.errors import CheckpointError
 from switchkd.models.checkpoint import CONFIGS
-from switchkd.models.projectors import GRID, SwitchLlavaConfig
+from switchkd.models.projectors import SwitchLlavaConfig
+from switchkd.settings import LDPV2_GRID
 
 LAYOUTS = ("hf", "tinyllava", "llava")
 _VISION, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
@@ -119,7 +120,9 @@ def config_to_hf(config: dict[str, Any], vision: Any, image_token: int, strategy
         "tie_word_embeddings": text.tie_word_embeddings,
         "dtype": config.get("dtype") or config.get("torch_dtype"),
     }
-    return SwitchLlavaConfig(**settings, projector_grid=GRID) if projector == "ldpnetv2" else LlavaConfig(**settings)
+    return (
+        SwitchLlavaConfig(**settings, projector_grid=LDPV2_GRID) if projector == "ldpnetv2" else LlavaConfig(**settings)
+    )
 
 
 def _text_config(config: dict[str, Any], tiny: bool) -> Any:
@@ -147,9 +150,9 @@ def config_from_hf(config: LlavaConfig, layout: str, language: str, vision: str,
         raise CheckpointError(f"layout {layout} projects one layer's features, not {config.vision_feature_layer}")
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise CheckpointError(f"layout {layout} has projectors with GELU and biases only")
-    if ldpv2 and (layout == "tinyllava" or config.projector_grid != GRID):
+    if ldpv2 and (layout == "tinyllava" or config.projector_grid != LDPV2_GRID):
         raise CheckpointError(
-            f"layout {layout} has no LDPv2 with a grid of {config.projector_grid}; llava has one of {GRID}"
+            f"layout {layout} has no LDPv2 with a grid of {config.projector_grid}; llava has one of {LDPV2_GRID}"
         )
     layer, select = config.vision_feature_layer, _BACK[config.vision_feature_select_strategy]
     ratio = "pad" if padded else "square"

@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, L
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-GRID = 12  # LDPv2's published output is 12×12 tokens
+from switchkd.settings import LDPV2_GRID
 
 
 class SwitchLlavaConfig(LlavaConfig):
     """A Llava's config, and `projector_grid`: LDPv2 gives projector_grid² tokens an image."""
 
     model_type = "switch_llava"
-    projector_grid: int = GRID
+    projector_grid: int = LDPV2_GRID
 
 
 class LDPv2(nn.Module):

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from switchkd.cli.main import main
 from switchkd.errors import CheckpointError, ConfigError, DataError, RunError
 from switchkd.pipelines.ablation import ablate as module
-from switchkd.pipelines.ablation.ablate import AblateOptions, ablate
+from switchkd.pipelines.ablation.ablate import ablate
+from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.recipe import SHIPPED, shipped_recipes
 from switchkd.pipelines.ablation.table import NONE, Result, markdown, rows_of
 

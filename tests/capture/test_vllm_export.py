@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from switchkd.data.templates import TEMPLATES
-from switchkd.pipelines.release.export import ExportOptions, export
+from switchkd.pipelines.release.export import export
+from switchkd.pipelines.release.options import ExportOptions
 
 pytestmark = [
     pytest.mark.vllm,

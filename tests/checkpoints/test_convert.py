@@ -21,7 +21,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from switchkd.cli.main import main
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
-from switchkd.pipelines.checkpoints.convert import ConvertOptions, convert
+from switchkd.pipelines.checkpoints.convert import convert
+from switchkd.pipelines.checkpoints.options import ConvertOptions
 
 NO_IMAGE = [word for word in tiny.WORDS if word != "<image>"]
 TEXT = [4, 5, -200, 6, 7, 3]  # ids as those projects write them

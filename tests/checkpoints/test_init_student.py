@@ -22,7 +22,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from switchkd.cli.main import main
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
-from switchkd.pipelines.checkpoints.init_student import InitOptions, init_student
+from switchkd.pipelines.checkpoints.init_student import init_student
+from switchkd.pipelines.checkpoints.options import InitOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 

@@ -16,7 +16,8 @@ from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.checkpoints.init_student import InitOptions, init_student
+from switchkd.pipelines.checkpoints.init_student import init_student
+from switchkd.pipelines.checkpoints.options import InitOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 from switchkd.stores import TeacherStore

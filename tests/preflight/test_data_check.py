@@ -18,7 +18,8 @@ from switchkd.errors import DataError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.preflight.data_check import CheckOptions, check_data
+from switchkd.pipelines.preflight.data_check import check_data
+from switchkd.pipelines.preflight.options import CheckOptions
 from switchkd.pipelines.preflight.survey import SampleInspector, survey
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train

@@ -18,7 +18,8 @@ from switchkd.errors import ConfigError, DataError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
-from switchkd.pipelines.release.chat import Chat, ChatOptions, template_of
+from switchkd.pipelines.release.chat import Chat, template_of
+from switchkd.pipelines.release.options import ChatOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 

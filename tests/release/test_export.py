@@ -25,8 +25,9 @@ from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.exact_match import evaluate
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
 from switchkd.pipelines.evaluation.options import EvalOptions
-from switchkd.pipelines.release.chat import Chat, ChatOptions, template_of
-from switchkd.pipelines.release.export import ExportOptions, export
+from switchkd.pipelines.release.chat import Chat, template_of
+from switchkd.pipelines.release.export import export
+from switchkd.pipelines.release.options import ChatOptions, ExportOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 

@@ -15,8 +15,9 @@ from switchkd.data.samples import BadSample
 from switchkd.errors import ConfigError, InputError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
-from switchkd.pipelines.reporting.attend import AttendOptions, attend
+from switchkd.pipelines.reporting.attend import attend
 from switchkd.pipelines.reporting.attention import AttentionProbe, Grid, answer_to_image, overlap, patch_grid
+from switchkd.pipelines.reporting.options import AttendOptions
 from switchkd.positions import predicting_rows
 
 QUESTION = "what color is it ?"

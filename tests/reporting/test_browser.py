@@ -18,8 +18,9 @@ pytest.importorskip("jinja2", reason="reports need the extra `viz`")
 if PROGRAM is None:
     pytest.skip("no Chromium: `make test-browser` installs it where it may", allow_module_level=True)
 
-from switchkd.pipelines.reporting.attend import AttendOptions, attend
-from switchkd.pipelines.reporting.report import ReportOptions, report
+from switchkd.pipelines.reporting.attend import attend
+from switchkd.pipelines.reporting.options import AttendOptions, ReportOptions
+from switchkd.pipelines.reporting.report import report
 
 DESK, PHONE = 1280, 390
 EACH_LOOK = pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from switchkd.errors import DataError
 from switchkd.losses import kneedle
 from switchkd.pipelines.evaluation.benchmarks.registry import AVERAGES
 from switchkd.pipelines.reporting.inputs import find_inputs
-from switchkd.pipelines.reporting.report import ReportOptions, report
+from switchkd.pipelines.reporting.options import ReportOptions
+from switchkd.pipelines.reporting.report import report
 from switchkd.pipelines.reporting.scores import COMPETENCIES
 from switchkd.pipelines.reporting.student_knees import knees_beside
 from switchkd.stores import TeacherStore

@@ -1,0 +1,32 @@
+"""Options of ablations."""
+
+from pathlib import Path
+
+from switchkd.pipelines.options import option, options_class
+
+
+@options_class
+class AblateOptions:
+    """What `switchkd ablate` was asked for; fields are its options."""
+
+    recipe: str = option(hidden=True, help="A shipped recipe's name, or a file.")
+    workdir: Path = option(
+        default=Path("ablations"),
+        help="Where everything goes: stores, runs, tables. Recipes in one folder share what is the same.",
+    )
+    settings: dict[str, str] = option(
+        default={},
+        flag="--set",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A variable of the recipe; may be repeated.",
+    )
+    # The command that runs `switchkd` with the words after it; () trains in this process.
+    launch: tuple[str, ...] = option(
+        default=(),
+        metavar="COMMAND",
+        help='Start every training run with this, as "torchrun --nproc-per-node 8 --no-python".',
+        unset="in this process",
+    )
+    # Training takes what there is.
+    device: str = option(default="cpu", help="Of teacher and evaluation.", unset="cuda if there is one")

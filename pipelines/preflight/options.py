@@ -1,0 +1,42 @@
+"""Options of the checks before capture and training."""
+
+from pathlib import Path
+
+from switchkd.pipelines.options import option, options_class
+from switchkd.settings import MAX_IMAGE_PIXELS
+
+
+@options_class
+class CheckOptions:
+    """What `switchkd data check` was asked for; fields are its options."""
+
+    data: Path = option(hidden=True, help="The data file.")
+    images: Path | None = option(
+        default=None, help="Folder that the data file's image paths start from; each image is decoded."
+    )
+    model: Path | None = option(
+        default=None, help="Checkpoint folder: its tokenizer tells lengths.", unset="words are counted"
+    )
+    template: str = option(
+        default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
+    )
+    max_length: int = option(default=2048, at_least=2, help="In tokens with image tokens.")
+    max_image_pixels: int = option(default=MAX_IMAGE_PIXELS, at_least=1, help="Larger images are skipped.")
+    workers: int = option(default=0, at_least=0, help="Processes that inspect samples.")
+    report: Path | None = option(default=None, help="Write a JSON line for each row that would be skipped.")
+    trust_remote_code: bool = option(default=False, help="Run code that comes with a checkpoint.")
+
+
+@options_class
+class ShowOptions:
+    """What `switchkd data show` was asked for; fields are its options."""
+
+    data: Path = option(hidden=True, help="The data file.")
+    model: Path = option(help="Checkpoint folder, for its tokenizer.")
+    template: str = option(
+        default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
+    )
+    n: int = option(default=3, at_least=1, flag="-n, --n", help="Samples.")
+    start: int = option(default=0, at_least=0, help="The first one's row.")
+    max_length: int = option(default=2048, at_least=2, help="In tokens with image tokens.")
+    trust_remote_code: bool = option(default=False, help="Run code that comes with a checkpoint.")
