@@ -32,7 +32,7 @@ def info(path: "StoreLocation") -> None:
     rows = {
         "store": str(found.path),
         "parts": f"{found.parts} of {manifest.part_count}"
-        + ("" if found.whole else "  (unfinished: run cache-teacher again)"),
+        + ("" if found.complete else "  (unfinished: run cache-teacher again)"),
         "samples": f"{found.samples:,} of {manifest.samples:,}",
         "skipped": lines_of(found.skipped),
         "positions": f"{found.positions:,}",

@@ -29,7 +29,7 @@ class StoreInfo:
     knee_quantiles: dict[str, float]
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether every part is there."""
         return self.parts == self.manifest.part_count
 

@@ -193,7 +193,7 @@ def _check(recipe: Recipe, options: AblateOptions, jobs: list[_Job]) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError("the table's plot is drawn with matplotlib: pip install 'switchkd[viz]'") from None
-    small_models.check_twin(recipe.easy_vqa, {**recipe.teachers, **recipe.students})
+    small_models.check_small_models(recipe.easy_vqa, {**recipe.teachers, **recipe.students})
     runs = [run for job in jobs for run in job.runs]
     for run in runs:
         if not options.launch:
@@ -215,9 +215,9 @@ def _check(recipe: Recipe, options: AblateOptions, jobs: list[_Job]) -> None:
 
 
 def _prepare(recipe: Recipe, options: AblateOptions) -> None:
-    """Make the twin's data and untrained models, and check that students fit their teachers before anything is trained."""
+    """Make the data and untrained models of a small recipe, and check that students fit their teachers before anything is trained."""
     if recipe.easy_vqa is not None:
-        small_models.write_twin_data(options.workdir / "easy-vqa", recipe.easy_vqa)
+        small_models.write_small_data(options.workdir / "easy-vqa", recipe.easy_vqa)
     models = options.workdir / "models"
     models.mkdir(parents=True, exist_ok=True)
     for name in recipe.teachers:

@@ -15,7 +15,7 @@ FILES = ("train", "what", "test")
 _SHIPPED: dict[str, Any] = {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "shipped": True}
 
 
-def check_twin(sizes: Mapping[str, Any] | None, models: Mapping[str, Any]) -> None:
+def check_small_models(sizes: Mapping[str, Any] | None, models: Mapping[str, Any]) -> None:
     """Check what a recipe says about easy-VQA, before anything is made.
 
     Args:
@@ -46,7 +46,7 @@ def check_twin(sizes: Mapping[str, Any] | None, models: Mapping[str, Any]) -> No
             raise ConfigError(f"{name} should have vision, language and maybe train, or shipped: true; found {spec}")
 
 
-def write_twin_data(folder: Path, sizes: Mapping[str, int]) -> None:
+def write_small_data(folder: Path, sizes: Mapping[str, int]) -> None:
     """Write easy-VQA's images, and NAME-ROWS.json with evenly spread rows of each file.
 
     train: training questions; what: those of them that ask for a colour or a shape, which stand for captions in pre-training,

@@ -53,12 +53,12 @@ def check_data(options: CheckOptions) -> DataCheck:
             raise DataError(f"{options.data} names images: pass --images, the folder that their paths start from")
         template = load_template(options.template, checkpoint)
         encoder = SampleEncoder(checkpoint, template, options.images, options.max_length, options.max_image_pixels)
-        looker = SampleInspector(encoder)
+        inspector = SampleInspector(encoder)
     else:
         if options.images is not None and not options.images.is_dir():
             raise DataError(f"no image folder {options.images}")
-        looker = SampleInspector(None, options.images, options.max_image_pixels)
-    found = survey(samples, looker, options.workers)
+        inspector = SampleInspector(None, options.images, options.max_image_pixels)
+    found = survey(samples, inspector, options.workers)
     if options.report is not None:
         _write_report(options.report, samples, found)
     if options.model is not None:

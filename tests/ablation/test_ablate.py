@@ -145,7 +145,7 @@ def test_a_baseline_runs_the_teacher_live_and_caches_nothing(place, monkeypatch)
 def test_a_trained_teacher_is_made_first(place, teacher, monkeypatch):
     trained = counted(monkeypatch, "train")
     own = {"t": {"vision": {}, "language": {}, "train": {"sft": {"steps": 1}}}}
-    monkeypatch.setattr(module.small_models, "check_twin", lambda *_: None)
+    monkeypatch.setattr(module.small_models, "check_small_models", lambda *_: None)
     monkeypatch.setattr(module.small_models, "write_untrained", lambda *_, **__: None)
     monkeypatch.setattr(
         module.small_models,

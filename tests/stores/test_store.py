@@ -495,7 +495,7 @@ def test_describe_a_whole_store(path):
     parts = [synthetic.part_arrays(of, part) for part in range(5)]
     status = np.concatenate([arrays.status for arrays in parts])
     knee = np.concatenate([arrays.payload.stats for arrays in parts])[:, STAT_COLUMNS.index("knee")]
-    assert (found.path, found.manifest, found.parts, found.whole) == (path, of, 5, True)
+    assert (found.path, found.manifest, found.parts, found.complete) == (path, of, 5, True)
     assert found.samples == (status == 0).sum()
     assert found.positions == len(knee) == sum(lengths(of))
     assert found.skipped == {
@@ -522,13 +522,13 @@ def test_describe_a_store_without_parts(tmp_path):
     path = tmp_path / "s.zarr"
     synthetic.open_writer(path, synthetic.manifest())
     found = describe(path)
-    assert (found.parts, found.whole, found.samples, found.positions) == (0, False, 0, 0)
+    assert (found.parts, found.complete, found.samples, found.positions) == (0, False, 0, 0)
     assert (found.bytes_per_position, found.skipped, found.knee_quantiles) == (0.0, {}, {})
 
 
 def test_describe_a_store_of_bad_samples(tmp_path):
     found = describe(synthetic.fill(tmp_path / "s.zarr", synthetic.manifest(), lengths=(0,)))
-    assert (found.whole, found.samples, found.positions, found.bytes_per_position) == (True, 0, 0, 0.0)
+    assert (found.complete, found.samples, found.positions, found.bytes_per_position) == (True, 0, 0, 0.0)
     assert sum(found.skipped.values()) == 18
 
 
