@@ -215,7 +215,7 @@ def _check(recipe: Recipe, options: AblateOptions, jobs: list[_Job]) -> None:
 
 
 def _prepare(recipe: Recipe, options: AblateOptions) -> None:
-    """Make the data and untrained models of a small recipe, and check that students fit their teachers before anything is trained."""
+    """Make data and untrained models of a small recipe, and check that students fit their teachers before any training."""
     if recipe.easy_vqa is not None:
         small_models.write_small_data(options.workdir / "easy-vqa", recipe.easy_vqa)
     models = options.workdir / "models"
