@@ -12,15 +12,13 @@ from transformers import TrainingArguments
 from switchkd.errors import ConfigError
 from switchkd.pipelines.run_folder import read_record
 from switchkd.pipelines.training.options import TrainOptions
-from switchkd.pipelines.training.parallelism import (
-    profile_arguments,
-)
+from switchkd.pipelines.training.parallelism import profile_arguments
 from switchkd.stores import TeacherStore
 
 log = logging.getLogger(__name__)
 
 
-def _training_arguments(options: TrainOptions, store: TeacherStore | None, samples: int) -> TrainingArguments:
+def training_arguments(options: TrainOptions, store: TeacherStore | None, samples: int) -> TrainingArguments:
     """Translate the options; `trainer` entries go to transformers as they are. Raises ConfigError for an unknown one."""
     assert options.global_batch is not None
     steps = options.steps or math.ceil(options.epochs * samples / options.global_batch)

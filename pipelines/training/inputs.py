@@ -1,17 +1,91 @@
 """Everything that a training run is given, opened and checked against each other before a model is loaded."""
 
+import os
+from dataclasses import dataclass
 from typing import Any
 
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template, template_from_dict
+from switchkd.data.samples import SampleFile
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.losses.baselines import BASELINES
+from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
+from switchkd.models.block_attention import check_layers
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
-from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training import cross_tokenizer
+from switchkd.pipelines.training.baseline_trainer import check_baseline
+from switchkd.pipelines.training.dataset import TrainingSamples
+from switchkd.pipelines.training.int8_teacher import check_int8
+from switchkd.pipelines.training.options import TrainOptions, resolve_batches
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a run is given, opened and checked; no weight of a model has been read yet."""
+
+    options: TrainOptions  # resolved, see `resolve_options`
+    objective: Objective
+    parts: frozenset[str]  # of the student, those that train
+    student: Checkpoint  # with the image mode of the run
+    teacher: Checkpoint | None  # None where no teacher was named, or the objective has none
+    store: TeacherStore | None  # complete; None with a live teacher, or without one
+    payload: str | None  # of the store, "topk" or "hidden"; None without a store
+    samples: TrainingSamples
+    vocabularies: VocabMap | None  # with `--vocab-map`
+    two_views: bool  # whether the teacher reads samples otherwise than the student
+
+
+def resolve_options(options: TrainOptions) -> TrainOptions:
+    """Check what options say on their own, and return them with accumulation and global batch as numbers.
+
+    Raises:
+        ConfigError: they contradict each other, the software that is installed, or the run that they go on with.
+    """
+    options.as_objective()  # both check what they are made from
+    options.as_parts()
+    check_baseline(options)
+    check_int8(options)
+    return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def open_inputs(options: TrainOptions) -> TrainingInputs:
+    """Open student, teacher, store and data file, and compare them with each other; `options` are resolved.
+
+    Raises:
+        InputError: something given cannot be used, or store, teacher, student and data do not fit each other.
+    """
+    objective = options.as_objective()
+    student = open_checkpoint(options.student, options.trust_remote_code)
+    teacher = _open_teacher(options, objective, student)
+    if options.packing is not None:
+        check_layers(student.config.text_config, str(options.student))
+        if teacher is not None and (objective.switch or options.teacher_mode == "live"):
+            check_layers(teacher.config.text_config, str(options.teacher))
+    store = _open_store(options, objective, teacher, student)
+    payload = _payload(options, store, teacher)
+    cross_tokenizer.check_vocab_map(options, teacher, payload)
+    student = with_image_mode(student, _image_mode(options, teacher, store))
+    encoder, other = _encoders(options, student, teacher, store)
+    samples = TrainingSamples(SampleFile(options.data), encoder, store, options.workers, other)
+    if store is not None and store.manifest.data != samples.samples.fingerprint:
+        samples.require_same_texts()
+    vocabularies = cross_tokenizer.make_vocab_map(teacher, student, samples) if teacher and options.vocab_map else None
+    return TrainingInputs(
+        options=options,
+        objective=objective,
+        parts=options.as_parts(),
+        student=student,
+        teacher=teacher,
+        store=store,
+        payload=payload,
+        samples=samples,
+        vocabularies=vocabularies,
+        two_views=other is not None,
+    )
 
 
 def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoint) -> Checkpoint | None:
@@ -104,7 +178,7 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
     return payload
 
 
-def encoders(
+def _encoders(
     options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
 ) -> tuple[SampleEncoder, SampleEncoder | None]:
     """Return the student's encoder, and the teacher's if it reads samples otherwise.

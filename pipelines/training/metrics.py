@@ -18,7 +18,7 @@ class StepMetrics:
     """Counts in this process; `take` adds up all processes and starts anew.
 
     Args:
-        footprint: tells FLOPs; None leaves them out.
+        cost_model: tells FLOPs; None leaves them out.
         window: of the knee search, see `kneedle`; knees are measured only with an objective that has them.
         knees: whether it has them.
         in_blocks: whether student and switch teacher attend within samples only, see `block_attention`.
@@ -26,13 +26,13 @@ class StepMetrics:
 
     def __init__(
         self,
-        footprint: CostModel | None,
+        cost_model: CostModel | None,
         *,
         knees: bool,
         window: int | None,
         in_blocks: tuple[bool, bool] = (False, False),
     ) -> None:
-        self.footprint, self.knees, self.window, self.in_blocks = footprint, knees, window, in_blocks
+        self.cost_model, self.knees, self.window, self.in_blocks = cost_model, knees, window, in_blocks
         self.looking = False  # whether this step will be logged
         self._start_over()
         self._since = 0.0  # the clock starts with the first step
@@ -157,9 +157,9 @@ class StepMetrics:
             "wait_share": waited / processes / seconds,
             "store_read_seconds": store / processes,
         }
-        if self.footprint is not None:
+        if self.cost_model is not None:
             work = Work(tokens, pairs, images, image_tokens, image_pairs, positions, shown)
-            per_second = self.footprint.flops(work) / seconds
+            per_second = self.cost_model.flops(work) / seconds
             found["tflops_per_second"] = per_second / 1e12
             if peak_flops is not None:
                 found["mfu"] = per_second / peak_flops / processes

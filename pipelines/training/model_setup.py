@@ -1,19 +1,81 @@
 """The models of a training run: the student, and as much of the teacher as the run needs."""
 
+from dataclasses import dataclass
+
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, TrainingArguments
 
 from switchkd.errors import CheckpointError
-from switchkd.losses.objective import Objective
+from switchkd.losses.baselines import BASELINES
+from switchkd.models.block_attention import enable_packing
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.switch_adapter import SwitchAdapter
-from switchkd.models.vlm import enable_activation_checkpointing, freeze, load_lm_head, load_model
+from switchkd.models.vlm import (
+    enable_activation_checkpointing,
+    freeze,
+    freeze_unused_vision,
+    load_lm_head,
+    load_model,
+)
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK, TeacherSource
+from switchkd.pipelines.training.baseline_trainer import make_baseline
+from switchkd.pipelines.training.cost_model import CostModel
+from switchkd.pipelines.training.inputs import TrainingInputs
 from switchkd.pipelines.training.int8_teacher import NAME as INT8
 from switchkd.pipelines.training.int8_teacher import to_int8
 from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.parallelism import fit_fsdp, loading_whole, shard_frozen
+from switchkd.pipelines.training.student_parts import freeze_other_parts
 from switchkd.pipelines.training.teacher_source import LiveTeacher
-from switchkd.stores import TeacherStore
+
+
+@dataclass(frozen=True)
+class TrainingModels:
+    """The models of a run on the CPU, frozen, checkpointed and, for the frozen ones, sharded as the options ask."""
+
+    student: LlavaForConditionalGeneration  # float32
+    source: TeacherSource | None  # of the teacher's signals; None for an objective without a teacher
+    switch_teacher: LlavaForConditionalGeneration | None  # of the switch pathway; may be the live teacher
+    cost_model: CostModel
+    unused: list[str]  # parameters of the vision tower that were frozen, since no gradient reaches them
+
+
+def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> TrainingModels:
+    """Load the student and what the run needs of the teacher, and prepare them for training.
+
+    Args:
+        inputs: see `inputs.open_inputs`. arguments: say whether the models are sharded.
+
+    Raises:
+        CheckpointError: weights that are missing or do not fit, or features that an adapter cannot map.
+        ConfigError: a model that cannot be packed or quantised as the options ask.
+    """
+    options, teacher = inputs.options, inputs.teacher
+    with loading_whole(arguments):
+        student = load_model(inputs.student, dtype="float32")
+        source, switch_teacher = _load_teacher(inputs)
+    live = source.teacher if isinstance(source, LiveTeacher) else None
+    if options.packing is not None:
+        enable_packing(student.model.language_model, str(options.student))
+        if (packed := switch_teacher or live) is not None:
+            enable_packing(packed.model.language_model, str(options.teacher))
+    freeze_other_parts(student, inputs.parts)
+    unused = freeze_unused_vision(student) if "vision" in inputs.parts else []
+    if options.student_checkpointing:
+        enable_activation_checkpointing(student.model.vision_tower, student.model.language_model, dropout=True)
+    if options.switch_adapter is not None:
+        assert teacher is not None
+        student.switch_adapter = _make_switch_adapter(options, teacher, inputs.student)
+    if inputs.objective.name in BASELINES:
+        assert isinstance(source, LiveTeacher)
+        source = make_baseline(options, student, source.teacher, source.vocab_rows)
+    if arguments.fsdp:
+        fit_fsdp(arguments, student)
+        for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
+            shard_frozen(whole)
+    stored_head = source.head.numel() if isinstance(source, StoredHidden) else 0
+    cost_model = CostModel(student, switch_teacher, live, stored_head, inputs.student.feature_tokens)
+    return TrainingModels(student, source, switch_teacher, cost_model, unused)
 
 
 def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
@@ -25,14 +87,11 @@ def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
 
 
 def _load_teacher(
-    options: TrainOptions,
-    objective: Objective,
-    teacher: Checkpoint | None,
-    store: TeacherStore | None,
-    payload: str | None,
+    inputs: TrainingInputs,
 ) -> tuple[TeacherSource | None, LlavaForConditionalGeneration | None]:
-    """Load of the teacher what the run needs, and no more: (source of its word, model of the switch pathway)."""
-    if not objective.needs_teacher:
+    """Load of the teacher what the run needs, and no more: (source of its signals, model of the switch pathway)."""
+    options, teacher, store = inputs.options, inputs.teacher, inputs.store
+    if not inputs.objective.needs_teacher:
         return None, None
     dtype = "" if teacher is None else _teacher_dtype(options, teacher)
     if store is None:
@@ -41,9 +100,9 @@ def _load_teacher(
         freeze(whole)
         if options.teacher_checkpointing:
             enable_activation_checkpointing(whole.model.language_model)
-        return LiveTeacher(whole, teacher.vocab_rows), whole if objective.switch else None
+        return LiveTeacher(whole, teacher.vocab_rows), whole if inputs.objective.switch else None
     switch = None
-    if objective.switch:
+    if inputs.objective.switch:
         assert teacher is not None
         switch = load_model(teacher, vision=False, dtype=dtype)
         freeze(switch)
@@ -51,14 +110,14 @@ def _load_teacher(
             to_int8(switch.model.language_model)
         if options.teacher_checkpointing:
             enable_activation_checkpointing(switch.model.language_model)
-    if payload == "topk":
+    if inputs.payload == "topk":
         return StoredTopK(store.manifest.vocab_rows, options.tail), switch
     assert teacher is not None
     head = load_lm_head(teacher, dtype) if switch is None else switch.lm_head.weight
     return StoredHidden(head, store.manifest.vocab_rows), switch
 
 
-def make_switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:
+def _make_switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:
     """Make the adapter that `options` ask for. Raises CheckpointError if features cannot be brought to the teacher's number."""
     torch.manual_seed(options.seed)
     shapes = [(side.feature_tokens, side.feature_width) for side in (student, teacher)]

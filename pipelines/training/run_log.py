@@ -23,7 +23,7 @@ def tell_plan(
     options: TrainOptions,
     arguments: TrainingArguments,
     samples: TrainingSamples,
-    footprint: CostModel,
+    cost_model: CostModel,
     unused: list[str],
     resume: Path | None,
 ) -> None:
@@ -34,7 +34,7 @@ def tell_plan(
         options.output / RECORD,
         textwrap.fill(said, 130, initial_indent="\n  ", subsequent_indent="  "),
     )
-    for who, model in (("student", footprint.student), ("teacher", footprint.switch or footprint.live)):
+    for who, model in (("student", cost_model.student), ("teacher", cost_model.switch or cost_model.live)):
         if model is not None:
             parts = count_parameters(model)
             told = ", ".join(f"{part} {trained:,} of {every:,}" for part, (every, trained) in parts.items())
@@ -55,7 +55,7 @@ def tell_plan(
     length = samples.longest()
     rows = 1 if options.packing is None else max(1, options.packing // length)  # samples a row
     rows, width = -(-options.batch_size // rows), rows * length
-    memory = footprint.memory(
+    memory = cost_model.memory(
         rows,
         width,
         processes=arguments.world_size,
@@ -63,7 +63,7 @@ def tell_plan(
         half=options.precision == "bfloat16",
         student_checkpointed=options.student_checkpointing,
         teacher_checkpointed=options.teacher_checkpointing,
-        masked=options.packing is not None and not uses_block_attention(footprint.student.model.language_model),
+        masked=options.packing is not None and not uses_block_attention(cost_model.student.model.language_model),
     )
     log.info(
         "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",

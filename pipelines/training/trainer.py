@@ -49,7 +49,7 @@ class SwitchTrainer(Trainer):
         teacher: frozen, for the switch pathway; None if VSD is off.
         vocab_map: for a teacher with another tokenizer; its source must know whole rows.
         group_by: which samples share a batch, see `EpochOrder`.
-        footprint: tells the FLOPs of what ran; None leaves them out of the log.
+        cost_model: tells the FLOPs of what ran; None leaves them out of the log.
         peak_tflops: of one device, for MFU.
         arguments: those of `transformers.Trainer`.
     """
@@ -63,14 +63,14 @@ class SwitchTrainer(Trainer):
         vocab_map: VocabMap | None = None,
         part_rates: dict[str, float] | None = None,
         group_by: str = "none",
-        footprint: CostModel | None = None,
+        cost_model: CostModel | None = None,
         peak_tflops: float | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.objective, self.peak_tflops = objective, peak_tflops
         self.meter = StepMetrics(
-            footprint,
+            cost_model,
             knees=objective.name.startswith("dbild"),
             window=objective.window,
             in_blocks=(

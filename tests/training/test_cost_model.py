@@ -98,9 +98,9 @@ def test_flops_are_those_that_torch_counts(models, parts, switch):
         total.backward()
     for model in models:
         model.set_attn_implementation("sdpa")
-    footprint = CostModel(student, teacher if switch else None, None, teacher.lm_head.weight.numel(), VISION)
+    cost_model = CostModel(student, teacher if switch else None, None, teacher.lm_head.weight.numel(), VISION)
     work = Work(ROWS * LENGTH, ROWS * LENGTH**2, ROWS, ROWS * LENGTH, ROWS * LENGTH**2, count, count)
-    assert footprint.flops(work) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert cost_model.flops(work) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 @pytest.mark.parametrize("switch", (True, False))
@@ -117,8 +117,8 @@ def test_activations_are_estimated_within_a_third(models, parts, switch):
         total, _ = step(student, teacher, switch)
     measured = sum(size for size, _ in kept.values())
     assert total.requires_grad
-    footprint = CostModel(student, teacher if switch else None, None, 0, VISION)
-    estimate = footprint.memory(ROWS, LENGTH, processes=1, sharded=None, half=False)["activations"]
+    cost_model = CostModel(student, teacher if switch else None, None, 0, VISION)
+    estimate = cost_model.memory(ROWS, LENGTH, processes=1, sharded=None, half=False)["activations"]
     print(parts, switch, measured, estimate, measured / estimate)
     assert 1 / 1.34 < measured / estimate < 1.34
 
@@ -149,8 +149,8 @@ def test_checkpointed_layers_keep_their_inputs_and_one_at_a_time_the_rest(models
     freeze(teacher)
 
     def activations(switch, **more):
-        footprint = CostModel(student, switch, None, 0, VISION)
-        return footprint.memory(ROWS, LENGTH, processes=1, sharded=None, half=False, **more)["activations"]
+        cost_model = CostModel(student, switch, None, 0, VISION)
+        return cost_model.memory(ROWS, LENGTH, processes=1, sharded=None, half=False, **more)["activations"]
 
     alone, both = activations(None), activations(teacher)
     if who == "student":  # float32; 4 layers of width 64 see the text, 3 the image
@@ -169,9 +169,9 @@ def test_checkpointed_layers_keep_their_inputs_and_one_at_a_time_the_rest(models
 
 def test_sharding_divides_what_it_shards(models):
     student, teacher = models
-    footprint = CostModel(student, teacher, None, 0, VISION)
+    cost_model = CostModel(student, teacher, None, 0, VISION)
     alone, fsdp, zero3 = (
-        footprint.memory(1, LENGTH, processes=4, sharded=sharded, half=False) for sharded in (None, "all", "student")
+        cost_model.memory(1, LENGTH, processes=4, sharded=sharded, half=False) for sharded in (None, "all", "student")
     )
     for kind in ("student", "gradients", "optimizer"):
         assert fsdp[kind] == zero3[kind] == alone[kind] / 4

@@ -105,7 +105,7 @@ def test_samples_are_encoded_within_the_bounds_of_the_store(options, cached, tmp
         used.append((encoder.template.name, encoder.max_length, encoder.max_image_pixels))
         raise Stop
 
-    monkeypatch.setattr("switchkd.pipelines.training.train.TrainingSamples", stop)
+    monkeypatch.setattr("switchkd.pipelines.training.inputs.TrainingSamples", stop)
     with pytest.raises(Stop):
         train(replace(options, cache=made.out))
     assert used == [("qa", 77, 1 << 30)]
@@ -117,13 +117,11 @@ def test_samples_are_encoded_within_the_bounds_of_the_store(options, cached, tmp
 )
 def test_the_teachers_dtype_follows_the_precision(options, monkeypatch, chosen, precision, expected):
     from switchkd.pipelines.training import model_setup
-    from switchkd.pipelines.training import train as stage_two
 
     load, dtypes = model_setup.load_model, []
-    for module in (model_setup, stage_two):
-        monkeypatch.setattr(
-            module, "load_model", lambda *a, **named: dtypes.append(named["dtype"]) or load(*a, **named)
-        )
+    monkeypatch.setattr(
+        model_setup, "load_model", lambda *a, **named: dtypes.append(named["dtype"]) or load(*a, **named)
+    )
     train(replace(options, steps=1, teacher_dtype=chosen, precision=precision, teacher_checkpointing=True))
     assert dtypes == ["float32", expected]  # student, teacher
     assert all(value > 0 for value in history(options.output)[0][1:])
