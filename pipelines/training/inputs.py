@@ -15,10 +15,10 @@ from switchkd.losses.objective import Objective
 from switchkd.models.block_attention import check_layers
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
 from switchkd.pipelines.training import cross_tokenizer
-from switchkd.pipelines.training.baseline_trainer import check_baseline
+from switchkd.pipelines.training.arguments import resolve_batches
 from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.int8_teacher import check_int8
-from switchkd.pipelines.training.options import TrainOptions, resolve_batches
+from switchkd.pipelines.training.options import TrainOptions
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
 
@@ -40,14 +40,11 @@ class TrainingInputs:
 
 
 def resolve_options(options: TrainOptions) -> TrainOptions:
-    """Check what options say on their own, and return them with accumulation and global batch as numbers.
+    """Check options against this machine and the run that they go on with, and return them with their batches as numbers.
 
     Raises:
-        ConfigError: they contradict each other, the software that is installed, or the run that they go on with.
+        ConfigError: a package that they need is missing, or the global batch is not that of the run.
     """
-    options.as_objective()  # both check what they are made from
-    options.as_parts()
-    check_baseline(options)
     check_int8(options)
     return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -114,8 +111,6 @@ def _open_store(
     options: TrainOptions, objective: Objective, teacher: Checkpoint | None, student: Checkpoint
 ) -> TeacherStore | None:
     """Open the store that fits the run; everything a manifest says is compared with what the run would use."""
-    if options.teacher_mode not in ("cached", "live"):
-        raise ConfigError(f"teacher mode is cached or live, got {options.teacher_mode!r}")
     if not objective.needs_teacher or options.teacher_mode == "live":
         return None
     if options.cache is None:

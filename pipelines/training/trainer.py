@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import LlavaForConditionalGeneration, Trainer
+from transformers import LlavaForConditionalGeneration
 from transformers.trainer_utils import seed_worker
 
 from switchkd.errors import ConfigError, RunError
@@ -26,12 +25,12 @@ from switchkd.models.prefix_cache import SharedPrefixCache
 from switchkd.models.switch import switch_states
 from switchkd.models.vlm import capture_vision_features, replace_lm_head
 from switchkd.pipelines.stored_teacher import TeacherSource
-from switchkd.pipelines.training import checkpointing
 from switchkd.pipelines.training.collator import teacher_inputs
 from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.sampler import StepBatches
 from switchkd.pipelines.training.student_parts import set_part_rates
+from switchkd.pipelines.training.trainer_hooks import CheckpointHooks
 from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
 
 LOSS_TERMS = ("ce", "align", "vsd")
@@ -39,7 +38,7 @@ NO_DISTANCE = 1e-6  # nats per position; what rounding leaves of a VSD that is 0
 log = logging.getLogger(__name__)
 
 
-class SwitchTrainer(Trainer):
+class SwitchTrainer(CheckpointHooks):
     """Minimises CE + λ1·Align + λ2·VSD; each the objective's mean over the global batch (all devices and micro-batches).
 
     Args:
@@ -268,7 +267,7 @@ class SwitchTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, nats, each the objective's mean over the global batches since the last log."""
         if "loss" in logs:
-            self._require_finite()
+            self.require_finite()
             sums = self.accelerator.reduce(self._logged.clone(), reduction="sum")
             *values, count, positions = sums.tolist()
             self._logged.zero_()
@@ -297,12 +296,7 @@ class SwitchTrainer(Trainer):
         """Return terms of the loss beside the objective's three since the last log: name → (mean, weight). Here there are none."""
         return {}
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, unless what it would hold is spoilt."""
-        self._require_finite()
-        super()._save_checkpoint(model, trial)
-
-    def _require_finite(self) -> None:
+    def require_finite(self) -> None:
         """Raise RunError, in all processes, if a loss since the last log or a weight is not finite in any of them."""
         weights = [getattr(p, "ds_tensor", p.detach()) for p in self.model.parameters() if p.requires_grad]
         local = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
@@ -314,55 +308,6 @@ class SwitchTrainer(Trainer):
                 f"{what} is not finite at step {self.state.global_step}, or since the check before (at every log and checkpoint); "
                 "lower --lr or --grad-clip"
             )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student; every process calls it, the first one writes."""
-        if self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call)
-        else:
-            self._save(output_dir, checkpointing.whole_weights(self.model))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save model, tokenizer and image processor; nothing pickled (the stock Trainer pickles its arguments)."""
-        if not self.args.should_save:
-            return
-        folder = output_dir or self.args.output_dir
-        # The finished student gets the names that Llava checkpoints carry everywhere; a checkpoint of the run those that
-        # the model itself uses, since only then does a resumed run find every weight again.
-        finished = folder == self.args.output_dir
-        if state_dict is not None:
-            state_dict = checkpointing.set_apart_adapter(Path(folder), state_dict)
-        self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=finished)
-        for processor in self.processing_class:
-            processor.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the student's weights; a missing or unknown name is an error (the stock Trainer warns and goes on)."""
-        if self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            checkpointing.load_weights(Path(resume_from_checkpoint), self.model)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        else:
-            optimizer = self.optimizer.optimizer  # out of accelerate's wrapper
-            checkpointing.save(Path(output_dir), self.model, optimizer, self.lr_scheduler.state_dict())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_deepspeed_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            scheduler = checkpointing.load(Path(checkpoint), self.model, self.optimizer.optimizer)
-            self.lr_scheduler.load_state_dict(scheduler)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        checkpointing.save_rng(Path(output_dir), self.args.process_index)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            checkpointing.load_rng(Path(checkpoint), self.args.process_index)
 
 
 def _adapted(student: Any, features: Tensor) -> Tensor:

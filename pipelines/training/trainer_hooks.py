@@ -1,0 +1,88 @@
+"""What we override of transformers' Trainer beside its documented methods: how a checkpoint is written and read.
+
+transformers calls these by name and may change them with any release. They stand here together, and a test compares their names
+and signatures with those of the Trainer that is installed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from switchkd.pipelines.training import checkpointing
+
+# The private methods of `transformers.Trainer` that `CheckpointHooks` overrides, with their parameters.
+OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_save_checkpoint": ("model", "trial"),
+    "_save": ("output_dir", "state_dict"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_save_rng_state": ("output_dir",),
+    "_load_rng_state": ("checkpoint",),
+}
+
+
+class CheckpointHooks(Trainer):  # type: ignore[misc]
+    """A Trainer whose checkpoints are whole, exact and free of pickles; DeepSpeed writes its own.
+
+    `processing_class` is a list: tokenizer and image processor, saved with every checkpoint.
+    """
+
+    def require_finite(self) -> None:
+        """Raise RunError where what a checkpoint would hold is spoilt; a subclass says when."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, unless what it would hold is spoilt."""
+        self.require_finite()
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student; every process calls it, the first one writes."""
+        if self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, checkpointing.whole_weights(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save model, tokenizer and image processor; nothing pickled (the stock Trainer pickles its arguments)."""
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        # The finished student gets the names that Llava checkpoints carry everywhere; a checkpoint of the run those that
+        # the model itself uses, since only then does a resumed run find every weight again.
+        finished = folder == self.args.output_dir
+        if state_dict is not None:
+            state_dict = checkpointing.set_apart_adapter(Path(folder), state_dict)
+        self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=finished)
+        for processor in self.processing_class:
+            processor.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the student's weights; a missing or unknown name is an error (the stock Trainer warns and goes on)."""
+        if self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpointing.load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            optimizer = self.optimizer.optimizer  # out of accelerate's wrapper
+            checkpointing.save(Path(output_dir), self.model, optimizer, self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            scheduler = checkpointing.load(Path(checkpoint), self.model, self.optimizer.optimizer)
+            self.lr_scheduler.load_state_dict(scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpointing.save_rng(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpointing.load_rng(Path(checkpoint), self.args.process_index)
