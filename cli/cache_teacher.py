@@ -18,7 +18,7 @@ from switchkd.pipelines.capture.options import BATCH_SIZES, SCALE, CacheOptions
     cls=GroupedOption,
     group=SCALE,
     is_flag=True,
-    help="Tell positions, time, size by payload and free disk from a probe of random samples; write nothing.",
+    help="Estimate positions, time, size by payload and free disk from a probe of random samples; nothing is written.",
 )
 @click.option(
     "--egress-price",
@@ -27,7 +27,7 @@ from switchkd.pipelines.capture.options import BATCH_SIZES, SCALE, CacheOptions
     type=click.FloatRange(0),
     default=0.09,
     show_default=True,
-    help="Dollars a GB that the dry run reckons with if --out is on an object store; ask your provider.",
+    help="Dollars a GB that the dry run assumes where --out is on an object store; ask your provider.",
 )
 def command(
     shard: str | None,
@@ -38,10 +38,10 @@ def command(
     vllm_options: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Store what a teacher says about every supervised position of a data file.
+    """Store a teacher's output at every supervised position of a data file.
 
-    Run it again to continue after an interruption, or on several machines at once; a part that is there is never written
-    twice.
+    Run the same command again to continue after an interruption, or run it on several machines at once: a part that has been
+    committed is never written twice.
     """
     from switchkd.pipelines.capture.cache_teacher import cache_teacher
     from switchkd.pipelines.capture.sharding import resolve_shard

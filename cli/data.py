@@ -22,7 +22,7 @@ BAR_WIDTH = 40  # characters of the longest bar
 
 @click.group("data")
 def command() -> None:
-    """Look at a data file before a model is run over it."""
+    """Check a data file, or print samples, before a model is run over it."""
 
 
 @command.command("check")

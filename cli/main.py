@@ -11,19 +11,19 @@ from switchkd.errors import SwitchKDError, original_message
 
 # name → (module of switchkd.cli, short help)
 COMMANDS = {
-    "data": ("data", "Look at a data file before a model is run over it."),
-    "cache-teacher": ("cache_teacher", "Store what a teacher says about every supervised position."),
+    "data": ("data", "Check a data file, or print samples, before a model is run over it."),
+    "cache-teacher": ("cache_teacher", "Store a teacher's output at every supervised position."),
     "train": ("train", "Train a student from a teacher store."),
     "eval": ("evaluate", "Score a model on the paper's benchmarks or on a data file."),
     "convert": ("convert", "Rewrite a checkpoint in another project's layout."),
     "init-student": ("init_student", "Assemble a student from a vision tower and a language model."),
     "ablate": ("ablate", "Train and judge a matrix of students from one recipe."),
-    "store": ("store", "Look at a teacher store, check it, mend it."),
+    "store": ("store", "Describe, verify, repair or audit a teacher store."),
     "report": ("report", "Write a page about runs, evaluations and stores."),
     "export": ("export", "Write a finished run as a folder for transformers, vLLM or a hub."),
     "chat": ("chat", "Talk to a model about an image."),
-    "doctor": ("doctor", "Tell what this machine has and what is missing for which command."),
-    "attend": ("attend", "Show what models look at while they answer."),
+    "doctor": ("doctor", "Report what this machine has and what is missing for which command."),
+    "attend": ("attend", "Show where in an image models attend while they answer."),
     "demo": ("demo", "See the whole method work on easy-VQA, on a laptop."),
 }
 INTERRUPTED = 130  # 128 + SIGINT, the shell's convention

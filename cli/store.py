@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group("store")
 def command() -> None:
-    """Look at a teacher store, check it, mend it."""
+    """Describe, verify, repair or audit a teacher store."""
 
 
 @command.command("info")

@@ -24,7 +24,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     arguments of transformers' TrainingArguments.
     """
     quiet_libraries()
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, this one speaks
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, this one prints
     if not first:
         logging.getLogger("switchkd").setLevel(logging.WARNING)
     from switchkd.pipelines.training.stages import with_stage

@@ -262,7 +262,7 @@ def _train(run: _Run, options: AblateOptions) -> None:
     if not options.launch:
         train(run.options)
         return
-    # `switchkd train` in processes of its own; a launcher such as torchrun starts as many as it was told to.
+    # `switchkd train` in processes of its own; a launcher such as torchrun starts as many as its options say.
     file = run.options.output.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     given = {name: value for name, value in to_plain(run.options).items() if value is not None}

@@ -7,7 +7,7 @@ from switchkd.pipelines.options import option, options_class
 
 @options_class
 class AblateOptions:
-    """What `switchkd ablate` was asked for; fields are its options."""
+    """The options of `switchkd ablate`."""
 
     recipe: str = option(hidden=True, help="A shipped recipe's name, or a file.")
     workdir: Path = option(
@@ -21,7 +21,7 @@ class AblateOptions:
         metavar="NAME=VALUE",
         help="A variable of the recipe; may be repeated.",
     )
-    # The command that runs `switchkd` with the words after it; () trains in this process.
+    # The command that starts `switchkd`, to which its arguments are appended; () trains in this process.
     launch: tuple[str, ...] = option(
         default=(),
         metavar="COMMAND",

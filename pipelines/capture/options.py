@@ -28,7 +28,7 @@ BATCH_SIZES = {"transformers": 16, "vllm": 128}
 
 @options_class
 class CacheOptions:
-    """What `switchkd cache-teacher` was asked for; fields are its options.
+    """The options of `switchkd cache-teacher`.
 
     Raises:
         ConfigError: an option that its type or bounds do not allow, or two that do not go together; nothing was opened.
@@ -51,20 +51,20 @@ class CacheOptions:
     payload: PayloadName = option(
         default="topk",
         group=FIRST,
-        help="topk: the largest logits and the mass of the rest; hidden: the final hidden state, exact for every objective.",
+        help="topk: the largest logits and the mass of the rest; hidden: the final hidden states, exact for every objective.",
     )
     k: int = option(default=128, at_least=2, group=PAYLOAD, help="Logits kept per position.")
     fine: float = option(
         default=0.004,
         above=0,
         group=PAYLOAD,
-        help="Step of a stored logit at probability 1; it grows as probability falls.",
+        help="Quantisation step of a stored logit at probability 1; the step grows as the probability falls.",
     )
     coarse: float = option(
         default=0.125,
         above=0,
         group=PAYLOAD,
-        help="Largest step of a stored logit; its error is at most half of it.",
+        help="Largest quantisation step of a stored logit; the error is at most half a step.",
     )
     hidden_dtype: HiddenDtype = option(
         default="float16", group=PAYLOAD, help="How hidden states are stored; int8 has a scale per 32."
@@ -76,11 +76,11 @@ class CacheOptions:
         default=16,
         at_least=1,
         group=SCALE,
-        help="Samples per forward pass, or handed to vLLM at a time, which makes its own batches.",
+        help="Samples per forward pass; with vLLM, which makes its own batches, samples handed over at a time.",
         unset="; ".join(map(str, BATCH_SIZES.values())),
     )
     max_length: int = option(
-        default=2048, at_least=2, group=DATA, help="Longer samples are skipped, in tokens with image tokens."
+        default=2048, at_least=2, group=DATA, help="Longer samples are skipped; in tokens, image tokens included."
     )
     image_mode: ImageMode = option(
         default="own",
@@ -104,7 +104,7 @@ class CacheOptions:
         help="Further argument of vLLM's engine, as in gpu_memory_utilization=0.8; may be repeated.",
     )
     dtype: ModelDtype = option(
-        default="auto", group=TEACHER, help="What the teacher runs in; auto is the checkpoint's own."
+        default="auto", group=TEACHER, help="The dtype that the teacher runs in; auto is the checkpoint's own."
     )
     workers: int = option(default=0, at_least=0, group=SCALE, help="Processes that read and decode images.")
     shard: tuple[int, int] = option(
@@ -115,7 +115,7 @@ class CacheOptions:
         unset="",
     )
     engine: Literal["local", "ray"] = option(
-        default="local", group=SCALE, help="Where workers run: this process is one, or Ray starts one a device."
+        default="local", group=SCALE, help="Where workers run: local is this process; ray starts one for each device."
     )
     actors: int | None = option(
         default=None, at_least=1, group=SCALE, help="Workers that Ray starts.", unset="one a device"
@@ -145,7 +145,7 @@ class CacheOptions:
 
 @options_class
 class AuditOptions:
-    """What `switchkd store audit` was asked for; fields are its options."""
+    """The options of `switchkd store audit`."""
 
     store: StoreLocation = option(hidden=True, help="The store.")
     teacher: Path = option(help="Checkpoint folder of the teacher.")

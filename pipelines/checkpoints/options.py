@@ -9,7 +9,7 @@ from switchkd.settings import LDPV2_GRID, ImageMode
 
 @options_class
 class InitOptions:
-    """What `switchkd init-student` was asked for; fields are its options."""
+    """The options of `switchkd init-student`."""
 
     vision: Path = option(
         help="Folder of a vision tower (SigLIP, SigLIP2 of fixed resolution, CLIP), alone or with its text tower, or of a Llava "
@@ -43,7 +43,7 @@ class InitOptions:
 
 @options_class
 class ConvertOptions:
-    """What `switchkd convert` was asked for; fields are its options."""
+    """The options of `switchkd convert`."""
 
     source: Path = option(hidden=True, help="The checkpoint.")
     target: Path = option(hidden=True, help="A new folder.")

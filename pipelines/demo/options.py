@@ -7,7 +7,7 @@ from switchkd.pipelines.options import option, options_class
 
 @options_class
 class DemoOptions:
-    """What `switchkd demo` was asked for; fields are its options."""
+    """The options of `switchkd demo`."""
 
     workdir: Path = option(
         default=Path("demo-run"), help="Where everything goes; a demo that was interrupted goes on there."

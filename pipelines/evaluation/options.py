@@ -27,18 +27,18 @@ class AnswerOptions:
         at_least=1, group=GENERATION, help="Answers are cut there.", unset="32; benchmarks 128"
     )
     max_length: int = option(
-        default=2048, at_least=2, group=GENERATION, help="Longer prompts are not asked, and counted."
+        default=2048, at_least=2, group=GENERATION, help="Longer prompts are left out and counted; in tokens."
     )
-    batch_size: int = option(default=64, at_least=1, group=SCALE)
+    batch_size: int = option(default=64, at_least=1, group=SCALE, help="Prompts per forward pass.")
     workers: int = option(default=0, at_least=0, group=SCALE, help="Processes that prepare images beside the model.")
     device: str = option(default="cpu", group=SCALE, help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
-    dtype: ModelDtype = option(default="auto", group=SCALE)
+    dtype: ModelDtype = option(default="auto", group=SCALE, help="The dtype that the model runs in.")
     trust_remote_code: bool = option(default=False, group=GENERATION, help="Run code that comes with the checkpoint.")
 
 
 @keyword_options_class
 class EvalOptions(AnswerOptions):
-    """What `switchkd eval --task exact-match` was asked for; fields are its options."""
+    """The options of `switchkd eval --task exact-match`."""
 
     model: Path = option(group=FIRST, help="Checkpoint folder.")
     data: Path = option(
@@ -53,7 +53,7 @@ class EvalOptions(AnswerOptions):
 
 @keyword_options_class
 class BenchmarkOptions(AnswerOptions):
-    """What `switchkd eval --task …` was asked for; fields are its options."""
+    """The options of `switchkd eval --task …`."""
 
     tasks: tuple[str, ...] = option(hidden=True, help="NAME, NAME:SPLIT or all.")
     benchmarks: Path = option(group=FIRST, help="Folder with one folder for each benchmark, as --list shows them.")
@@ -64,7 +64,7 @@ class BenchmarkOptions(AnswerOptions):
         default=False, group=BENCHMARKS, help="Benchmarks: score the answers in --output again, without a model."
     )
     retry_failed: bool = option(
-        default=False, group=BENCHMARKS, help="Benchmarks: ask again what could not be asked before."
+        default=False, group=BENCHMARKS, help="Benchmarks: ask questions again that failed before."
     )
     baseline: Path | None = option(
         default=None, group=BENCHMARKS, help="Benchmarks: --output of another model's run, to show differences from."

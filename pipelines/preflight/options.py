@@ -8,7 +8,7 @@ from switchkd.settings import MAX_IMAGE_PIXELS
 
 @options_class
 class CheckOptions:
-    """What `switchkd data check` was asked for; fields are its options."""
+    """The options of `switchkd data check`."""
 
     data: Path = option(hidden=True, help="The data file.")
     images: Path | None = option(
@@ -29,7 +29,7 @@ class CheckOptions:
 
 @options_class
 class ShowOptions:
-    """What `switchkd data show` was asked for; fields are its options."""
+    """The options of `switchkd data show`."""
 
     data: Path = option(hidden=True, help="The data file.")
     model: Path = option(help="Checkpoint folder, for its tokenizer.")

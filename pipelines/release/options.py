@@ -8,7 +8,7 @@ from switchkd.settings import ModelDtype
 
 @options_class
 class ExportOptions:
-    """What `switchkd export` was asked for; fields are its options."""
+    """The options of `switchkd export`."""
 
     run: Path = option(hidden=True, help="A finished run.")
     out: Path = option(hidden=True, help="A new folder.")
@@ -31,7 +31,7 @@ class ExportOptions:
 
 @options_class
 class ChatOptions:
-    """What `switchkd chat` was asked for; fields are its options."""
+    """The options of `switchkd chat`."""
 
     model: Path = option(help="Checkpoint folder, or a finished run.")
     image: Path | None = option(default=None, help="What the conversation is about.")
@@ -43,5 +43,5 @@ class ChatOptions:
     max_new_tokens: int = option(default=512, at_least=1, help="An answer is cut there.")
     max_length: int = option(default=2048, at_least=2, help="Of the conversation, in tokens.")
     device: str = option(default="cpu", help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
-    dtype: ModelDtype = option(default="auto")
+    dtype: ModelDtype = option(default="auto", help="The dtype that the model runs in.")
     trust_remote_code: bool = option(default=False, help="Run code that comes with the checkpoint.")

@@ -8,7 +8,7 @@ from switchkd.settings import ModelDtype, StoreLocation
 
 @options_class
 class ReportOptions:
-    """What `switchkd report` was asked for; fields are its options."""
+    """The options of `switchkd report`."""
 
     runs: tuple[tuple[str | None, StoreLocation], ...] = option(hidden=True, help="(label or None, folder or URL).")
     out: Path = option(default=Path("report"), help="Folder for report.html and its pictures.")
@@ -23,7 +23,7 @@ class ReportOptions:
 
 @options_class
 class AttendOptions:
-    """What `switchkd attend` was asked for; fields are its options."""
+    """The options of `switchkd attend`."""
 
     model: Path = option(help="Checkpoint folder of the student.")
     asked: tuple[tuple[Path, str], ...] = option(hidden=True, help="(image, question) of each row of maps.")

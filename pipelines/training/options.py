@@ -61,7 +61,7 @@ LOGGING = "Logging and checkpoints"
 
 @options_class
 class TrainOptions:
-    """What `switchkd train` was asked for; fields are its options. Defaults follow LLaVA-KD's fine-tuning stage.
+    """The options of `switchkd train`. Defaults follow LLaVA-KD's fine-tuning stage.
 
     Raises:
         ConfigError: an option that its type or bounds do not allow, or two that do not go together; nothing was opened.
@@ -82,16 +82,17 @@ class TrainOptions:
     objective: ObjectiveName = option(
         default="dbild-rkl",
         group=OBJECTIVE,
-        help="What Align and VSD measure; sft is CE alone. llava-kd and align-kd are other methods: "
+        help="The divergence that Align and VSD measure; sft is CE alone. llava-kd and align-kd are other methods: "
         "--no-switch --teacher-mode live.",
     )
     switch: bool = option(default=True, group=OBJECTIVE, help="Train the visual-switch pathway (VSD).")
-    align_weight: float = option(default=1.0, group=OBJECTIVE, help="λ1.")
-    vsd_weight: float = option(default=1.0, group=OBJECTIVE, help="λ2.")
+    align_weight: float = option(default=1.0, group=OBJECTIVE, help="λ1, the weight of Align.")
+    vsd_weight: float = option(default=1.0, group=OBJECTIVE, help="λ2, the weight of VSD.")
     switch_adapter: Literal["linear", "mlp"] | None = option(
         default=None,
         group=MODELS,
-        help="Map the student's vision features to the teacher's width and number with a layer, or two, that train along.",
+        help="Map the student's vision features to the teacher's width and number with one linear layer or an MLP "
+        "of two, which train with it.",
     )
     vocab_map: bool = option(
         default=False,
@@ -99,7 +100,10 @@ class TrainOptions:
         help="The teacher has another tokenizer: compare entries and positions that stand for the same text.",
     )
     temperature: float | None = option(
-        default=None, group=OBJECTIVE, help="τ.", unset="3 for (d)bild, 1 for fkl and rkl"
+        default=None,
+        group=OBJECTIVE,
+        help="τ, which divides the logits of Align and VSD.",
+        unset="3 for (d)bild, 1 for fkl and rkl",
     )
     window: int | None = option(
         default=None,
@@ -111,7 +115,8 @@ class TrainOptions:
     mean: NormalizeBy = option(
         default="position",
         group=OBJECTIVE,
-        help="Over all positions of the global batch, or over each sample's positions first and then over the samples.",
+        help="Whether losses are means over all positions of the global batch, or over each sample's positions first and then over "
+        "the samples.",
     )
     teacher_mode: Literal["cached", "live"] = option(
         default="cached",
@@ -135,9 +140,13 @@ class TrainOptions:
         unset="the store's, without one the checkpoint's own",
     )
     max_length: int | None = option(
-        default=None, at_least=2, group=DATA, help="In tokens with image tokens.", unset="the store's"
+        default=None,
+        at_least=2,
+        group=DATA,
+        help="Longer samples are skipped; in tokens, image tokens included.",
+        unset="the store's",
     )
-    epochs: float = option(default=1.0, above=0, group=OPTIMISATION)
+    epochs: float = option(default=1.0, above=0, group=OPTIMISATION, help="Passes over the data.")
     steps: int | None = option(
         default=None, at_least=1, group=OPTIMISATION, help="Optimizer steps; overrides --epochs."
     )
@@ -166,15 +175,17 @@ class TrainOptions:
     group_by: Literal["none", "length", "modality-length"] = option(
         default="none",
         group=SCALE,
-        help="Which samples share a batch: any, those of similar length, or so apart for image samples and text alone.",
+        help="Which samples share a batch: any; those of similar length; or those of similar length, image samples and text-only "
+        "samples apart.",
     )
     packing: int | None = option(
         default=None,
         at_least=2,
         group=SCALE,
         metavar="TOKENS",
-        help="Put the samples of a batch into rows of up to this many tokens, each seen as if it were alone: less padding, "
-        "none with rows longer than the batch; the same losses.",
+        help="Put the samples of a batch into rows of up to this many tokens; each sample attends to itself "
+        "alone. Less padding, the "
+        "same losses.",
         unset="one sample a row",
     )
     lr: float = option(default=2e-5, above=0, group=OPTIMISATION, help="Peak learning rate.")
@@ -187,7 +198,7 @@ class TrainOptions:
     lr_language: float | None = option(default=None, above=0, group=OPTIMISATION, help="Of the LLM.", unset="--lr")
     warmup: float = option(default=0.03, at_least=0, at_most=1, group=OPTIMISATION, help="Share of the steps.")
     schedule: Schedule = option(default="cosine", group=OPTIMISATION, help="A scheduler of transformers.")
-    weight_decay: float = option(default=0.0, group=OPTIMISATION)
+    weight_decay: float = option(default=0.0, group=OPTIMISATION, help="Of AdamW.")
     grad_clip: float = option(default=1.0, group=OPTIMISATION, help="Largest norm of the gradient.")
     profile: Literal["ddp", "fsdp", "zero3"] = option(
         default="ddp",
@@ -200,28 +211,29 @@ class TrainOptions:
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
         default="auto",
         group=SCALE,
-        help="What its frozen weights are kept in; auto: bfloat16 under --precision bfloat16, else as the checkpoint has them; "
-        "int8: the layers of its LLM, the rest as auto.",
+        help="The dtype of the frozen teacher's weights; auto: bfloat16 under --precision bfloat16, else as the "
+        "checkpoint has them; "
+        "int8: the layers of its LLM, everything else as auto.",
     )
     student_checkpointing: bool = option(
         default=False,
         group=SCALE,
-        help="Recompute the student's activations in the backward pass: less memory, a third more of its time.",
+        help="Recompute the student's activations in the backward pass: less memory, a third more time.",
     )
     teacher_checkpointing: bool = option(
         default=False,
         group=SCALE,
-        help="The same for the frozen teacher on the switch pathway: half more of its time.",
+        help="The same for the frozen teacher on the switch pathway: half as much time again.",
     )
-    seed: int = option(default=42, group=OPTIMISATION)
-    log_every: int = option(default=10, at_least=1, group=LOGGING, help="In steps.")
+    seed: int = option(default=42, group=OPTIMISATION, help="Of the order of samples and of new weights.")
+    log_every: int = option(default=10, at_least=1, group=LOGGING, help="Steps between two lines of the log.")
     peak_tflops: float | None = option(
         default=None,
         above=0,
         group=LOGGING,
-        help="TFLOP/s that one device can do at this precision; MFU is told over it.",
+        help="TFLOP/s that one device can do at this precision; MFU is reported relative to it.",
     )
-    save_every: int = option(default=500, at_least=1, group=LOGGING, help="In steps.")
+    save_every: int = option(default=500, at_least=1, group=LOGGING, help="Steps between two checkpoints.")
     workers: int = option(default=0, at_least=0, group=SCALE, help="DataLoader processes.")
     trust_remote_code: bool = option(default=False, group=MODELS, help="Run code that comes with a checkpoint.")
     trainer: dict[str, Any] = option(
