@@ -1,5 +1,6 @@
 """A teacher store read back: samples encoded and checked as they were cached, and the signals that its payloads give to a loss."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -7,15 +8,14 @@ import torch
 from torch import Tensor
 
 from switchkd.data.encoding import EncodedSample, SampleEncoder, collate, pad_id_of
+from switchkd.data.load_template import template_from_dict
 from switchkd.data.samples import SampleFile, Status
 from switchkd.errors import StoreMismatch
 from switchkd.fingerprints import SampleDigest
 from switchkd.losses.signals import HiddenSignal, SparseSignal, TailPolicy, TeacherSignal
-from switchkd.models.checkpoint import (
-    Checkpoint,
-)
+from switchkd.models.checkpoint import Checkpoint
 from switchkd.positions import predicting_rows
-from switchkd.stores import Payload, TeacherStore
+from switchkd.stores import Manifest, Payload, TeacherStore
 
 
 class TeacherSource(Protocol):
@@ -81,6 +81,25 @@ def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
     if payload.hidden is not None:
         columns["teacher_hidden"] = torch.from_numpy(payload.hidden)
     return columns
+
+
+def encoder_of_store(
+    manifest: Manifest, checkpoint: Checkpoint, images: Path | None, longer: int = 0, with_starts: bool = False
+) -> SampleEncoder:
+    """Return the encoder that makes samples as those of a store were made: its template, its bounds.
+
+    Args:
+        checkpoint: who reads the samples, with the image mode that is wanted; see `Manifest.image_mode`.
+        images: the image folder. longer: tokens that a sample may have beyond the store's maximum length.
+        with_starts: see `SampleEncoder`.
+
+    Raises:
+        DataError: the image folder does not exist.
+        CheckpointError: the image token is not in the vocabulary.
+    """
+    template = template_from_dict(manifest.template)
+    length = manifest.max_length + longer
+    return SampleEncoder(checkpoint, template, images, length, manifest.max_image_pixels, with_starts)
 
 
 def choose_samples(store: TeacherStore, count: int, seed: int) -> list[int]:

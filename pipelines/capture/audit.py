@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder
-from switchkd.data.load_template import template_from_dict
+from switchkd.data.encoding import EncodedSample
 from switchkd.data.samples import SampleFile
 from switchkd.fingerprints import hash_tokenizer
 from switchkd.losses import dbild_loss
@@ -28,6 +27,7 @@ from switchkd.pipelines.stored_teacher import (
     TeacherSource,
     choose_samples,
     encode_as_cached,
+    encoder_of_store,
     final_states,
     teacher_columns,
 )
@@ -93,10 +93,8 @@ def audit(options: AuditOptions) -> AuditReport:
     if student is not None:
         check_compatible(teacher, student, switch=False, one_text=True)
     manifest = store.manifest
-    teacher = with_image_mode(teacher, manifest.written_by.get("image_mode", "own"))
-    encoder = SampleEncoder(
-        teacher, template_from_dict(manifest.template), options.images, manifest.max_length, manifest.max_image_pixels
-    )
+    teacher = with_image_mode(teacher, manifest.image_mode)
+    encoder = encoder_of_store(manifest, teacher, options.images)
     chosen = choose_samples(store, options.samples, options.seed)
     samples = SampleFile(options.data)
     model: Any = freeze(load_model(teacher, dtype=manifest.teacher["dtype"])).to(options.device)
