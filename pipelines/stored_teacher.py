@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder, collate, pad_id_of
+from switchkd.data.encoding import EncodedSample, SampleEncoder
 from switchkd.data.load_template import template_from_dict
 from switchkd.data.samples import SampleFile, Status
 from switchkd.errors import StoreMismatch
 from switchkd.fingerprints import SampleDigest
 from switchkd.losses.signals import HiddenSignal, SparseSignal, TailPolicy, TeacherSignal
 from switchkd.models.checkpoint import Checkpoint
-from switchkd.positions import predicting_rows
 from switchkd.stores import Manifest, Payload, TeacherStore
 
 
@@ -121,16 +120,3 @@ def encode_as_cached(encoder: SampleEncoder, samples: SampleFile, store: Teacher
     if changed := encoded.digest.differing(SampleDigest(*store.digest(index))):
         raise StoreMismatch(f"row {index}: its {' and '.join(changed)} changed since {store.path} was made")
     return encoded
-
-
-@torch.no_grad()
-def final_states(model, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:  # type: ignore[no-untyped-def]
-    """Return the final states at a batch's positions, [P, d]."""
-    inputs = collate(batch, pad_id_of(checkpoint.tokenizer))
-    inputs.pop("has_image")
-    rows = predicting_rows(inputs.pop("labels")).to(model.device)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    states: Tensor = model.model(**inputs, use_cache=False).last_hidden_state[rows]
-    return states

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
-from switchkd.data.encoding import EncodedSample
+from switchkd.data.encoding import EncodedSample, collate, pad_id_of
 from switchkd.data.samples import SampleFile
 from switchkd.fingerprints import hash_tokenizer
 from switchkd.losses import dbild_loss
 from switchkd.losses.selection import leading_entries
 from switchkd.losses.signals import DenseSignal, SparseSignal, TailPolicy, TeacherSignal
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
-from switchkd.models.vlm import freeze, load_model
+from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import (
     StoredHidden,
@@ -28,7 +29,6 @@ from switchkd.pipelines.stored_teacher import (
     choose_samples,
     encode_as_cached,
     encoder_of_store,
-    final_states,
     teacher_columns,
 )
 from switchkd.stores import TeacherStore
@@ -106,8 +106,8 @@ def audit(options: AuditOptions) -> AuditReport:
         for start in range(0, len(chosen), options.batch_size):
             indices = chosen[start : start + options.batch_size]
             batch = [encode_as_cached(encoder, samples, store, index) for index in indices]
-            states = final_states(model, batch, teacher)
-            alone = torch.cat([final_states(model, [sample], teacher) for sample in batch])
+            states = _states(model, batch, teacher)
+            alone = torch.cat([_states(model, [sample], teacher) for sample in batch])
             live, control = (model.lm_head(x)[:, : manifest.vocab_rows].float() for x in (states, alone))
             columns = teacher_columns(store.payload(indices))
             columns = {name: column.to(options.device) for name, column in columns.items()}
@@ -125,6 +125,11 @@ def audit(options: AuditOptions) -> AuditReport:
     return AuditReport(store.path, len(chosen), positions, words, [total.result(name) for name, total in sums.items()])
 
 
+@torch.no_grad()
+def _states(model: LlavaForConditionalGeneration, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:
+    return states_at_positions(model, collate(batch, pad_id_of(checkpoint.tokenizer)))
+
+
 def _sources(store: TeacherStore, head: Tensor, options: AuditOptions) -> dict[str, TeacherSource]:
     manifest = store.manifest
     sources: dict[str, TeacherSource] = {}
@@ -139,7 +144,7 @@ def _student(student: Checkpoint | None, teacher_model, options: AuditOptions): 
     """Return a function (batch, teacher states) → student logits [P, V]."""
     if student is not None:
         model: Any = freeze(load_model(student, dtype="float32")).to(options.device)
-        return lambda batch, states: model.lm_head(final_states(model, batch, student))
+        return lambda batch, states: model.lm_head(_states(model, batch, student))
     generator = torch.Generator().manual_seed(options.seed)
 
     def perturbed(batch: list[EncodedSample], states: Tensor) -> Tensor:
