@@ -1,12 +1,14 @@
 """A teacher store read back: samples encoded and checked as they were cached, and the signals that its payloads give to a loss."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder, collate, pad_id_of
+from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.load_template import template_from_dict
 from switchkd.data.samples import SampleFile, Status
 from switchkd.errors import StoreMismatch
 from switchkd.fingerprints import SampleDigest
@@ -14,9 +16,8 @@ from switchkd.losses.signals import HiddenSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import (
     Checkpoint,
 )
-from switchkd.positions import predicting_rows
 from switchkd.settings import TailPolicy
-from switchkd.stores import Payload, TeacherStore
+from switchkd.stores import Manifest, Payload, TeacherStore
 
 
 class TeacherSource(Protocol):
@@ -84,6 +85,25 @@ def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
     return columns
 
 
+def encoder_of_store(
+    manifest: Manifest, checkpoint: Checkpoint, images: Path | None, longer: int = 0, with_starts: bool = False
+) -> SampleEncoder:
+    """Return the encoder that makes samples as those of a store were made: its template, its bounds.
+
+    Args:
+        checkpoint: who reads the samples, with the image mode that is wanted; see `Manifest.image_mode`.
+        images: the image folder. longer: tokens that a sample may have beyond the store's maximum length.
+        with_starts: see `SampleEncoder`.
+
+    Raises:
+        DataError: the image folder does not exist.
+        CheckpointError: the image token is not in the vocabulary.
+    """
+    template = template_from_dict(manifest.template)
+    length = manifest.max_length + longer
+    return SampleEncoder(checkpoint, template, images, length, manifest.max_image_pixels, with_starts)
+
+
 def choose_samples(store: TeacherStore, count: int, seed: int) -> list[int]:
     """Return at most `count` random usable samples of the parts that are there, in ascending order."""
     usable = np.concatenate(
@@ -103,16 +123,3 @@ def encode_as_cached(encoder: SampleEncoder, samples: SampleFile, store: Teacher
     if changed := encoded.digest.differing(SampleDigest(*store.digest(index))):
         raise StoreMismatch(f"row {index}: its {' and '.join(changed)} changed since {store.path} was made")
     return encoded
-
-
-@torch.no_grad()
-def final_states(model, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:  # type: ignore[no-untyped-def]
-    """Return the final states at a batch's positions, [P, d]."""
-    inputs = collate(batch, pad_id_of(checkpoint.tokenizer))
-    inputs.pop("has_image")
-    rows = predicting_rows(inputs.pop("labels")).to(model.device)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    states: Tensor = model.model(**inputs, use_cache=False).last_hidden_state[rows]
-    return states

@@ -71,6 +71,11 @@ class Manifest:
         return range(first, min(first + self.part_size, self.samples))
 
     @property
+    def image_mode(self) -> str:
+        """How images became square: "own", "square" or "pad"; "own", the checkpoint's way, in stores that do not say it."""
+        return self.written_by.get("image_mode", "own")
+
+    @property
     def has_topk(self) -> bool:
         """Whether top-k logits are kept."""
         return self.payload in ("topk", "both")

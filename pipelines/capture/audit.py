@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder
-from switchkd.data.load_template import template_from_dict
+from switchkd.data.encoding import EncodedSample, collate, pad_id_of
 from switchkd.data.samples import SampleFile
 from switchkd.fingerprints import hash_tokenizer
 from switchkd.losses import dbild_loss
 from switchkd.losses.selection import leading_entries
 from switchkd.losses.signals import DenseSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
-from switchkd.models.vlm import freeze, load_model
+from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.capture.options import AuditOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import (
@@ -28,7 +28,7 @@ from switchkd.pipelines.stored_teacher import (
     TeacherSource,
     choose_samples,
     encode_as_cached,
-    final_states,
+    encoder_of_store,
     teacher_columns,
 )
 from switchkd.settings import StoreLocation
@@ -76,10 +76,8 @@ def audit(options: AuditOptions) -> AuditReport:
     if student is not None:
         check_compatible(teacher, student, switch=False, one_text=True)
     manifest = store.manifest
-    teacher = with_image_mode(teacher, manifest.written_by.get("image_mode", "own"))
-    encoder = SampleEncoder(
-        teacher, template_from_dict(manifest.template), options.images, manifest.max_length, manifest.max_image_pixels
-    )
+    teacher = with_image_mode(teacher, manifest.image_mode)
+    encoder = encoder_of_store(manifest, teacher, options.images)
     chosen = choose_samples(store, options.samples, options.seed)
     samples = SampleFile(options.data)
     model: Any = freeze(load_model(teacher, dtype=manifest.teacher["dtype"])).to(options.device)
@@ -91,8 +89,8 @@ def audit(options: AuditOptions) -> AuditReport:
         for start in range(0, len(chosen), options.batch_size):
             indices = chosen[start : start + options.batch_size]
             batch = [encode_as_cached(encoder, samples, store, index) for index in indices]
-            states = final_states(model, batch, teacher)
-            alone = torch.cat([final_states(model, [sample], teacher) for sample in batch])
+            states = _states(model, batch, teacher)
+            alone = torch.cat([_states(model, [sample], teacher) for sample in batch])
             live, control = (model.lm_head(x)[:, : manifest.vocab_rows].float() for x in (states, alone))
             columns = teacher_columns(store.payload(indices))
             columns = {name: column.to(options.device) for name, column in columns.items()}
@@ -110,6 +108,11 @@ def audit(options: AuditOptions) -> AuditReport:
     return AuditReport(store.path, len(chosen), positions, words, [total.result(name) for name, total in sums.items()])
 
 
+@torch.no_grad()
+def _states(model: LlavaForConditionalGeneration, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:
+    return states_at_positions(model, collate(batch, pad_id_of(checkpoint.tokenizer)))
+
+
 def _sources(store: TeacherStore, head: Tensor, options: AuditOptions) -> dict[str, TeacherSource]:
     manifest = store.manifest
     sources: dict[str, TeacherSource] = {}
@@ -124,7 +127,7 @@ def _student(student: Checkpoint | None, teacher_model, options: AuditOptions): 
     """Return a function (batch, teacher states) → student logits [P, V]."""
     if student is not None:
         model: Any = freeze(load_model(student, dtype="float32")).to(options.device)
-        return lambda batch, states: model.lm_head(final_states(model, batch, student))
+        return lambda batch, states: model.lm_head(_states(model, batch, student))
     generator = torch.Generator().manual_seed(options.seed)
 
     def perturbed(batch: list[EncodedSample], states: Tensor) -> Tensor:

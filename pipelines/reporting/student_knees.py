@@ -7,17 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import template_from_dict
+from switchkd.data.encoding import collate, pad_id_of
 from switchkd.data.samples import SampleFile
 from switchkd.errors import ConfigError
 from switchkd.fingerprints import hash_tokenizer
 from switchkd.losses import kneedle
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
-from switchkd.models.vlm import freeze, load_model
+from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.reporting.inputs import TrainRun
-from switchkd.pipelines.stored_teacher import choose_samples, encode_as_cached, final_states
+from switchkd.pipelines.stored_teacher import choose_samples, encode_as_cached, encoder_of_store
 from switchkd.stores import TeacherStore
 
 BATCH = 8
@@ -33,19 +32,13 @@ def knees_beside(run: TrainRun, store: TeacherStore, samples: int, device: str) 
         ConfigError: the run's tokenizer is not the store's. StoreMismatch: a sample changed since it was cached.
     """
     manifest = store.manifest
-    checkpoint = with_image_mode(open_checkpoint(run.path), manifest.written_by.get("image_mode", "own"))
+    checkpoint = with_image_mode(open_checkpoint(run.path), manifest.image_mode)
     if hash_tokenizer(checkpoint.tokenizer) != manifest.tokenizer:
         raise ConfigError(
             f"{run.path} and {store.path} have other tokenizers; report on them apart, or without --knees"
         )
     images = run.options.get("images")
-    encoder = SampleEncoder(
-        checkpoint,
-        template_from_dict(manifest.template),
-        None if images is None else Path(images),
-        manifest.max_length,
-        manifest.max_image_pixels,
-    )
+    encoder = encoder_of_store(manifest, checkpoint, None if images is None else Path(images))
     data = SampleFile(Path(run.options["data"]))
     chosen = choose_samples(store, samples, seed=0)
     model: Any = freeze(load_model(checkpoint, dtype="float32")).to(device)
@@ -56,7 +49,8 @@ def knees_beside(run: TrainRun, store: TeacherStore, samples: int, device: str) 
             indices = chosen[start : start + BATCH]
             batch = [encode_as_cached(encoder, data, store, index) for index in indices]
             with torch.no_grad():
-                logits = model.lm_head(final_states(model, batch, checkpoint))[:, : manifest.vocab_rows]
+                states = states_at_positions(model, collate(batch, pad_id_of(checkpoint.tokenizer)))
+                logits = model.lm_head(states)[:, : manifest.vocab_rows]
             of_student.append(kneedle(logits.float()).cpu().numpy())
             of_teacher.append(store.payload(indices).stat("knee"))
             progress.advance(len(batch), positions=len(logits))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import load_template, template_from_dict
+from switchkd.data.load_template import load_template
 from switchkd.data.samples import SampleFile
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
@@ -14,6 +14,7 @@ from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
 from switchkd.models.block_attention import check_layers
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
+from switchkd.pipelines.stored_teacher import encoder_of_store
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.arguments import resolve_batches
 from switchkd.pipelines.training.dataset import TrainingSamples
@@ -145,7 +146,7 @@ def _image_mode(options: TrainOptions, teacher: Checkpoint | None, store: Teache
     if store is None:
         return options.image_mode or "own"
     manifest = store.manifest
-    mode = options.image_mode or manifest.written_by.get("image_mode", "own")
+    mode = options.image_mode or manifest.image_mode
     if teacher is not None:
         processor = hash_image_processor(with_image_mode(teacher, mode).image_processor)
         if mismatches := manifest.mismatches({"image_processor": processor}):
@@ -198,7 +199,4 @@ def _encoder(
         return SampleEncoder(
             checkpoint, template, options.images, (options.max_length or 2048) + longer, with_starts=starts
         )
-    manifest = store.manifest
-    template = template_from_dict(manifest.template)
-    length = manifest.max_length + longer
-    return SampleEncoder(checkpoint, template, options.images, length, manifest.max_image_pixels, starts)
+    return encoder_of_store(store.manifest, checkpoint, options.images, longer, starts)

@@ -5,7 +5,7 @@ Every VLM here is an ordinary `transformers.LlavaForConditionalGeneration` check
 student.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -23,6 +23,7 @@ from switchkd.models.projectors import (
     model_class,
     register_weight_names,
 )
+from switchkd.positions import predicting_rows
 
 
 class LlavaWithoutVision(LlavaForConditionalGeneration):
@@ -135,6 +136,25 @@ def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Ten
     with capture_vision_features(model) as captured:
         model.model.get_image_features(pixel_values=pixels)
     return captured[0]
+
+
+def states_at_positions(model: LlavaForConditionalGeneration, batch: Mapping[str, Tensor]) -> Tensor:
+    """Run a VLM over a batch, and return its final hidden states at the rows that predict supervised tokens.
+
+    The caller says whether there is a graph (`torch.no_grad`, `torch.inference_mode`).
+
+    Args:
+        model: on any device, in any dtype. batch: what `encoding.collate` makes, on any device; it is left as it is.
+
+    Returns:
+        [P, d] on the model's device, after the final norm, in row-major order of `positions.predicting_rows`.
+    """
+    rows = predicting_rows(batch["labels"]).to(model.device)
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    if "pixel_values" in batch:
+        inputs["pixel_values"] = batch["pixel_values"].to(model.device, model.dtype)
+    states: Tensor = model.model(**inputs, use_cache=False).last_hidden_state[rows]
+    return states
 
 
 @contextmanager
