@@ -8,6 +8,7 @@
     │   └── StoreError          teacher store
     │       └── StoreMismatch       store and run disagree: teacher, tokenizer, template, sample …
     └── RunError            the run itself failed                      exit code 1
+        └── NonFiniteLogits     logits that no loss can be taken of
 
 A message says what was expected, what was found, and what to do next.
 """
@@ -47,6 +48,10 @@ class StoreMismatch(StoreError):
 
 class RunError(SwitchKDError, RuntimeError):
     """The run failed after it had started."""
+
+
+class NonFiniteLogits(RunError, ValueError):
+    """Logits hold NaN or +inf, so no loss can be taken of them."""
 
 
 def original_message(error: BaseException) -> str:

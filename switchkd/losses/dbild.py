@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from switchkd.losses.pairwise_kl import pair_kl
-from switchkd.losses.reduction import Reduction, as_signal, at_least_float32, reduce_positions
+from switchkd.losses.reduction import Reduction, as_signal, at_least_float32, check_logits, reduce_positions
 from switchkd.losses.selection import leading_entries, top_of_rows
 from switchkd.losses.signals import TeacherSignal
 
@@ -33,7 +33,8 @@ def dbild_loss(
     carries no gradient, the gathered student logits do. No temperature² factor (BiLD's code has none; the paper shows none).
 
     Args:
-        student_logits: [T, N], float; half precisions are raised to float32.
+        student_logits: [T, N], float; half precisions are raised to float32. -inf is a masked column: the loss is that of the
+            other columns; where one side alone masks a column, it is in no pair.
         teacher_logits: [T, N], or a `TeacherSignal` over the same T positions and N rows. Receives no gradient.
         temperature: τ of eq. 13.
         divergence: "reverse_kl" is KL(student ‖ teacher) (the paper's D_RKL), "forward_kl" KL(teacher ‖ student).
@@ -45,9 +46,10 @@ def dbild_loss(
 
     Raises:
         ValueError: shapes disagree, an unknown divergence or reduction, or a temperature that is not positive.
+        NonFiniteLogits: NaN or +inf; names the position.
     """
     student, teacher = _prepare(student_logits, teacher_logits, temperature, divergence)
-    teacher_rows = teacher.rows(student).to(student.dtype)
+    teacher_rows = _rows_of(teacher, student)
     leads = teacher.leading_ids(teacher_rows, window), leading_entries(student, window)
     per_position = _both_branches(student, teacher_rows, leads, temperature, divergence)
     return reduce_positions(per_position, reduction)
@@ -74,7 +76,7 @@ def bild_loss(
         raise ValueError(f"top_k must lie between 2 and the {teacher.vocab_rows} vocabulary rows, got {top_k}")
     k = torch.full(student.shape[:1], top_k, device=student.device)
     leads = (teacher.top(top_k), k), (top_of_rows(student, top_k), k)
-    per_position = _both_branches(student, teacher.rows(student).to(student.dtype), leads, temperature, divergence)
+    per_position = _both_branches(student, _rows_of(teacher, student), leads, temperature, divergence)
     return reduce_positions(per_position, reduction)
 
 
@@ -85,7 +87,16 @@ def _prepare(
         raise ValueError(f"divergence must be 'reverse_kl' or 'forward_kl', got {divergence!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return at_least_float32(student_logits), as_signal(student_logits, teacher)
+    signal = as_signal(student_logits, teacher)
+    check_logits(student_logits, "student")
+    return at_least_float32(student_logits), signal
+
+
+def _rows_of(teacher: TeacherSignal, student: Tensor) -> Tensor:
+    """Return the teacher's logits [T, N] in the student's dtype."""
+    rows = teacher.rows(student).to(student.dtype)
+    check_logits(rows, "teacher")
+    return rows
 
 
 def _both_branches(
@@ -102,5 +113,6 @@ def _both_branches(
     total = student.new_zeros(student.shape[:1])
     for s, t, (ids, k) in zip(of_student, of_teacher, leads, strict=True):
         keep = torch.arange(ids.shape[-1], device=ids.device) < k.unsqueeze(-1)  # [T, k_max]
+        keep = keep & (s != -torch.inf) & (t != -torch.inf)  # a column that one side masks is in no pair
         total = total + pair_kl(*((s, t) if divergence == "reverse_kl" else (t, s)), keep)
     return total

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from switchkd.losses.reduction import Reduction, as_signal, at_least_float32, reduce_positions
+from switchkd.losses.reduction import Reduction, as_signal, at_least_float32, check_logits, reduce_positions
 from switchkd.losses.signals import TeacherSignal
 
 
@@ -19,7 +20,8 @@ def kl_loss(
     """KL between the full next-token distributions of teacher and student.
 
     Args:
-        student_logits: [T, N]. teacher_logits: [T, N] or a `TeacherSignal`; receives no gradient.
+        student_logits: [T, N]; -inf is a masked column, whose probability is 0.
+        teacher_logits: [T, N] or a `TeacherSignal`; receives no gradient.
         direction: "forward" is KL(teacher ‖ student) (Hinton et al. 2015), "reverse" KL(student ‖ teacher) (MiniLLM).
         temperature: divides both logits; no temperature² factor.
         reduction: see `dbild_loss`.
@@ -29,6 +31,7 @@ def kl_loss(
 
     Raises:
         ValueError: shapes disagree, unknown direction or reduction, or a temperature that is not positive.
+        NonFiniteLogits: NaN or +inf; names the position.
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
@@ -37,6 +40,10 @@ def kl_loss(
     signal = as_signal(student_logits, teacher_logits)
     raised = at_least_float32(student_logits)
     student = (raised / temperature).log_softmax(-1)
-    teacher = (signal.rows(raised).to(student.dtype) / temperature).log_softmax(-1)
+    rows = signal.rows(raised).to(student.dtype)
+    check_logits(student_logits, "student")
+    check_logits(rows, "teacher")
+    teacher = (rows / temperature).log_softmax(-1)
     p, q = (teacher, student) if direction == "forward" else (student, teacher)
-    return reduce_positions((p.exp() * (p - q)).sum(-1), reduction)
+    gap = (p - q).masked_fill(p == -torch.inf, 0)  # 0 log 0 = 0 at columns that p masks
+    return reduce_positions((p.exp() * gap).sum(-1), reduction)

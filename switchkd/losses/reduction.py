@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from switchkd.errors import NonFiniteLogits
 from switchkd.losses.signals import DenseSignal, TeacherSignal
 
 Reduction = Literal["mean", "sum", "none"]
@@ -27,6 +28,26 @@ def as_signal(student_logits: Tensor, teacher: Tensor | TeacherSignal) -> Teache
     if expected != found:
         raise ValueError(f"student logits are {expected} (positions, rows) but the teacher speaks of {found}")
     return signal
+
+
+def check_logits(logits: Tensor, whose: str) -> None:
+    """Refuse logits that no loss can be taken of; -inf, a masked column, is none of them. Compiled programs skip the check.
+
+    Args:
+        logits: [T, N]. whose: "student" or "teacher", for the message.
+
+    Raises:
+        NonFiniteLogits: NaN or +inf, or a row of -inf alone; names the first position.
+    """
+    if torch.compiler.is_compiling() or not logits.numel():
+        return
+    largest = logits.detach().amax(-1)  # NaN is larger than everything
+    if len(bad := (~largest.isfinite()).nonzero()):
+        position = int(bad[0])
+        raise NonFiniteLogits(
+            f"the {whose}'s logits at position {position} of {len(largest)} are not finite: "
+            f"the largest is {float(largest[position])}"
+        )
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 A histogram of each row says below which logit nothing can matter: to the knee, or to a fixed number of leading entries. What lies
 above is picked out and sorted, a few thousand of a vocabulary's 152 thousand entries. The result is that of a stable full sort,
 ties included; the histogram decides how much is sorted, never what comes out.
+
+A logit of -inf is a masked column: it is no part of its row, whose N, smallest logit and knee are those of the other columns.
 """
 
 import numpy as np
@@ -35,10 +37,10 @@ def leading_entries(logits: Tensor, window: int | None = None) -> tuple[Tensor, 
 
     Returns:
         (ids [T, k_max] int64, k [T] int64), where k_max is the largest k of the batch (2 if T = 0). Beyond a row's k its ids
-        are valid but arbitrary.
+        are valid but arbitrary. Rows with NaN or +inf have some k and some ids; the losses refuse them.
 
     Raises:
-        ValueError: fewer than two columns, or a window below 2.
+        ValueError: fewer than two columns, or than two that are not masked, or a window below 2.
     """
     if window is not None and window < 2:
         raise ValueError(f"window must be at least 2, got {window}")
@@ -70,7 +72,11 @@ def _lead_of_rows(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         return none.new_zeros(0, 2), none
     if window is not None and window < count:
         ids = top_of_rows(logits, window)
-        k = knee_of_sorted(logits.gather(-1, ids), window)
+        values = logits.gather(-1, ids)
+        there = values != -torch.inf
+        size, least = there.sum(-1, keepdim=True), values.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
+        _require_two(size)
+        k = knee_of_sorted(values, window, row_size=size, row_min=least)
         return ids[:, : int(k.max())].contiguous(), k
     leads = [_lead(block, window) for block in _blocks(logits)]
     longest = max(ids.shape[-1] for ids, _ in leads)
@@ -94,7 +100,7 @@ def kneedle(logits: Tensor, window: int | None = None) -> Tensor:
     logit has no pair, and a row of equal logits (y undefined) gives 2.
 
     Args:
-        logits: [T, N], floating point, finite, N ≥ 2. No gradient flows through the result.
+        logits: [T, N], floating point, N ≥ 2; -inf is a masked column. No gradient flows through the result.
         window: look for the knee in the row's `window` largest logits as if they were the whole row. None: all N (the paper).
 
     Returns:
@@ -114,16 +120,17 @@ def _blocks(logits: Tensor) -> list[Tensor]:
 
 
 def _top(logits: Tensor, count: int) -> Tensor:
-    heights, from_bin = _histogram(logits)
-    floor = (from_bin >= count).sum(-1) - 1  # the highest bin with `count` entries in it and above
+    heights, from_bin, _ = _histogram(logits)
+    # The highest bin with `count` entries in it and above; -1, which masked columns have, where there are fewer.
+    floor = (from_bin >= count).sum(-1) - 1
     return _sorted_from(logits, heights, floor, from_bin)[1][:, :count]
 
 
 def _lead(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    heights, from_bin = _histogram(logits)
-    floor = _floor_of_knee(from_bin, logits.shape[-1])
+    heights, from_bin, low = _histogram(logits)
+    floor = _floor_of_knee(from_bin)
     values, ids = _sorted_from(logits, heights, floor, from_bin)
-    k = knee_of_sorted(values, window, row_size=logits.shape[-1], row_min=logits.amin(-1, keepdim=True))
+    k = knee_of_sorted(values, window, row_size=from_bin[:, :1], row_min=low)
     return ids[:, : int(k.max())], k
 
 
@@ -132,35 +139,55 @@ def _in_numpy(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and bool(torch.isfinite(rows.sum()))
 
 
-def _histogram(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (height of every entry, [T, N], rising with the logit; entries in a bin and those above it, [T, bins] int64).
+def _require_two(entries: Tensor) -> None:
+    """Raise ValueError, naming the first position, where fewer than two columns are not masked; entries: [T, 1]."""
+    if len(few := (entries < 2).flatten().nonzero()):
+        raise ValueError(
+            f"a knee needs at least 2 logits a row, all but {int(entries[few[0]])} of position {int(few[0])} are -inf"
+        )
 
-    An entry's bin is the whole part of its height. Whatever is not finite also has one.
+
+def _histogram(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (height of every entry, [T, N], rising with the logit; entries in a bin and those above it, [T, bins] int64; the
+    smallest logit, [T, 1]).
+
+    An entry's bin is the whole part of its height; a masked column's height is -1, and it has none. The first column of the counts
+    is the number of columns that are not masked.
     """
     count = min(BINS, logits.shape[-1])
     low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
+    masked = None
+    if bool((low == -torch.inf).any()):
+        masked = logits == -torch.inf
+        low = logits.masked_fill(masked, torch.inf).amin(-1, keepdim=True)
     scale = count / (high - low).clamp_min(1e-30)  # equal logits share bin 0
     heights = (logits - low).mul_(scale)
+    if masked is not None:
+        heights.masked_fill_(masked, -1.0)
     if _in_numpy(high - low):
         # A row's largest logit has the bin `count` to itself and belongs into the one below.
-        found = [np.bincount(row.astype(np.int64), minlength=count + 1) for row in heights.numpy()]
+        rows = heights.numpy() if masked is None else [row[row >= 0] for row in heights.numpy()]
+        found = [np.bincount(row.astype(np.int64), minlength=count + 1) for row in rows]
         entries = torch.from_numpy(np.stack(found))
         entries[:, count - 1] += entries[:, count]
         entries = entries[:, :count]
     else:
         bins = heights.nan_to_num_(0.0).long().clamp_(0, count - 1)
         one = torch.ones((), dtype=torch.int32, device=logits.device).expand(bins.shape)
+        one = one if masked is None else (~masked).to(torch.int32)
         entries = torch.zeros(len(bins), count, dtype=torch.int32, device=logits.device).scatter_add_(-1, bins, one)
-    return heights, entries.flip(-1).cumsum(-1).flip(-1)
+    from_bin = entries.flip(-1).cumsum(-1).flip(-1)
+    return heights, from_bin, low
 
 
-def _floor_of_knee(from_bin: Tensor, columns: int) -> Tensor:
+def _floor_of_knee(from_bin: Tensor) -> Tensor:
     """Return the lowest bin that may hold a row's knee, [T].
 
     The entries of bin b have y between b / bins and (b + 1) / bins, and the first of them has rank 1 + entries above b. So the
     largest of their distances 1 - x - y lies within one bin's height below the bound used here.
     """
-    count = from_bin.shape[-1]
+    count, columns = from_bin.shape[-1], from_bin[:, :1]
+    _require_two(columns)
     above = F.pad(from_bin[:, 1:], (0, 1))
     bottom = torch.arange(count, dtype=torch.float64, device=from_bin.device) / count
     bound = (-(above.double() / columns) - bottom).masked_fill(from_bin == above, -torch.inf)  # empty bins hold none
@@ -170,7 +197,8 @@ def _floor_of_knee(from_bin: Tensor, columns: int) -> Tensor:
 
 def _sorted_from(logits: Tensor, heights: Tensor, floor: Tensor, from_bin: Tensor) -> tuple[Tensor, Tensor]:
     """Return (values, ids) of each row's entries in bin `floor` and above, [T, m], descending, ties by id; then -inf and 0."""
-    number = from_bin.gather(-1, floor.unsqueeze(-1))  # [T, 1]
+    number = from_bin.gather(-1, floor.clamp_min(0).unsqueeze(-1))  # [T, 1]
+    number = number.masked_fill(floor.unsqueeze(-1) < 0, logits.shape[-1])  # masked columns, too
     longest = int(number.max())
     values = logits.new_full((len(logits), longest), -torch.inf)
     ids = torch.zeros(len(logits), longest, dtype=torch.long, device=logits.device)
@@ -181,7 +209,7 @@ def _sorted_from(logits: Tensor, heights: Tensor, floor: Tensor, from_bin: Tenso
             of_ids[: len(places)] = places[_falling_order(row[places])]
             of_values[: len(places)] = row[of_ids[: len(places)]]
         return values, ids
-    flat = (heights >= floor.unsqueeze(-1)).view(-1).nonzero().squeeze(-1)  # row-major, ids ascending
+    flat = (heights >= floor.unsqueeze(-1)).reshape(-1).nonzero().squeeze(-1)  # row-major, ids ascending
     starts = torch.arange(len(logits), device=logits.device).mul_(logits.shape[-1])
     filled = torch.arange(longest, device=logits.device) < number
     values[filled] = logits.reshape(-1)[flat]
@@ -204,14 +232,14 @@ def _falling_order(values: np.ndarray) -> np.ndarray:
 
 
 def knee_of_sorted(
-    descending: Tensor, window: int | None = None, row_size: int | None = None, row_min: Tensor | None = None
+    descending: Tensor, window: int | None = None, row_size: Tensor | None = None, row_min: Tensor | None = None
 ) -> Tensor:
     """Return the knee k of rows that are sorted already, [T, M] → [T] int64; see `selection.kneedle`.
 
     Args:
         descending: whole rows, or their leading entries, filled up with -inf.
         window: the knee is looked for in this many leading entries, as if they were the whole row.
-        row_size, row_min: for leading entries that are sure to hold the knee: N, and the smallest logit of each row [T, 1].
+        row_size, row_min: for leading entries that are sure to hold the knee: N and the smallest logit of each row, [T, 1].
 
     Raises:
         ValueError: fewer than two columns, or a window below 2.
@@ -220,10 +248,10 @@ def knee_of_sorted(
         if window < 2:
             raise ValueError(f"window must be at least 2, got {window}")
         descending = descending[:, :window]
-    count = descending.shape[-1] if row_size is None else row_size
+    if descending.shape[-1] < 2:
+        raise ValueError(f"a knee needs at least 2 logits a row, got {descending.shape[-1]}")
+    count: int | Tensor = descending.shape[-1] if row_size is None else row_size
     bottom = descending[:, -1:] if row_min is None else row_min
-    if count < 2:
-        raise ValueError(f"a knee needs at least 2 logits a row, got {count}")
     top, bottom = descending[:, :1].double(), bottom.double()
     spread = (top - bottom).clamp_min(torch.finfo(torch.float64).tiny)
     height = (descending.double() - bottom).div_(spread)  # y_i; 0 everywhere if all logits are equal
