@@ -17,7 +17,7 @@ from transformers.trainer_utils import seed_worker
 
 from switchkd.errors import ConfigError, RunError
 from switchkd.losses.cross_tokenizer import VocabMap, loss_over_vocabularies
-from switchkd.losses.fused import LMHead
+from switchkd.losses.fused import LMHead, SwitchStates
 from switchkd.losses.objective import FusedLoss, LossTerms, Objective
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.models.checkpoint import blank_image
@@ -201,26 +201,27 @@ class SwitchTrainer(Trainer):
     ) -> FusedLoss:
         """The objective at the student's final hidden states, [P, d]; `features` holds V_S(x) if there is an image."""
         has_image = batch["has_image"]
-        switch = switch_head = None
+        switch = None
         if self.objective.switch and features:
             assert self.teacher is not None
             read = teacher_inputs(batch)
-            switch = switch_states(
+            read_rows = predicting_rows(read["labels"])
+            through = switch_states(
                 self.teacher,
                 _adapted(student, features[0]),
                 read["input_ids"][has_image],
                 read["attention_mask"][has_image],
-                predicting_rows(read["labels"])[has_image],
+                read_rows[has_image],
                 batch.get("switch_packing"),
                 self.prefix_cache,
             )
             if self.prefix_cache is not None and "switch_packing" not in batch:
                 self.meter.leave_out(len(features[0]), read["input_ids"].shape[1], self.prefix_cache.length)
-            switch_head = LMHead(self.teacher.lm_head.weight)
+            on_image = has_image.repeat_interleave(read_rows.sum(-1))
+            switch = SwitchStates(through, LMHead(self.teacher.lm_head.weight), on_image)
         weights = self.objective.weights(batch["labels"])
         if self.vocab_map is not None:
             assert self.source is not None
-            theirs = predicting_rows(batch["teacher_labels"])
             return loss_over_vocabularies(
                 self.objective,
                 self.vocab_map,
@@ -230,8 +231,6 @@ class SwitchTrainer(Trainer):
                 self.source.signal(batch),
                 batch["partner"],
                 switch,
-                switch_head,
-                on_image=has_image.repeat_interleave(theirs.sum(-1)),
                 weights=weights,
                 switch_weights=teacher_weights(batch["labels"], batch["teacher_labels"], weights),
             )
@@ -241,8 +240,6 @@ class SwitchTrainer(Trainer):
             targets(batch["labels"]),
             None if self.source is None else self.source.signal(batch),
             switch,
-            switch_head,
-            on_image=has_image.repeat_interleave(rows.sum(-1)),
             weights=weights,
             on_block=self.meter.record_knees,
         )

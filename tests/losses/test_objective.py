@@ -75,7 +75,7 @@ def test_the_total_weighs_the_parts():
         ({"name": "fkl", "window": 8}, "window belongs to dbild-fkl and dbild-rkl"),
         ({"window": 1}, "at least 2 logits, got 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
-        ({"mean": "token"}, "mean is one over positions or over samples, got 'token'"),
+        ({"normalize_by": "token"}, "mean is one over positions or over samples, got 'token'"),
     ],
 )
 def test_contradictions_are_named(options, message):
@@ -91,7 +91,7 @@ def labels_of(*counts):
 
 def test_the_mean_over_samples_is_a_loop_over_samples():
     labels, switch = labels_of(3, 1), normal(3, V)[:3]
-    objective = Objective("rkl", mean="sample")
+    objective = Objective("rkl", normalize_by="sample")
     logits = normal(1, V).requires_grad_()
     on_image = torch.tensor([True, True, True, False])
     found = objective.terms(

@@ -154,7 +154,7 @@ def parts_and_gradients(student, teacher, batch, source="live", blocks=False, **
     loss = trainer.loss_terms(model, dict(batch))
     loss.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return [loss.total.detach(), *(part for part in loss.parts if part is not None)], gradients
+    return [loss.total.detach(), *(part for part in loss.terms if part is not None)], gradients
 
 
 def assert_equal(mine, theirs):
