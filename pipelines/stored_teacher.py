@@ -1,7 +1,7 @@
 """A teacher store read back: samples encoded and checked as they were cached, and the signals that its payloads give to a loss."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from switchkd.losses.signals import HiddenSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import (
     Checkpoint,
 )
+from switchkd.pipelines.batch import Batch
 from switchkd.settings import TailPolicy
 from switchkd.stores import Manifest, Payload, TeacherStore
 
@@ -23,8 +24,8 @@ from switchkd.stores import Manifest, Payload, TeacherStore
 class TeacherSource(Protocol):
     """Gives the teacher's signal at a batch's P positions."""
 
-    def signal(self, batch: dict[str, Any]) -> TeacherSignal:
-        """Return the signal; `batch` is what `training_data.Collator` made."""
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """Return the signal, on the device of `batch`."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -38,13 +39,15 @@ class StoredTopK:
     def __init__(self, vocab_rows: int, tail: TailPolicy) -> None:
         self.vocab_rows, self.tail = vocab_rows, tail
 
-    def signal(self, batch: dict[str, Any]) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
         """See `TeacherSource.signal`."""
+        ids, logits, tail, knee = batch.teacher_ids, batch.teacher_logits, batch.teacher_tail, batch.teacher_knee
+        assert ids is not None and logits is not None and tail is not None and knee is not None
         return SparseSignal(
-            ids=batch["teacher_ids"],
-            logits=batch["teacher_logits"],
-            tail_logsumexp=batch["teacher_tail"],
-            knee=batch["teacher_knee"],
+            ids=ids,
+            logits=logits,
+            tail_logsumexp=tail,
+            knee=knee,
             vocab_rows=self.vocab_rows,
             tail=self.tail,
         )
@@ -63,9 +66,10 @@ class StoredHidden:
     def __init__(self, head: Tensor, vocab_rows: int) -> None:
         self.head = head[:vocab_rows]
 
-    def signal(self, batch: dict[str, Any]) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
         """See `TeacherSource.signal`."""
-        return HiddenSignal(batch["teacher_hidden"], self.head)
+        assert batch.teacher_hidden is not None
+        return HiddenSignal(batch.teacher_hidden, self.head)
 
     def to(self, device: torch.device) -> None:
         """Move the LM head."""
@@ -73,7 +77,7 @@ class StoredHidden:
 
 
 def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
-    """Return a payload as the columns of a batch, see `Collator`; the large ones share its memory."""
+    """Return a payload as the columns of a batch, see `Batch`; the large ones share its memory."""
     columns = {}
     if payload.ids is not None and payload.logits is not None:
         columns["teacher_ids"] = torch.from_numpy(payload.ids).long()  # as the losses index

@@ -43,6 +43,7 @@ FLOORS = {
     "pipelines/doctor.py": 4,
     "pipelines/stopwatch.py": 3,
     "pipelines/checkpoints": 4,
+    "pipelines/batch.py": 4,
     "pipelines/stored_teacher.py": 5,
     "pipelines/preflight": 5,
     "pipelines/evaluation": 5,

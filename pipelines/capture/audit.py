@@ -20,6 +20,7 @@ from switchkd.losses.selection import leading_entries
 from switchkd.losses.signals import DenseSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
 from switchkd.models.vlm import freeze, load_model, states_at_positions
+from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.capture.options import AuditOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import (
@@ -95,7 +96,8 @@ def audit(options: AuditOptions) -> AuditReport:
             columns = teacher_columns(store.payload(indices))
             columns = {name: column.to(options.device) for name, column in columns.items()}
             s = student_logits(batch, states)[:, : manifest.vocab_rows].float()
-            signals: dict[str, TeacherSignal] = {name: source.signal(columns) for name, source in sources.items()}
+            read = Batch.of(collate(batch, pad_id_of(teacher.tokenizer)) | columns)
+            signals: dict[str, TeacherSignal] = {name: source.signal(read) for name, source in sources.items()}
             for name, signal in (signals | {CONTROL: DenseSignal(control)}).items():
                 sums[name].add(s, live, signal)
             positions += len(live)

@@ -26,6 +26,7 @@ from switchkd.losses.baselines import (
 from switchkd.losses.objective import FusedLoss
 from switchkd.losses.signals import TeacherSignal
 from switchkd.models.vlm import capture_vision_features, replace_lm_head
+from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.teacher_source import LiveTeacher
 from switchkd.pipelines.training.trainer import SwitchTrainer
@@ -42,7 +43,7 @@ class BaselineTeacher(LiveTeacher):
         self.states: Tensor | None = None  # final hidden states of the last batch, [B, L, d_T]
 
     @torch.no_grad()
-    def signal(self, batch: dict[str, Any]) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
         """See `TeacherSource.signal`; keeps what was seen on the way."""
         language = self.teacher.model.language_model
         hook = language.register_forward_hook(lambda _module, _inputs, output: self._keep(output[0]))
@@ -91,22 +92,22 @@ class BaselineTrainer(SwitchTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """Also count the images of the step, since the terms are means over them."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        images = sum((batch["has_image"].sum() for batch in batches), start=torch.zeros((), dtype=torch.long)).to(
-            device
-        )
+        images = sum(
+            (Batch.of(batch).has_image.sum() for batch in batches), start=torch.zeros((), dtype=torch.long)
+        ).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             images = self.accelerator.gather(images).sum()
         self._items_per_image = torch.as_tensor(count, device=device) / images.clamp_min(1)
         return batches, count
 
-    def loss_terms(self, model: nn.Module, batch: dict[str, Any]) -> FusedLoss:
+    def loss_terms(self, model: nn.Module, batch: Batch) -> FusedLoss:
         """Run student, teacher and objective over one batch; the total holds the terms, scaled to the objective's count."""
         student = self.accelerator.unwrap_model(model)
-        rows = predicting_rows(batch["labels"])
-        is_image = batch["input_ids"] == student.config.image_token_id
+        rows = predicting_rows(batch.labels)
+        is_image = batch.input_ids == student.config.image_token_id
         align = self.objective.name == "align-kd"
         kept = rows if align else rows | is_image
-        pixels = batch.get("pixel_values")
+        pixels = batch.pixel_values
         found: list[FusedLoss] = []
 
         def loss_of_states(states: Tensor) -> Tensor:  # [kept, d]
@@ -134,8 +135,8 @@ class BaselineTrainer(SwitchTrainer):
             replace_lm_head(student, loss_of_states),
         ):
             total = model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
                 pixel_values=None if pixels is None else pixels.to(student.dtype),
                 logits_to_keep=kept,
                 use_cache=False,
@@ -159,16 +160,16 @@ class BaselineTrainer(SwitchTrainer):
         pairs = zip(of_student, of_teacher, strict=True)
         return torch.stack([checkpoint(terms, *pair, use_reentrant=False) for pair in pairs])
 
-    def _align_kd(self, student: Any, seen: Seen, batch: dict[str, Any], is_image: Tensor) -> Tensor:
+    def _align_kd(self, student: Any, seen: Seen, batch: Batch, is_image: Tensor) -> Tensor:
         """Terms of every image of the batch, [images, 3]."""
         assert isinstance(self.source, BaselineTeacher)
         shown = self.source.seen
         adapters = student.get_submodule(ADAPTERS)
         # Text that sees the image: what stands after its last token.
         after = is_image.flip(-1).cumsum(-1).flip(-1) == 0
-        text = after & batch["attention_mask"].bool()
+        text = after & batch.attention_mask.bool()
         out = []
-        for image, sample in enumerate(batch["has_image"].nonzero().flatten().tolist()):
+        for image, sample in enumerate(batch.has_image.nonzero().flatten().tolist()):
             columns, queries = is_image[sample], text[sample]
             mine, theirs = (found.attention[0][sample][:, queries][:, :, columns].float() for found in (seen, shown))
             tokens = seen.tokens[0][image].float(), shown.tokens[0][image].float()

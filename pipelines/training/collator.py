@@ -33,14 +33,7 @@ class Collator:
         row_tokens: makes the batch ready for rows of this many tokens: its samples come row by row, and it says how they are laid
             out, see `switchkd.models.packing`. None leaves their order.
 
-    From a store: teacher_ids [P, K] int64, teacher_logits [P, K], teacher_tail [P], teacher_knee [P] int64 if it has top-k
-    logits; teacher_hidden [P, d] if it has hidden states.
-
-    Where the teacher reads a sample otherwise: teacher_input_ids, teacher_attention_mask, teacher_labels [B, L_T];
-    with another tokenizer also partner [P] int64, the teacher's position of each of the student's, or -1.
-
-    With `row_tokens`: packing [R, N] int64; teacher_packing, of the same samples a row, where the teacher reads them otherwise; and
-    switch_packing, of the samples with an image as the teacher reads them, which share rows of their own.
+    It returns the columns of a `Batch`, those that there are: transformers' Trainer moves a dict to its device.
     """
 
     def __init__(
@@ -105,11 +98,6 @@ def aligned_positions(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
             found.append(np.where(partner < 0, -1, partner + before))
             before += len(sample.teacher.starts)
     return np.concatenate(found)
-
-
-def teacher_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return input_ids, attention_mask and labels of a batch for the teacher's LLM."""
-    return {name: batch.get(f"teacher_{name}", batch[name]) for name in TEACHER_READS}
 
 
 def placeholder_sample(checkpoint: Checkpoint, teacher: Checkpoint | None = None) -> EncodedSample:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from switchkd.losses.selection import kneedle
 from switchkd.losses.signals import TeacherSignal
+from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.training.cost_model import CostModel, Work
 from switchkd.positions import count_positions
 
@@ -46,29 +47,30 @@ class StepMetrics:
         self._knees: dict[str, list[Tensor]] = {"teacher": [], "student": []}
         self._vsd_square: Tensor | None = None
 
-    def step_begins(self, looking: bool, waited: float, batches: list[dict[str, Any]]) -> None:
+    def step_begins(self, looking: bool, waited: float, batches: list[Batch]) -> None:
         """Note a step whose micro-batches took `waited` seconds to come, and whether it will be logged."""
         self.looking, self._vsd_square = looking, None
         self._since = self._since or time.perf_counter() - waited
         self._waited += waited
-        self._store += sum(float(batch.pop("store_seconds", 0.0)) for batch in batches)
+        self._store += sum(batch.store_seconds for batch in batches)
 
-    def count(self, batch: dict[str, Any]) -> None:
+    def count(self, batch: Batch) -> None:
         """Count one micro-batch on its way into the model."""
-        rows, length = batch.get("packing", batch["input_ids"]).shape
-        images = len(batch["pixel_values"]) if "pixel_values" in batch else 0
-        self._samples += len(batch["input_ids"])
+        read = batch.teacher_inputs
+        rows, length = (batch.input_ids if batch.packing is None else batch.packing).shape
+        images = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        self._samples += len(batch.input_ids)
         self._tokens += rows * length
         self._pairs += rows * length**2
         self._images += images
-        read = images, batch.get("teacher_input_ids", batch["input_ids"]).shape[1]
-        rows, length = batch["switch_packing"].shape if "switch_packing" in batch else read
+        alone = images, read.input_ids.shape[1]
+        rows, length = alone if batch.switch_packing is None else batch.switch_packing.shape
         self._image_tokens += rows * length
         self._image_pairs += rows * length**2
-        positions = count_positions(batch["labels"])
-        lengths = batch["attention_mask"].sum(-1)
-        read_lengths = batch.get("teacher_attention_mask", batch["attention_mask"]).sum(-1)
-        shown = batch["has_image"]
+        positions = count_positions(batch.labels)
+        lengths = batch.attention_mask.sum(-1)
+        read_lengths = read.attention_mask.sum(-1)
+        shown = batch.has_image
         counts = lengths, positions, positions[shown], lengths**2, read_lengths[shown] ** 2
         found = torch.stack([count.sum() for count in counts]).double()
         self._on_device = found if self._on_device is None else self._on_device + found

@@ -1,13 +1,11 @@
 """The live teacher as a source of signals: the standard pathway run online, without a store."""
 
-from typing import Any
-
 import torch
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.losses.signals import HiddenSignal, TeacherSignal
 from switchkd.models.packing import out_of_rows, text_inputs
-from switchkd.pipelines.training.collator import teacher_inputs
+from switchkd.pipelines.batch import Batch
 from switchkd.positions import predicting_rows
 
 
@@ -18,17 +16,16 @@ class LiveTeacher:
         self.teacher, self.vocab_rows = teacher, vocab_rows
 
     @torch.no_grad()
-    def signal(self, batch: dict[str, Any]) -> TeacherSignal:
+    def signal(self, batch: Batch) -> TeacherSignal:
         """See `TeacherSource.signal`."""
-        pixels, read = batch.get("pixel_values"), teacher_inputs(batch)
-        source = batch.get("teacher_packing", batch.get("packing"))
+        pixels, read = batch.pixel_values, batch.teacher_inputs
         states = self.teacher.model(
-            **text_inputs(read["input_ids"], read["attention_mask"], source),
+            **text_inputs(read.input_ids, read.attention_mask, read.packing),
             pixel_values=None if pixels is None else pixels.to(self.teacher.dtype),
             use_cache=False,
         ).last_hidden_state
-        rows = predicting_rows(read["labels"])
-        found = states[rows] if source is None else out_of_rows(states, source, rows)
+        rows = predicting_rows(read.labels)
+        found = states[rows] if read.packing is None else out_of_rows(states, read.packing, rows)
         return HiddenSignal(found, self.teacher.lm_head.weight[: self.vocab_rows])
 
     def to(self, device: torch.device) -> None:

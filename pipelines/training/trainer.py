@@ -16,7 +16,7 @@ from transformers.trainer_utils import seed_worker
 
 from switchkd.errors import ConfigError, RunError
 from switchkd.losses.cross_tokenizer import VocabMap, loss_over_vocabularies
-from switchkd.losses.fused import LMHead
+from switchkd.losses.fused import LMHead, SwitchStates
 from switchkd.losses.objective import FusedLoss, LossTerms, Objective
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.models.checkpoint import blank_image
@@ -24,8 +24,8 @@ from switchkd.models.packing import into_rows, text_inputs
 from switchkd.models.prefix_cache import SharedPrefixCache
 from switchkd.models.switch import switch_states
 from switchkd.models.vlm import capture_vision_features, replace_lm_head
+from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.stored_teacher import TeacherSource
-from switchkd.pipelines.training.collator import teacher_inputs
 from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.sampler import StepBatches
@@ -133,11 +133,12 @@ class SwitchTrainer(CheckpointHooks):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of one micro-batch: a sum over its positions, divided by the count of the global batch."""
-        self.meter.count(inputs)
-        total, terms = self.loss_terms(model, inputs)
-        count = self.objective.count(inputs["labels"])
-        self._record(terms, count, count_positions(inputs["labels"]).sum())
-        if "pixel_values" not in inputs:
+        batch = Batch.of(inputs)
+        self.meter.count(batch)
+        total, terms = self.loss_terms(model, batch)
+        count = self.objective.count(batch.labels)
+        self._record(terms, count, count_positions(batch.labels).sum())
+        if batch.pixel_values is None:
             total = total + 0.0 * self._idle_vision(model)
         if num_items_in_batch is None:
             return total / count.clamp_min(1)
@@ -155,10 +156,11 @@ class SwitchTrainer(CheckpointHooks):
         asked = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         logged = (self.state.global_step + 1) % self.state.logging_steps == 0
-        self.meter.step_begins(logged, time.perf_counter() - asked, batches)
+        waited, read = time.perf_counter() - asked, [Batch.of(columns) for columns in batches]
+        self.meter.step_begins(logged, waited, read)
         if self.objective.normalize_by == "position" or count is None:
             return batches, count
-        here = torch.stack([self.objective.count(batch["labels"]) for batch in batches]).sum().to(device)
+        here = torch.stack([self.objective.count(batch.labels) for batch in read]).sum().to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             here = self.accelerator.gather(here).sum()
         return batches, here
@@ -171,14 +173,14 @@ class SwitchTrainer(CheckpointHooks):
             set_part_rates(optimizer, self.model if model is None else model, self.part_rates)
         return optimizer
 
-    def loss_terms(self, model: nn.Module, batch: dict[str, Any]) -> FusedLoss:
+    def loss_terms(self, model: nn.Module, batch: Batch) -> FusedLoss:
         """Run the student, the switch pathway and the objective over one batch; see `Objective.fused`.
 
         All of it happens inside the student's forward, where its LM head would run.
         """
         student = self.accelerator.unwrap_model(model)
-        rows = predicting_rows(batch["labels"])
-        pixels, source = batch.get("pixel_values"), batch.get("packing")
+        rows = predicting_rows(batch.labels)
+        pixels, source = batch.pixel_values, batch.packing
         found: list[FusedLoss] = []
 
         def loss_of_states(states: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class SwitchTrainer(CheckpointHooks):
 
         with capture_vision_features(student) as features, replace_lm_head(student, loss_of_states):
             total = model(
-                **text_inputs(batch["input_ids"], batch["attention_mask"], source),
+                **text_inputs(batch.input_ids, batch.attention_mask, source),
                 pixel_values=None if pixels is None else pixels.to(student.dtype),
                 # Samples come row by row, so positions are in the same order in rows and one sample a line.
                 logits_to_keep=rows if source is None else into_rows(rows, source),
@@ -196,52 +198,49 @@ class SwitchTrainer(CheckpointHooks):
         return FusedLoss(total, found[0].terms)
 
     def _loss_of_states(
-        self, student: Any, states: Tensor, features: list[Tensor], batch: dict[str, Any], rows: Tensor
+        self, student: Any, states: Tensor, features: list[Tensor], batch: Batch, rows: Tensor
     ) -> FusedLoss:
         """The objective at the student's final hidden states, [P, d]; `features` holds V_S(x) if there is an image."""
-        has_image = batch["has_image"]
-        switch = switch_head = None
+        has_image = batch.has_image
+        switch = None
         if self.objective.switch and features:
             assert self.teacher is not None
-            read = teacher_inputs(batch)
-            switch = switch_states(
+            read = batch.teacher_inputs
+            read_rows = predicting_rows(read.labels)
+            through = switch_states(
                 self.teacher,
                 _adapted(student, features[0]),
-                read["input_ids"][has_image],
-                read["attention_mask"][has_image],
-                predicting_rows(read["labels"])[has_image],
-                batch.get("switch_packing"),
+                read.input_ids[has_image],
+                read.attention_mask[has_image],
+                read_rows[has_image],
+                batch.switch_packing,
                 self.prefix_cache,
             )
-            if self.prefix_cache is not None and "switch_packing" not in batch:
-                self.meter.leave_out(len(features[0]), read["input_ids"].shape[1], self.prefix_cache.length)
-            switch_head = LMHead(self.teacher.lm_head.weight)
-        weights = self.objective.weights(batch["labels"])
+            if self.prefix_cache is not None and batch.switch_packing is None:
+                self.meter.leave_out(len(features[0]), read.input_ids.shape[1], self.prefix_cache.length)
+            on_image = has_image.repeat_interleave(read_rows.sum(-1))
+            switch = SwitchStates(through, LMHead(self.teacher.lm_head.weight), on_image)
+        weights = self.objective.weights(batch.labels)
         if self.vocab_map is not None:
-            assert self.source is not None
-            theirs = predicting_rows(batch["teacher_labels"])
+            assert self.source is not None and batch.partner is not None and batch.teacher_labels is not None
             return loss_over_vocabularies(
                 self.objective,
                 self.vocab_map,
                 states,
                 LMHead(student.lm_head.weight),
-                targets(batch["labels"]),
+                targets(batch.labels),
                 self.source.signal(batch),
-                batch["partner"],
+                batch.partner,
                 switch,
-                switch_head,
-                on_image=has_image.repeat_interleave(theirs.sum(-1)),
                 weights=weights,
-                switch_weights=teacher_weights(batch["labels"], batch["teacher_labels"], weights),
+                switch_weights=teacher_weights(batch.labels, batch.teacher_labels, weights),
             )
         return self.objective.fused(
             states,
             LMHead(student.lm_head.weight),
-            targets(batch["labels"]),
+            targets(batch.labels),
             None if self.source is None else self.source.signal(batch),
             switch,
-            switch_head,
-            on_image=has_image.repeat_interleave(rows.sum(-1)),
             weights=weights,
             on_block=self.meter.record_knees,
         )

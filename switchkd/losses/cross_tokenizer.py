@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.losses.fused import Block, LMHead, LossOfBlock, loss_in_chunks
+from switchkd.losses.fused import Block, LMHead, LossOfBlock, SwitchStates, loss_in_chunks
 from switchkd.losses.objective import FusedLoss, LossTerms, Objective
 from switchkd.losses.signals import DenseSignal, TeacherSignal
 
@@ -128,9 +128,7 @@ def loss_over_vocabularies(
     targets: Tensor,
     teacher: TeacherSignal,
     partner: Tensor,
-    switch_hidden: Tensor | None = None,
-    switch_head: LMHead | None = None,
-    on_image: Tensor | None = None,
+    switch: SwitchStates | None = None,
     weights: Tensor | None = None,
     switch_weights: Tensor | None = None,
     chunk_positions: int | None = None,
@@ -143,7 +141,7 @@ def loss_over_vocabularies(
         hidden: the student's final hidden states at its P_S positions, [P_S, d]. head, targets: its own.
         teacher: its signal at its P_T positions, over N_T rows, all of them known.
         partner: [P_S] int64, see `align_positions`.
-        switch_hidden, switch_head, on_image: as in `Objective.fused`, at the teacher's positions ([P_T] bool).
+        switch: as in `Objective.fused`, but at the teacher's P_T positions.
         weights: [P_S]. switch_weights: [P_T], of the teacher's positions.
     """
 
@@ -165,10 +163,9 @@ def loss_over_vocabularies(
 
     total, sums = loss_in_chunks(hidden, head, open_student, chunk_positions=chunk_positions)
     ce, align = sums if len(sums) else total.detach().expand(2)
-    if switch_hidden is None:
+    if switch is None:
         return FusedLoss(total, LossTerms(ce, align, None))
-    assert switch_head is not None and on_image is not None
-    seen = on_image.nonzero().squeeze(-1)
+    seen = switch.on_image.nonzero().squeeze(-1)
 
     def open_switch(chunk: slice) -> LossOfBlock:
         teacher_logits = _rows_of(teacher, seen[chunk])[:, : vocabularies.teacher_rows]
@@ -181,7 +178,7 @@ def loss_over_vocabularies(
 
         return of_switch
 
-    switched, sums = loss_in_chunks(switch_hidden, switch_head, open_switch, chunk_positions=chunk_positions)
+    switched, sums = loss_in_chunks(switch.hidden, switch.head, open_switch, chunk_positions=chunk_positions)
     vsd = sums[0] if len(sums) else switched.detach()
     return FusedLoss(total + switched, LossTerms(ce, align, vsd))
 

@@ -38,6 +38,22 @@ class LMHead(NamedTuple):
         return at_least_float32(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
 
+@dataclass(frozen=True)
+class SwitchStates:
+    """The teacher's final hidden states on the switch pathway, and what makes z_switch of them.
+
+    Attributes:
+        hidden: [P_image, d_T], at the positions of image samples, in order; with graph.
+        head: the teacher's LM head, frozen.
+        on_image: [P] bool with P_image True: which of all positions belong to image samples. The positions are those of the
+            student, or those of a teacher with another tokenizer.
+    """
+
+    hidden: Tensor
+    head: LMHead
+    on_image: Tensor
+
+
 class Block(NamedTuple):
     """Some consecutive positions, as a loss sees them."""
 
@@ -60,14 +76,12 @@ def loss_in_chunks(
     head: LMHead,
     open_chunk: OpenChunk,
     *,
-    switch_hidden: Tensor | None = None,
-    switch_head: LMHead | None = None,
-    on_image: Tensor | None = None,
+    switch: SwitchStates | None = None,
     chunk_positions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (Σ of what is minimised, scalar with graph; Σ of its parts, without) over all positions.
 
-    Gradients reach `hidden`, `head` and `switch_hidden`; `switch_head` is frozen. Both LM heads may be of a half precision: the
+    Gradients reach `hidden`, `head` and `switch.hidden`; `switch.head` is frozen. Both LM heads may be of a half precision: the
     loss is computed on logits raised to float32, the gradient of the weight is summed over chunks in float32. Under autocast the
     student's LM head runs in autocast's dtype.
 
@@ -76,47 +90,41 @@ def loss_in_chunks(
         head: the student's LM head; may be tied to its embedding.
         open_chunk: given a chunk's positions, returns the loss of its blocks: differentiable in a block's logits; anything else
             that it reads receives no gradient.
-        switch_hidden: the switch pathway's hidden states at the positions of image samples, in order, [T', d_T].
-        switch_head: the teacher's LM head, wanted with `switch_hidden`.
-        on_image: [T] bool with T' True; wanted with `switch_hidden`.
+        switch: the switch pathway, whose `on_image` runs over the same T positions; None without VSD.
         chunk_positions: positions at a time, at most; by default what makes `CHUNK_LOGITS` logits.
 
     Raises:
-        ValueError: the switch pathway's arguments do not go together.
+        ValueError: `switch.on_image` marks another number of positions than `switch.hidden` has.
     """
-    if switch_hidden is not None:
-        if switch_head is None or on_image is None:
-            raise ValueError("switch_hidden comes with switch_head and on_image")
-        if int(on_image.sum()) != len(switch_hidden):
-            raise ValueError(f"on_image marks {int(on_image.sum())} positions, switch_hidden has {len(switch_hidden)}")
+    if switch is not None and (marked := int(switch.on_image.sum())) != len(switch.hidden):
+        raise ValueError(f"on_image marks {marked} positions, switch_hidden has {len(switch.hidden)}")
     autocast = hidden.device.type if torch.is_autocast_enabled(hidden.device.type) else None
     work = _Work(
         open_chunk=open_chunk,
-        switch_head=switch_head,
-        on_image=on_image,
+        switch=switch,
         positions=chunk_positions or max(1, CHUNK_LOGITS // len(head.weight)),
         dtype=torch.get_autocast_dtype(autocast) if autocast else hidden.dtype,
         with_gradients=torch.is_grad_enabled(),
     )
     with torch.autocast(hidden.device.type, enabled=False):
+        switch_hidden = None if switch is None else switch.hidden
         total, parts = _InChunks.apply(hidden, head.weight, head.bias, switch_hidden, work)  # type: ignore[no-untyped-call]
     return total, parts
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is done, apart from the tensors that receive a gradient."""
+    """What is done; the tensors that receive a gradient are passed to autograd beside it."""
 
     open_chunk: OpenChunk
-    switch_head: LMHead | None
-    on_image: Tensor | None
+    switch: SwitchStates | None
     positions: int  # in a chunk, at most
     dtype: torch.dtype  # of the student's matrix products
     with_gradients: bool
 
     def images_before(self, count: int) -> list[int]:
         """Return how many of the first 0, 1 … count positions belong to images."""
-        return [0, *self.on_image.cumsum(0).tolist()] if self.on_image is not None else [0] * (count + 1)
+        return [0] * (count + 1) if self.switch is None else [0, *self.switch.on_image.cumsum(0).tolist()]
 
 
 class _InChunks(torch.autograd.Function):
@@ -137,8 +145,8 @@ class _InChunks(torch.autograd.Function):
             switch_rows = slice(before[rows.start], before[rows.stop])
             states = hidden[rows].to(work.dtype)
             logits, switch = head.logits(states), None
-            if switch_hidden is not None and work.switch_head is not None and switch_rows.stop > switch_rows.start:
-                switch = work.switch_head.logits(switch_hidden[switch_rows])
+            if switch_hidden is not None and work.switch is not None and switch_rows.stop > switch_rows.start:
+                switch = work.switch.head.logits(switch_hidden[switch_rows])
             loss_of_block = work.open_chunk(rows)
             for first in range(rows.start, rows.stop, block_rows):
                 last = min(first + block_rows, rows.stop)
@@ -153,8 +161,8 @@ class _InChunks(torch.autograd.Function):
                 total, parts = (loss, of_parts) if total is None or parts is None else (total + loss, parts + of_parts)
             if any(wanted):
                 sums.add(rows, states, head.weight, logits)
-                if switch is not None and work.switch_head is not None:
-                    sums.add_switch(switch_rows, work.switch_head.weight, switch)
+                if switch is not None and work.switch is not None:
+                    sums.add_switch(switch_rows, work.switch.head.weight, switch)
             del logits, switch, block, loss_of_block  # before the next chunk is made
         if total is None or parts is None:
             total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))

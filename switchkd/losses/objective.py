@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switchkd.losses.dbild import Divergence, bild_loss, dbild_loss
-from switchkd.losses.fused import Block, LMHead, loss_in_chunks
+from switchkd.losses.fused import Block, LMHead, SwitchStates, loss_in_chunks
 from switchkd.losses.kl import kl_loss
 from switchkd.losses.reduction import at_least_float32
 from switchkd.losses.signals import TeacherSignal
@@ -149,9 +149,7 @@ class Objective:
         head: LMHead,
         targets: Tensor,
         teacher: TeacherSignal | None,
-        switch_hidden: Tensor | None = None,
-        switch_head: LMHead | None = None,
-        on_image: Tensor | None = None,
+        switch: SwitchStates | None = None,
         weights: Tensor | None = None,
         chunk_positions: int | None = None,
         on_block: Callable[[Tensor, TeacherSignal | None], None] | None = None,
@@ -164,13 +162,14 @@ class Objective:
         Args:
             hidden: the student's final hidden states at the P positions, [P, d]. head: its LM head.
             targets: [P] int64. teacher: see `terms`.
-            switch_hidden: the teacher's final hidden states on the switch pathway at the positions of image samples,
-                [P_image, d_T]; None if there are none or VSD is off. switch_head: the teacher's LM head, frozen.
-            on_image: [P] bool, which positions belong to image samples; wanted with `switch_hidden`.
+            switch: the switch pathway at the same P positions; None if there is no image or VSD is off.
             weights: [P], see `terms`.
             chunk_positions: positions at a time.
             on_block: called with each block's student logits and the teacher's signal at its positions, for what is measured
                 beside the loss.
+
+        Raises:
+            ValueError: see `fused.loss_in_chunks`.
         """
 
         def open_chunk(rows: slice) -> Callable[[Block], tuple[Tensor, Tensor]]:
@@ -179,7 +178,8 @@ class Objective:
 
         def loss_of_block(signal: TeacherSignal | None, block: Block) -> tuple[Tensor, Tensor]:
             rows = block.rows
-            keep = targets.new_zeros(len(block.logits), dtype=torch.bool) if on_image is None else on_image[rows]
+            none = targets.new_zeros(len(block.logits), dtype=torch.bool)
+            keep = none if switch is None else switch.on_image[rows]
             weight = None if weights is None else weights[rows]
             here = None if signal is None else signal.slice_rows(block.in_chunk)
             if on_block is not None:
@@ -187,18 +187,10 @@ class Objective:
             terms = self.terms(block.logits, targets[rows], here, block.switch, keep, weight)
             return self.total(terms), torch.stack([terms.ce.new_zeros(()) if term is None else term for term in terms])
 
-        total, sums = loss_in_chunks(
-            hidden,
-            head,
-            open_chunk,
-            switch_hidden=switch_hidden,
-            switch_head=switch_head,
-            on_image=on_image,
-            chunk_positions=chunk_positions,
-        )
+        total, sums = loss_in_chunks(hidden, head, open_chunk, switch=switch, chunk_positions=chunk_positions)
         ce, align, vsd = sums if len(sums) else total.detach().expand(3)
         there = self.needs_teacher and teacher is not None
-        return FusedLoss(total, LossTerms(ce, align if there else None, None if switch_hidden is None else vsd))
+        return FusedLoss(total, LossTerms(ce, align if there else None, None if switch is None else vsd))
 
 
 def _weighted_sum(per_position: Tensor, weights: Tensor | None) -> Tensor:
@@ -225,7 +217,10 @@ def fused_dbild(
 
     Equal to `dbild_loss` on whole logits. The gradient is computed with the value, so backward can run once.
 
-    Args: see `Objective.fused`, `Objective` and `dbild_loss`. Without `switch_hidden` there is no VSD.
+    Args:
+        student_hidden, student_head, targets, teacher, chunk_positions: see `Objective.fused`.
+        switch_hidden, switch_head, on_image: see `fused.SwitchStates`; all three or none. Without `switch_hidden` there is no VSD.
+        temperature, window, align_weight, vsd_weight: see `Objective`. divergence: see `dbild_loss`.
 
     Returns:
         (total, terms), sums over positions, nats; divide by their number for a mean.
@@ -237,15 +232,11 @@ def fused_dbild(
     names = {"reverse_kl": "dbild-rkl", "forward_kl": "dbild-fkl"}
     if divergence not in names:
         raise ValueError(f"divergence must be 'reverse_kl' or 'forward_kl', got {divergence!r}")
-    switch = switch_hidden is not None
-    objective = Objective(names[divergence], switch, align_weight, vsd_weight, temperature, window)
-    return objective.fused(
-        student_hidden,
-        student_head,
-        targets,
-        teacher,
-        switch_hidden,
-        switch_head,
-        on_image,
-        chunk_positions=chunk_positions,
-    )
+    name, has_switch = names[divergence], switch_hidden is not None
+    objective = Objective(name, has_switch, align_weight, vsd_weight, temperature, window)
+    switch = None
+    if switch_hidden is not None:
+        if switch_head is None or on_image is None:
+            raise ValueError("switch_hidden comes with switch_head and on_image")
+        switch = SwitchStates(switch_hidden, switch_head, on_image)
+    return objective.fused(student_hidden, student_head, targets, teacher, switch, chunk_positions=chunk_positions)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from switchkd.losses import LMHead
+from switchkd.losses.fused import SwitchStates
 from switchkd.losses.objective import Objective
 from switchkd.losses.signals import DenseSignal, HiddenSignal, SparseSignal
 
@@ -61,19 +62,11 @@ class Case:
         return [x for x in (self.hidden, self.weight, self.bias, self.switch_hidden) if x is not None]
 
     def fused(self, objective, signal, chunk=None, weights=None):
-        switch = None if self.switch_hidden is None else LMHead(self.teacher_head)
+        switch = None
+        if self.switch_hidden is not None:
+            switch = SwitchStates(self.switch_hidden, LMHead(self.teacher_head), self.on_image)
         head = LMHead(self.weight, self.bias)
-        return objective.fused(
-            self.hidden,
-            head,
-            self.targets,
-            signal,
-            self.switch_hidden,
-            switch,
-            self.on_image,
-            weights,
-            chunk_positions=chunk,
-        )
+        return objective.fused(self.hidden, head, self.targets, signal, switch, weights, chunk_positions=chunk)
 
     def whole(self, objective, signal, weights=None):
         logits = F.linear(self.hidden, self.weight, self.bias)

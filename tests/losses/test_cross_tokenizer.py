@@ -16,7 +16,7 @@ from switchkd.data.encoding import SampleEncoder
 from switchkd.data.templates import TEMPLATES
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.losses.cross_tokenizer import VocabMap, align_positions, loss_over_vocabularies, map_vocabularies
-from switchkd.losses.fused import LMHead
+from switchkd.losses.fused import LMHead, SwitchStates
 from switchkd.losses.objective import Objective
 from switchkd.losses.signals import DenseSignal, HiddenSignal
 from switchkd.models.checkpoint import open_checkpoint
@@ -134,23 +134,22 @@ def test_with_one_tokenizer_it_is_the_plain_loss(mean):
     targets = torch.tensor([1, 2, 3, 4, 5, 6, 7])
     on_image = torch.tensor([1, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
     labels = torch.tensor([[-100, 1, 2, 3], [-100, 4, 5, -100], [-100, 6, 7, -100]])
-    switch = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    through = torch.randn(5, 6, generator=generator, dtype=torch.float64)
     objective = Objective(normalize_by=mean, align_weight=0.7, vsd_weight=0.3)
     weights = objective.weights(labels)
     signal, ids = HiddenSignal(theirs, their_head), torch.arange(11)
     results = []
     for mapped in (False, True):
-        leaves = [x.clone().requires_grad_() for x in (hidden, head, switch)]
+        leaves = [x.clone().requires_grad_() for x in (hidden, head, through)]
         if mapped:
             loss = loss_over_vocabularies(
                 objective, VocabMap(ids, ids, 11, 11), leaves[0], LMHead(leaves[1]), targets, signal, torch.arange(7),
-                leaves[2], LMHead(their_head), on_image, weights, teacher_weights(labels, labels, weights),
+                SwitchStates(leaves[2], LMHead(their_head), on_image), weights, teacher_weights(labels, labels, weights),
                 chunk_positions=3,
             )  # fmt: skip
         else:
-            loss = objective.fused(
-                leaves[0], LMHead(leaves[1]), targets, signal, leaves[2], LMHead(their_head), on_image, weights
-            )
+            switch = SwitchStates(leaves[2], LMHead(their_head), on_image)
+            loss = objective.fused(leaves[0], LMHead(leaves[1]), targets, signal, switch, weights)
         results.append([*loss.terms, *torch.autograd.grad(loss.total, leaves)])
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(other, plain)
@@ -196,8 +195,8 @@ def test_chunks_and_blocks_change_nothing_and_a_chunk_makes_its_teacher_logits_o
     def gradients(**chunks):
         loss = loss_over_vocabularies(
             Objective(), VocabMap(torch.tensor([0, 2, 5]), torch.tensor([1, 0, 6]), 9, 8), hidden, LMHead(head),
-            torch.arange(7), teacher, torch.tensor([0, -1, 2, -1, -1, 3, 5]), switch, LMHead(their_head.detach()),
-            torch.tensor([1, 0, 1, 1, 0, 1]).bool(), **chunks,
+            torch.arange(7), teacher, torch.tensor([0, -1, 2, -1, -1, 3, 5]),
+            SwitchStates(switch, LMHead(their_head.detach()), torch.tensor([1, 0, 1, 1, 0, 1]).bool()), **chunks,
         )  # fmt: skip
         return torch.autograd.grad(loss.total, (hidden, head, switch))
 

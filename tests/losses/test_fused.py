@@ -196,7 +196,7 @@ def test_it_goes_backward_once():
 def test_switch_arguments_go_together():
     case = Case.make()
     with pytest.raises(ValueError, match="switch_hidden comes with switch_head and on_image"):
-        objective().fused(case.hidden, LMHead(case.weight), case.targets, case.signal(), case.switch_hidden)
+        fused_dbild(case.hidden, LMHead(case.weight), case.targets, case.signal(), switch_hidden=case.switch_hidden)
     case.on_image = ~case.on_image
     with pytest.raises(ValueError, match=r"on_image marks 2 positions, switch_hidden has 5"):
         case.fused(objective(), case.signal())

@@ -36,6 +36,7 @@ from switchkd.models.block_attention import attend_in_blocks, enable_packing, us
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.packing import into_rows, layout, out_of_rows, pack_rows, positions_in_rows
 from switchkd.models.vlm import freeze, load_model
+from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK
 from switchkd.pipelines.training.collator import Collator, placeholder_sample
 from switchkd.pipelines.training.teacher_source import LiveTeacher
@@ -151,7 +152,7 @@ def terms_and_gradients(student, teacher, batch, source="live", blocks=False, **
         model=model,
         args=TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none", remove_unused_columns=False),
     )
-    loss = trainer.loss_terms(model, dict(batch))
+    loss = trainer.loss_terms(model, Batch.of(batch))
     loss.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return [loss.total.detach(), *(part for part in loss.terms if part is not None)], gradients

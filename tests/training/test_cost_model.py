@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from training import kept_bytes
 
-from switchkd.losses.fused import LMHead
+from switchkd.losses.fused import LMHead, SwitchStates
 from switchkd.losses.objective import Objective
 from switchkd.losses.signals import HiddenSignal
 from switchkd.models.checkpoint import open_checkpoint
@@ -55,20 +55,12 @@ def step(student, teacher, switch=True):
     signal = HiddenSignal(torch.randn(count, 96), teacher.lm_head.weight.detach())
 
     def loss(states):
-        through = switch_states(teacher, features[0], ids, mask, rows) if switch else None
-        return (
-            Objective(switch=switch)
-            .fused(
-                states,
-                LMHead(student.lm_head.weight),
-                targets(labels),
-                signal,
-                through,
-                LMHead(teacher.lm_head.weight) if switch else None,
-                torch.ones(count, dtype=torch.bool),
-            )
-            .total
-        )
+        through = None
+        if switch:
+            hidden = switch_states(teacher, features[0], ids, mask, rows)
+            through = SwitchStates(hidden, LMHead(teacher.lm_head.weight), torch.ones(count, dtype=torch.bool))
+        head = LMHead(student.lm_head.weight)
+        return Objective(switch=switch).fused(states, head, targets(labels), signal, through).total
 
     with capture_vision_features(student) as features, replace_lm_head(student, loss):
         total = student(

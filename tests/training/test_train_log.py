@@ -67,9 +67,10 @@ def test_the_figures_of_a_step_are_right(options, whole_batch):
     features = vision_features(student, batch["pixel_values"])
     with_image = [batch[name][has_image] for name in ("input_ids", "attention_mask")]
     states = switch_states(teacher, features, *with_image, rows[has_image])
+    from switchkd.pipelines.batch import Batch
     from switchkd.pipelines.stored_teacher import StoredTopK
 
-    signal = StoredTopK(15, "student").signal(batch).select(has_image.repeat_interleave(rows.sum(-1)))
+    signal = StoredTopK(15, "student").signal(Batch.of(batch)).select(has_image.repeat_interleave(rows.sum(-1)))
     vsd = objective.divergence(teacher.lm_head(states), signal) / rows.sum()
     (gradient,) = torch.autograd.grad(vsd, features)
     assert entry["vsd_gradient_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)

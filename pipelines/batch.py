@@ -1,0 +1,70 @@
+"""A batch of samples by the names of its columns, as losses, teachers and measurements read it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class TextInputs(NamedTuple):
+    """What a language model reads of a batch."""
+
+    input_ids: Tensor  # [B, L] int64
+    attention_mask: Tensor  # [B, L] int64
+    labels: Tensor  # [B, L] int64, -100 where not supervised
+    packing: Tensor | None  # [R, N] int64, see `switchkd.models.packing`; None with one sample a row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples, padded to L tokens, with P positions in all. All tensors are on one device.
+
+    A batch travels as a dict of columns, since transformers' Trainer moves it to a device as one; `of` reads it.
+
+    Attributes:
+        input_ids, attention_mask, labels: [B, L] int64, as the student reads the samples; a label is -100 where not supervised.
+        has_image: [B] bool.
+        pixel_values: [images, 3, H, W] float32; None in a batch of text alone.
+        packing: [R, N] int64, how samples share rows; None with one sample a row.
+        teacher_input_ids, teacher_attention_mask, teacher_labels: [B, L_T] int64, where the teacher reads samples otherwise.
+        teacher_packing: [R, N_T] int64, of the same samples a row, where it reads them otherwise.
+        switch_packing: [R', N'] int64, of the samples with an image as the teacher reads them, in rows of their own.
+        partner: [P] int64, with another tokenizer: the teacher's position of each of the student's, or -1.
+        teacher_ids: [P, K] int64; teacher_logits: [P, K]; teacher_tail: [P]; teacher_knee: [P] int64: from a store that holds
+            top-k logits.
+        teacher_hidden: [P, d_T], from a store that holds hidden states. With another tokenizer these five have P_T rows.
+        store_seconds: time that it took to read the store.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    has_image: Tensor
+    pixel_values: Tensor | None = None
+    packing: Tensor | None = None
+    teacher_input_ids: Tensor | None = None
+    teacher_attention_mask: Tensor | None = None
+    teacher_labels: Tensor | None = None
+    teacher_packing: Tensor | None = None
+    switch_packing: Tensor | None = None
+    partner: Tensor | None = None
+    teacher_ids: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    teacher_tail: Tensor | None = None
+    teacher_knee: Tensor | None = None
+    teacher_hidden: Tensor | None = None
+    store_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any]) -> "Batch":
+        """Read a dict of columns. Raises TypeError for a column that a batch does not have, and for one that it lacks."""
+        return cls(**columns)
+
+    @property
+    def teacher_inputs(self) -> TextInputs:
+        """What the teacher's language model reads: its own view of the samples, or the student's where they are the same."""
+        if self.teacher_input_ids is None or self.teacher_attention_mask is None or self.teacher_labels is None:
+            return TextInputs(self.input_ids, self.attention_mask, self.labels, self.packing)
+        packing = self.packing if self.teacher_packing is None else self.teacher_packing
+        return TextInputs(self.teacher_input_ids, self.teacher_attention_mask, self.teacher_labels, packing)
