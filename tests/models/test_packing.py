@@ -201,7 +201,7 @@ def test_every_source_of_the_teachers_word(encoded, student, teacher, cached, hi
     for batch in rows:
         if "teacher_hidden" in batch:
             batch["teacher_hidden"] = batch["teacher_hidden"].double()
-    objective = {"mean": "sample", "align_weight": 0.7, "vsd_weight": 0.3}
+    objective = {"normalize_by": "sample", "align_weight": 0.7, "vsd_weight": 0.3}
     assert_equal(
         *(terms_and_gradients(student, teacher, batch, source, "packing" in batch, **objective) for batch in rows)
     )
