@@ -29,7 +29,7 @@ from switchkd.pipelines.evaluation.exact_match import EvalOptions, evaluate
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import SUMMARY, to_plain, write_atomically
 from switchkd.pipelines.stopwatch import Stopwatch
-from switchkd.pipelines.training.baseline_trainer import check_baseline
+from switchkd.pipelines.training.baseline_terms import check_baseline
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.stages import with_stage
 from switchkd.pipelines.training.train import train

@@ -3,7 +3,6 @@
 import logging
 
 from switchkd.errors import ConfigError
-from switchkd.losses.baselines import BASELINES
 from switchkd.losses.cross_tokenizer import VocabMap, map_vocabularies
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.pipelines.training.dataset import TrainingSamples
@@ -21,7 +20,7 @@ def check_vocab_map(options: TrainOptions, teacher: Checkpoint | None, payload: 
     """
     if not options.vocab_map:
         return
-    if options.objective in BASELINES:
+    if options.as_objective().baseline:
         raise ConfigError(f"objective {options.objective} compares one tokenizer's logits: leave --vocab-map out")
     if teacher is None:
         raise ConfigError("--vocab-map maps the teacher's vocabulary: pass --teacher and an objective that has one")

@@ -9,14 +9,13 @@ from switchkd.data.load_template import load_template
 from switchkd.data.samples import SampleFile
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
-from switchkd.losses.baselines import BASELINES
 from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
 from switchkd.models.block_attention import check_layers
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
 from switchkd.pipelines.stored_teacher import encoder_of_store
 from switchkd.pipelines.training import cross_tokenizer
-from switchkd.pipelines.training.baseline_trainer import check_baseline
+from switchkd.pipelines.training.baseline_terms import check_baseline
 from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.int8_teacher import check_int8
 from switchkd.pipelines.training.options import TrainOptions, resolve_batches
@@ -99,8 +98,10 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
             raise ConfigError("--teacher-mode live runs the teacher: pass --teacher")
         return None
     teacher = open_checkpoint(options.teacher, options.trust_remote_code)
-    adapter, baseline = options.switch_adapter is not None, objective.name in BASELINES
-    check_compatible(teacher, student, objective.switch, adapter, one_text=baseline, vocab_map=options.vocab_map)
+    adapter = options.switch_adapter is not None
+    check_compatible(
+        teacher, student, objective.switch, adapter, one_text=objective.baseline, vocab_map=options.vocab_map
+    )
     if options.teacher_mode == "live" and (
         hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor)
     ):

@@ -29,8 +29,7 @@ OBJECTIVES: dict[str, _Divergence | None] = {
     "dbild-fkl": partial(dbild_loss, divergence="forward_kl"),
     "dbild-rkl": partial(dbild_loss, divergence="reverse_kl"),
     # Their Align; what they add to it is in `baselines`.
-    "llava-kd": partial(kl_loss, direction="forward"),
-    "align-kd": partial(kl_loss, direction="forward"),
+    **dict.fromkeys(BASELINES, partial(kl_loss, direction="forward")),
 }
 
 
@@ -82,7 +81,7 @@ class Objective:
             raise ConfigError(f"no objective {self.name!r}; there are {', '.join(OBJECTIVES)}")
         if self.name == "sft" and self.switch:
             raise ConfigError("objective sft has no teacher to switch to: pass --no-switch")
-        if self.name in BASELINES and self.switch:
+        if self.baseline and self.switch:
             raise ConfigError(f"objective {self.name} has no switch pathway: pass --no-switch")
         if self.window is not None and not self.name.startswith("dbild"):
             raise ConfigError(f"a knee window belongs to dbild-fkl and dbild-rkl, not to {self.name}")
@@ -97,6 +96,11 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether anything but CE is computed."""
         return self.name != "sft"
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is the objective of another method, with terms on more than logits; see `baselines.BASELINES`."""
+        return self.name in BASELINES
 
     def count(self, labels: Tensor) -> Tensor:
         """Return how many things the mean runs over, positions or samples with a position: [B, L] labels → scalar int64."""
