@@ -133,13 +133,14 @@ def test_the_words_are_those_of_the_code_that_takes_them():
     from switchkd.losses.signals import TAIL_POLICIES
     from switchkd.models.checkpoint import IMAGE_MODES
     from switchkd.models.switch_adapter import KINDS
+    from switchkd.pipelines.training.baseline_terms import KINDS as TERMS
     from switchkd.pipelines.training.parallelism import PROFILES
     from switchkd.pipelines.training.sampler import GROUPINGS
     from switchkd.pipelines.training.stages import STAGES
     from switchkd.stores.layout import HIDDEN_DTYPES, PAYLOADS
 
     assert typing.get_args(ObjectiveName) == tuple(OBJECTIVES)
-    assert tuple(BASELINES) == BASELINE_OBJECTIVES
+    assert tuple(BASELINES) == tuple(TERMS) == BASELINE_OBJECTIVES
     assert set(typing.get_args(TailPolicy)) == set(TAIL_POLICIES)
     assert typing.get_args(ImageMode) == tuple(IMAGE_MODES)
     assert (typing.get_args(PayloadName), typing.get_args(HiddenDtype)) == (PAYLOADS, HIDDEN_DTYPES)

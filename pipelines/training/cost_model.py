@@ -21,7 +21,7 @@ LOSS_TENSORS = 8
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (parameters, those that train) of each part that the model has: vision, projector, language, adapters of a peer."""
+    """Return (parameters, those that train) of each part that the model has: vision, projector, language, a baseline's adapters."""
     found = dict.fromkeys((*PARTS, "adapters"), (0, 0))
     for name, parameter in model.named_parameters():
         every, trained = found[part_of(name)]

@@ -9,7 +9,6 @@ from switchkd.data.load_template import load_template
 from switchkd.data.samples import SampleFile
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
-from switchkd.losses.baselines import BASELINES
 from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
 from switchkd.models.block_attention import check_layers
@@ -96,8 +95,10 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
             raise ConfigError("--teacher-mode live runs the teacher: pass --teacher")
         return None
     teacher = open_checkpoint(options.teacher, options.trust_remote_code)
-    adapter, baseline = options.switch_adapter is not None, objective.name in BASELINES
-    check_compatible(teacher, student, objective.switch, adapter, one_text=baseline, vocab_map=options.vocab_map)
+    adapter = options.switch_adapter is not None
+    check_compatible(
+        teacher, student, objective.switch, adapter, one_text=objective.baseline, vocab_map=options.vocab_map
+    )
     if options.teacher_mode == "live" and (
         hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor)
     ):

@@ -6,7 +6,6 @@ import torch
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 
 from switchkd.errors import CheckpointError
-from switchkd.losses.baselines import BASELINES
 from switchkd.models.block_attention import enable_packing
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.switch_adapter import SwitchAdapter
@@ -18,7 +17,7 @@ from switchkd.models.vlm import (
     load_model,
 )
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK, TeacherSource
-from switchkd.pipelines.training.baseline_trainer import make_baseline
+from switchkd.pipelines.training.baseline_terms import ExtraTerms, make_extra_terms
 from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.inputs import TrainingInputs
 from switchkd.pipelines.training.int8_teacher import NAME as INT8
@@ -36,6 +35,7 @@ class TrainingModels:
     student: LlavaForConditionalGeneration  # float32
     source: TeacherSource | None  # of the teacher's signals; None for an objective without a teacher
     switch_teacher: LlavaForConditionalGeneration | None  # of the switch pathway; may be the live teacher
+    extra_terms: ExtraTerms | None  # of a baseline's objective
     cost_model: CostModel
     unused: list[str]  # parameters of the vision tower that were frozen, since no gradient reaches them
 
@@ -66,16 +66,18 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
     if options.switch_adapter is not None:
         assert teacher is not None
         student.switch_adapter = _make_switch_adapter(options, teacher, inputs.student)
-    if inputs.objective.name in BASELINES:
+    extra_terms = None
+    if inputs.objective.baseline:
         assert isinstance(source, LiveTeacher)
-        source = make_baseline(options, student, source.teacher, source.vocab_rows)
+        extra_terms = make_extra_terms(inputs.objective.name, student, source, options.seed)
+        source = extra_terms.source
     if arguments.fsdp:
         fit_fsdp(arguments, student)
         for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
             shard_frozen(whole)
     stored_head = source.head.numel() if isinstance(source, StoredHidden) else 0
     cost_model = CostModel(student, switch_teacher, live, stored_head, inputs.student.feature_tokens)
-    return TrainingModels(student, source, switch_teacher, cost_model, unused)
+    return TrainingModels(student, source, switch_teacher, extra_terms, cost_model, unused)
 
 
 def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:

@@ -12,10 +12,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from switchkd.data.encoding import pad_id_of
 from switchkd.errors import ConfigError
-from switchkd.losses.baselines import BASELINES
 from switchkd.pipelines.run_folder import SUMMARY, record, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import training_arguments
-from switchkd.pipelines.training.baseline_trainer import BaselineTrainer
 from switchkd.pipelines.training.checkpointing import last_checkpoint
 from switchkd.pipelines.training.collator import Collator, placeholder_sample
 from switchkd.pipelines.training.dataset import TrainingSamples
@@ -90,10 +88,11 @@ def _make_trainer(inputs: TrainingInputs, models: TrainingModels, arguments: Tra
         pad_id_of((inputs.teacher or student).tokenizer),
         options.packing,
     )
-    trainer = (BaselineTrainer if inputs.objective.name in BASELINES else SwitchTrainer)(
+    trainer = SwitchTrainer(
         objective=inputs.objective,
         source=models.source,
         teacher=models.switch_teacher,
+        extra_terms=models.extra_terms,
         vocab_map=inputs.vocabularies,
         group_by=options.group_by,
         cost_model=models.cost_model,

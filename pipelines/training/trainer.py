@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.trainer_utils import seed_worker
 
 from switchkd.errors import ConfigError, RunError
+from switchkd.losses.baselines import Seen
 from switchkd.losses.cross_tokenizer import VocabMap, loss_over_vocabularies
 from switchkd.losses.fused import LMHead, SwitchStates
 from switchkd.losses.objective import FusedLoss, LossTerms, Objective
@@ -26,6 +28,7 @@ from switchkd.models.switch import switch_states
 from switchkd.models.vlm import capture_vision_features, replace_lm_head
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.stored_teacher import TeacherSource
+from switchkd.pipelines.training.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.sampler import StepBatches
@@ -46,6 +49,7 @@ class SwitchTrainer(CheckpointHooks):
         part_rates: peak learning rates of parts of the student that have their own, see `stages.set_part_rates`.
         source: where Align and VSD have the teacher's word from; None for "sft".
         teacher: frozen, for the switch pathway; None if VSD is off.
+        extra_terms: what a baseline's objective adds to CE and Align.
         vocab_map: for a teacher with another tokenizer; its source must know whole rows.
         group_by: which samples share a batch, see `EpochOrder`.
         cost_model: tells the FLOPs of what ran; None leaves them out of the log.
@@ -59,6 +63,7 @@ class SwitchTrainer(CheckpointHooks):
         objective: Objective,
         source: TeacherSource | None,
         teacher: LlavaForConditionalGeneration | None,
+        extra_terms: ExtraTerms | None = None,
         vocab_map: VocabMap | None = None,
         part_rates: dict[str, float] | None = None,
         group_by: str = "none",
@@ -82,7 +87,7 @@ class SwitchTrainer(CheckpointHooks):
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         # Sharded layers are gathered by all processes together, which need not know the same text.
         self.prefix_cache = None if self.args.fsdp else SharedPrefixCache()
-        self.source = source
+        self.source, self.extra_terms = source, extra_terms
         self.vocab_map = None if vocab_map is None else vocab_map.to(self.args.device)
         self.group_by = group_by
         if source is not None:
@@ -158,12 +163,19 @@ class SwitchTrainer(CheckpointHooks):
         logged = (self.state.global_step + 1) % self.state.logging_steps == 0
         waited, read = time.perf_counter() - asked, [Batch.of(columns) for columns in batches]
         self.meter.step_begins(logged, waited, read)
-        if self.objective.normalize_by == "position" or count is None:
-            return batches, count
-        here = torch.stack([self.objective.count(batch.labels) for batch in read]).sum().to(device)
+        if self.objective.normalize_by != "position" and count is not None:
+            count = self._over_processes(torch.stack([self.objective.count(batch.labels) for batch in read]), device)
+        if self.extra_terms is not None:
+            images = torch.stack([batch.has_image.sum() for batch in read])
+            self.extra_terms.begin_step(count, self._over_processes(images, device))
+        return batches, count
+
+    def _over_processes(self, counts: Tensor, device: torch.device) -> Tensor:
+        """Add up the counts of the micro-batches [n] of a step, of all processes where losses are averaged over them."""
+        here = counts.sum().to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             here = self.accelerator.gather(here).sum()
-        return batches, here
+        return here
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the Trainer's optimizer, with a learning rate of its own for each part that has one."""
@@ -176,26 +188,33 @@ class SwitchTrainer(CheckpointHooks):
     def loss_terms(self, model: nn.Module, batch: Batch) -> FusedLoss:
         """Run the student, the switch pathway and the objective over one batch; see `Objective.fused`.
 
-        All of it happens inside the student's forward, where its LM head would run.
+        The total holds the extra terms. All of it happens inside the student's forward, where its LM head would run.
         """
         student = self.accelerator.unwrap_model(model)
         rows = predicting_rows(batch.labels)
-        pixels, source = batch.pixel_values, batch.packing
-        found: list[FusedLoss] = []
+        pixels, source, extra = batch.pixel_values, batch.packing, self.extra_terms
+        kept = rows if extra is None else extra.kept_rows(student, batch, rows)
+        found: list[LossTerms] = []
 
-        def loss_of_states(states: Tensor) -> Tensor:
-            found.append(self._loss_of_states(student, states, features, batch, rows))
-            return found[0].total
+        def loss_of_states(states: Tensor) -> Tensor:  # [kept, d]
+            own = states if extra is None else states[rows[kept]]
+            total, terms = self._loss_of_states(student, own, features, batch, rows)
+            found.append(terms)
+            return total if extra is None else extra.add_to(total, student, batch, states, kept, seen)
 
-        with capture_vision_features(student) as features, replace_lm_head(student, loss_of_states):
+        with (
+            capture_vision_features(student) as features,
+            nullcontext(Seen()) if extra is None else extra.watch(student) as seen,
+            replace_lm_head(student, loss_of_states),
+        ):
             total = model(
                 **text_inputs(batch.input_ids, batch.attention_mask, source),
                 pixel_values=None if pixels is None else pixels.to(student.dtype),
                 # Samples come row by row, so positions are in the same order in rows and one sample a line.
-                logits_to_keep=rows if source is None else into_rows(rows, source),
+                logits_to_keep=kept if source is None else into_rows(kept, source),
                 use_cache=False,
             ).logits
-        return FusedLoss(total, found[0].terms)
+        return FusedLoss(total, found[0])
 
     def _loss_of_states(
         self, student: Any, states: Tensor, features: list[Tensor], batch: Batch, rows: Tensor
@@ -276,7 +295,8 @@ class SwitchTrainer(CheckpointHooks):
             logs["loss"] = (
                 means["ce"] + self.objective.align_weight * means["align"] + self.objective.vsd_weight * means["vsd"]
             )
-            for name, (mean, weight) in self.more_losses().items():
+            extra = {} if self.extra_terms is None else self.extra_terms.take(self.accelerator)
+            for name, (mean, weight) in extra.items():
                 logs[f"loss_{name}"] = mean
                 logs["loss"] += weight * mean
             logs["positions"] = positions
@@ -291,10 +311,6 @@ class SwitchTrainer(CheckpointHooks):
                 )
         super().log(logs, start_time)
 
-    def more_losses(self) -> dict[str, tuple[float, float]]:
-        """Return terms of the loss beside the objective's three since the last log: name → (mean, weight). Here there are none."""
-        return {}
-
     def require_finite(self) -> None:
         """Raise RunError, in all processes, if a loss since the last log or a weight is not finite in any of them."""
         weights = [getattr(p, "ds_tensor", p.detach()) for p in self.model.parameters() if p.requires_grad]
@@ -307,6 +323,12 @@ class SwitchTrainer(CheckpointHooks):
                 f"{what} is not finite at step {self.state.global_step}, or since the check before (at every log and checkpoint); "
                 "lower --lr or --grad-clip"
             )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student; adapters of extra terms are in checkpoints alone, and not in the finished student."""
+        if self.extra_terms is not None and not _internal_call:
+            self.extra_terms.detach(self.accelerator.unwrap_model(self.model))
+        super().save_model(output_dir, _internal_call)
 
 
 def _adapted(student: Any, features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switchkd.losses.baselines import BASELINES
 from switchkd.losses.dbild import Divergence, bild_loss, dbild_loss
 from switchkd.losses.fused import Block, LMHead, SwitchStates, loss_in_chunks
 from switchkd.losses.kl import kl_loss
@@ -28,8 +29,7 @@ OBJECTIVES: dict[str, _Divergence | None] = {
     "dbild-fkl": partial(dbild_loss, divergence="forward_kl"),
     "dbild-rkl": partial(dbild_loss, divergence="reverse_kl"),
     # Their Align; what they add to it is in `baselines`.
-    "llava-kd": partial(kl_loss, direction="forward"),
-    "align-kd": partial(kl_loss, direction="forward"),
+    **dict.fromkeys(BASELINES, partial(kl_loss, direction="forward")),
 }
 
 
@@ -80,6 +80,11 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether anything but CE is computed."""
         return self.name != "sft"
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is the objective of another method, with terms on more than logits; see `baselines.BASELINES`."""
+        return self.name in BASELINES
 
     def count(self, labels: Tensor) -> Tensor:
         """Return how many things the mean runs over, positions or samples with a position: [B, L] labels → scalar int64."""

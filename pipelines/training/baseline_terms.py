@@ -1,0 +1,226 @@
+"""What the objectives of LLaVA-KD and Align-KD add to a training step: terms on more than logits, from the live teacher.
+
+An `ExtraTerms` is given to the trainer, which asks it what to keep of a batch, adds its terms, and logs them. The terms are means
+over the images of the global batch, exact under accumulation and over processes like everything else. A further objective of this
+kind is a set of terms in `losses.baselines` and a class here, named in `KINDS`.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlavaForConditionalGeneration
+
+from switchkd.losses.baselines import (
+    ADAPTERS,
+    BASELINES,
+    TERM_WEIGHTS,
+    AlignAdapters,
+    Seen,
+    align_kd_terms,
+    capture_visual_tokens,
+    llava_kd_terms,
+    use_eager_attention,
+)
+from switchkd.losses.signals import TeacherSignal
+from switchkd.pipelines.batch import Batch
+from switchkd.pipelines.training.teacher_source import LiveTeacher
+
+
+class BaselineTeacher(LiveTeacher):
+    """The live teacher, which also shows what it makes of the images; one forward pass serves both."""
+
+    def __init__(self, teacher: LlavaForConditionalGeneration, vocab_rows: int, attention: bool) -> None:
+        super().__init__(teacher, vocab_rows)
+        self.attention = attention
+        self.seen = Seen()
+        self.states: Tensor | None = None  # final hidden states of the last batch, [B, L, d_T]
+
+    @torch.no_grad()
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """See `TeacherSource.signal`; keeps the final states, visual tokens and attention that were computed on the way."""
+        language = self.teacher.model.language_model
+        hook = language.register_forward_hook(lambda _module, _inputs, output: self._keep(output[0]))
+        try:
+            with capture_visual_tokens(self.teacher, self.attention) as self.seen:
+                return super().signal(batch)
+        finally:
+            hook.remove()
+
+    def _keep(self, states: Tensor) -> None:
+        self.states = states
+
+
+class ExtraTerms(ABC):
+    """Terms of the loss beside CE and Align, one value an image each.
+
+    Args:
+        source: the live teacher, which keeps what it makes of the images.
+    """
+
+    name: ClassVar[str]  # of the objective
+    attention: ClassVar[bool]  # whether the first layer's attention maps are read
+
+    def __init__(self, source: BaselineTeacher) -> None:
+        self.source = source
+        self.names = BASELINES[self.name]
+        self._sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)  # since the last log: terms, and images
+        self._items_per_image = torch.ones(())
+
+    def attach(self, student: LlavaForConditionalGeneration, seed: int) -> None:
+        """Prepare both models, and hang on the student the adapters that train beside it."""
+        adapters = self.adapters_for(student, seed)
+        if adapters is not None:
+            student.add_module(ADAPTERS, adapters)
+        if self.attention:
+            for model in (student, self.source.teacher):
+                use_eager_attention(model)
+
+    def adapters_for(self, student: LlavaForConditionalGeneration, seed: int) -> nn.Module | None:
+        """Make the adapters of this objective, with weights from `seed`; None where it has none."""
+        return None
+
+    def detach(self, student: LlavaForConditionalGeneration) -> None:
+        """Take the adapters off the student, which is saved without; a second call finds nothing to do."""
+        if hasattr(student, ADAPTERS):
+            delattr(student, ADAPTERS)
+
+    def kept_rows(self, student: LlavaForConditionalGeneration, batch: Batch, rows: Tensor) -> Tensor:
+        """Return the rows whose final states the terms read, [B, L] bool; they contain `rows`, those that predict."""
+        return rows
+
+    def watch(self, student: LlavaForConditionalGeneration) -> AbstractContextManager[Seen]:
+        """Collect what the student's forward makes of images inside the block."""
+        return capture_visual_tokens(student, self.attention)
+
+    def begin_step(self, items: Tensor | int | None, images: Tensor) -> None:
+        """Take note of what the objective's mean divides by and of the number of images, both of the global batch.
+
+        Args:
+            images: scalar int64, on the device of the step.
+        """
+        self._items_per_image = torch.as_tensor(items, device=images.device) / images.clamp_min(1)
+
+    def add_to(self, total: Tensor, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
+        """Return the loss of a micro-batch with the terms, scaled to the objective's count, and record them for the log.
+
+        Args:
+            total: scalar. states: the student's final states at the kept rows, [kept, d_S]. kept: see `kept_rows`.
+            seen: what `watch` collected.
+        """
+        if batch.pixel_values is None:
+            return self.without_images(total, student)
+        terms = self.of_images(student, batch, states, kept, seen)
+        self._record(terms)
+        weights = torch.tensor([TERM_WEIGHTS[name] for name in self.names], device=terms.device)
+        return total + (terms.sum(0) * weights).sum() * self._items_per_image.to(terms.device)
+
+    @abstractmethod
+    def of_images(self, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
+        """Return the terms of every image of a batch, [images, terms]; see `add_to`."""
+
+    def without_images(self, total: Tensor, student: Any) -> Tensor:
+        """Return the loss of a batch of text alone, in whose graph everything that trains must stand."""
+        return total
+
+    def take(self, accelerator: Accelerator) -> dict[str, tuple[float, float]]:
+        """Return the terms since the last call, over all processes: name → (mean over images, weight). Every process calls it."""
+        *sums, images = accelerator.reduce(self._sums.to(accelerator.device), reduction="sum").tolist()
+        self._sums.zero_()
+        return {
+            name: (value / max(images, 1), TERM_WEIGHTS[name]) for name, value in zip(self.names, sums, strict=True)
+        }
+
+    def _record(self, terms: Tensor) -> None:
+        self._sums = self._sums.to(terms.device)
+        images = torch.tensor([len(terms)], dtype=torch.float64, device=terms.device)
+        self._sums += torch.cat([terms.detach().sum(0).double(), images])
+
+
+class LlavaKDTerms(ExtraTerms):
+    """The terms of LLaVA-KD: logits at visual tokens, and the relations between them."""
+
+    name = "llava-kd"
+    attention = False
+
+    def kept_rows(self, student: LlavaForConditionalGeneration, batch: Batch, rows: Tensor) -> Tensor:
+        """See `ExtraTerms.kept_rows`: also the visual tokens."""
+        return rows | _is_image(student, batch)
+
+    def of_images(self, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
+        """See `ExtraTerms.of_images`, [images, 2]; logits of one image at a time, made again for the backward pass."""
+        assert self.source.states is not None
+        is_image, rows = _is_image(student, batch), self.source.vocab_rows
+        heads = student.lm_head.weight[:rows], self.source.teacher.lm_head.weight[:rows]
+        images = int(is_image.any(-1).sum())
+        of_student = states[is_image[kept]].reshape(images, -1, states.shape[-1])  # [images, n, d_S]
+        of_teacher = self.source.states[is_image].reshape(images, -1, self.source.states.shape[-1])
+
+        def terms(mine: Tensor, theirs: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = F.linear(theirs, heads[1])
+            return llava_kd_terms(F.linear(mine, heads[0]), wanted)
+
+        pairs = zip(of_student, of_teacher, strict=True)
+        return torch.stack([checkpoint(terms, *pair, use_reentrant=False) for pair in pairs])
+
+
+class AlignKDTerms(ExtraTerms):
+    """The terms of Align-KD: visual tokens and attention, through adapters that train as a submodule of the student."""
+
+    name = "align-kd"
+    attention = True
+
+    def adapters_for(self, student: LlavaForConditionalGeneration, seed: int) -> nn.Module:
+        """See `ExtraTerms.adapters_for`."""
+        texts = self.source.teacher.config.text_config, student.config.text_config
+        torch.manual_seed(seed)
+        widths = (texts[0].hidden_size, texts[1].hidden_size)
+        return AlignAdapters(widths, (texts[0].num_attention_heads, texts[1].num_attention_heads))
+
+    def of_images(self, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
+        """See `ExtraTerms.of_images`, [images, 3]."""
+        is_image, shown = _is_image(student, batch), self.source.seen
+        adapters = student.get_submodule(ADAPTERS)
+        # Text that sees the image: what stands after its last token.
+        after = is_image.flip(-1).cumsum(-1).flip(-1) == 0
+        text = after & batch.attention_mask.bool()
+        out = []
+        for image, sample in enumerate(batch.has_image.nonzero().flatten().tolist()):
+            columns, queries = is_image[sample], text[sample]
+            mine, theirs = (found.attention[0][sample][:, queries][:, :, columns].float() for found in (seen, shown))
+            tokens = seen.tokens[0][image].float(), shown.tokens[0][image].float()
+            out.append(align_kd_terms(tokens, (mine, theirs), adapters))
+        return torch.stack(out)
+
+    def without_images(self, total: Tensor, student: Any) -> Tensor:
+        """See `ExtraTerms.without_images`: the adapters, times 0."""
+        with_graph: Tensor = total + 0.0 * sum(p.sum() for p in student.get_submodule(ADAPTERS).parameters())
+        return with_graph
+
+
+# Objective → its terms; the keys are those of `losses.baselines.BASELINES`.
+KINDS: dict[str, type[ExtraTerms]] = {kind.name: kind for kind in (LlavaKDTerms, AlignKDTerms)}
+
+
+def make_extra_terms(name: str, student: LlavaForConditionalGeneration, live: LiveTeacher, seed: int) -> ExtraTerms:
+    """Make the terms of the objective `name`, one of `KINDS`, and prepare both models for it; `source` is the teacher to use.
+
+    Raises:
+        CheckpointError: a model that does not show what the terms compare, in the first step.
+    """
+    kind = KINDS[name]
+    terms = kind(BaselineTeacher(live.teacher, live.vocab_rows, kind.attention))
+    terms.attach(student, seed)
+    return terms
+
+
+def _is_image(student: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
+    """Mark the visual tokens of a batch, [B, L] bool."""
+    found: Tensor = batch.input_ids == student.config.image_token_id
+    return found
