@@ -1,8 +1,8 @@
-"""Attention over rows that several samples share: which way a language model takes, and whether it keeps samples apart.
+"""Block-diagonal attention for packed rows: selects the attention of a language model and checks that it separates samples.
 
-A mask of all pairs of a row costs the square of its length, and most of it masks. Where every layer is plain causal attention, each
-sample of a row attends to itself by itself instead, which costs what samples alone cost. Other attention (sliding windows) takes
-transformers' masks. Both know samples by their position ids, which begin anew with each.
+A mask over all pairs of a row costs the square of its length, and most of its entries are masked. If every layer is plain causal
+attention, attention is computed for each sample of a row separately, at the cost of unpacked samples. Other kinds (sliding windows)
+use transformers' masks. Both identify samples by their position ids, which restart at 0 with each sample.
 """
 
 from typing import Any
@@ -14,21 +14,28 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from switchkd.errors import ConfigError
 
-NAME = "switchkd_blocks"  # of the attention; transformers makes no mask for a name that its masks do not know
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that can keep samples apart
-PROBE = (5, 8)  # tokens of the samples that a language model is tried with
-HALF_TOLERANCE, TOLERANCE = 3e-2, 1e-4  # of a token's state; rounding stays below, another sample's influence does not
+NAME = "switchkd_blocks"  # of the attention function; transformers builds no mask for a name without a mask function
+ATTENTION = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+}  # kinds of layers that can keep samples separate
+PROBE = (5, 8)  # lengths of the samples that a language model is tested with, tokens
+HALF_TOLERANCE, TOLERANCE = (
+    3e-2,
+    1e-4,
+)  # relative change of a state; rounding stays below, mixing of samples does not
 
 
 def attend_in_blocks(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sample, an attention of transformers.
+    """Compute causal attention within each sample; an attention function in the interface of transformers.
 
     Args:
         query, key, value: [R, heads, N, d]. attention_mask: None.
-        options: position_ids [R, N] or [1, N], and those of transformers' own attention. Without them a row is one block, which
-            `enable_packing` finds out.
+        options: position_ids [R, N] or [1, N], and the options of transformers' own attention. Without position ids a row is one
+            block; `enable_packing` detects this.
 
     Returns:
         [R, N, heads, d], and no weights.
@@ -45,7 +52,7 @@ def attend_in_blocks(
 
 
 def _block_lengths(position_ids: Tensor) -> list[list[int]]:
-    """Return the tokens of each block of each row; found once a batch, since all layers are given the same tensor."""
+    """Return the length of each block of each row; computed once per batch, since all layers receive the same tensor."""
     known: list[list[int]] | None = getattr(position_ids, "block_lengths", None)
     if known is None:
         ends = position_ids.shape[1]
@@ -59,12 +66,12 @@ AttentionInterface.register(NAME, attend_in_blocks)
 
 
 def uses_block_attention(language: Any) -> bool:
-    """Tell whether a language model was made to attend in blocks, see `enable_packing`."""
+    """Return whether a language model uses block attention, see `enable_packing`."""
     return bool(language.config._attn_implementation == NAME)
 
 
 def _is_plain(config: Any) -> bool:
-    """Tell whether every token attends to all before it, in every layer, by torch's fused attention."""
+    """Return whether every layer is full causal attention, computed by torch's fused attention."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
@@ -73,15 +80,15 @@ def _is_plain(config: Any) -> bool:
 
 
 def check_layers(config: Any, name: str) -> None:
-    """Refuse a language model whose config tells of layers that mix what stands in a row, before anything is loaded.
+    """Refuse a language model whose config lists layers that mix the samples of a row, before any weights are loaded.
 
-    Not every config tells; `enable_packing` tries the model itself.
+    Not every config lists its layers; `enable_packing` tests the model itself.
 
     Args:
         config: of the language model. name: of the model, for the error.
 
     Raises:
-        ConfigError: convolutions, linear attention, state spaces.
+        ConfigError: the model has convolutions, linear attention or state-space layers.
     """
     if mixing := sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION):
         raise ConfigError(
@@ -91,16 +98,16 @@ def check_layers(config: Any, name: str) -> None:
 
 
 def enable_packing(language: Any, name: str) -> None:
-    """Make a language model ready for rows, and try whether it keeps the samples of one apart; some layers mix whatever is there.
+    """Prepare a language model for packed rows, and test that it keeps the samples of a row separate.
 
-    Two short samples of random embeddings are run alone, and in rows in either order. It takes what a few dozen tokens take.
+    Two short samples of random embeddings are run alone and in packed rows in either order; the cost is that of a few dozen tokens.
 
     Args:
         language: any of transformers' decoders, with weights; its attention is changed, see `attend_in_blocks`.
         name: of the model, for the error.
 
     Raises:
-        ConfigError: it mixes them.
+        ConfigError: the model mixes the samples of a row.
     """
     training = language.training
     language.eval()
@@ -126,7 +133,7 @@ def enable_packing(language: Any, name: str) -> None:
 
 
 def _influence(language: nn.Module, samples: list[Tensor], alone: list[Tensor]) -> float:
-    """Return how much samples change each other in rows: the largest change of a token's state, relative to its norm."""
+    """Return how much samples of a row influence each other: the largest change of a token's state, relative to its norm."""
     orders = ((0, 1), (1, 0))
     rows, expected = (
         torch.cat([torch.cat([states[sample] for sample in order], 1) for order in orders])

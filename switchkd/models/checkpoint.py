@@ -1,4 +1,4 @@
-"""A model folder opened, not loaded: config, tokenizer, image processor, and what must agree between a teacher and a student."""
+"""Opens model folders without loading weights, and checks that a teacher and a student are compatible."""
 
 import inspect
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ CONFIGS = {kind.model_type: kind for kind in (LlavaConfig, SwitchLlavaConfig)}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder, opened but not loaded: config, tokenizer, image processor and the numbers that must fit."""
+    """A model folder, opened but not loaded: config, tokenizer, image processor and the sizes that must be compatible."""
 
     path: Path
     config: LlavaConfig
     tokenizer: Any
     image_processor: Any
-    image_tokens: int  # tokens an image becomes
+    image_tokens: int  # tokens per image
     feature_tokens: int  # n, features that enter the projector; more than image_tokens if it pools them
     feature_width: int  # d_v, their width
     trust_remote_code: bool = False
@@ -68,7 +68,7 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     with as_checkpoint_error(folder):
         config = LlavaConfig.get_config_dict(folder)[0]
         kind = CONFIGS.get(config.get("model_type", ""))
-        if kind is None or "mm_projector_type" in config:  # original LLaVA's model type is "llava", too
+        if kind is None or "mm_projector_type" in config:  # original LLaVA's model type is also "llava"
             raise CheckpointError(
                 f"{folder} is a {config.get('model_type')!r} model; expected a LlavaForConditionalGeneration "
                 f"(model_type {' or '.join(CONFIGS)}). `switchkd convert` makes one of TinyLLaVA's and original LLaVA's"
@@ -89,19 +89,19 @@ IMAGE_MODES: tuple[str, ...] = get_args(ImageMode)
 
 
 def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:
-    """Return the checkpoint with another way of making images square; see `processor_in_mode`."""
+    """Return the checkpoint with its image processor in another image mode; see `processor_in_mode`."""
     side = checkpoint.config.vision_config.image_size
     processor = processor_in_mode(checkpoint.image_processor, mode, side, checkpoint.path)
     return checkpoint if mode == "own" else replace(checkpoint, image_processor=processor)
 
 
 def processor_in_mode(processor: Any, mode: str, side: int, path: Path) -> Any:
-    """Return an image processor with another way of making images square.
+    """Return an image processor in another image mode, which decides how images are made square.
 
     Args:
-        mode: "own", the image processor as it is; "square", resized to the tower's size whatever the shape, nothing cut off; "pad",
-            first filled up to a square with the processor's mean colour, as LLaVA 1.5 does (Llava's processor of transformers,
-            so that what is saved opens anywhere).
+        mode: "own", the image processor unchanged; "square", resized to the tower's size without cropping, whatever the aspect
+            ratio; "pad", first padded to a square with the processor's mean colour, as LLaVA 1.5 does (with transformers' Llava
+            image processor, so that a saved checkpoint opens without switchkd).
         side: the tower's size, in pixels. path: of the checkpoint, for the error.
 
     Raises:
@@ -133,26 +133,26 @@ def processor_in_mode(processor: Any, mode: str, side: int, path: Path) -> Any:
 
 
 def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, str]:
-    """Return the hashes that tell one teacher from another: config, and each component's weights.
+    """Return the hashes that identify a teacher: config, and each component's weights.
 
     Args:
-        vision: False leaves the vision tower's weights unread, and out of the result.
+        vision: if False, the vision tower's weights are not read, and its hash is left out.
     """
     components = ("vision", "projector", "language") if vision else ("projector", "language")
     return {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
 
 
-# torchvision may be missing or broken, and its pixels differ from Pillow's in the last bits: one backend everywhere.
+# torchvision may be missing or broken, and its pixels differ from Pillow's in the last bits, so the Pillow backend is always used.
 PIL_BACKEND = {"backend": "pil"}
 
 
 def probe_vision(config: LlavaConfig) -> tuple[int, int]:
-    """Return (number, width) of the features that a Llava's vision tower hands to the projector, without its weights.
+    """Return (number, width) of the features that a Llava's vision tower passes to the projector, without its weights.
 
-    The tower runs on the meta device, so any tower that transformers knows is measured rather than guessed.
+    The tower runs on the meta device, so the result is exact for any tower that transformers supports.
 
     Raises:
-        ValueError: the tower takes something else than images (SigLIP2 NaFlex).
+        ValueError: the tower's input is not a plain image (SigLIP2 NaFlex).
     """
     with torch.device("meta"), torch.no_grad():
         tower = AutoModel.from_config(config.vision_config).eval()
@@ -169,7 +169,7 @@ def probe_vision(config: LlavaConfig) -> tuple[int, int]:
 
 
 def blank_image(config: LlavaConfig) -> Tensor:
-    """Return one image of zeros in the size that a Llava's vision tower takes, [1, 3, H, W] float32."""
+    """Return one image of zeros in the input size of a Llava's vision tower, [1, 3, H, W] float32."""
     vision = config.vision_config
     return torch.zeros(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
 
@@ -184,16 +184,16 @@ def check_compatible(
 ) -> None:
     """Check that a student can learn from a teacher.
 
-    Both pathways need one tokenizer and image token id; the switch pathway also needs features of one width and number, since the
-    teacher's projector reads the student's.
+    Both pathways need the same tokenizer and image token id. The switch pathway also needs features of the same width and number,
+    since the teacher's projector reads the student's features.
 
     Args:
-        adapter: whether a switch adapter maps the features, so that the latter need not be.
+        adapter: whether a switch adapter maps the features, so that their width and number may differ.
         one_text: whether both read the same ids, image tokens included, even without the switch pathway.
-        vocab_map: whether two tokenizers are mapped, so that they need not be one.
+        vocab_map: whether a vocabulary map is used, so that the tokenizers may differ.
 
     Raises:
-        CheckpointError: names both sides of the first thing that does not fit.
+        CheckpointError: names both values of the first property that does not match.
     """
     sides = f"teacher {teacher.path}, student {student.path}"
     if not vocab_map and hash_tokenizer(teacher.tokenizer) != hash_tokenizer(student.tokenizer):
@@ -226,7 +226,7 @@ def check_compatible(
 
 @contextmanager
 def as_checkpoint_error(folder: Path) -> Iterator[None]:
-    """Turn what transformers raises about a folder's content into a CheckpointError that names the folder."""
+    """Convert transformers' errors about a folder's content to a CheckpointError that names the folder."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:

@@ -1,11 +1,11 @@
-"""Checkpoints of other projects: the names of their tensors and what their configs say, both ways.
+"""Converts tensor names and configs between transformers and the checkpoint layouts of other projects, in both directions.
 
     layout      made by                              language model      vision tower                    projector
     tinyllava   TinyLLaVA Factory, LLaVA-KD          language_model.*    vision_tower._vision_tower.*    connector._connector.*
     llava       LLaVA (1.5, Qwen, …), MobileVLM V2   model.*             model.vision_tower.*            model.mm_projector.*
     hf          transformers, switchkd
 
-The first two put an image where the text holds the id -200, which belongs to no token; hf has a token <image>.
+The first two insert an image where the text contains the id -200, which is no token's; hf has a token <image>.
 """
 
 import re
@@ -26,7 +26,7 @@ _LDPV2 = [
     ("model.mm_projector.peg.peg.0.", f"{_PROJECTOR}position."),
 ]
 _MLP = [("model.mm_projector.0.", f"{_PROJECTOR}linear_1."), ("model.mm_projector.2.", f"{_PROJECTOR}linear_2.")]
-# (prefix there, prefix in transformers); the first that fits is taken, so a longer one stands before a shorter
+# (prefix in the layout, prefix in transformers); the first match is used, so longer prefixes come before shorter ones
 _PREFIXES: dict[str, list[tuple[str, str]]] = {
     "tinyllava": [
         ("vision_tower._vision_tower.vision_model.", _VISION),
@@ -44,7 +44,7 @@ _PREFIXES: dict[str, list[tuple[str, str]]] = {
 RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")  # buffers that old versions saved
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _BACK = {ours: theirs for theirs, ours in _STRATEGIES.items()}
-# A word of the architecture or model type → text model type; the first that occurs counts.
+# Substring of the architecture or model type → text model type; the first match is used.
 _TEXT_TYPES = {"qwen3": "qwen3", "qwen": "qwen2", "mistral": "mistral", "llama": "llama", "llava": "llama"}
 _ARCHITECTURES = {
     "qwen2": "LlavaQwenForCausalLM",
@@ -59,7 +59,7 @@ def layout_of(config: dict[str, Any]) -> str:
     kind = config.get("model_type", "")
     if kind == "tinyllava":
         return "tinyllava"
-    if "mm_projector_type" in config:  # original LLaVA's model type is "llava", too
+    if "mm_projector_type" in config:  # original LLaVA's model type is also "llava"
         return "llava"
     if kind in CONFIGS:
         return "hf"
@@ -73,7 +73,7 @@ def _prefixes(layout: str, config: LlavaConfig) -> list[tuple[str, str]]:
 
 
 def to_hf(name: str, layout: str, config: LlavaConfig) -> str | None:
-    """Return what transformers calls a tensor of a layout; None for a name that the layout does not have."""
+    """Return transformers' name of a layout's tensor; None for a name that the layout does not have."""
     for theirs, ours in _prefixes(layout, config):
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -81,7 +81,7 @@ def to_hf(name: str, layout: str, config: LlavaConfig) -> str | None:
 
 
 def from_hf(name: str, layout: str, config: LlavaConfig) -> str:
-    """Return what a layout calls a tensor of transformers."""
+    """Return a layout's name of a transformers tensor."""
     for theirs, ours in _prefixes(layout, config):
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
@@ -89,14 +89,14 @@ def from_hf(name: str, layout: str, config: LlavaConfig) -> str:
 
 
 def config_to_hf(config: dict[str, Any], vision: Any, image_token: int, strategy: str | None) -> LlavaConfig:
-    """Return the Llava config that computes what a checkpoint in another layout does.
+    """Return the Llava config that is equivalent to the config of another layout.
 
     Args:
-        config: its config.json. vision: config of the vision tower for layout llava, which names it only; else None.
-        image_token: id of the token <image>. strategy: "default" or "full" instead of what the config says.
+        config: the config.json. vision: the vision tower's config for layout llava, whose config only names the tower; else None.
+        image_token: id of the token <image>. strategy: "default" or "full", overrides the config.
 
     Raises:
-        CheckpointError: a part that has no counterpart; names it.
+        CheckpointError: a component has no counterpart in transformers; names it.
     """
     tiny = layout_of(config) == "tinyllava"
     projector = config["connector_type" if tiny else "mm_projector_type"]
@@ -139,11 +139,11 @@ def config_from_hf(config: LlavaConfig, layout: str, language: str, vision: str,
     """Return the config.json of a Llava in another layout.
 
     Args:
-        language, vision: where the other project finds the parts' configs, tokenizer and image processor. padded: whether
+        language, vision: where the other project finds the components' configs, tokenizer and image processor. padded: whether
             images are padded to squares.
 
     Raises:
-        CheckpointError: something that the layout cannot say.
+        CheckpointError: the layout cannot express a setting.
     """
     text, tower, ldpv2 = config.text_config, config.vision_config, isinstance(config, SwitchLlavaConfig)
     if not isinstance(config.vision_feature_layer, int):

@@ -1,11 +1,11 @@
-"""Several samples in one row, each as if it were alone: which samples share a row, and the way there and back.
+"""Packs several samples into one row for the language model, assigns samples to rows, and gathers the results per sample.
 
-A batch stays what it is, [B, L] with one sample a line, and everything that is counted and compared stays per sample. Only what a
-language model reads is laid out in rows [R, N]. Its attention is block-diagonal: position ids begin anew with each sample, by which
-`block_attention` and transformers' masks (`masking_utils.find_packed_sequence_indices`) tell samples apart where no mask is passed.
+The batch itself remains [B, L] with one sample per line, and all counts and losses remain per sample. Only the input of a language
+model is laid out in rows [R, N]. Its attention is block-diagonal: position ids restart at 0 with each sample, and `block_attention`
+and transformers' masks (`masking_utils.find_packed_sequence_indices`) separate samples by them if no mask is passed.
 
-The layout is one tensor, `source` [R, N] int64: which element of the flattened [B, L] stands in which place. What fills a row up
-points to the last column of the batch, which holds padding alone (`encoding.collate`'s `room`).
+The layout is one tensor, `source` [R, N] int64: the index into the flattened [B, L] of each element of the rows. The padding at the
+end of a row refers to the last column of the batch, which contains only padding (`encoding.collate`'s `room`).
 """
 
 import heapq
@@ -17,17 +17,17 @@ from torch import Tensor
 
 
 def pack_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Share samples out among rows with little padding.
+    """Assign samples to rows with little padding.
 
-    First-fit decreasing tells how many rows suffice. With that many and more, samples are dealt out longest first, each to the
-    emptiest row. Of all these the one with the least padding is taken, of equal ones that with the shortest rows: attention costs
-    the square of their length.
+    First-fit decreasing gives a sufficient number of rows. For this number and larger ones, samples are assigned longest first,
+    each to the emptiest row. Of these assignments, the one with the least padding is returned; on a tie, the one with the shortest rows,
+    since attention costs the square of their length.
 
     Args:
-        lengths: tokens of each sample. row_tokens: that a row may have; a longer sample has a row to itself.
+        lengths: tokens of each sample. row_tokens: maximum tokens per row; a longer sample gets a row of its own.
 
     Returns:
-        the samples of each row, by index.
+        The samples of each row, by index.
     """
     longest_first = sorted(range(len(lengths)), key=lambda sample: -lengths[sample])
     best = _first_fit(longest_first, lengths, row_tokens)
@@ -65,7 +65,7 @@ def _dealt(samples: list[int], lengths: Sequence[int], count: int) -> list[list[
 
 
 def layout(rows: Sequence[Sequence[int]], lengths: Sequence[int], width: int) -> Tensor:
-    """Return `source` [R, N] of a batch that is padded on the right to `width`; its last column must hold padding alone."""
+    """Return `source` [R, N] of a batch that is padded on the right to `width`; its last column must contain only padding."""
     assert all(length < width for length in lengths)
     longest = max(sum(lengths[sample] for sample in row) for row in rows)
     source = torch.full((len(rows), longest), width - 1)
@@ -83,15 +83,15 @@ def into_rows(batch: Tensor, source: Tensor) -> Tensor:
 
 
 def positions_in_rows(attention_mask: Tensor, source: Tensor) -> Tensor:
-    """Return the position ids of rows, [R, N]: the index of each token in its sample; padding counts anew from 0, too."""
+    """Return the position ids of rows, [R, N]: the index of each token in its sample; padding also restarts at 0."""
     is_text = into_rows(attention_mask, source).bool()
     behind = torch.arange(source.shape[1], device=source.device) - is_text.sum(-1, keepdim=True)
-    # No padding counts further than a sample does, for models that learn their positions.
+    # Position ids of padding stay below the batch's length, since learned position embeddings are limited.
     return torch.where(is_text, source, behind.clamp_min(0)) % attention_mask.shape[1]
 
 
 def out_of_rows(states: Tensor, source: Tensor, wanted: Tensor) -> Tensor:
-    """Pick what belongs to the wanted tokens out of rows.
+    """Gather the states of the wanted tokens from rows.
 
     Args:
         states: [R, N, d]. wanted: [B, L] bool, never in the last column.
@@ -105,9 +105,9 @@ def out_of_rows(states: Tensor, source: Tensor, wanted: Tensor) -> Tensor:
 
 
 def text_inputs(input_ids: Tensor, attention_mask: Tensor, source: Tensor | None) -> dict[str, Tensor]:
-    """Return what a VLM's forward takes of a batch's text: as it is, or in rows.
+    """Return the text arguments of a VLM's forward pass for a batch, padded or, with `source`, packed in rows.
 
-    Images must then come in the order of the rows, see `pack_rows`.
+    In rows, images must come in the order of the rows, see `pack_rows`.
     """
     if source is None:
         return {"input_ids": input_ids, "attention_mask": attention_mask}

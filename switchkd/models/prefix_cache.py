@@ -1,4 +1,4 @@
-"""Keys and values of the text that all rows of a batch begin with, computed once for the frozen teacher on the switch pathway."""
+"""Caches the keys and values of a batch's shared prefix for the frozen teacher on the switch pathway."""
 
 import inspect
 from typing import Any
@@ -9,29 +9,29 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
 class SharedPrefixCache:
-    """Keys and values of the text with which every row of a batch begins: system prompt and user's name, in the usual templates.
+    """Keys and values of the shared prefix of a batch's rows: system prompt and user role name, in the usual templates.
 
-    In a causal language model they depend on nothing that follows, so no gradient goes through them. They are computed for one row,
-    without a graph, and kept until a batch begins otherwise. Results are those of the whole forward pass.
+    In a causal language model they do not depend on later tokens, so no gradient flows through them. They are computed for one row,
+    without a graph, and kept until a batch has another prefix. Results equal those of the whole forward pass.
     """
 
     def __init__(self) -> None:
-        self.length = 0  # tokens of each row that the last batch did not run
+        self.length = 0  # length of the last batch's shared prefix, which was not run again, tokens
         self._ids: Tensor | None = None
         self._layers: list[DynamicLayer] = []
 
     def before(self, language: nn.Module, embeds: Tensor, ids: Tensor, stop: Tensor) -> tuple[int, dict[str, Any]]:
-        """Return (number of leading tokens that need not run, arguments of `language` that stand for them).
+        """Return (length of the shared prefix, arguments of `language` that replace it).
 
         Args:
-            language: a frozen language model. One with a sliding window, a state or attention to both sides runs everything.
+            language: a frozen language model. With a sliding window, recurrent state or bidirectional attention, all tokens run.
             embeds: [B, L, d], of `ids` [B, L]. stop: [B, L] bool, tokens that must run.
         """
         alike = (ids == ids[:1]).all(0) & ~stop.any(0)
         self.length = int(alike.long().cumprod(0).sum()) if getattr(language.config, "is_causal", True) else 0
         if not self.length:
             return 0, {}
-        # The argument's name before and after transformers 5.24
+        # The argument was renamed in transformers 5.24
         names = inspect.signature(type(language).forward).parameters
         name = "cache" if "cache" in names else "past_key_values"
         if self._ids is None or not torch.equal(self._ids, ids[0, : self.length]):
@@ -48,7 +48,7 @@ class SharedPrefixCache:
 
 
 class _SharedPrefixLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one row, [1, heads, tokens, width]; new ones are not kept, so that a layer can be run again."""
+    """Keys and values of one row, [1, heads, tokens, width]; new ones are not kept, so that a layer can be rerun."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _SharedPrefixLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Return all keys and values of a batch: the known ones before the new ones."""
+        """Return all keys and values of a batch: the shared prefix, then the new tokens."""
         keys, values = (
             torch.cat([old.expand(len(new), -1, -1, -1), new], dim=-2)
             for old, new in ((self.keys, key_states), (self.values, value_states))

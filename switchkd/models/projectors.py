@@ -1,8 +1,8 @@
-"""Projectors beside Llava's two-layer MLP: LDPv2 (MobileVLM V2, arXiv 2402.03766), and the model class that holds one.
+"""Adds LDPv2 (MobileVLM V2, arXiv 2402.03766) as a projector beside Llava's two-layer MLP, and a model class that uses it.
 
-transformers' Llava has one projector. A checkpoint with another one carries the model type `switch_llava` and opens with
+transformers' Llava supports only the MLP. A checkpoint with LDPv2 has the model type `switch_llava` and opens with
 `SwitchLlavaForConditionalGeneration.from_pretrained`, or, once this module is imported, with transformers' AutoConfig and
-AutoModelForImageTextToText. No code lies in the checkpoint.
+AutoModelForImageTextToText. The checkpoint contains no code.
 """
 
 import math
@@ -16,7 +16,7 @@ from switchkd.settings import LDPV2_GRID
 
 
 class SwitchLlavaConfig(LlavaConfig):
-    """A Llava's config, and `projector_grid`: LDPv2 gives projector_grid² tokens an image."""
+    """A Llava's config, and `projector_grid`: LDPv2 gives projector_grid² tokens per image."""
 
     model_type = "switch_llava"
     projector_grid: int = LDPV2_GRID
@@ -26,7 +26,7 @@ class LDPv2(nn.Module):
     """The lightweight downsample projector, version 2.
 
     Linear → GELU → Linear on every token, average pooling to a grid of tokens, and a depthwise 3×3 convolution with a residual,
-    which tells the tokens where they are. 24×24 features of CLIP-L/14-336 become 12×12 tokens.
+    which encodes the tokens' positions in the grid. 24×24 features of CLIP-L/14-336 become 12×12 tokens.
     """
 
     def __init__(self, config: SwitchLlavaConfig) -> None:
@@ -52,7 +52,7 @@ class LDPv2(nn.Module):
 
 
 class SwitchLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """A Llava whose projector is LDPv2; otherwise the same, in names and in use."""
+    """A Llava whose projector is LDPv2; its tensor names and interface are those of Llava."""
 
     config_class = SwitchLlavaConfig
 
@@ -63,10 +63,10 @@ class SwitchLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 def image_token_count(config: LlavaConfig, features: int) -> int:
-    """Return how many tokens a projector makes of an image's features.
+    """Return the number of tokens that the projector outputs for an image's features.
 
     Raises:
-        ValueError: the features are no square grid and the projector needs one.
+        ValueError: the projector needs a square grid, and the number of features is not a square.
     """
     if not isinstance(config, SwitchLlavaConfig):
         return features
@@ -86,9 +86,9 @@ def model_class(config: LlavaConfig) -> type[LlavaForConditionalGeneration]:
 
 
 def register_weight_names(kind: type[LlavaForConditionalGeneration]) -> None:
-    """Make transformers read and write Llava's saved tensor names for a class of ours, as it does for its own.
+    """Make transformers read and write Llava's saved tensor names for a class of switchkd, as it does for its own classes.
 
-    Without this an untied LM head, saved as language_model.lm_head.weight, is not found.
+    Without this, an untied LM head, saved as language_model.lm_head.weight, is not found.
     """
     register_checkpoint_conversion_mapping(kind.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True)
 

@@ -1,4 +1,4 @@
-"""The visual-switch pathway (paper, section 3.1, eq. 5): the student's eyes, the teacher's brain."""
+"""The switch pathway (paper, section 3.1, eq. 5): the student's vision features through the teacher's projector and LLM."""
 
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -16,21 +16,21 @@ def switch_states(
     packing: Tensor | None = None,
     prefix_cache: SharedPrefixCache | None = None,
 ) -> Tensor:
-    """Return the final hidden states behind z_switch = L_T(P_T(V_S(x)), text) at the rows asked for.
+    """Return the final hidden states behind z_switch = L_T(P_T(V_S(x)), text) at the requested rows.
 
-    The teacher is frozen, its activations are not: the gradient flows through L_T and P_T into `features` and on into the
-    student's vision tower.
+    The teacher's weights are frozen, but its activations carry gradients: the gradient flows through L_T and P_T into `features`
+    and on into the student's vision tower.
 
     Args:
         teacher: the frozen teacher; its vision tower is not used and need not exist.
-        features: V_S(x), [B, n, d_v], with graph.
-        input_ids: [B, L], as many image tokens a sample as the projector makes of its features. attention_mask: [B, L].
+        features: V_S(x), [B, n, d_v]; carries a graph.
+        input_ids: [B, L]; per sample, as many image tokens as the projector outputs. attention_mask: [B, L].
         rows: [B, L] bool, the rows that predict supervised tokens (`positions.predicting_rows`).
-        packing: how the samples share rows, see `packing.layout`; None gives each its own.
-        prefix_cache: what is kept of the text before the image; None, and packed rows, run all text in every batch, with gradient.
+        packing: layout of the samples in rows, see `packing.layout`; None gives each sample its own row.
+        prefix_cache: keys and values of the shared prefix. With None or packed rows, all text runs in every batch, with gradient.
 
     Returns:
-        [P, d], in row-major order of `rows`; the teacher's LM head turns them into z_switch.
+        [P, d], in row-major order of `rows`; the teacher's LM head maps them to z_switch.
 
     Raises:
         ValueError: the number of image tokens is not that of the projected features.
@@ -40,7 +40,7 @@ def switch_states(
     image_embeds = teacher.model.multi_modal_projector(features.to(embeds.dtype))  # P_T(V_S(x)), [B, tokens, d]
     if int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
         raise ValueError(f"{int(is_image.sum())} image tokens for projected features of {tuple(image_embeds.shape)}")
-    # Autocast leaves embeddings in float32 and projects in bfloat16.
+    # Under autocast, embeddings stay in float32 and the projector outputs bfloat16.
     embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(embeds.dtype))
     language = teacher.model.language_model
     if packing is not None:

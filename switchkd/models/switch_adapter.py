@@ -1,11 +1,11 @@
 """A learned map from the student's vision features to the teacher's, for towers of another width or number of patches.
 
-The paper's switch pathway feeds V_S(x) to the teacher's projector as it is, so both towers need features of one shape; lifting that
-is its future work (section 4.3.5). Here z_switch = L_T(P_T(A(V_S(x))), text), where A trains with the student and is thrown away
-after training: it is in no exported student.
+The paper's switch pathway feeds V_S(x) directly to the teacher's projector, so both towers need features of the same shape; the
+paper leaves other shapes to future work (section 4.3.5). Here z_switch = L_T(P_T(A(V_S(x))), text), where A is trained with the
+student and discarded after training: no exported student contains it.
 
-What is approximate: VSD then teaches the student's tower *and* A, so part of what it asks for may be learned by A alone; a
-resampled grid is not what a tower of the teacher's resolution would see.
+Approximations: VSD then trains the student's tower *and* A, so A alone may account for some of the reduction of VSD; a resampled
+grid differs from the features of a tower with the teacher's resolution.
 """
 
 import math
@@ -15,21 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KINDS = ("linear", "mlp")
-Shape = tuple[int, int]  # (n, d): features an image, their width
+Shape = tuple[int, int]  # (n, d): features per image, their width
 
 
 class SwitchAdapter(nn.Module):
     """Maps [B, n_S, d_S] to [B, n_T, d_T].
 
-    Another number of features goes through the square grid that they lie on: bilinear resampling, and a depthwise 3×3 convolution
-    with a residual, which starts as nothing. A number one short of a square is a grid whose first patch was dropped.
+    If n_S and n_T differ, the features are resampled bilinearly as a square grid, followed by a depthwise 3×3 convolution,
+    initialised to zero, with a residual. A number one below a square is treated as a grid whose first patch was dropped.
 
     Args:
-        kind: "linear", one layer, orthogonal at the start; "mlp", two layers with GELU.
+        kind: "linear", one layer with orthogonal initialisation; "mlp", two layers with GELU.
         student, teacher: (n, d) of each side.
 
     Raises:
-        ValueError: features that lie on no square grid, where their numbers differ; an unknown kind.
+        ValueError: the numbers of features differ and one of them is no square grid; an unknown kind.
     """
 
     def __init__(self, kind: str, student: Shape, teacher: Shape) -> None:
@@ -49,7 +49,7 @@ class SwitchAdapter(nn.Module):
         self.map = first if kind == "linear" else nn.Sequential(first, nn.GELU(), nn.Linear(target_width, target_width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map V_S(x) [B, n_S, d_S] to what stands for V_T(x), [B, n_T, d_T]."""
+        """Map V_S(x) [B, n_S, d_S] to a replacement for V_T(x), [B, n_T, d_T]."""
         features = features.to(next(self.parameters()).dtype)
         if self.resamples:
             features = self._resample(features)
@@ -59,7 +59,7 @@ class SwitchAdapter(nn.Module):
     def _resample(self, features: Tensor) -> Tensor:
         side, target = grid_side(features.shape[1]), grid_side(self.count)
         if features.shape[1] < side * side:
-            features = torch.cat([features[:, :1], features], dim=1)  # the dropped patch, by its neighbour
+            features = torch.cat([features[:, :1], features], dim=1)  # the dropped patch is replaced by its neighbour
         grid = features.mT.reshape(len(features), -1, side, side)  # [B, d_S, side, side]
         grid = F.interpolate(grid, (target, target), mode="bilinear", align_corners=False, antialias=target < side)
         tokens: Tensor = (grid + self.local(grid)).flatten(2).mT
@@ -67,10 +67,10 @@ class SwitchAdapter(nn.Module):
 
 
 def grid_side(count: int) -> int:
-    """Return the side of the square grid that features lie on, with or without its first patch.
+    """Return the side of the square grid of `count` features, with or without its first patch.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `count` fits no square grid.
     """
     side = math.isqrt(count + 1)
     if side * side - count not in (0, 1):

@@ -1,8 +1,7 @@
-"""A VLM in three parts: vision tower V, projector P, language model L (paper, section 3.1).
+"""Loads VLMs and runs their components: vision tower V, projector P, language model L (paper, section 3.1).
 
 Every VLM here is an ordinary `transformers.LlavaForConditionalGeneration` checkpoint, or one whose projector is LDPv2
-(`projectors.py`). This module loads one, whole or without its vision tower, and says what must agree between a teacher and a
-student.
+(`projectors.py`). This module loads one, whole or without its vision tower.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,17 +26,17 @@ from switchkd.positions import predicting_rows
 
 
 class LlavaWithoutVision(LlavaForConditionalGeneration):
-    """A Llava whose vision tower does not exist; its weights are neither read from disk nor kept in memory."""
+    """A Llava without a vision tower, whose weights are neither read from disk nor kept in memory."""
 
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\."]
 
     def __init__(self, config: LlavaConfig) -> None:
-        super().__init__(config)  # from_pretrained builds on the meta device, so the tower costs nothing here
+        super().__init__(config)  # from_pretrained builds on the meta device, so building the tower allocates no memory
         self.model.vision_tower = None
 
 
 class SwitchLlavaWithoutVision(LlavaWithoutVision, SwitchLlavaForConditionalGeneration):
-    """The same with LDPv2."""
+    """`LlavaWithoutVision` with the LDPv2 projector."""
 
     config_class = SwitchLlavaConfig
 
@@ -52,7 +51,7 @@ def load_model(
     """Load a checkpoint's weights on the CPU, in evaluation mode; safetensors only.
 
     Args:
-        vision: False leaves the vision tower out. dtype: "auto" keeps the checkpoint's, else "float32", "bfloat16", …
+        vision: if False, the vision tower is left out. dtype: "auto" keeps the checkpoint's, else "float32", "bfloat16", …
 
     Raises:
         CheckpointError: weights missing, of another shape, or not safetensors.
@@ -74,7 +73,7 @@ def load_model(
 
 
 def load_lm_head(checkpoint: Checkpoint, dtype: str) -> Tensor:
-    """Read the LM head's weight alone, [V, d]; a tied one from the embedding.
+    """Read only the LM head's weight, [V, d]; if it is tied, from the embedding.
 
     Raises:
         CheckpointError: no such weight.
@@ -96,28 +95,28 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model's towers: what lies in its module lists, the unit that is sharded, gathered and checkpointed."""
+    """Return the layers of a model's towers (members of module lists), the unit of sharding, gathering and checkpointing."""
     return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
 def enable_activation_checkpointing(*towers: nn.Module | None, dropout: bool = False) -> None:
     """Recompute the activations of each layer in the backward pass instead of keeping them; results are the same.
 
-    transformers' own switch works in training mode alone, which a frozen teacher is not in, and makes embeddings require a
-    gradient, so that the backward pass goes through towers that do not train.
+    transformers' own option works only in training mode, while a frozen teacher is in evaluation mode. It also makes embeddings
+    require a gradient, so that the backward pass runs through towers that are not trained.
 
     Args:
-        towers: vision towers or language models; None is passed over. dropout: whether random numbers are drawn in them.
+        towers: vision towers or language models; None is skipped. dropout: whether they draw random numbers.
     """
     for layer in (layer for tower in towers if tower is not None for layer in layers_of(tower)):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout)
 
 
 def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:
-    """Freeze the vision parameters that no gradient reaches, and return their names.
+    """Freeze the vision parameters that receive no gradient, and return their names.
 
-    A feature layer before the last leaves later layers, the final norm and the pooling head unused; a trainable parameter
-    without a gradient stops DistributedDataParallel. One backward pass over a blank image finds them.
+    If the feature layer is not the last, the later layers, the final norm and the pooling head are unused; a trainable parameter
+    without a gradient makes DistributedDataParallel fail. One backward pass over a blank image finds them.
     """
     tower = model.model.vision_tower
     reached = [p for p in tower.parameters() if p.requires_grad]
@@ -141,10 +140,10 @@ def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Ten
 def states_at_positions(model: LlavaForConditionalGeneration, batch: Mapping[str, Tensor]) -> Tensor:
     """Run a VLM over a batch, and return its final hidden states at the rows that predict supervised tokens.
 
-    The caller says whether there is a graph (`torch.no_grad`, `torch.inference_mode`).
+    The caller decides whether a graph is recorded (`torch.no_grad`, `torch.inference_mode`).
 
     Args:
-        model: on any device, in any dtype. batch: what `encoding.collate` makes, on any device; it is left as it is.
+        model: on any device, in any dtype. batch: the result of `encoding.collate`, on any device; it is not modified.
 
     Returns:
         [P, d] on the model's device, after the final norm, in row-major order of `positions.predicting_rows`.
@@ -159,14 +158,14 @@ def states_at_positions(model: LlavaForConditionalGeneration, batch: Mapping[str
 
 @contextmanager
 def capture_vision_features(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect V(x) of every image batch that `model` sees inside the block, with its graph.
+    """Capture V(x), with graph, of every image batch that `model` processes inside the block.
 
-    A hook on the projector's input takes whatever the model's own forward computed, so layer choice, CLS handling and any
-    wrapper (DistributedDataParallel, FSDP) stay exactly as they are.
+    A hook records the projector's input as the model's own forward pass computed it, so the choice of layer, CLS handling and any
+    wrapper (DistributedDataParallel, FSDP) are unaffected.
     """
     captured: list[Tensor] = []
     projector = model.get_submodule("model.multi_modal_projector")
-    # A compiled model leaves its graph here and in the LM head's place: both reach what is not the model's own.
+    # A compiled model has a graph break here and in `replace_lm_head`: both access state outside the model.
     hook = projector.register_forward_pre_hook(torch.compiler.disable(lambda _, inputs: captured.append(inputs[0])))
     try:
         yield captured
@@ -176,10 +175,10 @@ def capture_vision_features(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def replace_lm_head(model: nn.Module, head: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let `model`'s forward give its final hidden states to `head` and return what that returns as its logits.
+    """Replace the LM head's computation inside the block: `model` passes final hidden states to `head`, whose result is its logits.
 
-    The LM head is still called as a module, inside the forward of whatever wraps the model. So its parameters are gathered as
-    ever (FSDP, DeepSpeed ZeRO-3), and their gradient comes from the graph that the wrapper knows of (DistributedDataParallel).
+    The LM head is still called as a module, inside the forward pass of any wrapper of the model. So its parameters are gathered as
+    usual (FSDP, DeepSpeed ZeRO-3), and their gradient comes from a graph that the wrapper tracks (DistributedDataParallel).
     """
     module = model.get_submodule("lm_head")
     before = module.__dict__.get("forward")
