@@ -1,4 +1,4 @@
-"""The public losses, in one place."""
+"""Public interface of the losses."""
 
 from switchkd.losses.dbild import bild_loss, dbild_loss
 from switchkd.losses.fused import LMHead

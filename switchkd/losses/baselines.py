@@ -1,8 +1,10 @@
-"""What LLaVA-KD and Align-KD add to CE and KL on the response, the methods that the paper compares with (Tables 1 and 2).
+"""Extra loss terms of the baselines LLaVA-KD and Align-KD (paper, Tables 1 and 2), beside CE and KL on the response.
 
-LLaVA-KD (arXiv 2410.16236): KL on the logits at the visual tokens, and the distance between the two models' Gram matrices of them.
-Align-KD (arXiv 2412.01282): the visual tokens themselves, all of them and those the text attends to most, and the first layer's
-attention from text to vision, all through learned adapters from the teacher's widths. Each loss here is that of one image.
+LLaVA-KD (arXiv 2410.16236): KL on the logits at the visual tokens, and a cosine distance between the two models' Gram matrices of
+these logits.
+Align-KD (arXiv 2412.01282): mean squared errors on the visual tokens (over all of them, and over those that the text attends to
+most) and on the first layer's attention from text to vision. Learned adapters map the teacher's widths to the student's.
+Each function here computes the loss of one image.
 """
 
 from collections.abc import Iterator
@@ -24,13 +26,13 @@ BASELINES: dict[str, tuple[str, ...]] = {
 """Objective → the names of its terms beside CE and Align."""
 
 FOCUS_TOKENS = 16  # Align-KD: visual tokens that the text attends to most
-# LLaVA-KD weighs its terms alike. Align-KD's weight of the most attended tokens is that of its released code.
+# LLaVA-KD weights its terms equally. Align-KD's weight of the most attended tokens is that of its released code.
 TERM_WEIGHTS = {"visual": 1.0, "relation": 1.0, "tokens": 1.0, "focus": 0.1, "attention": 1.0}
-ADAPTERS = "peer_adapters"  # of a student in training; no part of the student that is saved
+ADAPTERS = "peer_adapters"  # attribute of a student in training; the adapters are not saved with the student
 
 
 def visual_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of the next-token distributions at an image's n tokens, their mean; [n, N] each → scalar, nats."""
+    """Mean KL(teacher ‖ student) of the next-token distributions at an image's n tokens; [n, N] each → scalar, nats."""
     return kl_loss(student, teacher)
 
 
@@ -44,7 +46,7 @@ def token_losses(student: Tensor, adapted: Tensor, focus: Tensor) -> tuple[Tenso
     """Mean squared differences between visual tokens: (over all n, over those named in `focus`).
 
     Args:
-        student: what the student's LLM reads of an image, [n, d_S]. adapted: the teacher's, through the adapter, [n, d_S].
+        student: the student's visual tokens (input of its LLM), [n, d_S]. adapted: the teacher's, after the adapter, [n, d_S].
         focus: ids of the most attended tokens, [k].
     """
     return F.mse_loss(student, adapted), F.mse_loss(student[focus], adapted[focus])
@@ -89,15 +91,15 @@ class AlignAdapters(nn.Module):
 
 @dataclass
 class Seen:
-    """What a model's forward showed: visual tokens, and the first layer's attention if it was asked for."""
+    """Values captured from a model's forward pass: visual tokens, and the first layer's attention if requested."""
 
-    tokens: list[Tensor] = field(default_factory=list)  # [images, n, d], once a forward
+    tokens: list[Tensor] = field(default_factory=list)  # [images, n, d], one per forward pass
     attention: list[Tensor] = field(default_factory=list)  # [B, h, L, L]
 
 
 @contextmanager
 def capture_visual_tokens(model: nn.Module, attention: bool) -> Iterator[Seen]:
-    """Collect what `model`'s forward makes of images inside the block, with its graph; see `Seen`.
+    """Capture the visual tokens (and attention) of `model`'s forward passes inside the block, with graph; see `Seen`.
 
     Attention maps need the LLM's eager attention, see `use_eager_attention`.
     """
@@ -115,7 +117,7 @@ def capture_visual_tokens(model: nn.Module, attention: bool) -> Iterator[Seen]:
 
 
 def first_attention(model: nn.Module) -> nn.Module:
-    """Return the self-attention of the LLM's first layer. Raises CheckpointError if the LLM does not keep it where Llama does."""
+    """Return the self-attention of the LLM's first layer. Raises CheckpointError if it is not at Llama's module path."""
     try:
         return model.get_submodule("model.language_model.layers.0.self_attn")
     except AttributeError:
@@ -124,7 +126,7 @@ def first_attention(model: nn.Module) -> nn.Module:
 
 
 def use_eager_attention(model: nn.Module) -> None:
-    """Let the LLM compute whole attention maps; fused kernels do not give them out."""
+    """Switch the LLM to eager attention, which returns the full attention maps; fused kernels do not."""
     model.get_submodule("model.language_model").set_attn_implementation("eager")  # type: ignore[operator]
 
 
@@ -138,7 +140,7 @@ def align_kd_terms(tokens: tuple[Tensor, Tensor], attention: tuple[Tensor, Tenso
 
     Args:
         tokens: (student's [n, d_S], teacher's [n, d_T]). attention: (student's [h_S, t, n], teacher's [h_T, t, n]), from the t
-            text tokens that see the image; the tokens of `focus` are the teacher's choice.
+            text tokens that attend to the image; the focus tokens are chosen by the teacher's attention.
     """
     focus = most_attended(attention[1])
     every, focused = token_losses(tokens[0], adapters.adapt_tokens(tokens[1]), focus)

@@ -1,17 +1,17 @@
-"""A teacher with another tokenizer: which entries of the two vocabularies are one text, and which positions predict after one text.
+"""Align for a teacher with another tokenizer: pairs vocabulary entries with equal bytes and positions with equal preceding text.
 
-Align (eq. 4) compares distributions over one vocabulary at one position. For two tokenizers we compare
+Align (eq. 4) compares distributions over one vocabulary at one position. For two tokenizers, the comparison is made
 
-* at the positions of an answer where both predict what follows the same text (each position is one supervised token; it is known
-  by where in the text it starts);
-* over the M entries that stand for the same bytes in both vocabularies, and one bucket for the rest of the mass: its logit is the
-  log-sum-exp of all others, so the softmax over the M + 1 is what the two distributions say of these events.
+* at the positions of an answer where both models predict the continuation of the same text (each position is one supervised
+  token, identified by its start offset in the text);
+* over the M entries that stand for the same bytes in both vocabularies, plus one bucket for the remaining mass: its logit is the
+  log-sum-exp of all other logits, so the softmax over the M + 1 logits gives each model's probabilities of these events.
 
 VSD (eq. 6) needs none of this: z_switch and z_T are both the teacher's, at its own positions.
 
-What is approximate: an entry that only one side has counts as rest, also where the other side spells it in several tokens; a token
-that is the beginning of a longer one there is compared as if they meant the same. Positions that start inside a token of the other
-side are left out of Align.
+Approximations: an entry that only one vocabulary has goes into the bucket, even where the other tokenizer encodes the same text as
+several tokens. A shared token is compared with its counterpart even where the other tokenizer would prefer a longer token with
+the same beginning. Positions that start inside a token of the other tokenizer are left out of Align.
 """
 
 import json
@@ -39,33 +39,33 @@ class VocabMap:
 
     @property
     def has_rest(self) -> bool:
-        """Whether either side has entries that the other has not."""
+        """Whether either vocabulary has entries that the other does not have."""
         return len(self.student_ids) < max(self.student_rows, self.teacher_rows)
 
     def of_student(self, logits: Tensor) -> Tensor:
-        """Return the student's logits over shared entries and the rest, [T, V_S] → [T, M + 1] (M if there is no rest)."""
+        """Return the student's logits over shared entries and the rest bucket, [T, V_S] → [T, M + 1] (M if there is no rest)."""
         return self._mapped(logits[:, : self.student_rows], self.student_ids)
 
     def of_teacher(self, logits: Tensor) -> Tensor:
-        """Return the teacher's, [T, V_T] → [T, M + 1]."""
+        """Return the teacher's logits over the same entries, [T, V_T] → [T, M + 1]."""
         return self._mapped(logits[:, : self.teacher_rows], self.teacher_ids)
 
     def _mapped(self, logits: Tensor, ids: Tensor) -> Tensor:
         shared = logits[:, ids]
         if not self.has_rest:
             return shared
-        # A side that has no rest gives it no more than its least likely entry.
+        # A side without unshared entries gives the bucket the logit of its least likely entry.
         none = len(ids) == logits.shape[-1]
         rest = shared.amin(-1) if none else logits.index_fill(1, ids, -torch.inf).logsumexp(-1)
         return torch.cat([shared, rest.unsqueeze(-1)], dim=-1)
 
     def to(self, device: torch.device) -> "VocabMap":
-        """Return it on a device."""
+        """Return the map with its tensors on `device`."""
         return replace(self, student_ids=self.student_ids.to(device), teacher_ids=self.teacher_ids.to(device))
 
 
 def map_vocabularies(student: Any, teacher: Any, student_rows: int, teacher_rows: int) -> VocabMap:
-    """Pair the entries of two fast tokenizers that stand for the same bytes; end tokens are paired whatever they are called."""
+    """Pair the entries of two fast tokenizers that stand for the same bytes; end tokens are always paired."""
     ours, theirs = (_ids_by_bytes(*side) for side in ((student, student_rows), (teacher, teacher_rows)))
     pairs = {ours[text]: theirs[text] for text in ours.keys() & theirs.keys()}
     ends = student.eos_token_id, teacher.eos_token_id
@@ -89,7 +89,7 @@ def _ids_by_bytes(tokenizer: Any, rows: int) -> dict[tuple[bool, bytes], int]:
 
 
 def _bytes_of(token: str, styles: str) -> bytes:
-    """Undo how a tokenizer writes bytes in its vocabulary."""
+    """Decode a vocabulary entry to the bytes that it stands for."""
     if "ByteLevel" in styles:
         return bytes(_BYTE_OF[char] for char in token) if all(char in _BYTE_OF for char in token) else token.encode()
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # byte fallback
@@ -98,7 +98,7 @@ def _bytes_of(token: str, styles: str) -> bytes:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes are themselves, the others follow at 256 and up."""
+    """GPT-2's byte alphabet: printable bytes map to themselves, the others to code points from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -108,11 +108,11 @@ _BYTE_OF = _byte_characters()
 
 
 def align_positions(student: NDArray[np.int64], teacher: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each of a student's positions the teacher's that predicts after the same text, or -1; [P_S].
+    """Return, for each student position, the teacher position that follows the same text, or -1 if there is none; [P_S].
 
     Args:
-        student, teacher: where each side's positions start in the text, [P_S] and [P_T]. Several tokens of one character start
-            alike; the last of them is the one with the whole text before it.
+        student, teacher: start offsets of each side's positions in the text, [P_S] and [P_T]. Several tokens of one character have
+            the same offset; of these, the last one is preceded by the whole text.
     """
     theirs = {int(start): number for number, start in enumerate(teacher)}
     last = {int(start): number for number, start in enumerate(student)}
@@ -135,11 +135,11 @@ def loss_over_vocabularies(
 ) -> FusedLoss:
     """Compute CE + λ1·Align + λ2·VSD for two tokenizers; compare `Objective.fused`.
 
-    Align is summed over the positions that have a partner, the others add nothing to it.
+    Align is summed over the positions that have a partner; the other positions contribute 0.
 
     Args:
         hidden: the student's final hidden states at its P_S positions, [P_S, d]. head, targets: its own.
-        teacher: its signal at its P_T positions, over N_T rows, all of them known.
+        teacher: its signal at its P_T positions; all N_T logits must be available.
         partner: [P_S] int64, see `align_positions`.
         switch: as in `Objective.fused`, but at the teacher's P_T positions.
         weights: [P_S]. switch_weights: [P_T], of the teacher's positions.
@@ -184,7 +184,7 @@ def loss_over_vocabularies(
 
 
 def _rows_of(teacher: TeacherSignal, positions: Tensor) -> Tensor:
-    """Return a signal's logits at some positions, [p, N_T]; it must know them all."""
+    """Return a signal's logits at some positions, [p, N_T]; all of them must be available."""
     signal = teacher.select(positions).slice_rows(slice(None))
     assert isinstance(signal, DenseSignal)
     return signal.logits

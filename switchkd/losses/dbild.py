@@ -1,7 +1,7 @@
 """Bi-directional logits difference losses: DBiLD (paper, section 3.2) and BiLD (arXiv 2406.13555).
 
-Both compare the pairwise differences among a leader's top k logits, once with the teacher as leader and once with the
-student. They differ in k only: DBiLD takes each row's knee, BiLD a fixed number.
+Both compare the pairwise differences among the top k logits of a leader, once with the teacher as leader and once with the
+student. They differ only in k: DBiLD sets k to the knee of each row, BiLD uses a fixed number.
 """
 
 from typing import Literal
@@ -28,17 +28,18 @@ def dbild_loss(
 ) -> Tensor:
     """Dynamic bi-directional logits difference loss, eqs. 7-15: L_t + L_s.
 
-    Teacher-led: the teacher's logits up to its knee and the student's at the same ids; student-led: the other way round. Each
-    turns into the softmax over all pairwise differences / temperature, and the two are compared by `divergence`. The selection
-    carries no gradient, the gathered student logits do. No temperature² factor (BiLD's code has none; the paper shows none).
+    Teacher-led: the teacher's logits up to its knee and the student's at the same ids; student-led: the roles are swapped. For
+    each model, the softmax is taken over all pairwise differences / temperature; `divergence` compares the two distributions. No
+    gradient flows through the selection; it flows through the gathered student logits. There is no temperature² factor (BiLD's
+    code has none; the paper shows none).
 
     Args:
-        student_logits: [T, N], float; half precisions are raised to float32. -inf is a masked column: the loss is that of the
-            other columns; where one side alone masks a column, it is in no pair.
+        student_logits: [T, N], float; half precisions are raised to float32. -inf is a masked column: the loss is computed over
+            the other columns; a column that only one model masks is left out of all pairs.
         teacher_logits: [T, N], or a `TeacherSignal` over the same T positions and N rows. Receives no gradient.
         temperature: τ of eq. 13.
         divergence: "reverse_kl" is KL(student ‖ teacher) (the paper's D_RKL), "forward_kl" KL(teacher ‖ student).
-        window: see `kneedle`; None is the paper.
+        window: see `kneedle`; None is the paper's setting.
         reduction: "mean" over positions (0 with a graph if T = 0), "sum", or "none".
 
     Returns:
@@ -113,6 +114,6 @@ def _both_branches(
     total = student.new_zeros(student.shape[:1])
     for s, t, (ids, k) in zip(of_student, of_teacher, leads, strict=True):
         keep = torch.arange(ids.shape[-1], device=ids.device) < k.unsqueeze(-1)  # [T, k_max]
-        keep = keep & (s != -torch.inf) & (t != -torch.inf)  # a column that one side masks is in no pair
+        keep = keep & (s != -torch.inf) & (t != -torch.inf)  # a column that either model masks is left out of all pairs
         total = total + pair_kl(*((s, t) if divergence == "reverse_kl" else (t, s)), keep)
     return total

@@ -1,11 +1,11 @@
-"""A loss on logits, computed from hidden states and LM heads without the logits of all positions ever existing.
+"""Computes losses on logits from hidden states and LM heads chunk by chunk, without materialising the [T, V] logits.
 
-[T, V] logits of a Qwen vocabulary take 0.6 GB for a thousand positions, and a loss makes several tensors of that size. Here a
-chunk of positions goes through the LM head, the loss and back to gradients of hidden states and LM head, all in the forward
-pass; the next chunk then reuses the memory. The backward pass only scales what is known. The scheme is that of Liger-Kernel's
+[T, V] logits of a Qwen vocabulary take 0.6 GB for a thousand positions, and a loss allocates several tensors of that size. Here,
+the forward pass computes for each chunk of positions the logits, the loss, and the gradients of hidden states and LM head; the
+next chunk reuses the memory. The backward pass only scales these stored gradients. The scheme is that of Liger-Kernel's
 fused linear cross entropy (arXiv 2410.10989), for any loss that is a sum over positions.
 
-Plain torch: matrix products run in the libraries of the device, and what is left is a few passes over a chunk.
+The code is plain torch: matrix products run in the libraries of the device, and the rest is a few passes over a chunk.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from switchkd.losses.reduction import at_least_float32
 
-# Logits of a chunk, 80 MiB in float32: 138 positions of a Qwen vocabulary, enough for efficient matrix products and so that the
-# LM heads are not read too often; little beside the LM head itself.
+# Logits of a chunk, 80 MiB in float32: 138 positions of a Qwen vocabulary, enough for efficient matrix products and few reads of
+# the LM heads; small compared with the LM head itself.
 CHUNK_LOGITS = 5 << 22
-# A loss makes some ten tensors of the size of what it is given: on a CPU it gets blocks of a chunk whose tensors stay in cache and
-# in memory that is at hand, on an accelerator whole chunks.
+# A loss allocates about ten tensors of the size of its input. On a CPU it receives blocks of a chunk, small enough that these
+# tensors stay in cache and in memory that is already allocated; on an accelerator it receives whole chunks.
 BLOCK_LOGITS = {"cpu": 1 << 19}
 
 
@@ -40,10 +40,10 @@ class LMHead(NamedTuple):
 
 @dataclass(frozen=True)
 class SwitchStates:
-    """The teacher's final hidden states on the switch pathway, and what makes z_switch of them.
+    """The teacher's final hidden states on the switch pathway, and the LM head that maps them to z_switch.
 
     Attributes:
-        hidden: [P_image, d_T], at the positions of image samples, in order; with graph.
+        hidden: [P_image, d_T], at the positions of image samples, in order; carries a graph.
         head: the teacher's LM head, frozen.
         on_image: [P] bool with P_image True: which of all positions belong to image samples. The positions are those of the
             student, or those of a teacher with another tokenizer.
@@ -55,21 +55,21 @@ class SwitchStates:
 
 
 class Block(NamedTuple):
-    """Some consecutive positions, as a loss sees them."""
+    """Consecutive positions that a loss processes at a time."""
 
     rows: slice  # of the T positions
-    in_chunk: slice  # the same, counted from the beginning of the chunk
+    in_chunk: slice  # the same positions, relative to the start of the chunk
     logits: Tensor  # [c, V], float32 or float64
-    switch: Tensor | None  # z_switch at those of them that belong to images, [c', V_T]; None if there is none
+    switch: Tensor | None  # z_switch at the block's positions of image samples, [c', V_T]; None if there is none
 
 
-# A block → (what is minimised, its parts for the log), sums over the block's positions
+# A block → (total that is minimised, its terms for the log), sums over the block's positions
 LossOfBlock = Callable[[Block], tuple[Tensor, Tensor]]
-# What is done once for a chunk of positions → the loss of its blocks
+# Positions of a chunk → loss function of its blocks; holds the work that is done once per chunk
 OpenChunk = Callable[[slice], LossOfBlock]
 
 
-# It calls autograd itself: a compiled program steps out of its graph here.
+# The function calls autograd itself, so a compiled program has a graph break here.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def loss_in_chunks(
     hidden: Tensor,
@@ -79,7 +79,7 @@ def loss_in_chunks(
     switch: SwitchStates | None = None,
     chunk_positions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (Σ of what is minimised, scalar with graph; Σ of its parts, without) over all positions.
+    """Return (sum of the total that is minimised, scalar with graph; sums of its terms, without graph) over all positions.
 
     Gradients reach `hidden`, `head` and `switch.hidden`; `switch.head` is frozen. Both LM heads may be of a half precision: the
     loss is computed on logits raised to float32, the gradient of the weight is summed over chunks in float32. Under autocast the
@@ -88,10 +88,10 @@ def loss_in_chunks(
     Args:
         hidden: the student's final hidden states, [T, d].
         head: the student's LM head; may be tied to its embedding.
-        open_chunk: given a chunk's positions, returns the loss of its blocks: differentiable in a block's logits; anything else
-            that it reads receives no gradient.
-        switch: the switch pathway, whose `on_image` runs over the same T positions; None without VSD.
-        chunk_positions: positions at a time, at most; by default what makes `CHUNK_LOGITS` logits.
+        open_chunk: maps a chunk's positions to the loss function of its blocks. The loss is differentiable in a block's logits;
+            no other tensor that it reads receives a gradient.
+        switch: the switch pathway, whose `on_image` covers the same T positions; None without VSD.
+        chunk_positions: maximum number of positions per chunk; by default, as many as give `CHUNK_LOGITS` logits.
 
     Raises:
         ValueError: `switch.on_image` marks another number of positions than `switch.hidden` has.
@@ -114,7 +114,7 @@ def loss_in_chunks(
 
 @dataclass(frozen=True)
 class _Work:
-    """What is done; the tensors that receive a gradient are passed to autograd beside it."""
+    """Arguments of `_InChunks` that receive no gradient; the tensors that do are passed to autograd separately."""
 
     open_chunk: OpenChunk
     switch: SwitchStates | None
@@ -139,7 +139,9 @@ class _InChunks(torch.autograd.Function):
         block_rows = max(1, BLOCK_LOGITS.get(hidden.device.type, CHUNK_LOGITS) // len(weight))
         total = parts = None
         chunks = max(1, -(-len(hidden) // work.positions))
-        step = max(1, -(-len(hidden) // chunks))  # chunks of one size: a small one costs as many passes over the head
+        step = max(
+            1, -(-len(hidden) // chunks)
+        )  # equal chunks: a small chunk reads the LM head as often as a large one
         for start in range(0, len(hidden), step):
             rows = slice(start, min(start + step, len(hidden)))
             switch_rows = slice(before[rows.start], before[rows.stop])
@@ -163,7 +165,7 @@ class _InChunks(torch.autograd.Function):
                 sums.add(rows, states, head.weight, logits)
                 if switch is not None and work.switch is not None:
                     sums.add_switch(switch_rows, work.switch.head.weight, switch)
-            del logits, switch, block, loss_of_block  # before the next chunk is made
+            del logits, switch, block, loss_of_block  # free the memory before the next chunk is computed
         if total is None or parts is None:
             total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
             parts = total.new_zeros(0)
@@ -189,7 +191,7 @@ class _InChunks(torch.autograd.Function):
 
 
 def _replace_by_gradients(loss_of_block: LossOfBlock, block: Block, with_gradients: bool) -> tuple[Tensor, Tensor]:
-    """Return a block's (loss, parts), and write the loss's gradients over the block's logits."""
+    """Return a block's (loss, terms), and overwrite the block's logits with the loss's gradients."""
     if not with_gradients:
         return loss_of_block(block)
     places = [z for z in (block.logits, block.switch) if z is not None]
@@ -204,13 +206,13 @@ def _replace_by_gradients(loss_of_block: LossOfBlock, block: Block, with_gradien
 
 
 class _Gradients:
-    """Gradients of the four inputs, filled chunk by chunk; None where none is wanted."""
+    """Gradients of the four inputs, accumulated chunk by chunk; None for an input that needs no gradient."""
 
     def __init__(self, inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> None:
         self.inputs = [x if is_wanted else None for x, is_wanted in zip(inputs, wanted, strict=True)]
         hidden, _, bias, switch_hidden = self.inputs
         self.hidden = None if hidden is None else torch.zeros_like(hidden)
-        self.weight: Tensor | None = None  # the largest; made by the first chunk
+        self.weight: Tensor | None = None  # the largest tensor; allocated by the first chunk
         self.bias = None if bias is None else torch.zeros_like(bias, dtype=_sum_dtype(bias))
         self.switch = None if switch_hidden is None else torch.zeros_like(switch_hidden)
 
@@ -235,7 +237,7 @@ class _Gradients:
             self.switch[rows] = of_logits.to(weight.dtype) @ weight
 
     def finished(self) -> list[Tensor | None]:
-        """Return the gradients in their inputs' dtypes; zeros where no chunk came by."""
+        """Return the gradients in their inputs' dtypes; zeros if no chunk contributed."""
         found = (self.hidden, self.weight, self.bias, self.switch)
         return [
             None if x is None else torch.zeros_like(x) if gradient is None else gradient.to(x.dtype)

@@ -28,13 +28,13 @@ OBJECTIVES: dict[str, _Divergence | None] = {
     "bild-rkl": partial(bild_loss, divergence="reverse_kl"),
     "dbild-fkl": partial(dbild_loss, divergence="forward_kl"),
     "dbild-rkl": partial(dbild_loss, divergence="reverse_kl"),
-    # Their Align; what they add to it is in `baselines`.
+    # Align of the baselines; their additional terms are in `baselines`.
     **dict.fromkeys(BASELINES, partial(kl_loss, direction="forward")),
 }
 
 
 class LossTerms(NamedTuple):
-    """Weighted sums over positions, nats; divide by what `Objective.normalize_by` counts. A term that is off is None."""
+    """Weighted sums over positions, nats; divide by `Objective.count` for the mean. A term that is off is None."""
 
     ce: Tensor
     align: Tensor | None
@@ -42,7 +42,7 @@ class LossTerms(NamedTuple):
 
 
 class FusedLoss(NamedTuple):
-    """What is minimised, with graph, and its terms, without; sums over positions, nats."""
+    """The total that is minimised, with graph, and its terms, without graph; sums over positions, nats."""
 
     total: Tensor
     terms: LossTerms
@@ -50,19 +50,19 @@ class FusedLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What the student minimises.
+    """The loss that the student minimises, as a weighted sum of terms.
 
     Args:
         name: one of `OBJECTIVES`; "sft" is CE alone.
-        switch: whether VSD takes part (paper, Table 3).
+        switch: whether VSD is one of the terms (paper, Table 3).
         align_weight, vsd_weight: λ1, λ2.
-        temperature: τ; None takes 3 for (D)BiLD, as the paper, and 1 for plain KL.
-        window: restricts DBiLD's knee search, see `kneedle`; None is the paper.
+        temperature: τ; None selects 3 for (D)BiLD, as in the paper, and 1 for plain KL.
+        window: restricts DBiLD's knee search, see `kneedle`; None is the paper's setting.
         normalize_by: "position" is the mean over all supervised positions of the global batch; "sample" takes each sample's mean
             over its positions first and then the mean over the samples of the global batch, so that long answers weigh no more.
 
     Raises:
-        ConfigError: unknown name, switch or window with an objective that has none, a temperature that is not positive.
+        ConfigError: unknown name, `switch` or `window` set for an objective without it, a temperature that is not positive.
     """
 
     name: str = "dbild-rkl"
@@ -78,21 +78,21 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether anything but CE is computed."""
+        """Whether any term other than CE is computed, so that a teacher is required."""
         return self.name != "sft"
 
     @property
     def baseline(self) -> bool:
-        """Whether it is the objective of another method, with terms on more than logits; see `baselines.BASELINES`."""
+        """Whether this is the objective of a baseline, with terms on visual tokens or attention; see `baselines.BASELINES`."""
         return self.name in BASELINES
 
     def count(self, labels: Tensor) -> Tensor:
-        """Return how many things the mean runs over, positions or samples with a position: [B, L] labels → scalar int64."""
+        """Return the denominator of the mean, positions or samples with a position: [B, L] labels → scalar int64."""
         positions = count_positions(labels)
         return positions.sum() if self.normalize_by == "position" else (positions > 0).sum()
 
     def weights(self, labels: Tensor) -> Tensor | None:
-        """Return the weight of each position, [P] float32; None where all weigh 1."""
+        """Return the weight of each position, [P] float32; None if all weights are 1."""
         return None if self.normalize_by == "position" else per_sample_weights(labels)
 
     def divergence(self, logits: Tensor, teacher: TeacherSignal, weights: Tensor | None = None) -> Tensor:
@@ -124,7 +124,7 @@ class Objective:
             teacher: signal over the same P positions and N ≤ V_S rows; None for "sft".
             switch: z_switch at the positions of image samples, [P_image, V_T]; None if there are none or VSD is off.
             on_image: [P] bool, which positions belong to image samples.
-            weights: [P], of each position; see `Objective.weights`. VSD's are those of image samples.
+            weights: [P], of each position; see `Objective.weights`. VSD uses those of image samples.
         """
         ce = _weighted_sum(F.cross_entropy(at_least_float32(student_logits), targets, reduction="none"), weights)
         if not self.needs_teacher or teacher is None:
@@ -133,14 +133,16 @@ class Objective:
         align = self.divergence(student_logits[:, :rows], teacher, weights)
         vsd = None
         if switch is not None:
-            if torch.compiler.is_compiling():  # a mask selects a number of positions that a compiler does not know
+            if (
+                torch.compiler.is_compiling()
+            ):  # a mask selects a data-dependent number of positions, which cannot be compiled
                 on_image = torch.nonzero_static(on_image, size=switch.shape[0]).squeeze(-1)
             on_image_weights = None if weights is None else weights[on_image]
             vsd = self.divergence(switch[:, :rows], teacher.select(on_image), on_image_weights)
         return LossTerms(ce, align, vsd)
 
     def total(self, terms: LossTerms) -> Tensor:
-        """Weigh and add the terms: eq. 1."""
+        """Return the weighted sum of the terms: eq. 1."""
         total = terms.ce
         if terms.align is not None:
             total = total + self.align_weight * terms.align
@@ -159,18 +161,18 @@ class Objective:
         chunk_positions: int | None = None,
         on_block: Callable[[Tensor, TeacherSignal | None], None] | None = None,
     ) -> FusedLoss:
-        """Compute `total(terms(…))` from hidden states; no more than a chunk of logits exists at a time.
+        """Compute `total(terms(…))` from hidden states; the logits of one chunk at most are in memory at a time.
 
-        The student's LM head runs once for all three terms. A chunk of the teacher's logits, their order and their knee serve
-        both Align and VSD. Memory and dtypes: see `fused.loss_in_chunks`.
+        The student's LM head runs once for all three terms. Align and VSD share each chunk of the teacher's logits, its order and
+        its knee. Memory and dtypes: see `fused.loss_in_chunks`.
 
         Args:
             hidden: the student's final hidden states at the P positions, [P, d]. head: its LM head.
             targets: [P] int64. teacher: see `terms`.
             switch: the switch pathway at the same P positions; None if there is no image or VSD is off.
             weights: [P], see `terms`.
-            chunk_positions: positions at a time.
-            on_block: called with each block's student logits and the teacher's signal at its positions, for what is measured
+            chunk_positions: maximum number of positions per chunk.
+            on_block: called with each block's student logits and the teacher's signal at its positions, to compute metrics
                 beside the loss.
 
         Raises:
@@ -220,7 +222,8 @@ def fused_dbild(
 ) -> FusedLoss:
     """CE + λ1·Align + λ2·VSD with DBiLD (eq. 1) from hidden states and LM heads, without [P, V] logits.
 
-    Equal to `dbild_loss` on whole logits. The gradient is computed with the value, so backward can run once.
+    The result equals that of `dbild_loss` on whole logits. The gradient is computed together with the value, so backward can run
+    only once.
 
     Args:
         student_hidden, student_head, targets, teacher, chunk_positions: see `Objective.fused`.

@@ -1,11 +1,11 @@
 """KL divergence between two softmaxes over all ordered pairs of a list, in linear time (paper, eqs. 12-15).
 
 DBiLD compares p = softmax(flatten(u_m - u_n : m < n)) with q, the same of v. There are k(k-1)/2 pairs, 3 million at the knee
-of a 49k vocabulary, but e^{u_m - u_n} = e^{u_m} e^{-u_n} factorises, so prefix and suffix sums carry everything:
+of a 49k vocabulary, but e^{u_m - u_n} = e^{u_m} e^{-u_n} factorises, so prefix and suffix sums are sufficient:
 
     Z(u)   = Σ_m e^{u_m} R_m,    R_m = Σ_{n>m} e^{-u_n},    P_n = Σ_{m<n} e^{u_m}
-    first  = e^{u_m} R_m / Z     chance that m is the first of a pair drawn from p
-    second = e^{-u_m} P_m / Z    chance that m is the second
+    first  = e^{u_m} R_m / Z     probability that m is the first of a pair drawn from p
+    second = e^{-u_m} P_m / Z    probability that m is the second
     KL(p‖q) = Σ_m (first_m - second_m)(u_m - v_m) - log Z(u) + log Z(v)
 
 Value and gradient are exact and cost O(k) time and memory.
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Below this the largest pair has been scaled down so far that other terms may have left float32's normal range
-# (1.2e-38); such rows, whose values rise against the leader's order, are computed again in log space.
+# (1.2e-38). Such rows, where the other model's values increase along the leader's order, are recomputed in log space.
 SMALLEST_SAFE_Z = 1e-30
 
 
@@ -42,11 +42,11 @@ _Sums = dict[str, Tensor]
 _Weighted = Callable[[Tensor, Tensor, Tensor, _Sums], tuple[Tensor, Tensor]]
 
 
-# The gradient is known in closed form with the value, so the forward pass keeps it and nothing else. An operator of torch, so that
-# compiled and exported programs hold a call where the arithmetic depends on the values.
+# The gradient is computed in closed form with the value, so the forward pass saves nothing else. This is a custom torch operator:
+# compiled and exported programs then contain a call to it, since its arithmetic depends on the values.
 @torch.library.custom_op("switchkd::pair_kl", mutates_args=())
 def _pair_kl(u: Tensor, v: Tensor, keep: Tensor, wants_u: bool, wants_v: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (KL [T], dKL/du, dKL/dv [T, K]); a gradient that is not wanted is empty."""
+    """Return (KL [T], dKL/du, dKL/dv [T, K]); a gradient that is not requested is empty."""
     wanted = wants_u, wants_v
     sums = _plain_sums(u, keep), _plain_sums(v, keep)
     value, *gradients = _kl_and_gradients(u, v, keep, *sums, _plain_weighted, wanted)
@@ -93,15 +93,17 @@ def _kl_and_gradients(
     weighted: _Weighted,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Value [T] and, where asked for, dKL/du and dKL/dv [T, K], from the sums of either arithmetic below."""
+    """Return the value [T] and, if requested, dKL/du and dKL/dv [T, K], from plain or log-space sums (both below)."""
     net_u = sums_u["first"] - sums_u["second"]
-    gap = torch.where(keep, u - v, 0)  # c_m; only differences of c count, so its mean may go for the sake of float32
+    gap = torch.where(
+        keep, u - v, 0
+    )  # c_m; only differences of c matter, so its mean is subtracted for float32 precision
     gap = torch.where(keep, gap - gap.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True), 0)
     mean_gap = (net_u * gap).sum(-1)  # E_p[c_m - c_n]
     value = mean_gap - sums_u["log_z"] + sums_v["log_z"]
     grad_u = grad_v = None
     if needs_grad[0]:
-        # Σ over pairs that hold m of ± p (c_m - c_n - E_p[c_m - c_n])
+        # Σ over pairs that contain m of ± p (c_m - c_n - E_p[c_m - c_n])
         later, earlier = weighted(u, keep, gap, sums_u)
         grad_u = (gap - mean_gap.unsqueeze(-1)) * sums_u["first"] - later
         grad_u += (gap + mean_gap.unsqueeze(-1)) * sums_u["second"] - earlier
@@ -111,7 +113,7 @@ def _kl_and_gradients(
 
 
 def _suffix(x: Tensor) -> Tensor:
-    """Exclusive suffix sum along the last dimension; a total minus a prefix would cancel."""
+    """Exclusive suffix sum along the last dimension; subtracting a prefix from the total would lose precision by cancellation."""
     summed = x.flip(-1).cumsum(-1).flip(-1)
     return torch.nn.functional.pad(summed[:, 1:], (0, 1))
 
@@ -122,7 +124,7 @@ def _prefix(x: Tensor) -> Tensor:
 
 
 def _plain_sums(u: Tensor, keep: Tensor) -> _Sums:
-    """Sums with max u taken out of e^u and min u out of e^{-u}: no overflow, fast."""
+    """Sums with max u factored out of e^u and min u out of e^{-u}: no overflow, and fast."""
     top = u.masked_fill(~keep, -torch.inf).amax(-1, keepdim=True)
     low = u.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)
     rise = (u - top).masked_fill_(~keep, -torch.inf).exp_()  # e^{u_m - max}
@@ -163,7 +165,7 @@ def _log_sums(u: Tensor, keep: Tensor) -> _Sums:
 
 
 def _log_weighted(u: Tensor, keep: Tensor, gap: Tensor, sums: _Sums) -> tuple[Tensor, Tensor]:
-    """`_plain_weighted` in log space; positive and negative weights are summed apart."""
+    """`_plain_weighted` in log space; positive and negative weights are summed separately."""
     up, down = u.masked_fill(~keep, -torch.inf), (-u).masked_fill(~keep, -torch.inf)
     norm = sums["log_z"].unsqueeze(-1)
     later = earlier = torch.zeros_like(u)

@@ -1,4 +1,4 @@
-"""What all losses on logits share: positions reduced to one number, logits as signals, float32 at least."""
+"""Helpers shared by all losses on logits: reduction over positions, conversion of logits to signals, float32 promotion."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 def reduce_positions(per_position: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce [T] by "mean" (0 if T = 0), "sum" or "none". Raises ValueError for another word."""
+    """Reduce [T] by "mean" (0 if T = 0), "sum" or "none". Raises ValueError for any other value."""
     if reduction == "none":
         return per_position
     if reduction not in ("mean", "sum"):
@@ -22,16 +22,16 @@ def reduce_positions(per_position: Tensor, reduction: Reduction) -> Tensor:
 
 
 def as_signal(student_logits: Tensor, teacher: Tensor | TeacherSignal) -> TeacherSignal:
-    """Wrap plain teacher logits and check that both sides speak of the same T positions and N rows (else ValueError)."""
+    """Wrap plain teacher logits and check that both sides cover the same T positions and N rows (else ValueError)."""
     signal: TeacherSignal = DenseSignal(teacher) if isinstance(teacher, Tensor) else teacher
     expected, found = tuple(student_logits.shape), (signal.positions, signal.vocab_rows)
     if expected != found:
-        raise ValueError(f"student logits are {expected} (positions, rows) but the teacher speaks of {found}")
+        raise ValueError(f"student logits are {expected} (positions, rows) but the teacher covers {found}")
     return signal
 
 
 def check_logits(logits: Tensor, whose: str) -> None:
-    """Refuse logits that no loss can be taken of; -inf, a masked column, is none of them. Compiled programs skip the check.
+    """Refuse logits of which no loss can be computed; -inf marks a masked column and is valid. Compiled programs skip the check.
 
     Args:
         logits: [T, N]. whose: "student" or "teacher", for the message.
@@ -41,7 +41,7 @@ def check_logits(logits: Tensor, whose: str) -> None:
     """
     if torch.compiler.is_compiling() or not logits.numel():
         return
-    largest = logits.detach().amax(-1)  # NaN is larger than everything
+    largest = logits.detach().amax(-1)  # torch orders NaN above every number
     if len(bad := (~largest.isfinite()).nonzero()):
         position = int(bad[0])
         raise NonFiniteLogits(
@@ -51,5 +51,5 @@ def check_logits(logits: Tensor, whose: str) -> None:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Raise half precisions to float32, leave float64 alone."""
+    """Raise half precisions to float32, leave float64 unchanged."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

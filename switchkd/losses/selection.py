@@ -1,10 +1,10 @@
-"""The leading entries of logits rows, without sorting whole rows.
+"""Selects the leading entries of logits rows, up to the knee or a fixed number, without sorting whole rows.
 
-A histogram of each row says below which logit nothing can matter: to the knee, or to a fixed number of leading entries. What lies
-above is picked out and sorted, a few thousand of a vocabulary's 152 thousand entries. The result is that of a stable full sort,
-ties included; the histogram decides how much is sorted, never what comes out.
+A histogram of each row gives a logit below which no entry can belong to the result. The entries above it are gathered and
+sorted, a few thousand of a vocabulary's 152 thousand entries. The result is that of a stable full sort, ties included; the
+histogram only decides how many entries are sorted, never the result.
 
-A logit of -inf is a masked column: it is no part of its row, whose N, smallest logit and knee are those of the other columns.
+A logit of -inf is a masked column and does not count: N, the smallest logit and the knee of its row are those of the other columns.
 """
 
 import numpy as np
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BINS = 2048  # at most; a knee is known to about one bin before anything is sorted
-# Logits that are looked at together: temporaries of this many entries stay in a CPU's cache and a GPU's memory.
+BINS = 2048  # maximum; the histogram locates a knee to about one bin before any entry is sorted
+# Logits that are processed together: temporaries of this many entries stay in a CPU's cache and a GPU's memory.
 BLOCK_LOGITS = {"cpu": 1 << 20}
 BLOCK_LOGITS_ELSEWHERE = 1 << 25
-# Bins are computed in the logits' dtype: their edges are known to 1e-6 of the row's spread even in float32.
+# Bins are computed in the logits' dtype: their edges are exact to 1e-6 of the row's spread even in float32.
 EDGE_ERROR = 1e-6
 
 
@@ -37,7 +37,7 @@ def leading_entries(logits: Tensor, window: int | None = None) -> tuple[Tensor, 
 
     Returns:
         (ids [T, k_max] int64, k [T] int64), where k_max is the largest k of the batch (2 if T = 0). Beyond a row's k its ids
-        are valid but arbitrary. Rows with NaN or +inf have some k and some ids; the losses refuse them.
+        are valid but arbitrary. Rows with NaN or +inf get an arbitrary k and arbitrary ids; the losses refuse such rows.
 
     Raises:
         ValueError: fewer than two columns, or than two that are not masked, or a window below 2.
@@ -50,7 +50,7 @@ def leading_entries(logits: Tensor, window: int | None = None) -> tuple[Tensor, 
     return found
 
 
-# Operators of torch, so that compiled and exported programs hold a call where what is done depends on the logits.
+# Custom torch operators: compiled and exported programs then contain a call to them, since the control flow depends on the logits.
 
 
 @torch.library.custom_op("switchkd::top_of_rows", mutates_args=())
@@ -96,12 +96,12 @@ def kneedle(logits: Tensor, window: int | None = None) -> Tensor:
     """Return the number k of leading logits that each row's knee selects.
 
     Eqs. 8-9: with the row sorted in descending order, x_i = i/N and y_i the value scaled to [0, 1],
-    k = argmax_i (1 - x_i) - y_i for i = 1 … N; the first i on a tie. Where the paper is silent: k is at least 2, since one
+    k = argmax_i (1 - x_i) - y_i for i = 1 … N; the first i on a tie. The paper leaves two cases open: k is at least 2, since one
     logit has no pair, and a row of equal logits (y undefined) gives 2.
 
     Args:
         logits: [T, N], floating point, N ≥ 2; -inf is a masked column. No gradient flows through the result.
-        window: look for the knee in the row's `window` largest logits as if they were the whole row. None: all N (the paper).
+        window: search for the knee in the row's `window` largest logits as if they were the whole row. None: all N (the paper).
 
     Returns:
         [T], int64, 2 ≤ k ≤ N (or ≤ window).
@@ -121,7 +121,7 @@ def _blocks(logits: Tensor) -> list[Tensor]:
 
 def _top(logits: Tensor, count: int) -> Tensor:
     heights, from_bin, _ = _histogram(logits)
-    # The highest bin with `count` entries in it and above; -1, which masked columns have, where there are fewer.
+    # The highest bin with at least `count` entries in it and above; -1, the height of masked columns, if there are fewer.
     floor = (from_bin >= count).sum(-1) - 1
     return _sorted_from(logits, heights, floor, from_bin)[1][:, :count]
 
@@ -135,7 +135,7 @@ def _lead(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _in_numpy(rows: Tensor) -> bool:
-    """Whether numpy, which counts, finds and sorts several times as fast as torch on the same core, takes these rows."""
+    """Whether numpy processes these rows; on one core it counts, searches and sorts several times as fast as torch."""
     return rows.device.type == "cpu" and bool(torch.isfinite(rows.sum()))
 
 
@@ -151,8 +151,8 @@ def _histogram(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (height of every entry, [T, N], rising with the logit; entries in a bin and those above it, [T, bins] int64; the
     smallest logit, [T, 1]).
 
-    An entry's bin is the whole part of its height; a masked column's height is -1, and it has none. The first column of the counts
-    is the number of columns that are not masked.
+    An entry's bin is the integer part of its height; a masked column has height -1 and no bin. The first column of the counts is
+    the number of columns that are not masked.
     """
     count = min(BINS, logits.shape[-1])
     low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
@@ -165,7 +165,7 @@ def _histogram(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if masked is not None:
         heights.masked_fill_(masked, -1.0)
     if _in_numpy(high - low):
-        # A row's largest logit has the bin `count` to itself and belongs into the one below.
+        # A row's largest logit falls into bin `count`, beyond the last one, and is moved to the bin below.
         rows = heights.numpy() if masked is None else [row[row >= 0] for row in heights.numpy()]
         found = [np.bincount(row.astype(np.int64), minlength=count + 1) for row in rows]
         entries = torch.from_numpy(np.stack(found))
@@ -190,7 +190,9 @@ def _floor_of_knee(from_bin: Tensor) -> Tensor:
     _require_two(columns)
     above = F.pad(from_bin[:, 1:], (0, 1))
     bottom = torch.arange(count, dtype=torch.float64, device=from_bin.device) / count
-    bound = (-(above.double() / columns) - bottom).masked_fill(from_bin == above, -torch.inf)  # empty bins hold none
+    bound = (-(above.double() / columns) - bottom).masked_fill(
+        from_bin == above, -torch.inf
+    )  # an empty bin cannot hold the knee
     reach = bound.amax(-1, keepdim=True) - 1 / count - 4 * EDGE_ERROR
     return (bound >= reach).to(torch.uint8).argmax(-1)
 
@@ -219,11 +221,11 @@ def _sorted_from(logits: Tensor, heights: Tensor, floor: Tensor, from_bin: Tenso
 
 
 def _falling_order(values: np.ndarray) -> np.ndarray:
-    """Return what sorts [m] values in descending order, equal ones in the order they have."""
+    """Return the indices that sort [m] values in descending order, ties in their original order."""
     if values.dtype != np.float32:
         return np.argsort(-values, kind="stable")
-    # Integers are sorted with vector instructions, indices are not: one key of a value's bits, turned so that they rise as the
-    # value falls, and the entry's place.
+    # numpy sorts integers with vector instructions, but not in argsort. So each key holds the value's bits, transformed to increase
+    # as the value decreases, and the entry's index.
     bits = (values + 0.0).view(np.int32)  # + 0.0 makes -0.0 equal to 0.0
     falling = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
     keys = (falling.astype(np.int64) << 32) | np.arange(len(values))
@@ -234,12 +236,12 @@ def _falling_order(values: np.ndarray) -> np.ndarray:
 def knee_of_sorted(
     descending: Tensor, window: int | None = None, row_size: Tensor | None = None, row_min: Tensor | None = None
 ) -> Tensor:
-    """Return the knee k of rows that are sorted already, [T, M] → [T] int64; see `selection.kneedle`.
+    """Return the knee k of rows that are already sorted, [T, M] → [T] int64; see `selection.kneedle`.
 
     Args:
         descending: whole rows, or their leading entries, filled up with -inf.
-        window: the knee is looked for in this many leading entries, as if they were the whole row.
-        row_size, row_min: for leading entries that are sure to hold the knee: N and the smallest logit of each row, [T, 1].
+        window: the knee is searched for in this many leading entries, as if they were the whole row.
+        row_size, row_min: for leading entries that certainly contain the knee: N and the smallest logit of each row, [T, 1].
 
     Raises:
         ValueError: fewer than two columns, or a window below 2.

@@ -1,14 +1,14 @@
-"""What a teacher says about T supervised positions, whether it was cached or is live: `TeacherSignal`.
+"""The teacher's signal at T positions, read from a store or computed live: `TeacherSignal` and its implementations.
 
-Losses read a signal through these methods and never know where it came from:
+Losses read a signal only through these methods, which do not depend on its origin:
 
-* `rows(student)`        its logits over all N vocabulary rows;
-* `leading_ids(rows, window)`   the teacher-led selection: its leading ids in descending order, and how many of them (the knee);
-* `top(count)`           a fixed number of leading ids;
-* `part(rows)`            the same for a run of positions, so that a loss can go through them chunk by chunk.
+* `rows(student)`              the teacher's logits over all N vocabulary rows;
+* `leading_ids(rows, window)`  the teacher-led selection: its leading ids in descending order, and their number k (the knee);
+* `top(count)`                 a fixed number of leading ids;
+* `slice_rows(rows)`           the signal of consecutive positions, so that a loss can process them chunk by chunk.
 
-`DenseSignal` knows every logit, `HiddenSignal` the hidden states that they are made from. `SparseSignal` knows K of them and the
-tail's mass; what it answers for the others is a named policy, one of `TAIL_POLICIES`, which may look at the student.
+`DenseSignal` holds every logit, `HiddenSignal` the final hidden states that the logits are computed from. `SparseSignal` holds K
+logits and the mass of the tail; a tail policy, one of `TAIL_POLICIES`, estimates the others and may use the student's logits.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -29,12 +29,12 @@ TAIL_POLICIES: dict[str, str] = {
 }
 
 
-# Corrections of the shift for what the ceiling cuts off; the gradient's error changes by under 0.4 points from 1 to 8.
+# Number of corrections of the shift for the clamped mass. From 1 to 8 of them, the gradient's error changes by under 0.4 points.
 _SHIFT_PASSES = 4
 
 
 class TeacherSignal(Protocol):
-    """The teacher's word on T positions over N vocabulary rows."""
+    """The teacher's signal: its logits at T positions over N vocabulary rows."""
 
     @property
     def vocab_rows(self) -> int:
@@ -50,7 +50,7 @@ class TeacherSignal(Protocol):
         """Return (ids [T, k_max] int64 in the teacher's descending order, k [T] int64, 2 ≤ k ≤ k_max).
 
         Args:
-            rows: what `rows` returned. window: see `kneedle`.
+            rows: the result of `rows`. window: see `kneedle`.
         """
         ...
 
@@ -59,7 +59,7 @@ class TeacherSignal(Protocol):
         ...
 
     def rows(self, student: Tensor) -> Tensor:
-        """Return the teacher's logits, [T, N], without a graph; `student` [T, N] may help to guess those that are not known."""
+        """Return the teacher's logits, [T, N], without a graph; `student` [T, N] may serve to estimate those not cached."""
         ...
 
     def select(self, keep: Tensor) -> Self:
@@ -67,17 +67,21 @@ class TeacherSignal(Protocol):
         ...
 
     def slice_rows(self, rows: slice) -> "TeacherSignal":
-        """Return the signal of consecutive positions, ready to be read; a signal that makes its logits makes them here, once."""
+        """Return the signal of consecutive positions; a signal that computes its logits does so here, once."""
         ...
 
 
-@torch.library.custom_op("switchkd::ids_up_to", mutates_args=())  # of torch, as those of `selection`
+@torch.library.custom_op(
+    "switchkd::ids_up_to", mutates_args=()
+)  # a torch operator for the same reason as in `selection`
 def _ids_up_to(cached: Tensor, rows: Tensor, k: Tensor) -> Tensor:
-    """Return the leading ids of [T, N] rows up to the largest k, [T, k_max]: first the [T, K] cached, then the rows' order."""
+    """Return the leading ids of [T, N] rows up to the largest k, [T, k_max]: first the [T, K] cached, then the others by logit."""
     largest = int(k.max()) if len(k) else 2
     if largest <= cached.shape[-1]:
         return cached[:, :largest].clone()
-    others = rows.scatter(-1, cached, -torch.inf)  # guesses may equal the smallest cached logit; they come after it
+    others = rows.scatter(
+        -1, cached, -torch.inf
+    )  # estimates may equal the smallest cached logit; they are ordered after it
     return torch.cat([cached, others.topk(largest - cached.shape[-1], dim=-1).indices], dim=-1)
 
 
@@ -88,10 +92,12 @@ def _(cached: Tensor, rows: Tensor, k: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """A teacher whose logits are all at hand: live, or made from its final hidden states."""
+    """Signal with all logits in memory: computed by a live teacher, or from its final hidden states."""
 
     logits: Tensor  # [T, N]
-    leads: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # window → what was found
+    leads: dict[int | None, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False
+    )  # window → result of `leading_ids`
 
     @property
     def vocab_rows(self) -> int:
@@ -104,7 +110,7 @@ class DenseSignal:
         return self.logits.shape[0]
 
     def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """See `TeacherSignal.leading_ids`. Found once: Align and VSD share the teacher's order and knee."""
+        """See `TeacherSignal.leading_ids`. The result is cached: Align and VSD share the teacher's order and knee."""
         if window not in self.leads:
             self.leads[window] = leading_entries(rows, window)
         return self.leads[window]
@@ -122,13 +128,13 @@ class DenseSignal:
         return DenseSignal(self.logits[keep], {window: (ids[keep], k[keep]) for window, (ids, k) in self.leads.items()})
 
     def slice_rows(self, rows: slice) -> "DenseSignal":
-        """See `TeacherSignal.part`."""
+        """See `TeacherSignal.slice_rows`."""
         return DenseSignal(self.logits[rows])
 
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """A teacher known by its final hidden states: stored, or just computed. Its LM head makes the logits of what is read."""
+    """Signal that holds the teacher's final hidden states, stored or live; the LM head computes the logits of what is read."""
 
     hidden: Tensor  # [T, d]
     head: Tensor  # [N, d], the LM head's rows in use; logits are computed in its dtype
@@ -160,17 +166,17 @@ class HiddenSignal:
         return HiddenSignal(self.hidden[keep], self.head)
 
     def slice_rows(self, rows: slice) -> DenseSignal:
-        """See `TeacherSignal.part`."""
+        """See `TeacherSignal.slice_rows`."""
         with torch.no_grad():
             return DenseSignal(F.linear(self.hidden[rows].to(self.head.dtype), self.head))
 
 
 @dataclass(frozen=True)
 class SparseSignal:
-    """A teacher known by its K largest logits and statistics over all N, as a `topk` payload holds them.
+    """Signal that holds the teacher's K largest logits and statistics over all N rows, as in a `topk` payload.
 
-    Exact where K covers what is asked: K = N, a window ≤ K, or KL terms inside the top K. Otherwise `tail` decides. With the
-    policies that do not look at the student, the teacher-led set of full-vocabulary DBiLD is cut at K.
+    Results are exact where K is sufficient: K = N, a window ≤ K, or KL terms inside the top K. Otherwise they follow the tail
+    policy `tail`. With policies that do not use the student's logits, the teacher-led set of full-vocabulary DBiLD is cut at K.
     """
 
     ids: Tensor  # [T, K] int64, in the teacher's descending order
@@ -193,7 +199,7 @@ class SparseSignal:
         """See `TeacherSignal.leading_ids`.
 
         Raises:
-            ValueError: the window is wider than the K cached logits, so its knee is not known.
+            ValueError: the window is wider than the K cached logits, so its knee cannot be computed.
         """
         cached = self.ids.shape[-1]
         if window is not None:
@@ -225,10 +231,10 @@ class SparseSignal:
         return rows.scatter_(-1, self.ids, self.logits)
 
     def _rows_beside(self, student: Tensor) -> Tensor:
-        """Guess the tail from the student, [T, N]: one shift a row gives it the teacher's mass.
+        """Estimate the tail from the student's logits, [T, N]: one shift per row gives the tail the teacher's mass.
 
-        No uncached logit exceeds the smallest cached one, so the guess is held there, and the shift is corrected for what that
-        cuts off. Measured against the true tail in docs/payloads.md.
+        No uncached logit exceeds the smallest cached one, so the estimates are clamped to it, and the shift is corrected for the
+        mass that the clamp removes. docs/payloads.md reports measurements against the true tail.
         """
         logits = self.logits.to(student.dtype)
         tail = student.scatter(-1, self.ids, -torch.inf)
@@ -244,7 +250,7 @@ class SparseSignal:
         return self._take(keep)
 
     def slice_rows(self, rows: slice) -> "SparseSignal":
-        """See `TeacherSignal.part`."""
+        """See `TeacherSignal.slice_rows`."""
         return self._take(rows)
 
     def _take(self, keep: Tensor | slice) -> "SparseSignal":
