@@ -20,8 +20,8 @@ def pack_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Assign samples to rows with little padding.
 
     First-fit decreasing gives a sufficient number of rows. For this number and larger ones, samples are assigned longest first,
-    each to the emptiest row. Of these assignments, the one with the least padding is returned; on a tie, the one with the shortest rows,
-    since attention costs the square of their length.
+    each to the emptiest row. Of these assignments, the one with the least padding is returned; on a tie, the one with the
+    shortest rows, since attention costs the square of their length.
 
     Args:
         lengths: tokens of each sample. row_tokens: maximum tokens per row; a longer sample gets a row of its own.
