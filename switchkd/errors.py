@@ -1,27 +1,27 @@
-"""Every error that switchkd raises on purpose.
+"""Defines the errors that switchkd raises on purpose.
 
     SwitchKDError
-    ├── InputError          what the user gave cannot be used          exit code 2
+    ├── InputError          the user's input cannot be used            exit code 2
     │   ├── DataError           data file, row or image
-    │   ├── CheckpointError     model folder, or two models that do not fit
+    │   ├── CheckpointError     model folder, or two incompatible models
     │   ├── ConfigError         option or recipe
     │   └── StoreError          teacher store
     │       └── StoreMismatch       store and run disagree: teacher, tokenizer, template, sample …
     └── RunError            the run itself failed                      exit code 1
-        └── NonFiniteLogits     logits that no loss can be taken of
+        └── NonFiniteLogits     logits of which no loss can be computed
 
-A message says what was expected, what was found, and what to do next.
+A message states what was expected, what was found, and what to do next.
 """
 
 
 class SwitchKDError(Exception):
-    """Base of all switchkd errors; `exit_code` is what the command line ends with."""
+    """Base of all switchkd errors; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
 
 class InputError(SwitchKDError, ValueError):
-    """Something the user gave cannot be used; nothing expensive has started."""
+    """The user's input cannot be used; raised before any expensive work has started."""
 
     exit_code = 2
 
@@ -31,7 +31,7 @@ class DataError(InputError):
 
 
 class CheckpointError(InputError):
-    """A model folder cannot be used, or two models do not fit each other."""
+    """A model folder cannot be used, or two models are incompatible."""
 
 
 class ConfigError(InputError):
@@ -51,10 +51,10 @@ class RunError(SwitchKDError, RuntimeError):
 
 
 class NonFiniteLogits(RunError, ValueError):
-    """Logits hold NaN or +inf, so no loss can be taken of them."""
+    """Logits contain NaN or +inf, so no loss can be computed."""
 
 
 def original_message(error: BaseException) -> str:
-    """Return the message of an error; one that a DataLoader worker raised comes wrapped in its traceback."""
+    """Return the message of an error; for an error from a DataLoader worker, it is extracted from the traceback."""
     text = str(error)
     return text.rpartition(f"{type(error).__name__}: ")[2].strip() if "Original Traceback" in text else text

@@ -1,4 +1,4 @@
-"""Fingerprints: short hashes that tell whether two things are the same, part by part, so that an error can name the part."""
+"""Fingerprints: short hashes of samples, configs, tokenizers and model components, so that an error can name what differs."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from switchkd.errors import CheckpointError
 
-# Keys of a config or processor that say where it came from, not what it computes.
+# Keys of a config or processor that describe its origin, not what it computes.
 _NOT_IDENTITY = {
     "_name_or_path",
     "transformers_version",
@@ -24,20 +24,20 @@ _NOT_IDENTITY = {
 
 
 class SampleDigest(NamedTuple):
-    """What a sample was made of; three hashes, so that a mismatch names what changed."""
+    """Digest of a sample: three hashes, so that an error can name what changed."""
 
     input_ids: int
     supervised: int  # the mask
     image: int  # the image file's bytes; 0 for text only
 
     def differing(self, other: "SampleDigest") -> list[str]:
-        """Return the names of the fields that differ, in the words of an error message."""
+        """Return the names of the fields that differ, as used in error messages."""
         words = {"input_ids": "text", "supervised": "supervised mask", "image": "image"}
         return [word for field, word in words.items() if getattr(self, field) != getattr(other, field)]
 
 
 def digest_sample(input_ids: NDArray[np.int32], supervised: NDArray[np.bool_], image: bytes | None) -> SampleDigest:
-    """Digest one encoded sample, 64 bits (BLAKE2b) a field."""
+    """Digest one encoded sample, 64 bits (BLAKE2b) per field."""
     return SampleDigest(
         _hash64(np.ascontiguousarray(input_ids, dtype="<i4").tobytes()),
         _hash64(np.packbits(supervised).tobytes() + len(supervised).to_bytes(8, "little")),
@@ -67,9 +67,9 @@ def _without_provenance(value: Any) -> Any:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """Hash what decides a fast tokenizer's ids: vocabulary, merges, normalisation, added and special tokens."""
+    """Hash everything that determines a fast tokenizer's ids: vocabulary, merges, normalisation, added and special tokens."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):  # set by whoever called it last
+    for state in ("truncation", "padding"):  # changed by earlier calls
         backend.pop(state, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return hash_json([backend, special])
@@ -87,10 +87,10 @@ def hash_weights(
     """Hash a checkpoint's weights per component, from the bytes on disk, without building the model.
 
     Args:
-        folder: holds safetensors files. components: those to read; the bytes of others are not touched, and may be absent.
+        folder: holds safetensors files. components: those to read; the bytes of others are not read, and may be absent.
 
     Returns:
-        component → hash over its tensors' names, dtypes, shapes and bytes (independent of how they are spread over files).
+        component → hash over its tensors' names, dtypes, shapes and bytes (independent of their distribution over files).
 
     Raises:
         CheckpointError: no safetensors file, or one that is cut short.
@@ -106,7 +106,7 @@ def hash_weights(
 
 
 def component_of(tensor_name: str) -> str:
-    """Return which of a VLM's three parts a checkpoint tensor belongs to: vision, projector or language."""
+    """Return which of a VLM's three components a checkpoint tensor belongs to: vision, projector or language."""
     if "vision_tower" in tensor_name:
         return "vision"
     return "projector" if "multi_modal_projector" in tensor_name else "language"

@@ -1,7 +1,7 @@
-"""The label shift, in its one place.
+"""Implements the shift between labels and the logits rows that predict them.
 
 A label at index j is predicted by the logits row at index j - 1. A *position* is one supervised token; the row that predicts
-it is what a store keeps and what the losses compare. Everything that needs positions asks these functions.
+is the row that a store keeps and that the losses compare. All code that needs positions uses these functions.
 
     index        0        1     2     3       4      5
     token        <image>  what  ?     circle  <eos>  <pad>
@@ -34,7 +34,7 @@ def count_positions(labels: Tensor) -> Tensor:
 
 
 def teacher_weights(labels: Tensor, teacher_labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Return weights of the teacher's positions that give each sample the weight it has by the student's, [P_T] float32.
+    """Return weights of the teacher's positions that give each sample the same total weight as the student's do, [P_T] float32.
 
     Args:
         labels, teacher_labels: [B, L], [B, L_T], of one batch under two tokenizers. weights: [P], the student's; None for 1 each.

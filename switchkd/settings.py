@@ -1,7 +1,7 @@
-"""The words and limits that options take, in one place and without torch, so that the command line can offer them at once.
+"""Defines the values and limits of options without importing torch, so that the command line starts quickly.
 
-Each `Literal` is the type of an option. What a word means is written where it is used: objectives in `losses/objective.py`, tail
-policies in `losses/signals.py`, image modes in `models/checkpoint.py`, payloads in `stores/layout.py`.
+Each `Literal` is the type of an option. The meaning of its values is documented where they are used: objectives in
+`losses/objective.py`, tail policies in `losses/signals.py`, image modes in `models/checkpoint.py`, payloads in `stores/layout.py`.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from switchkd.errors import ConfigError
 
 ObjectiveName = Literal["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl", "llava-kd", "align-kd"]
-BASELINE_OBJECTIVES = ("llava-kd", "align-kd")  # other methods, which have no switch pathway and need a live teacher
+BASELINE_OBJECTIVES = ("llava-kd", "align-kd")  # baselines, which have no switch pathway and need a live teacher
 NormalizeBy = Literal["position", "sample"]
 TailPolicy = Literal["student", "uniform", "floor"]
 ImageMode = Literal["own", "square", "pad"]
@@ -20,17 +20,17 @@ ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 StoreLocation = Path | str  # a folder, or the URL of a prefix of an object store
 
-MAX_IMAGE_PIXELS = 1 << 26  # larger images are refused undecoded
+MAX_IMAGE_PIXELS = 1 << 26  # larger images are refused before decoding
 LDPV2_GRID = 12  # LDPv2's published output is 12×12 tokens
 
 
 def check_objective(
     name: str, switch: bool, temperature: float | None = None, window: int | None = None, normalize_by: str = "position"
 ) -> None:
-    """Check that the settings of an objective go together; see `losses.objective.Objective` for what they are.
+    """Check that the settings of an objective are consistent; see `losses.objective.Objective` for their meaning.
 
     Raises:
-        ConfigError: unknown name, switch or window with an objective that has none, a temperature that is not positive.
+        ConfigError: unknown name, `switch` or `window` set for an objective without it, a temperature that is not positive.
     """
     names = get_args(ObjectiveName)
     if name not in names:

@@ -1,8 +1,9 @@
-"""A checkpoint's own chat template as a conversation format, with masks by construction.
+"""Uses a checkpoint's own chat template as a conversation format, with supervised masks by construction.
 
-A Jinja template says what a conversation looks like, not which part of it the assistant says. Two things tell that without a
-search: `{% generation %}` blocks, where the template has them; else growing prefixes of the conversation, where rendering up to a
-question (with the generation prompt) and up to its answer each give a prefix of the whole. A template with neither is refused.
+A Jinja template defines the text of a conversation, but not which segments are the assistant's. Two methods find these without
+searching the text: `{% generation %}` blocks, if the template has them; otherwise prefix rendering, which needs the text rendered
+up to a question (with the generation prompt) and the text rendered up to its answer to be prefixes of the whole text. A template
+that supports neither is refused.
 """
 
 import json
@@ -20,7 +21,7 @@ _PROBE = [("Alpha what?", "Bravo."), ("Charlie who?", "Delta."), ("Echo when?", 
 
 
 class TemplateNotInvertible(ConfigError):
-    """A conversation whose mask cannot be told from what the template makes of it."""
+    """A conversation whose supervised mask cannot be derived from the template's output."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class ChatTemplate:
 
     Args:
         source: Jinja.
-        special_tokens: what it may name: bos_token, eos_token, ….
+        special_tokens: the variables that it may use: bos_token, eos_token, ….
         image_token: the text that it writes for an image.
-        parts: whether it takes content as a list of parts; else as text that holds the image token.
-        end: what ends an answer and is supervised with it.
+        parts: whether message content is a list of content parts; otherwise it is text that contains the image token.
+        end: text that ends an answer and is supervised with it.
     """
 
     source: str
@@ -46,7 +47,7 @@ class ChatTemplate:
         """Return the segments (text, supervised) of a conversation, see `Template.render`.
 
         Raises:
-            TemplateNotInvertible: what is supervised cannot be told.
+            TemplateNotInvertible: the supervised segments cannot be determined.
         """
         pairs = list(turns)
         messages = self._messages(pairs, has_image)
@@ -56,7 +57,7 @@ class ChatTemplate:
         return self._with_markers(segments, has_image)
 
     def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
-        """Return the segments up to where the last turn's answer would begin; see `Template.prompt`."""
+        """Return the segments before the last turn's answer; see `Template.prompt`."""
         pairs = list(turns)
         messages = self._messages(pairs, has_image)[:-1]
         text = self._text(messages, prompt=True)
@@ -83,7 +84,7 @@ class ChatTemplate:
         return whole, [*segments, (whole[done:], False)]
 
     def answer_end(self, eos: str | None) -> str:
-        """Return what ends an answer."""
+        """Return the text that ends an answer."""
         return self.end
 
     def as_dict(self) -> dict[str, str]:
@@ -111,7 +112,7 @@ class ChatTemplate:
         return (self.image_token + "\n" if image else "") + text
 
     def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the whole text, and where what the assistant says begins and ends in it."""
+        """Return the whole text, and the (begin, end) offsets of the assistant's answers in it."""
         if _GENERATION.search(self.source):
             text, spans = self._jinja(messages, prompt=False, spans=True)
             return text, [(int(begin), int(end)) for begin, end in spans]
@@ -155,7 +156,7 @@ class ChatTemplate:
         return texts[0], found[0] if spans else []
 
     def _with_markers(self, segments: list[tuple[str, bool]], has_image: bool) -> list[tuple[str, bool]]:
-        """Put `IMAGE_MARKER` in the place of the template's own image token; there must be one for the image."""
+        """Replace the template's own image token by `IMAGE_MARKER`; the token must occur once if there is an image."""
         marked = [(text if said else text.replace(self.image_token, IMAGE_MARKER), said) for text, said in segments]
         count = sum(text.count(IMAGE_MARKER) for text, said in marked if not said)
         if count != has_image:
@@ -166,14 +167,14 @@ class ChatTemplate:
 def open_chat_template(
     source: str, special_tokens: dict[str, str], image_token: str, ends: Iterable[str]
 ) -> ChatTemplate:
-    """Make a format of a chat template, if masks can be told.
+    """Create a conversation format from a chat template, if its supervised masks can be determined.
 
     Args:
-        source: Jinja. special_tokens: what it may name. image_token: the checkpoint's. ends: the tokenizer's added tokens, of which
-            the first after an answer ends it.
+        source: Jinja. special_tokens: the variables that it may use. image_token: the checkpoint's. ends: the tokenizer's added
+            tokens; the first of them after an answer ends it.
 
     Raises:
-        ConfigError: neither generation blocks nor prefixes tell what the assistant says, or the text changes with the day.
+        ConfigError: neither generation blocks nor prefix rendering finds the answers, or the text depends on the date.
     """
     if "strftime_now" in source:
         raise ConfigError(
@@ -200,7 +201,7 @@ def open_chat_template(
 
 
 def _find_end(bare: ChatTemplate, ends: tuple[str, ...]) -> str:
-    """Return what follows an answer up to and with the first added token; without one, what is not space."""
+    """Return the text after an answer through the first added token; without one, all of it but trailing whitespace."""
     _, answer = _PROBE[0]
     messages = bare._messages(_PROBE[:1], has_image=False)
     if _GENERATION.search(bare.source):
@@ -225,7 +226,7 @@ def _require_sound(template: ChatTemplate, has_image: bool) -> None:
 def chat_template_of(folder: Path, tokenizer: Any) -> str:
     """Return a checkpoint's chat template. Raises ConfigError if it has none, or several."""
     source = tokenizer.chat_template
-    old = folder / "chat_template.json"  # where processors kept it before they had a file of its own
+    old = folder / "chat_template.json"  # where older processors saved the template
     if source is None and old.is_file():
         source = json.loads(old.read_text(encoding="utf-8")).get("chat_template")
     if isinstance(source, dict):

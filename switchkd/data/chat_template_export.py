@@ -1,10 +1,10 @@
-"""A `Template` as a chat template, so that other programs write prompts as training did."""
+"""Exports a `Template` as a chat template, so that other programs build the same prompts as training."""
 
 import json
 
 from switchkd.data.templates import ConversationFormat, Template
 
-# Content may be a text or a list of parts; {text} becomes the texts as they follow.
+# Content may be a text or a list of content parts; {text} becomes the texts in order.
 _TEXT = (
     "{%- if message['content'] is string -%}{%- set text = message['content'] -%}{%- else -%}{%- set text = message['content']"
     " | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}{%- endif -%}"
@@ -14,7 +14,8 @@ _TEXT = (
 def chat_template_source(template: ConversationFormat, eos: str | None) -> str:
     """Return a format as Jinja source for transformers' chat templates.
 
-    Images come as parts of type "image" of a user's message and stand where the format has them. System messages have no place.
+    Images are content parts of type "image" in a user's message and are placed as the format defines. System messages are not
+    supported.
 
     Args:
         eos: the tokenizer's end token, written into the source where the format uses it.
@@ -33,7 +34,7 @@ def chat_template_source(template: ConversationFormat, eos: str | None) -> str:
 
 
 def _output(pattern: str, template: Template, eos: str | None) -> str:
-    """Return the statements that write a pattern of a template."""
+    """Return the Jinja statements that output a pattern of a template."""
     statements = []
     for number, between in enumerate(pattern.replace("{eos}", eos or "").split("{text}")):
         if number:

@@ -1,6 +1,6 @@
-"""What samples are read from: LLaVA-style JSON, or a data set of Hugging Face `datasets`, whose rows may hold the images too.
+"""Reads rows from data files: LLaVA-style JSON, or a data set of Hugging Face `datasets`, whose rows may contain images.
 
-A container yields rows as plain data, in order; `samples.read_row` makes samples of them, the same from every container.
+A container yields rows as plain data, in order; `samples.read_row` converts them to samples, independent of the kind of container.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ IMAGE_COLUMNS = ("image", "images")
 
 @dataclass(frozen=True)
 class Embedded:
-    """In the place of an image whose bytes the container holds; they are not read with the row."""
+    """Placeholder for an image whose bytes the container holds; they are not read with the row."""
 
-    name: str  # the file's name where the container knows it, else ""
+    name: str  # the file's name if the container stores it, else ""
 
 
 class Container(Protocol):
-    """Rows in order, and the images that lie among them."""
+    """Rows in order, and the images embedded in them."""
 
     key: str  # changes with the content; 40 hexadecimal digits
 
@@ -42,7 +42,7 @@ def open_container(path: Path) -> Container:
         path: JSON or JSON Lines; a .parquet or .arrow file; a folder that `datasets` saved, or one of .parquet or .arrow files.
 
     Raises:
-        DataError: no such file, or nothing that can be read.
+        DataError: no such file, or no readable data.
     """
     if not path.exists():
         raise DataError(
@@ -75,7 +75,7 @@ class JsonRows:
                             yield json.loads(line)
                     return
                 rows = json.load(file)
-        except UnicodeDecodeError as error:  # raised for a block of the file, so no line is known
+        except UnicodeDecodeError as error:  # raised for a block of the file, so no line number is available
             raise DataError(f"{self.path} is not UTF-8 text: {error}") from error
         except json.JSONDecodeError as error:
             raise DataError(
@@ -86,7 +86,7 @@ class JsonRows:
         yield from rows
 
     def image_bytes(self, index: int) -> bytes:
-        """JSON holds no image; never asked for."""
+        """Never called: JSON rows contain no image bytes."""
         raise AssertionError(f"row {index} of {self.path} holds no image")
 
 
@@ -94,7 +94,7 @@ class DatasetRows:
     """A data set of `datasets`, memory-mapped. Parquet is turned into Arrow once, in the cache of `datasets`.
 
     Raises:
-        DataError: nothing that datasets can read, splits instead of rows, or no row.
+        DataError: not readable by datasets, splits instead of rows, or no row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +118,7 @@ class DatasetRows:
         self.key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:40]
 
     def rows(self) -> Iterator[Any]:
-        """Yield the rows; an image whose bytes lie here is `Embedded`."""
+        """Yield the rows; an image whose bytes the data set holds is `Embedded`."""
         for batch in self._rows.with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
             images = {name: _cells(batch.column(name).combine_chunks()) for name in self._images.column_names}
             plain = batch.select([name for name in batch.column_names if name not in images]).to_pylist()
@@ -135,7 +135,7 @@ class DatasetRows:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """Return the files of a data set in order. Raises DataError if there are none, or splits."""
+    """Return the files of a data set in order. Raises DataError if there are none, or if the folder holds splits."""
     if path.is_file():
         return [path]
     if (path / "dataset_dict.json").is_file():

@@ -1,4 +1,4 @@
-"""From a sample to what a model reads: token ids, supervised mask, pixels; and from several to a batch."""
+"""Encodes samples as model inputs (token ids, supervised mask, pixels) and collates them into batches."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -37,9 +37,9 @@ class EncodedSample:
     supervised: NDArray[np.bool_]  # [L]
     pixels: Tensor | None  # [3, H, W] float32
     digest: SampleDigest
-    teacher: "EncodedSample | None" = None  # as the teacher reads it, without pixels, where that is not the same
+    teacher: "EncodedSample | None" = None  # the teacher's encoding, without pixels, where it differs
     starts: NDArray[np.int64] | None = (
-        None  # [P], where in the answers each position's token begins, see `token_starts`
+        None  # [P], where each position's token begins in the answers, see `token_starts`
     )
 
     @property
@@ -56,7 +56,7 @@ class SampleEncoder:
         images: the image folder; may be None for text-only data.
         max_length: tokens, image tokens included; longer samples are refused, never cut.
         max_image_pixels: larger images are refused before they are decoded.
-        with_starts: whether encoded samples say where their positions begin, for two tokenizers to be aligned.
+        with_starts: whether to compute `EncodedSample.starts`, by which the positions of two tokenizers are aligned.
 
     Raises:
         DataError: the image folder does not exist.
@@ -93,7 +93,7 @@ class SampleEncoder:
         self._pixel_cache: LRUCache[bytes, Tensor] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the pixels behind: they would be copied into every spawned DataLoader worker."""
+        """Leave out the cached pixels, which would be copied to every spawned DataLoader worker."""
         return self.__dict__ | {"_pixel_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))}
 
     def encode(self, sample: Sample, pixels: bool = True) -> EncodedSample:
@@ -103,7 +103,7 @@ class SampleEncoder:
             pixels: False leaves the image undecoded (its bytes still enter the digest).
 
         Raises:
-            BadSample: names the row and why it cannot be used.
+            BadSample: names the row and the reason.
         """
         sample.require_ok()
         with _naming(sample):
@@ -114,7 +114,7 @@ class SampleEncoder:
         return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data), starts=starts)
 
     def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Encode one sample's text, its image's tokens with it: (input_ids [L], supervised [L]). Raises BadSample."""
+        """Encode one sample's text, including its image tokens: (input_ids [L], supervised [L]). Raises BadSample."""
         sample.require_ok()
         ids, supervised = self.tokenize(self._segments(sample))
         if not supervised[1:].any():
@@ -139,13 +139,13 @@ class SampleEncoder:
         """Encode turns up to where the last one's answer begins.
 
         Args:
-            turns: (question, answer) pairs; the last answer is not read. image: an image file's bytes. name: its name in errors.
+            turns: (question, answer) pairs; the last answer is ignored. image: an image file's bytes. name: its name in errors.
 
         Returns:
             input_ids [L], and pixels [3, H, W] if there is an image.
 
         Raises:
-            BadSample: too long, nothing to read, or an image that cannot be used.
+            BadSample: too long, no text, or an unusable image.
         """
         try:
             segments = self.template.prompt(turns, image is not None, self.tokenizer.eos_token)
@@ -159,7 +159,7 @@ class SampleEncoder:
     def token_starts(self, segments: list[tuple[str, bool]]) -> NDArray[np.int64]:
         """Return where each supervised token begins, in order: the number of its segment · 2³² + characters of it before the token.
 
-        Equal numbers for two tokenizers mean that the same text comes before; only what ends a segment may differ.
+        Equal numbers for two tokenizers mean that the preceding text is the same, except for the text that ends a segment.
         """
         found: list[int] = []
         for number, text in enumerate(text for text, is_supervised in segments if is_supervised):
@@ -171,8 +171,8 @@ class SampleEncoder:
     def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokenize segments; returns (ids [L], supervised [L]). Raises BadSample if too long.
 
-        Neighbours that are both supervised or both not are one text, as they are for whoever tokenizes a prompt as a whole: a
-        merge of the tokenizer may reach from one into the other.
+        Adjacent segments with the same supervision are tokenized as one text, as inference engines tokenize a prompt as a whole:
+        the tokenizer may merge characters across segments.
         """
         ids: list[int] = []
         supervised: list[bool] = []
@@ -180,7 +180,7 @@ class SampleEncoder:
             text = "".join(text for text, _ in run)
             for number, piece in enumerate(text.split(IMAGE_MARKER) if not is_supervised else [text]):
                 words = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
-                if self.image_token_id in words:  # no feature would stand behind it
+                if self.image_token_id in words:  # no image feature would correspond to it
                     raise BadSample(Status.MARKER_WITHOUT_IMAGE, "the text spells out the image token")
                 new = ([self.image_token_id] * self.image_tokens if number else []) + words
                 ids += new
@@ -202,7 +202,7 @@ class SampleEncoder:
 
 @contextmanager
 def _naming(sample: Sample) -> Iterator[None]:
-    """Add the row to what is said of a bad sample."""
+    """Add the row number to the message of a BadSample."""
     try:
         yield
     except BadSample as bad:
@@ -213,7 +213,7 @@ def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dic
     """Pad encoded samples on the right into one batch.
 
     Args:
-        room: columns of padding beyond the longest sample.
+        room: additional columns of padding after the longest sample.
 
     Returns:
         input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and
@@ -237,5 +237,5 @@ def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dic
 
 
 def pad_id_of(tokenizer: Any) -> int:
-    """Return the id that fills a batch; padding is masked, so any id serves and 0 stands in for a missing pad token."""
+    """Return the id used for padding; padding is masked, so any id is valid, and 0 replaces a missing pad token."""
     return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

@@ -1,4 +1,4 @@
-"""Images of a data file: found below the image folder only, bounded in size, decoded once."""
+"""Reads and decodes the images of a data file, only from below the image folder and only up to a size limit."""
 
 import io
 import warnings
@@ -14,7 +14,7 @@ from switchkd.settings import MAX_IMAGE_PIXELS
 
 
 def image_bytes_of(sample: Sample, folder: Path | None) -> bytes | None:
-    """Return the bytes of a sample's image, from the data set or from the image folder; None for a sample of text alone.
+    """Return the bytes of a sample's image, from the data set or from the image folder; None for a text-only sample.
 
     Raises:
         BadSample: see `read_image_bytes`.
@@ -60,7 +60,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> 
         BadSample: more than `max_pixels`, checked before decoding, or not an image, or cut short.
     """
     try:
-        # Pillow's own limit warns and then raises; the check below is stricter and names the sample.
+        # Pillow's own limit first warns and then raises; the check below is stricter, and its error names the sample.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
@@ -74,15 +74,15 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> 
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(Status.IMAGE_TOO_LARGE, f"{name!r}: {error}") from None
-    # Pillow's decoders raise many kinds of error on broken input; none of them may stop a run over thousands of images.
+    # Pillow's decoders raise many kinds of errors on broken input; none of them may stop a run over thousands of images.
     except Exception as error:
         raise BadSample(Status.IMAGE_UNREADABLE, f"{name!r}: {error}") from None
 
 
 def extension_mismatch(data: bytes, name: str) -> str:
-    """Return what an image's bytes are where its name says something else, as "GIF behind .jpg"; "" where both agree.
+    """Return a description of a mismatch between an image's format and its suffix, as "GIF behind .jpg"; "" if they agree.
 
-    Decoders go by the bytes, so this does no harm; data sets that were gathered from the web are full of it.
+    Decoders use the bytes, so a mismatch is harmless; it is frequent in data sets collected from the web.
 
     Args:
         data: bytes that `decode_image` takes. name: the file's name.
@@ -92,4 +92,4 @@ def extension_mismatch(data: bytes, name: str) -> str:
         warnings.simplefilter("ignore")
         found = Image.open(io.BytesIO(data)).format or ""
     named = Image.registered_extensions().get(suffix, found)
-    return "" if found in (named, "MPO") else f"{found} behind {suffix}"  # MPO: JPEG with more pictures behind it
+    return "" if found in (named, "MPO") else f"{found} behind {suffix}"  # MPO: JPEG followed by more pictures

@@ -1,4 +1,4 @@
-"""A conversation template by name, from a JSON file, from a checkpoint or from a store's manifest."""
+"""Loads a conversation template by name, from a JSON file, from a checkpoint or from a store's manifest."""
 
 import json
 from dataclasses import fields
@@ -19,7 +19,7 @@ def load_template(name_or_path: str, checkpoint: Checkpoint | None = None) -> Co
         name_or_path: one of `TEMPLATES`, a file, or "chat", the chat template of `checkpoint`.
 
     Raises:
-        ConfigError: neither a known name nor a readable template file; a chat template that does not tell what the assistant says.
+        ConfigError: neither a known name nor a readable template file; a chat template whose answers cannot be found.
     """
     if name_or_path == CHECKPOINT_TEMPLATE and checkpoint is not None:
         tokenizer = checkpoint.tokenizer
@@ -43,7 +43,7 @@ def load_template(name_or_path: str, checkpoint: Checkpoint | None = None) -> Co
 
 
 def template_from_dict(data: object) -> ConversationFormat:
-    """Make a template from plain data. Raises ConfigError that names what is missing, unknown or not a string."""
+    """Create a template from plain data. Raises ConfigError, which names fields that are missing, unknown or not strings."""
     if isinstance(data, dict) and "chat_template" in data:
         tokens = json.loads(data["special_tokens"])
         return ChatTemplate(data["chat_template"], tokens, data["image_token"], data["content"] == "parts", data["end"])
@@ -61,7 +61,7 @@ def template_from_dict(data: object) -> ConversationFormat:
 
 
 def _require_sound(template: Template) -> None:
-    """Raise ConfigError if samples made with this template could not be right."""
+    """Raise ConfigError if this template cannot produce valid samples."""
     if "{text}" not in template.answer:
         raise ConfigError(f"template {template.name!r}: 'answer' must hold {{text}}, or every answer would be the same")
     if "{image}" not in template.user:

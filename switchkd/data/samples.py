@@ -1,7 +1,7 @@
-"""Samples: one conversation with zero or one image, read from a container and kept in memory-mapped Arrow.
+"""Reads samples, each a conversation with at most one image, from a container and keeps them as memory-mapped Arrow.
 
-A file-level mistake (no such file, not JSON, not a list) is an error. A bad row is not: it becomes a sample with a `Status`
-that says why it cannot be used, so that row numbers never shift and every skip is counted.
+A file-level mistake (no such file, not JSON, not a list) is an error. A bad row is not: it becomes a sample whose `Status`
+gives the reason, so that row numbers never shift and every skipped row is counted.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from switchkd.errors import DataError
 
 
 class Status(IntEnum):
-    """Why a sample can or cannot be used; stores keep the number."""
+    """Whether a sample can be used, and if not, why; stores keep the number."""
 
     OK = 0
     NO_CONVERSATION = 1  # no list of turns, or an empty one
@@ -39,12 +39,12 @@ class Status(IntEnum):
 
     @property
     def label(self) -> str:
-        """The name as people and manifests read it."""
+        """The name in reports and manifests."""
         return self.name.lower()
 
 
 class BadSample(DataError):
-    """A sample that cannot be used; says why (`status`) and which (`detail`), and how long it is where that is known."""
+    """A sample that cannot be used: the reason (`status`), a description (`detail`), and its length in tokens if known."""
 
     def __init__(self, status: Status, detail: str, tokens: int | None = None) -> None:
         super().__init__(f"{status.label}: {detail}")
@@ -53,7 +53,7 @@ class BadSample(DataError):
         self.tokens = tokens
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[Status, str, int | None]]:
-        """Pickle the arguments and not the message; worker processes hand these errors over."""
+        """Pickle the arguments instead of the message, since worker processes send these errors to their parent."""
         return BadSample, (self.status, self.detail, self.tokens)
 
 
@@ -63,7 +63,7 @@ class Sample:
 
     index: int  # row number, from 0
     id: str
-    image: str | None  # path below the image folder; a name if the data set holds the image itself
+    image: str | None  # path below the image folder; a name if the data set contains the image itself
     turns: list[tuple[str, str]]  # (question, answer), image markers removed
     question_type: str
     status: Status
@@ -95,7 +95,7 @@ class SampleFile:
             image itself), `id`, `question_type`.
 
     Raises:
-        DataError: no such file, not to be read, no row, or no usable row.
+        DataError: no such file, not readable, no row, or no usable row.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -131,7 +131,7 @@ class SampleFile:
         return (self[index] for index in range(len(self)))
 
     def counts_by_status(self) -> dict[Status, int]:
-        """Return how many rows have each status, before any image or text length is looked at."""
+        """Return how many rows have each status, before any image or text length is checked."""
         counts: dict[Status, int] = {}
         for code in self._table.data.column("status").to_pylist():
             counts[Status(code)] = counts.get(Status(code), 0) + 1
@@ -160,9 +160,9 @@ class SampleFile:
 
 
 def read_row(row: Any, index: int) -> Sample:
-    """Read one row of a data file; whatever is wrong with it becomes its status and detail.
+    """Convert one row of a data file to a sample; an error in it becomes the sample's status and detail.
 
-    The image's bytes are not read: where `embedded` is set, `SampleFile` replaces it by what reads them.
+    The image's bytes are not read: if `embedded` is set, `SampleFile` replaces it by a function that reads them.
     """
     image: str | Embedded | None
     try:
@@ -184,12 +184,12 @@ def read_row(row: Any, index: int) -> Sample:
 
 
 def _writable(text: str) -> str:
-    """Escape what UTF-8, and so Arrow, cannot hold: JSON may spell half of a surrogate pair."""
+    """Escape characters that UTF-8, and so Arrow, cannot encode: JSON may contain half of a surrogate pair."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _conversation_of(row: dict[str, Any]) -> list[Any]:
-    """Return the turns as they stand, in LLaVA's or OpenAI's words."""
+    """Return a row's turns unchanged, from LLaVA's or OpenAI's keys."""
     found = next((row[name] for name in ("conversations", "messages") if row.get(name) is not None), None)
     if not isinstance(found, list) or not found:
         raise BadSample(Status.NO_CONVERSATION, "no list 'conversations' or 'messages' with at least one turn")
@@ -216,7 +216,7 @@ def _image_of(row: dict[str, Any], conversation: list[Any]) -> str | Embedded | 
 
 
 def _paths_in_parts(turn: Any) -> Iterator[str]:
-    """Yield what a turn's content parts name as images: {"type": "image", "path": …} and its variants."""
+    """Yield the image references in a turn's content parts: {"type": "image", "path": …} and its variants."""
     content = turn.get("content") if isinstance(turn, dict) else None
     for part in content if isinstance(content, list) else ():
         if isinstance(part, dict) and part.get("type") in _IMAGE_PARTS:
@@ -241,7 +241,9 @@ def _turns_of(conversation: list[Any], has_image: bool) -> list[tuple[str, str]]
         if role == "assistant" and IMAGE_MARKER in spoken:
             raise BadSample(Status.MARKER_WITHOUT_IMAGE, f"turn {number}, an answer, holds {IMAGE_MARKER}")
         text = spoken.replace(IMAGE_MARKER, "").strip()
-        markers += spoken.count(IMAGE_MARKER) + text.count(IMAGE_MARKER)  # "<im<image>age>" leaves another
+        markers += spoken.count(IMAGE_MARKER) + text.count(
+            IMAGE_MARKER
+        )  # removing the marker from "<im<image>age>" leaves another
         texts.append(text)
     if len(texts) % 2:
         raise BadSample(Status.ROLES_OUT_OF_ORDER, "the last turn is a question without an answer")
@@ -253,7 +255,7 @@ def _turns_of(conversation: list[Any], has_image: bool) -> list[tuple[str, str]]
 
 
 def _words_of(turn: Any, number: int) -> tuple[Any, str]:
-    """Return (who speaks, text) of a turn; of content parts the texts as they follow, with a marker for an image."""
+    """Return (role, text) of a turn; for content parts, the texts in order, with a marker for an image."""
     for speaker, spoken in (("from", "value"), ("role", "content")):
         if isinstance(turn, dict) and speaker in turn:
             content = turn.get(spoken)
@@ -277,7 +279,7 @@ def _text_of_part(part: Any, number: int) -> str:
 
 
 def _hash_table(table: Any) -> str:
-    """Hash rows by what they say, without the images, whose bytes enter each sample's digest."""
+    """Hash the rows' columns; the images' bytes enter each sample's digest instead."""
     digest = hashlib.sha256()
     for batch in table.data.table.to_batches(max_chunksize=ROWS_PER_BATCH):
         digest.update(batch.serialize())
@@ -301,7 +303,7 @@ def _arrow_table(container: Container) -> Any:
                 **{name: getattr(sample, name) for name in _COLUMNS},
             }
 
-    # Version of the row format above: raise it with any change, so that older Arrow files are not taken for current ones.
+    # Version of the row format above: increase it with any change, so that older Arrow files are not reused.
     row_format = 2
     datasets.disable_progress_bars()
     try:

@@ -1,7 +1,7 @@
-"""Conversation templates as data: how turns become text, and which part of the text is supervised.
+"""Conversation templates as data: they define the text of turns and which segments of it are supervised.
 
-The mask is made by construction: a conversation turns into segments, each supervised or not, and every segment is tokenised
-on its own. Nothing is searched for afterwards, so a pad token that equals the end token does no harm.
+The supervised mask is correct by construction: a conversation becomes segments, each supervised or not, and supervised and other
+text are tokenised separately. No search in the text is needed, so a pad token that equals the end token is harmless.
 """
 
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ IMAGE_MARKER = "<image>"
 
 
 class ConversationFormat(Protocol):
-    """What turns conversations into text and mask: a `Template`, or a checkpoint's own `ChatTemplate`."""
+    """Converts conversations to text and supervised mask: a `Template`, or a checkpoint's own `ChatTemplate`."""
 
     @property
     def name(self) -> str:
-        """How people call it."""
+        """The name by which options select it."""
 
     def render(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
         """Return the segments (text, supervised) of a conversation."""
@@ -38,22 +38,22 @@ class ConversationFormat(Protocol):
 
 @dataclass(frozen=True)
 class Template:
-    """One conversation format. `{text}` is a turn's text, `{eos}` the tokenizer's end token, `{image}` the image's place."""
+    """One conversation format. `{text}` is a turn's text, `{eos}` the tokenizer's end token, `{image}` the image's position."""
 
     name: str
     system: str  # before the first turn
-    user: str  # one user turn; without {text} the user's words are left out (pre-training on captions)
-    assistant: str  # what leads to an answer; not supervised
-    answer: str  # the supervised part
+    user: str  # one user turn; without {text} the user's text is left out (pre-training on captions)
+    assistant: str  # text before an answer; not supervised
+    answer: str  # the supervised text
     after: str = ""  # after an answer; not supervised
-    image: str = IMAGE_MARKER + "\n"  # what {image} becomes in the first user turn of a sample with an image
+    image: str = IMAGE_MARKER + "\n"  # replaces {image} in the first user turn of a sample with an image
 
     def render(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
         """Return the segments (text, supervised) of a conversation.
 
         Args:
             turns: (question, answer) pairs, without image markers.
-            has_image: whether an image stands before the first question.
+            has_image: whether there is an image, which goes before the first question.
             eos: the tokenizer's end token.
 
         Raises:
@@ -99,7 +99,7 @@ _VICUNA_SYSTEM = (
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
-        # Image and caption alone, the pre-training format of LLaVA.
+        # Only image and caption, the pre-training format of LLaVA.
         Template(name="plain", system="", user="{image}", assistant="", answer="{text}\n", image=IMAGE_MARKER),
         # TinyLLaVA's format for base Qwen2 models, after Vicuna's.
         Template(
@@ -118,7 +118,7 @@ TEMPLATES: dict[str, Template] = {
             answer="{text}<|im_end|>",
             after="\n",
         ),
-        # Question and answer with nothing around them: small models, quick experiments.
+        # Question and answer without role names: for small models and quick experiments.
         Template(name="qa", system="", user="{image}{text} ", assistant="", answer="{text}{eos}"),
     )
 }
