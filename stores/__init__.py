@@ -1,4 +1,4 @@
-"""The teacher store: what a teacher said about every supervised position of a data file, on disk. Format: README.md."""
+"""The teacher store: the teacher's signal at every position of a data file, on disk or an object store. Format: README.md."""
 
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload

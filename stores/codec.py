@@ -1,13 +1,14 @@
-"""Packing of top-k logits (ids as gaps between ranks, logits as quantisation levels) and of hidden states.
+"""Encodes top-k logits (ids as gaps between ranks, logits as quantisation levels) and hidden states.
 
-Ids are replaced by their rank in a table of frequencies and each position is sorted by rank: the rank gaps between neighbours are
-small and alike, and no order has to be stored beside them. A logit z becomes a level, counted from its row's deepest one: a
-quantised depth d = logsumexp - z, with small steps where the probability p = e^{-d} is: an error e costs p·e²/2 of KL.
+Ids are replaced by their rank in a frequency table, and the entries of each position are sorted by rank: the gaps between
+neighbouring ranks are small and similar, and no order needs to be stored. A logit z is stored as a quantisation level, counted
+from the deepest level of its row. The level quantises the depth d = logsumexp - z, with smaller steps where the probability
+p = e^{-d} is larger, since an error e adds p·e²/2 to the KL.
 
     step(d)  = min_step · e^{d/2}, at most max_step
     level(d) = (2/min_step)(1 - e^{-d/2}) up to d* = 2 ln(max_step/min_step), from there on level(d*) + (d - d*)/max_step
 
-The error of a logit is at most max_step / 2. min_step = max_step gives even steps.
+The error of a logit is at most max_step / 2. min_step = max_step gives uniform steps.
 """
 
 import sys
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from switchkd.stores.layout import STAT_COLUMNS, rank_dtype
 
 LARGEST_LEVEL = np.iinfo(np.uint16).max
-STAT_STEPS = 1024  # statistics, all but the knee, are rounded to whole 1/1024
+STAT_STEPS = 1024  # statistics other than the knee are rounded to multiples of 1/1024
 
 
 def encode_topk(
@@ -31,16 +32,16 @@ def encode_topk(
     min_step: float,
     max_step: float,
 ) -> tuple[NDArray[Any], NDArray[np.uint16], NDArray[np.uint16]]:
-    """Pack the top-k entries of P positions.
+    """Encode the top-k entries of P positions.
 
     Args:
-        ids: [P, K] integer, distinct in a row. logits: [P, K] float, finite, any order. logsumexp: [P] float, exactly as it will
-            be given to `decode_topk`. rank_of_id: [N], each id's place by frequency.
+        ids: [P, K] integer, distinct in a row. logits: [P, K] float, finite, any order. logsumexp: [P] float, exactly the values
+            that `decode_topk` will receive. rank_of_id: [N], each id's rank by frequency.
         min_step, max_step: smallest and largest quantisation step, 0 < min_step ≤ max_step, logits.
 
     Returns:
         (rank_gap [P, K] uint16 or uint32, level_offset [P, K] uint16, deepest_level [P] uint16): the first rank of a row and
-        the ranks skipped between neighbours; how far each level lies above the row's deepest; that deepest level.
+        the number of ranks skipped between neighbours; the distance of each level from the row's deepest level; that deepest level.
 
     Raises:
         ValueError: a logit that is not finite, above its row's logsumexp, or below the 65,536 quantisation levels.
@@ -48,7 +49,7 @@ def encode_topk(
     if not (np.isfinite(logits).all() and np.isfinite(logsumexp).all()):
         raise ValueError("only finite logits can be stored")
     depth = logsumexp[:, None].astype(np.float64) - logits
-    # A logsumexp that was rounded may lie a little below a largest logit that holds all the mass.
+    # After rounding, logsumexp may be slightly below a largest logit that has almost all the mass.
     if depth.size and depth.min() < -max(max_step, 1 / STAT_STEPS):
         raise ValueError(f"a logit lies {-depth.min():g} above its row's logsumexp")
     level = _level_of_depth(np.maximum(depth, 0, out=depth), min_step, max_step)
@@ -58,7 +59,7 @@ def encode_topk(
     key: Any = _key_type(len(rank_of_id), bits)
     keys: NDArray[Any] = (rank_of_id.astype(key) << key(bits))[ids] | level.astype(
         key
-    )  # one sort carries ranks and levels
+    )  # ranks and levels share one key, so one sort orders both
     keys.sort(axis=-1)
     rank = keys >> key(bits)
     levels = (keys & key((1 << bits) - 1)).astype(np.uint16)
@@ -78,9 +79,9 @@ def decode_topk(
     max_step: float,
     out: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Unpack what `encode_topk` packed: (ids [P, K] int32, logits [P, K] float32), descending, equal levels by rank.
+    """Decode the output of `encode_topk`: (ids [P, K] int32, logits [P, K] float32), descending, equal levels by rank.
 
-    Quickest if id_of_rank is int32 already. `out` is filled and returned where it is given.
+    Fastest if id_of_rank is already int32. If `out` is given, it is filled and returned.
 
     Raises:
         ValueError: a rank that id_of_rank does not have.
@@ -96,7 +97,7 @@ def decode_topk(
             raise ValueError(f"ranks reach {keys[:, -1].max()}, the vocabulary has {len(id_of_rank)} rows")
         keys |= (deepest_level[rows, None] - level_offset[rows]).astype(key) << key(bits)
         keys.sort(axis=-1)
-        # `take` by machine words, bounds known, is several times quicker than an index of another type.
+        # `take` with machine-word indices and no bounds check is several times faster than indices of another type.
         at = (keys >> key(bits)).astype(np.intp)
         depths.take(at, mode="clip", out=logits[rows])
         np.subtract(logsumexp[rows, None], logits[rows], out=logits[rows], dtype=np.float32, casting="same_kind")
@@ -105,19 +106,19 @@ def decode_topk(
     return ids, logits
 
 
-_AT_ONCE = 1 << 16  # entries: what is made on the way stays in a core's own cache, which takes two thirds of the time
+_AT_ONCE = 1 << 16  # entries per step: temporaries stay in a core's own cache, which reduces the time to two thirds
 
 
 def _ranks(rank_gap: NDArray[Any]) -> NDArray[Any]:
-    """Return the ranks [P, K] that rank gaps lead to, in their dtype: sums along each row, 1 added at each step."""
+    """Return the ranks [P, K] of rank gaps, in their dtype: cumulative sums along each row, plus 1 at each step."""
     if rank_gap.dtype != np.uint16 or rank_gap.shape[1] % _LANES or not rank_gap.size or sys.byteorder != "little":
         rank = rank_gap.copy()
         rank[:, 1:] += rank_gap.dtype.type(1)
         return np.cumsum(rank, axis=-1, dtype=rank_gap.dtype, out=rank)
-    # Four at a time takes two thirds of the time. A word times 0x0001000100010001 holds the sums of its four numbers up to each
-    # of them; none reaches beyond its 16 bits, since a rank does not. What comes before a word is added to all four.
+    # Processing four numbers at a time reduces the time to two thirds. A word times 0x0001000100010001 contains the prefix sums of
+    # its four numbers; none exceeds 16 bits, since a rank does not. The sum before a word is added to all four.
     words = np.ascontiguousarray(rank_gap).view(np.uint64) + _EACH_LANE
-    words[:, 0] -= np.uint64(1)  # the first of a row is no gap
+    words[:, 0] -= np.uint64(1)  # the first number of a row is a rank, not a gap
     words *= _EACH_LANE
     before = np.cumsum(words[:, :-1] >> np.uint64(48), axis=-1, dtype=np.uint64)
     before *= _EACH_LANE
@@ -131,12 +132,12 @@ _EACH_LANE = np.uint64(0x0001000100010001)
 
 @lru_cache(maxsize=4)
 def _depths(min_step: float, max_step: float) -> NDArray[np.float32]:
-    """Return the depth of every level there is, [65,536]."""
+    """Return the depth of every quantisation level, [65,536]."""
     return _depth_of_level(np.arange(LARGEST_LEVEL + 1), min_step, max_step).astype(np.float32)
 
 
 def round_stats(stats: NDArray[Any]) -> NDArray[np.float32]:
-    """Round statistics [P, 5] to what a store keeps: whole 1/1024, the knee as it is."""
+    """Round statistics [P, 5] as a store keeps them: to multiples of 1/1024; the knee is unchanged."""
     rounded = np.rint(stats.astype(np.float64) * STAT_STEPS) / STAT_STEPS
     knee = STAT_COLUMNS.index("knee")
     rounded[:, knee] = stats[:, knee]
@@ -167,16 +168,16 @@ BLOCK = 32  # int8 states share a scale per this many entries
 
 
 def encode_hidden(states: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
-    """Pack final hidden states.
+    """Encode final hidden states.
 
     Args:
         states: [P, d], finite. dtype: "float16", "bfloat16" (kept as its upper 16 bits, uint16) or "int8".
 
     Returns:
-        (state [P, d], scale): scale is [P, ceil(d / 32)] float16 for int8, where state · scale gives the block back; else None.
+        (state [P, d], scale): scale is [P, ceil(d / 32)] float16 for int8, where state · scale reconstructs the block; else None.
 
     Raises:
-        ValueError: not finite, or beyond what the dtype holds.
+        ValueError: not finite, or beyond the dtype's range.
     """
     if not np.isfinite(states).all():
         raise ValueError("only finite hidden states can be stored")
@@ -189,7 +190,7 @@ def encode_hidden(states: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any]
         rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to nearest, ties to even
         return (rounded >> np.uint32(16)).astype(np.uint16), None
     blocks = _blocks(states)
-    # Rounded up to float16 first, so that no entry exceeds 127 steps of the scale that is stored.
+    # The scale is rounded up to float16 first, so that no entry exceeds 127 steps of the stored scale.
     largest = np.abs(blocks).max(-1, initial=0) / 127
     scale = largest.astype(np.float16)
     scale = np.where(scale.astype(np.float32) < largest, np.nextafter(scale, np.float16(np.inf)), scale)
@@ -203,7 +204,7 @@ def encode_hidden(states: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any]
 def decode_hidden(
     state: NDArray[Any], scale: NDArray[np.float16] | None, dtype: str, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Unpack what `encode_hidden` packed, [P, d] float32. `out` is filled and returned where it is given."""
+    """Decode the output of `encode_hidden`, [P, d] float32. If `out` is given, it is filled and returned."""
     states = np.empty(state.shape, np.float32) if out is None else out
     if dtype == "float16":
         _widen(state, states)
@@ -217,29 +218,29 @@ def decode_hidden(
 
 
 def _widen(halves: NDArray[np.float16], out: NDArray[np.float32]) -> None:
-    """Write float16 as float32 into `out`, in half of numpy's time, bit for bit the same.
+    """Write float16 as float32 into `out`, in half of numpy's time and with bit-identical results.
 
-    The bits of a float16, sign apart, moved up by 13 are those of a float32 that is 2^112 times too small, if it is finite.
+    For a finite float16, its bits without the sign, shifted left by 13, are those of a float32 that is 2^112 times too small.
     """
     bits = out.view(np.int32)
-    np.left_shift(halves.view(np.int16), 13, out=bits, dtype=np.int32)  # fills the bits above with copies of the sign
+    np.left_shift(halves.view(np.int16), 13, out=bits, dtype=np.int32)  # sign-extends into the upper bits
     bits &= ~0x70000000
     out *= np.float32(2.0**112)
     if (
         out.size and max(out.max(), -out.min()) > np.finfo(np.float16).max
-    ):  # it was not finite; no store has that unless it is damaged
+    ):  # not finite, which only occurs in a damaged store
         out[...] = halves
 
 
 def _blocks(states: NDArray[Any]) -> NDArray[Any]:
-    """Cut [P, d] into [P, ceil(d / 32), 32], the last block filled with zeros."""
+    """Split [P, d] into [P, ceil(d / 32), 32], the last block filled with zeros."""
     blocks = -(-states.shape[1] // BLOCK)
     missing = blocks * BLOCK - states.shape[1]
     return np.pad(states, ((0, 0), (0, missing))).reshape(len(states), blocks, BLOCK)
 
 
 def ranks_by_frequency(ids: NDArray[Any], vocab_rows: int) -> NDArray[np.uint32]:
-    """Return id_of_rank [N] uint32: the ids by how often they occur in `ids`, ties by id."""
+    """Return id_of_rank [N] uint32: the ids sorted by their frequency in `ids`, highest first, ties by id."""
     counts = np.bincount(ids.ravel(), minlength=vocab_rows)
     return np.lexsort((np.arange(vocab_rows), -counts)).astype(np.uint32)
 

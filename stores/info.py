@@ -1,4 +1,4 @@
-"""What `switchkd store info` tells, gathered from the store alone."""
+"""Gathers the facts that `switchkd store info` reports, from the store alone."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """Facts about a store, whole or not."""
+    """Facts about a store, complete or not."""
 
     path: StoreLocation
     manifest: Manifest
     parts: int
-    samples: int  # usable ones in the parts that are there
+    samples: int  # usable ones in the committed parts
     positions: int
     skipped: dict[str, int]  # by reason
-    store_bytes: int  # everything that is stored
+    store_bytes: int  # all files
     bytes_per_position: float  # chunks of the parts' arrays, without metadata files
     knee_quantiles: dict[str, float]
 
     @property
     def complete(self) -> bool:
-        """Whether every part is there."""
+        """Whether every part is committed."""
         return self.parts == self.manifest.part_count
 
 
 def describe(path: StoreLocation) -> StoreInfo:
-    """Gather the facts. Raises StoreError: no store there, or a damaged part."""
+    """Gather the facts. Raises StoreError: no store at `path`, or a damaged part."""
     store = TeacherStore.open(path)
     parts = store.parts()
     statuses = Counter(code for part in parts for code in store.part_statuses(part).tolist())

@@ -1,4 +1,4 @@
-"""Names, shapes and codecs of a store's arrays; the one place that knows where things lie."""
+"""Defines the names, shapes and codecs of a store's arrays; no other module hard-codes them."""
 
 import hashlib
 import math
@@ -24,15 +24,15 @@ STATE, SCALE = "hidden/state", "hidden/scale"
 STATS = "stats"
 PAYLOADS: tuple[str, ...] = get_args(PayloadName)
 HIDDEN_DTYPES: tuple[str, ...] = get_args(HiddenDtype)
-# Columns of `stats`, in order; all over the N rows in use, before anything is cut or rounded.
+# Columns of `stats`, in order; all are computed over the N rows in use, before truncation to top-k and rounding.
 STAT_COLUMNS = ("z_max", "z_min", "logsumexp", "tail_logsumexp", "knee")
 
-# The unit of random access: a sample has some hundred positions, and a chunk is unpacked whole. But small chunks pack badly.
+# A chunk is the unit of random access and is decoded whole; a sample has some hundred positions. But small chunks compress badly.
 CHUNK_NUMBERS = 1 << 13
-CHUNK_POSITIONS = (32, 256)  # at least, at most
+CHUNK_POSITIONS = (32, 256)  # minimum, maximum
 DIGEST_COLUMNS = ("input_ids", "supervised", "image")
 
-# numcodecs says on every use that its codecs are outside the Zarr v3 specification; the format's README says it once.
+# numcodecs warns on every use that its codecs are outside the Zarr v3 specification; the format's README documents this.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
 
 
@@ -54,14 +54,14 @@ def rank_dtype(vocab_rows: int) -> np.dtype[Any]:
 def array_options(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:
     """Return the keyword arguments of `zarr.Group.create_array` for one array of a part.
 
-    Position arrays are cut into chunks of whole positions, all inside one shard, so that a part is one file an array and
-    random access reads one chunk. Every chunk carries a crc32c.
+    Position arrays are split into chunks of whole positions, all inside one shard, so that each array of a part is one file and
+    random access reads one chunk. Every chunk has a crc32c.
     """
     from zarr.codecs.numcodecs import PCodec
 
     positional = name in (GAP, HEIGHT, BOTTOM, STATE, SCALE, STATS)
     rows = chunk_positions(shape) if positional else max(shape[0], 1)
-    # Gaps grow along a row; columns that are distributed alike share a chunk.
+    # Gaps grow along a row; columns with similar distributions share a chunk.
     columns = [_gap_columns(size) if name == GAP else size for size in shape[1:]]
     chunks = (rows, *columns)
     shards = tuple(max(-(-size // chunk), 1) * chunk for size, chunk in zip(shape, chunks, strict=True))
@@ -69,7 +69,7 @@ def array_options(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> di
     if name in (GAP, HEIGHT):  # gaps and heights are differences already
         pcodec = PCodec(level=6, delta_spec="try_consecutive", delta_encoding_order=0)
         return options | {"serializer": pcodec, "compressors": [Crc32cCodec()]}
-    if name == STATE and dtype != np.int8:  # trying out what fits best takes as long as packing and finds nothing
+    if name == STATE and dtype != np.int8:  # automatic mode selection takes as long as compressing and has no benefit
         pcodec = PCodec(level=8, mode_spec="classic", delta_spec="none")
         return options | {"serializer": pcodec, "compressors": [Crc32cCodec()]}
     if name in (BOTTOM, STATS, SCALE, OFFSET):

@@ -1,4 +1,4 @@
-"""The manifest: what a store says about its teacher, its data and its codec, and how two of them are compared."""
+"""The manifest: describes a store's teacher, data and codec; two manifests are compared by their identity."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +13,7 @@ def _checksum(data: dict[str, Any]) -> str:
     return digest_bytes(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
 
 
-# Word for each field in an error message.
+# Name of each field in error messages.
 _WORDS = {
     "payload": "payload",
     "top_k": "k",
@@ -49,7 +49,7 @@ class Manifest:
     vocab_rows: int  # N
     samples: int
     part_size: int  # samples per part
-    teacher: dict[str, str]  # hashes: config, vision, projector, language; and the dtype it ran in
+    teacher: dict[str, str]  # hashes: config, vision, projector, language; and the dtype in which it ran
     tokenizer: str
     template: dict[str, str]
     image_processor: str
@@ -72,7 +72,7 @@ class Manifest:
 
     @property
     def image_mode(self) -> str:
-        """How images became square: "own", "square" or "pad"; "own", the checkpoint's way, in stores that do not say it."""
+        """How images were made square: "own", "square" or "pad"; "own" (the checkpoint's way) if the store does not record it."""
         return self.written_by.get("image_mode", "own")
 
     @property
@@ -95,7 +95,7 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """Hash of all fields but `written_by`; every part carries it."""
+        """Hash of all fields but `written_by`; every part records it."""
         return _checksum({name: getattr(self, name) for name in _WORDS})
 
     def as_attributes(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Manifest:
         return cls(**{name: data[name] for name in names})
 
     def mismatches(self, wanted: dict[str, Any]) -> list[str]:
-        """Return one line for each wanted field that this store has otherwise; a dict is compared at the wanted keys."""
+        """Return one line for each wanted field whose value differs in this store; a dict is compared at the wanted keys."""
         lines = []
         for name, theirs in wanted.items():
             word, mine = _WORDS[name], getattr(self, name)
@@ -139,7 +139,7 @@ class Manifest:
         return lines
 
     def check_same(self, other: "Manifest", where: str) -> None:
-        """Raise StoreMismatch, naming every field, if `other` has not the identity of this store."""
+        """Raise StoreMismatch, naming every field, if `other` does not have the identity of this store."""
         if lines := self.mismatches({name: getattr(other, name) for name in _WORDS}):
             raise StoreMismatch(
                 f"{where} was begun with other settings:\n  " + "\n  ".join(lines) + "\n"

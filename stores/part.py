@@ -1,4 +1,4 @@
-"""A committed part, opened for reading, and the chunks of its arrays: what is damaged is named here, with what to do."""
+"""Opens committed parts and reads chunks of their arrays; an error names the damaged file and the remedy."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -25,17 +25,17 @@ _TABLES = (layout.OFFSET, layout.STATUS, layout.DIGEST)
 
 @dataclass(frozen=True)
 class Part:
-    """Its position arrays, to be read by chunks, and its tables, of n samples."""
+    """An open part of n samples: its position arrays, which are read by chunks, and its tables in memory."""
 
     arrays: dict[str, Shard]
-    entry: dict[str, Any]  # what the part says about itself: its files with sizes and digests, its numbers
+    entry: dict[str, Any]  # the part's own record: its files with sizes and digests, its counts
     offset: NDArray[np.int64]  # [n + 1], where each sample's positions begin
     status: NDArray[np.uint8]  # [n]
     digest: NDArray[np.uint64]  # [n, 3]
 
     @cached_property
     def by_chunk_rows(self) -> dict[int, list[str]]:
-        """The names of its arrays by the rows of their chunks."""
+        """The names of its arrays, grouped by the number of rows of their chunks."""
         found: dict[int, list[str]] = {}
         for name, array in self.arrays.items():
             found.setdefault(array.chunk_rows, []).append(name)
@@ -43,10 +43,10 @@ class Part:
 
 
 def open_part(storage: Storage, manifest: Manifest, number: int) -> Part:
-    """Compare a part's files with its own list, and read its tables.
+    """Check a part's files against its own list, and read its tables.
 
     Raises:
-        StoreError: no such part, one of another store, or damage. RunError: an object store cannot be reached.
+        StoreError: no such part, a part of another store, or damage. RunError: an object store cannot be reached.
     """
     if not storage.has_part(number):
         raise StoreError(f"{storage.path} has no part {number}; run the same `switchkd cache-teacher` command again")
@@ -76,14 +76,14 @@ def read_whole(storage: Storage, arrays: Sequence[Shard]) -> list[NDArray[Any]]:
 
 
 def read_chunks(storage: Storage, wanted: Sequence[tuple[Shard, Sequence[int]]]) -> Iterator[list[NDArray[Any]]]:
-    """Yield chunks of one array after another, [chunk_rows, …] each, by their numbers, which rise; all are asked for at once.
+    """Yield the wanted chunks, each [chunk_rows, …], array by array. Their numbers must ascend; all are requested at once.
 
     Raises:
-        StoreError: a file is damaged or gone. RunError: an object store cannot be reached.
+        StoreError: a file is damaged or missing. RunError: an object store cannot be reached.
     """
     array: Shard | None = None
     try:
-        # A part's arrays come once for each of its samples; an index is asked for once.
+        # A part's arrays are listed once for each of its samples; each index is requested only once.
         unknown = {array.key: (array, request) for array, _ in wanted if (request := array.index_request()) is not None}
         indexes = storage.read_ranges([request for _, request in unknown.values()])
         for array, _ in unknown.values():
@@ -97,8 +97,8 @@ def read_chunks(storage: Storage, wanted: Sequence[tuple[Shard, Sequence[int]]])
             yield array.chunks(those, next(contents))
     except RunError:
         raise
-    # Each codec has its own way to say that bytes are damaged, and PCodec and Zstd raise what they like; there is nothing else
-    # to fail here. A folder's files are opened ahead, so a missing one is named by the error alone.
+    # Codecs report damaged bytes by different exceptions (PCodec and Zstd by any type), and nothing else can fail here. A folder's
+    # files are opened ahead, so only the error itself gives the name of a missing one.
     except Exception as error:
         where: Any = getattr(error, "filename", None) or (storage.path if array is None else storage.uri_of(array.key))
         raise StoreError(f"{where}: {error}; {DAMAGED_PART_ADVICE}") from error
@@ -115,14 +115,14 @@ def _arrays(
     storage: Storage, part_key: str, listed: dict[str, dict[str, Any]], names: Sequence[str]
 ) -> dict[str, Shard]:
     """Check a part's files and open its arrays."""
-    # A shard that is not there reads as fill values without an error, so the files are counted first.
+    # A missing shard reads as fill values without an error, so the files are checked first.
     sizes = storage.file_sizes(part_key)
     for name, expected in listed.items():
         if sizes.get(name) != expected.get("bytes"):
             found = f"{sizes[name]} bytes" if name in sizes else "nothing"
             where = storage.uri_of(f"{part_key}/{name}")
             raise StoreError(f"{where} should have {expected.get('bytes')} bytes, found {found}; {DAMAGED_PART_ADVICE}")
-    # Chunks have their own checksums, these have none: a flipped bit may give another fill value or shape.
+    # Unlike chunks, metadata files have no checksums of their own: a flipped bit may give another fill value or shape.
     metadata = [name for name in listed if name.rpartition("/")[2] == MARKER]
     contents = storage.map(storage.read, [f"{part_key}/{name}" for name in metadata])
     for name, content in zip(metadata, contents, strict=True):

@@ -1,4 +1,4 @@
-"""What a store knows of a run of positions, in memory: the one type that capture, writer and reader hand to each other."""
+"""The payload of consecutive positions in memory: the type that capture, writer and reader exchange."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ from switchkd.stores.manifest import Manifest
 
 @dataclass(frozen=True)
 class Payload:
-    """P positions: statistics always, top-k logits and final hidden states as the store's payload has them."""
+    """Data of P positions: statistics always, top-k logits and final hidden states as the store's kind of payload has them."""
 
     stats: NDArray[np.float32]  # [P, 5], columns of STAT_COLUMNS
     ids: NDArray[np.int32] | None = None  # [P, K], by descending logit
@@ -24,7 +24,7 @@ class Payload:
         return len(self.stats)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays that are there, by field name."""
+        """Return the arrays that are not None, by field name."""
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: array for name, array in named if array is not None}
 
@@ -38,13 +38,13 @@ class Payload:
         return Payload(**{name: array[begin:end] for name, array in self.arrays().items()})
 
     def split(self, counts: Sequence[int]) -> list["Payload"]:
-        """Cut into runs of the given lengths."""
+        """Split into runs of the given lengths."""
         ends = np.cumsum(counts)
         return [self.slice(int(end - count), int(end)) for count, end in zip(counts, ends, strict=True)]
 
     @staticmethod
     def concatenate(pieces: Sequence["Payload"]) -> "Payload":
-        """Join runs of one kind; at least one."""
+        """Join one or more runs that have the same arrays."""
         if len(pieces) == 1:
             return pieces[0]
         names = pieces[0].arrays()
@@ -52,7 +52,7 @@ class Payload:
 
 
 def empty_payload(manifest: Manifest, positions: int) -> Payload:
-    """Return a payload with the arrays that a store of this manifest has, their contents still to be written."""
+    """Return a payload with the arrays that a store of this manifest has, uninitialised."""
     return Payload(
         stats=np.empty((positions, len(STAT_COLUMNS)), np.float32),
         ids=np.empty((positions, manifest.top_k), np.int32) if manifest.has_topk else None,

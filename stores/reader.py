@@ -1,4 +1,4 @@
-"""Reading a store: random access by sample, from any process."""
+"""Reads a store: random access by sample, from any process."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,17 +23,17 @@ from switchkd.stores.storage.open import open_storage
 from switchkd.stores.storage.paths import MARKER
 
 _RECREATE = "it was damaged after writing: restore it, or delete the store and cache again"
-MIN_DECODE_POSITIONS = 256  # positions: with fewer at a time, calling numpy costs more than what it does
+MIN_DECODE_POSITIONS = 256  # positions: below this number, the overhead of numpy calls exceeds the computation
 
-_Span = tuple[int, int, int]  # a part, and where a run of its positions begins and ends
+_Span = tuple[int, int, int]  # a part, and the begin and end of a run of its positions
 _Key = tuple[int, int, int]  # a part, the rows of a chunk, and the chunk's number
-_Chunks = dict[str, NDArray[Any]]  # of all arrays with chunks of so many rows: [rows, …], as they are stored
+_Chunks = dict[str, NDArray[Any]]  # all arrays with this number of rows per chunk: [rows, …], still encoded
 _PENDING: _Chunks = {}
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """What a store holds of one sample."""
+    """A store's record of one sample."""
 
     status: int  # 0: usable
     digest: tuple[int, int, int]  # text, supervised mask, image
@@ -43,16 +43,17 @@ class StoredSample:
 class TeacherStore:
     """A store opened for reading: `len(store)`, `store[i]`.
 
-    Keeps up to `cache_bytes` of the chunks that were read last, as they are stored, so that reading a sample again, or its
-    neighbours, takes less. May be sent to DataLoader workers, forked or spawned; each opens the files anew. On an object store:
-    spawned ones only.
+    Caches up to `cache_bytes` of the chunks that were read last, still encoded, so that reading a sample again, or its neighbours,
+    is faster. May be sent to DataLoader workers, forked or spawned; each reopens the files. With an object store, workers must
+    be spawned.
 
     Args:
         path: the store's folder, or its URL on an object store.
 
     Raises:
-        StoreError: no store at `path`, a newer format, or damage; raised when it is touched, naming the file and what to do.
-        RunError: an object store cannot be reached, at any touch.
+        StoreError: no store at `path`, a newer format, or damage. Damage is raised when it is read; the error names the file and
+            the remedy.
+        RunError: an object store cannot be reached; may be raised by any access.
     """
 
     def __init__(self, path: StoreLocation, cache_bytes: int = 256 << 20) -> None:
@@ -70,7 +71,7 @@ class TeacherStore:
         """Open a store, or the only one in a folder (or below a URL) of stores.
 
         Raises:
-            StoreError: nothing there, or several stores (all are named).
+            StoreError: no store, or several stores (all are named).
         """
         found = _stores_at(path)
         if len(found) > 1:
@@ -85,7 +86,7 @@ class TeacherStore:
         return StoredSample(int(self._part(number).status[row]), self.digest(index), self.payload([index]))
 
     def digest(self, index: int) -> tuple[int, int, int]:
-        """Return what a sample had when it was cached: digests of its text, its supervised mask, its image.
+        """Return a sample's digest at the time of caching: hashes of its text, its supervised mask, its image.
 
         Raises:
             IndexError: no such sample. StoreError, RunError: see above.
@@ -97,8 +98,8 @@ class TeacherStore:
     def payload(self, indices: Sequence[int]) -> Payload:
         """Return the positions of several samples, joined in the order of `indices`.
 
-        Takes less time than one sample after the other: all their chunks are asked for at once, what one needs comes while
-        another is unpacked, and short ones are unpacked together.
+        Faster than reading the samples one by one: all their chunks are requested at once, reading overlaps with decoding, and
+        short samples are decoded together.
 
         Raises:
             IndexError: no such sample. StoreError, RunError: see above.
@@ -124,12 +125,12 @@ class TeacherStore:
         self.__init__(**state)  # type: ignore[misc]
 
     def parts(self) -> list[int]:
-        """Return the numbers of the parts that are there."""
+        """Return the numbers of the committed parts."""
         there = self.storage.parts()
         return [part for part in range(self.manifest.part_count) if paths.part_name(part) in there]
 
     def check_complete(self) -> None:
-        """Raise StoreError unless every part is there."""
+        """Raise StoreError unless every part is committed."""
         there = len(self.parts())
         if there < self.manifest.part_count:
             raise StoreError(
@@ -138,7 +139,7 @@ class TeacherStore:
             )
 
     def statuses(self) -> NDArray[np.uint8]:
-        """Return the status of every sample of a whole store, [samples] uint8."""
+        """Return the status of every sample of a complete store, [samples] uint8."""
         return np.concatenate(self.storage.map(self.part_statuses, range(self.manifest.part_count)))
 
     def part_statuses(self, part: int) -> NDArray[np.uint8]:
@@ -150,7 +151,7 @@ class TeacherStore:
         return self._part(part).offset
 
     def part_entry(self, part: int) -> dict[str, Any]:
-        """Return what a part says about itself: its files with sizes and digests, its numbers."""
+        """Return a part's own record: its files with sizes and digests, its counts."""
         return self._part(part).entry
 
     def part_payload(self, part: int) -> Payload:
@@ -181,7 +182,7 @@ class TeacherStore:
         return divmod(index, self.manifest.part_size)
 
     def _pieces(self, spans: Sequence[_Span]) -> Iterator[dict[str, list[NDArray[Any]]]]:
-        """Yield, for each run of positions, the pieces of the arrays as they are stored, from chunks that were kept or are read."""
+        """Yield, for each run of positions, the pieces of its encoded arrays, from cached or newly read chunks."""
         known: dict[_Key, _Chunks] = {}
         plans: list[list[tuple[list[str], list[_Key]]]] = []  # what is read for each run
         requests: list[tuple[Shard, list[int]]] = []
@@ -217,12 +218,12 @@ class TeacherStore:
             yield pieces
 
     def _keep(self, key: _Key, chunks: _Chunks) -> None:
-        """Put chunks into the cache, if there is room for them at all."""
+        """Put chunks into the cache, unless they exceed its size."""
         if _nbytes(chunks) <= self.cache_bytes:
             self._cache[key] = chunks
 
     def _unpack(self, rows: dict[str, NDArray[Any]], parts: Sequence[int], out: Payload) -> None:
-        """Unpack positions, which come from these parts, into `out`."""
+        """Decode positions, which come from these parts, into `out`."""
         manifest = self.manifest
         out.stats[...] = rows[layout.STATS]
         if out.ids is not None and out.logits is not None:
@@ -240,10 +241,10 @@ class TeacherStore:
             table: NDArray[np.uint32] = self.storage.read_array(layout.ID_OF_RANK)
         except RunError:
             raise
-        # Each codec has its own way to say that bytes are damaged; there is nothing else to fail here.
+        # Codecs report damaged bytes by different exceptions, and nothing else can fail here.
         except Exception as error:
             raise StoreError(f"{self.storage.uri_of(layout.ID_OF_RANK)}: {error}; {_RECREATE}") from error
-        # A chunk that is not there reads as zeros without an error.
+        # A missing chunk reads as zeros without an error.
         if not np.array_equal(np.sort(table), np.arange(self.manifest.vocab_rows)):
             raise StoreError(
                 f"{self.path}, array {layout.ID_OF_RANK}: not each of {self.manifest.vocab_rows} ids once; {_RECREATE}"
@@ -256,7 +257,7 @@ def _nbytes(chunks: _Chunks) -> int:
 
 
 def _runs(counts: Sequence[int], least: int) -> Iterator[slice]:
-    """Cut a list into runs that sum to `least` at least, all but the last."""
+    """Split a list into runs that each sum to at least `least`, except the last."""
     begin = total = 0
     for at, count in enumerate(counts, 1):
         total += count
@@ -269,7 +270,7 @@ def read_manifest(path: StoreLocation) -> Manifest:
     """Read a store's manifest.
 
     Raises:
-        StoreError: no store there, not a store, or a newer format. RunError: an object store cannot be reached.
+        StoreError: no store at `path`, not a store, or a newer format. RunError: an object store cannot be reached.
     """
     try:
         attributes = json.loads(open_storage(path).read(MARKER).decode())["attributes"]
@@ -280,14 +281,14 @@ def read_manifest(path: StoreLocation) -> Manifest:
 
 
 def pick_store(path: StoreLocation, wanted: dict[str, Any]) -> TeacherStore:
-    """Open the store at `path`, or the one in that folder, or below that URL, whose manifest fits.
+    """Open the store at `path`, or the one in that folder, or below that URL, whose manifest matches.
 
     Args:
-        wanted: manifest field → what the run needs it to be.
+        wanted: manifest field → value that the run needs.
 
     Raises:
-        StoreMismatch: the store does not fit, none of them fits, or several do; lists what was seen.
-        StoreError: no store there.
+        StoreMismatch: the store does not match, none of them matches, or several do; lists what was found.
+        StoreError: no store at `path`.
     """
     mismatches = {store: read_manifest(store).mismatches(wanted) for store in _stores_at(path)}
     fitting = [store for store, lines in mismatches.items() if not lines]

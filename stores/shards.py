@@ -1,7 +1,7 @@
-"""An array of a part as one file, its shard: writing it whole, and reading the inner chunks that are asked for.
+"""Writes an array of a part as one file, its shard, and reads individual inner chunks of it.
 
-zarr gives the same numbers and reads and writes the same file, but takes a shard's inner chunks one after the other, each through
-its event loop, and that costs several times what coding them does. Only the codecs that this format uses are known here.
+zarr reads and writes the same files with the same results, but processes a shard's inner chunks one by one, each through its event
+loop, which takes several times as long as encoding and decoding them. Only the codecs of this format are supported here.
 """
 
 import json
@@ -20,31 +20,31 @@ from pcodec.standalone import simple_decompress
 
 from switchkd.stores.storage.base import Request
 
-_EMPTY = int(np.iinfo(np.uint64).max)  # in an index: this inner chunk holds nothing but the fill value
+_EMPTY = int(np.iinfo(np.uint64).max)  # in an index: this inner chunk contains only the fill value
 _CHECKSUM = 4  # bytes of a crc32c
 
 Step = Callable[[Any], Any]
-Entries = list[list[int]]  # of an index: where an inner chunk begins, and its bytes
+Entries = list[list[int]]  # of an index: an inner chunk's begin and its number of bytes
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the metadata of an array say: a table of rows or a list, in one shard.
+    """Parsed metadata of an array, a table of rows or a list, in one shard.
 
     Raises:
-        ValueError: they are not those of an array of this format.
+        ValueError: the metadata are not those of an array of this format.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunks: tuple[int, ...]  # shape of an inner chunk
-    grid: tuple[int, ...]  # how many of them, along each axis
+    grid: tuple[int, ...]  # number of inner chunks along each axis
     fill: int | float
-    steps: list[tuple[Step, Step]]  # what each codec does, and what undoes it
+    steps: list[tuple[Step, Step]]  # (encode, decode) of each codec
 
     @classmethod
     def parse(cls, key: str, metadata: bytes) -> "Description":
-        """Read an array's zarr.json; `key` is where the array lies, for messages."""
+        """Read an array's zarr.json; `key` is the array's, for error messages."""
         try:
             data = json.loads(metadata)
             shape, dtype = tuple(data["shape"]), np.dtype(data["data_type"])
@@ -72,7 +72,7 @@ class Description:
 def encode_shard(description: Description, values: NDArray[Any]) -> bytes | None:
     """Return the bytes of the shard that holds an array; None if its values are 0 throughout, which needs no file.
 
-    Inner chunks lie in the file as they do in the array, so that those of a run of rows are read in one go.
+    Inner chunks are in the file in array order, so that those of consecutive rows are read in one request.
     """
     whole = np.zeros([n * c for n, c in zip(description.grid, description.chunks, strict=True)], description.dtype)
     whole[tuple(slice(size) for size in description.shape)] = values
@@ -94,15 +94,15 @@ def encode_shard(description: Description, values: NDArray[Any]) -> bytes | None
 
 
 class Shard:
-    """An array of a part, to be read by chunks of `chunk_rows` rows.
+    """An array of a part, read by chunks of `chunk_rows` rows.
 
-    Says which bytes of its file it needs and makes chunks of them; `Storage.read_ranges` brings them,
-    for many arrays at once. The bytes of its index come first, if `index_request` asks for them.
+    It computes the byte ranges of its file that are needed and decodes them to chunks; `Storage.read_ranges` reads them, for many
+    arrays at once. If `index_request` returns a request, the bytes of the index must be read first.
 
     Args:
         key: the array's, inside the store. metadata: the contents of its zarr.json.
-        sizes: the bytes of every file of the part, by its path inside the store. A shard that is not among them was not
-            written since all its values are the fill value.
+        sizes: the bytes of every file of the part, by its path inside the store. A shard that is not listed was not
+            written, since all its values are the fill value.
 
     Raises:
         ValueError: the metadata are not those of an array of this format; on reading: damage.
@@ -115,7 +115,7 @@ class Shard:
         self._undo = [undo for _, undo in reversed(self._about.steps)]
         self._chunk_size = math.prod(self._about.chunks)
         self._size = sizes.get(self._file)
-        # Where each chunk's inner chunks begin and how many bytes they have, [chunks, inner chunks a chunk, 2].
+        # Begin and number of bytes of each chunk's inner chunks, [chunks, inner chunks per chunk, 2].
         self._index: NDArray[np.uint64] | None = None
         if self._size is None:
             self._index = np.full((self.chunk_count, math.prod(self._about.grid[1:]), 2), _EMPTY, np.uint64)
@@ -130,21 +130,21 @@ class Shard:
 
     @property
     def chunk_count(self) -> int:
-        """Number of chunks along the rows; 1 if there is no row."""
+        """Number of chunks along the rows; 1 if there are no rows."""
         return self._about.grid[0]
 
     def index_request(self) -> Request | None:
-        """Return what to ask for before chunks can be asked for; None if that is known."""
+        """Return the request for the index, which must be read before chunks; None if the index is already available."""
         if self._index is not None or self._size is None:
             return None
         return self._file, [(self._size - self._about.index_bytes, self._size)]
 
     def set_index(self, data: bytes) -> None:
-        """Take what `index_request` asked for."""
+        """Parse the bytes that `index_request` requested."""
         self._index = np.frombuffer(_checked(data), "<u8").reshape(self.chunk_count, math.prod(self._about.grid[1:]), 2)
 
     def entries(self, numbers: Sequence[int]) -> Entries:
-        """Return where the bytes of chunks lie, by their numbers, which rise."""
+        """Return the byte ranges of chunks by their numbers, which must ascend."""
         assert self._index is not None
         together = numbers[-1] - numbers[0] == len(numbers) - 1
         rows = self._index[numbers[0] : numbers[-1] + 1] if together else self._index[list(numbers)]
@@ -152,11 +152,11 @@ class Shard:
         return found
 
     def request(self, entries: Entries) -> Request:
-        """Return what to ask for to have these bytes."""
+        """Return the request for these byte ranges."""
         return self._file, [(begin, begin + size) for begin, size in entries if begin != _EMPTY]
 
     def chunks(self, entries: Entries, contents: Iterable[bytes]) -> list[NDArray[Any]]:
-        """Return chunks, each [chunk_rows, …], of what their request brought; behind the array's end they hold the fill value."""
+        """Decode chunks, each [chunk_rows, …], from their requested bytes; rows beyond the array's end have the fill value."""
         about, coming = self._about, iter(contents)
         pieces = [
             np.full(about.chunks, about.fill, about.dtype) if begin == _EMPTY else self._decode(next(coming))
@@ -182,7 +182,7 @@ class Shard:
 
 
 def _steps(codec: dict[str, Any], dtype: np.dtype[Any]) -> tuple[Step, Step]:
-    """Return what one codec of a chain does, and what undoes it."""
+    """Return the (encode, decode) functions of one codec of a chain."""
     match codec["name"]:
         case "crc32c":
             return _with_checksum, _checked
@@ -205,7 +205,7 @@ def _with_checksum(data: bytes) -> bytes:
 
 
 def _checked(data: bytes) -> bytes:
-    """Return the bytes before a crc32c, which must be theirs."""
+    """Return the bytes before a crc32c, after verifying it."""
     content = data[:-_CHECKSUM]
     if len(data) < _CHECKSUM or google_crc32c.value(content) != int.from_bytes(data[-_CHECKSUM:], "little"):
         raise ValueError("a checksum does not match")

@@ -1,4 +1,4 @@
-"""How far a store is: parts done and missing, by whom, how fast, how long still. From the store alone, which others are filling."""
+"""Computes the progress of a store (parts, writers, rate, remaining time) from the store alone, also while it is being written."""
 
 import json
 from collections import defaultdict
@@ -15,13 +15,13 @@ from switchkd.stores.reader import TeacherStore
 from switchkd.stores.storage import paths
 from switchkd.stores.storage.paths import MARKER
 
-PAUSE = 10.0  # so many times the usual time between two commits end a stretch of work
+PAUSE = 10.0  # a gap of this many times the median time between commits ends a stretch of work
 SHORTEST_PAUSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class WriterStatus:
-    """What one writer committed."""
+    """The commits of one writer."""
 
     name: str  # HOST-PROCESS
     parts: int
@@ -37,27 +37,27 @@ class StoreStatus:
     manifest: Manifest
     done: list[int]
     missing: list[int]
-    samples: int  # in the parts that are there, skipped ones included
+    samples: int  # in the committed parts, skipped ones included
     positions: int
     writers: list[WriterStatus]  # by name
     samples_per_second: (
         float | None
     )  # of all writers together, in the latest stretch of work; None before the second commit
-    stretch_parts: int  # commits that the rate is taken from
+    stretch_parts: int  # commits from which the rate is computed
     last: datetime | None
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the store is whole if work goes on as in the latest stretch."""
+        """Seconds until the store is complete at the rate of the latest stretch."""
         left = self.manifest.samples - self.samples
         return left / self.samples_per_second if self.samples_per_second else None
 
 
 def status(path: StoreLocation) -> StoreStatus:
-    """Read what every part says about itself: one small file each.
+    """Read every part's own record, one small file per part.
 
     Raises:
-        StoreError: no store there, or a damaged part.
+        StoreError: no store at `path`, or a damaged part.
         RunError: an object store cannot be reached.
     """
     store = TeacherStore.open(path)
@@ -69,7 +69,7 @@ def status(path: StoreLocation) -> StoreStatus:
         by_writer[commit.by].append(commit)
     stretch = _latest_stretch(commits)
     seconds = (stretch[-1].at - stretch[0].at).total_seconds() if stretch else 0.0
-    # The first commit of the stretch only starts the clock: its work was done before.
+    # The first commit of the stretch only marks its start; the samples of that part were computed before.
     rate = sum(commit.samples for commit in stretch[1:]) / seconds if seconds else None
     return StoreStatus(
         path=store.path,
@@ -110,7 +110,7 @@ def _commit(store: TeacherStore, part: int) -> _Commit:
 
 
 def _latest_stretch(commits: list[_Commit]) -> list[_Commit]:
-    """Return the latest commits, back to the last long pause: a night between two runs is no work."""
+    """Return the latest commits, back to the last long pause, so that time between two runs does not lower the rate."""
     gaps = [(after.at - before.at).total_seconds() for before, after in pairwise(commits)]
     if not gaps:
         return commits

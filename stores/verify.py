@@ -1,4 +1,4 @@
-"""Checking a whole store, and dropping what is bad so that the next run writes exactly that again."""
+"""Verifies all parts of a store, and removes bad parts so that the next run writes exactly these again."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,31 +20,31 @@ from switchkd.stores.storage.paths import MARKER
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one part."""
+    """An error found in one part."""
 
     part: int
     message: str
 
 
 def verify(store: TeacherStore) -> Iterator[tuple[int, list[Finding]]]:
-    """Check every part that is there, one after the other: (part number, findings).
+    """Check every committed part, one after the other; yields (part number, findings).
 
-    Files: all listed ones there, with size and digest, and no other. Arrays: every chunk decodes (crc32c), shapes agree, offsets
-    rise. Statistics: finite, z_min ≤ k-th logit ≤ z_max, logsumexp ≥ z_max, tail ≤ logsumexp, 2 ≤ knee ≤ N, ids distinct.
+    Files: all listed files exist with their size and digest, and no others. Arrays: every chunk decodes (crc32c), shapes agree,
+    offsets ascend. Statistics: finite, z_min ≤ k-th logit ≤ z_max, logsumexp ≥ z_max, tail ≤ logsumexp, 2 ≤ knee ≤ N, ids distinct.
     """
     for part in store.parts():
         yield part, [Finding(part, message) for message in _problems(store, part)]
 
 
 def missing_parts(store: TeacherStore) -> list[int]:
-    """Return the parts that are not there."""
+    """Return the numbers of the parts that are not committed."""
     return sorted(set(range(store.manifest.part_count)) - set(store.parts()))
 
 
 def repair(store: TeacherStore) -> list[int]:
-    """Drop bad parts and return their numbers; running `cache-teacher` again then writes exactly these.
+    """Remove bad parts and return their numbers; running `cache-teacher` again then writes exactly these.
 
-    A part is made invisible by one act before it is deleted, so that an interrupted repair leaves no half part.
+    A part is made invisible atomically before it is deleted, so that an interrupted repair leaves no incomplete part.
     """
     dropped = []
     for part, findings in verify(store):
@@ -108,5 +108,5 @@ def _payload_problems(payload: Payload, manifest: Manifest) -> Iterator[str]:
 
 
 def _slack(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return how far float32 sums may stray from exact ones of this size, and both from the truth by rounding."""
+    """Return the tolerance for values of this size: the error of float32 sums plus that of rounded statistics."""
     return (1e-5 * np.abs(values) + 2 / STAT_STEPS).astype(np.float32)

@@ -1,7 +1,8 @@
-"""Writing a store: created once, filled part by part, each part visible by one act of its storage, a rename or a last object.
+"""Writes a store: creates it once and fills it part by part; each part becomes visible atomically (a rename, or a last object).
 
-No lock and no coordinator: sample i belongs to part i // part_size, a part is written beside its place and committed to it, and
-whoever comes second with the same part finds it there and drops its own. A killed writer loses its unfinished part only.
+There is no lock and no coordinator. Sample i belongs to part i // part_size. A part is first written without being visible and
+then committed. If two workers finish the same part, the first commit wins and the other part is discarded. A killed writer loses
+only its unfinished part.
 """
 
 import signal
@@ -34,7 +35,7 @@ from switchkd.stores.storage.paths import MARKER
 
 @dataclass(frozen=True)
 class PartArrays:
-    """What a capture hands over for one part: n samples, P positions in sample order."""
+    """The data of one part, as capture passes it to the writer: n samples, P positions in sample order."""
 
     status: NDArray[np.uint8]  # [n]
     digest: NDArray[np.uint64]  # [n, 3]
@@ -43,16 +44,16 @@ class PartArrays:
 
 
 class StoreWriter:
-    """Fills a store; any number of writers on any number of machines may do so at once.
+    """Fills a store; any number of writers on any number of machines may do so concurrently.
 
     Args:
         path: the store's folder, `NAME.zarr`, or its URL on an object store.
-        manifest: what this run would write; an existing store must have the same identity.
-        id_of_rank: called only if the store does not exist yet; returns the rank table [N].
+        manifest: manifest of this run; an existing store must have the same identity.
+        id_of_rank: function that returns the rank table [N]; called only if the store does not exist yet.
 
     Raises:
-        StoreMismatch: the store at `path` was begun with other settings.
-        StoreError: something else lies at `path`, or it cannot be written.
+        StoreMismatch: the store at `path` was created with other settings.
+        StoreError: `path` exists and is not a store, or it cannot be written.
         RunError: an object store cannot be reached.
     """
 
@@ -68,7 +69,7 @@ class StoreWriter:
         self._storage.remove_stale()
 
     def missing_parts(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
-        """Return the parts still to be written by worker i of n: i, i + n, … without those that are there."""
+        """Return the parts still to be written by worker i of n: i, i + n, … without the committed ones."""
         index, count = shard
         there = self._storage.parts()
         return [part for part in range(index, self.manifest.part_count, count) if paths.part_name(part) not in there]
@@ -81,8 +82,8 @@ class StoreWriter:
         """Write and commit one part; returns False if another writer committed it first.
 
         Raises:
-            RunError: the disk is full, the storage cannot be written or reached, or the payload holds what the codec cannot;
-                nothing committed is touched.
+            RunError: the disk is full, the storage cannot be written or reached, or the payload has values that the codec cannot
+                encode; committed parts are unchanged.
         """
         if self.has_part(part):
             return False
@@ -115,7 +116,7 @@ class StoreWriter:
         }
         if manifest.has_topk:
             assert payload.ids is not None and payload.logits is not None
-            # Levels count from the logsumexp that a reader will see, the rounded one.
+            # Levels are relative to the rounded logsumexp, which is the one that a reader gets.
             logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
             data[layout.GAP], data[layout.HEIGHT], data[layout.BOTTOM] = encode_topk(
                 payload.ids, payload.logits, logsumexp, self._rank_of_id, manifest.fine, manifest.coarse
@@ -128,7 +129,7 @@ class StoreWriter:
         return data
 
     def _part_files(self, part: int, data: dict[str, NDArray[Any]]) -> Files:
-        """Encode a part's arrays and what it says about itself: zarr describes them, their shards are made here."""
+        """Return the files of a part: zarr creates the metadata, `encode_shard` the shards, and the part's own record is added."""
         buffers: dict[str, Buffer] = {}
         group = zarr.create_group(MemoryStore(buffers))
         for name, values in data.items():
@@ -136,7 +137,7 @@ class StoreWriter:
         group[layout.STATS].attrs["columns"] = list(layout.STAT_COLUMNS)
         group[layout.DIGEST].attrs["columns"] = list(layout.DIGEST_COLUMNS)
         files = _contents(buffers)
-        del files[MARKER]  # which holds this list
+        del files[MARKER]  # written last, since it contains the list of the other files
         for name, values in data.items():
             about = Description.parse(name, files[f"{name}/{MARKER}"])
             shard = encode_shard(about, values)
@@ -173,12 +174,12 @@ def _contents(buffers: dict[str, Buffer]) -> Files:
 
 @contextmanager
 def _interruptions_held() -> Iterator[None]:
-    """Finish a part first: what zarr's threads have in hand cannot be called off, and would fail noisily at exit."""
+    """Delay SIGINT and SIGTERM until a part is finished: zarr's threads cannot be cancelled and would print errors at exit."""
     caught: list[int] = []
     held = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if callable(handler := signal.getsignal(number)):  # else nothing in Python reacts to it
+            if callable(handler := signal.getsignal(number)):  # otherwise no Python handler is installed
                 held[number] = handler
                 signal.signal(number, lambda received, _: caught.append(received))
     try:

@@ -1,4 +1,4 @@
-"""A store in a folder of a file system: written beside its place, forced to disk, renamed."""
+"""Stores in a folder of a file system: data is written to a temporary folder, synced to disk and renamed."""
 
 import os
 import shutil
@@ -19,13 +19,13 @@ from switchkd.stores.storage import paths
 from switchkd.stores.storage.base import Files, R, Request, T
 from switchkd.stores.storage.paths import MARKER
 
-ONE_CALL = 1 << 26  # bytes read at once; a system may return less than was asked for from 2 GiB on
+ONE_CALL = 1 << 26  # bytes read at once; some systems return less than requested from 2 GiB on
 
 AHEAD = 64  # files of a folder that are open at once
 
 
 class LocalStorage:
-    """A store in a folder: visible by a rename, which fails if another writer's folder is there."""
+    """Storage in a folder: a rename makes data visible, and fails if another writer's folder exists."""
 
     survives_fork = True
 
@@ -51,7 +51,7 @@ class LocalStorage:
         return (self.path / key).read_bytes()
 
     def read_ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
-        """Open files ahead and have the disk fetch their runs meanwhile; a run is shorter where its file ends before."""
+        """Open files ahead and prefetch their byte ranges; a range is shorter if its file ends before it does."""
         handles: deque[int] = deque()
         coming = (request for request in requests if request[1])
         try:
@@ -60,7 +60,7 @@ class LocalStorage:
                     yield []
                     continue
                 for key, ahead in islice(coming, AHEAD - len(handles)):
-                    # As text: joining paths takes longer than opening the file.
+                    # The path is built as a string, since joining `Path` objects takes longer than opening the file.
                     handles.append(os.open(f"{self.path}/{key}", os.O_RDONLY))
                     _expect(handles[-1], ahead)
                 handle = handles.popleft()
@@ -85,7 +85,7 @@ class LocalStorage:
         return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
 
     def has_part(self, part: int) -> bool:
-        """Whether the part's folder is there."""
+        """Whether the part's folder exists."""
         return paths.part_path(self.path, part).exists()
 
     def read_array(self, key: str) -> NDArray[Any]:
@@ -93,11 +93,11 @@ class LocalStorage:
         return np.asarray(zarr.open_array(self.path / key, mode="r", zarr_format=3)[...])
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Take one after the other."""
+        """Process the items one by one."""
         return [function(item) for item in items]
 
     def commit_store(self, files: Files) -> bool:
-        """Write beside the store, so that the rename stays on one file system."""
+        """Write to a folder next to the store's path, so that the rename stays on one file system."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _staged(self.path.parent, f".{self.path.name}.", files) as folder:
             (folder / paths.WRITING).mkdir()
@@ -109,31 +109,31 @@ class LocalStorage:
             return _rename(folder, paths.part_path(self.path, part))
 
     def remove_part(self, part: int) -> None:
-        """Move the part out of sight by one rename, then delete it: an interrupted removal leaves no half part."""
+        """Make the part invisible by one rename, then delete it: an interrupted removal leaves no incomplete part."""
         hidden = self.path / paths.WRITING / f"{paths.writer_prefix()}-{paths.part_name(part)}-dropped"
         paths.part_path(self.path, part).rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
     def remove_stale(self) -> None:
-        """Look beside the store and into `.writing/`."""
+        """Remove unfinished folders next to the store's path and in `.writing/`."""
         _remove_stale(self.path.parent, f".{self.path.name}.")
         _remove_stale(self.path / paths.WRITING, "")
 
 
 def _together(spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether each run of bytes begins where the one before it ends, and all of them are few enough for one call."""
+    """Whether the byte ranges are contiguous and small enough in total for one call."""
     return spans[-1][1] - spans[0][0] <= ONE_CALL and all(a[1] == b[0] for a, b in pairwise(spans))
 
 
 def _expect(handle: int, spans: Sequence[tuple[int, int]]) -> None:
-    """Have the system read runs of a file's bytes into memory in the background, where it can be asked to."""
+    """Ask the system, if it supports this, to prefetch byte ranges of a file in the background."""
     if hasattr(os, "posix_fadvise"):
         for begin, end in [(spans[0][0], spans[-1][1])] if _together(spans) else spans:
             os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
 def _read(handle: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Return runs of a file's bytes, those that lie together by one call."""
+    """Return byte ranges of a file; contiguous ranges are read by one call."""
     if not _together(spans):
         return [os.pread(handle, end - begin, begin) for begin, end in spans]
     first, last = spans[0][0], spans[-1][1]
@@ -143,7 +143,7 @@ def _read(handle: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
 
 @contextmanager
 def _staged(place: Path, prefix: str, files: Files, name: str = "") -> Iterator[Path]:
-    """Write files to an unfinished folder, named so that `_remove_stale` knows whose it is; delete what is there at the end."""
+    """Write files to an unfinished folder whose name identifies its writer for `_remove_stale`; delete what is left at the end."""
     words = [paths.writer_prefix(), name, uuid.uuid4().hex[:8]]
     folder = place / (prefix + "-".join(filter(None, words)))
     try:
@@ -157,7 +157,7 @@ def _staged(place: Path, prefix: str, files: Files, name: str = "") -> Iterator[
 
 
 def _remove_stale(place: Path, prefix: str) -> None:
-    """Delete the unfinished folders in `place` that dead processes of this machine made."""
+    """Delete the unfinished folders in `place` that dead processes of this machine created."""
     begin = f"{prefix}{paths.host()}-"
     for leftover in list(place.glob(f"{begin}*")):
         process = leftover.name.removeprefix(begin).split("-")[0]
@@ -176,13 +176,15 @@ def _is_alive(process: int) -> bool:
 
 
 def _rename(source: Path, target: Path) -> bool:
-    """Force a folder to disk and rename it into place; False if the target was there first."""
+    """Sync a folder to disk and rename it to `target`; return False if the target already exists."""
     _sync_folder(source)
     committed = True
     try:
         source.rename(target)
     except OSError:
-        if not target.exists():  # else a folder that is not empty, which cannot be renamed over: somebody was first
+        if (
+            not target.exists()
+        ):  # a rename cannot replace a folder that is not empty, so if it exists, another writer was first
             raise
         committed = False
     _sync(target.parent)
@@ -190,7 +192,7 @@ def _rename(source: Path, target: Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force a folder's files and folders to disk, so that a rename never outlives what it names."""
+    """Sync a folder's files and folders to disk, so that after a crash a renamed folder is never incomplete."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
 

@@ -1,7 +1,7 @@
-"""A store on an object store (S3, GCS, Azure) through obstore: visible by one object that is written last.
+"""Stores on an object store (S3, GCS, Azure) through obstore: one object, written last, makes data visible.
 
-A part's objects are uploaded one by one and its own zarr.json last, with `create`, which the object store grants once. That
-object is the marker: a prefix without it is no part, whatever lies there. The store's own zarr.json is the store's marker.
+A part's objects are uploaded one by one and its own zarr.json last, with `create`, which succeeds only once. That object is the
+marker: a prefix without it is not a part, even if it has other objects. The store's own zarr.json is the store's marker.
 Credentials and endpoint come from the environment, as obstore reads it: AWS_ENDPOINT_URL, AWS_REGION, AWS_ALLOW_HTTP, ….
 """
 
@@ -30,7 +30,7 @@ except ImportError:
     raise StoreError("a store at a URL needs obstore: pip install 'switchkd[s3]'") from None
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-AT_ONCE = 8  # requests in flight; each waits tens of milliseconds for its answer
+AT_ONCE = 8  # concurrent requests; each has a latency of tens of milliseconds
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,7 +43,7 @@ class ObjectStorage:
         url: `s3://BUCKET/PREFIX`, or another of `SCHEMES`.
 
     Raises:
-        StoreError: obstore cannot make anything of the URL.
+        StoreError: obstore cannot parse the URL.
     """
 
     survives_fork = False
@@ -62,7 +62,7 @@ class ObjectStorage:
         return f"{self.path}/{key}" if key else str(self.path)
 
     def exists(self) -> bool:
-        """Whether a store's marker is there; other objects below the prefix are none of ours and stay."""
+        """Whether a store's marker exists; other objects below the prefix are ignored and kept."""
         return self._has(MARKER)
 
     def stores(self) -> list[StoreLocation]:
@@ -81,7 +81,7 @@ class ObjectStorage:
             return bytes(obstore.get(self._store, key).bytes())
 
     def read_ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
-        """Ask for several objects at once; runs of one that lie close come in one request."""
+        """Request several objects at once; close byte ranges of an object are merged into one request."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             yield from pool.map(self._ranges_of, requests)
 
@@ -93,12 +93,12 @@ class ObjectStorage:
         return {meta["path"].removeprefix(begin): meta["size"] for meta in found}
 
     def parts(self) -> set[str]:
-        """Return the names of the parts whose marker is there, from one listing."""
+        """Return the names of the parts whose marker exists, from one listing."""
         split = (name.split("/") for name in self.file_sizes(paths.PARTS))
         return {words[0] for words in split if len(words) == 2 and words[1] == MARKER}
 
     def has_part(self, part: int) -> bool:
-        """Whether a part's marker is there."""
+        """Whether a part's marker exists."""
         return self._has(f"{paths.part_key(part)}/{MARKER}")
 
     def read_array(self, key: str) -> NDArray[Any]:
@@ -109,7 +109,7 @@ class ObjectStorage:
 
     @contextmanager
     def reaching(self, key: str = "") -> Iterator[None]:
-        """Turn obstore's errors into ours. Raises FileNotFoundError: no object at `key`. RunError: all else."""
+        """Convert obstore's errors to those of switchkd. Raises FileNotFoundError: no object at `key`. RunError: all else."""
         _refuse_fork(self.uri_of(key))
         try:
             yield
@@ -122,15 +122,15 @@ class ObjectStorage:
             ) from error
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """Take several items at once."""
+        """Process several items concurrently."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(function, items))
 
     def commit_store(self, files: Files) -> bool:
         """Upload a store without parts, its marker last.
 
-        Two creators may be at it with different rank tables. The table is one object and never written over, so both, and
-        every writer after them, read the table of whoever came first.
+        Two writers may create the store at the same time with different rank tables. The table is one object that is never
+        overwritten, so both of them, and every later writer, read the table that was uploaded first.
         """
         for name in sorted(files.keys() - {MARKER}):
             self._create(name, files[name])
@@ -140,7 +140,7 @@ class ObjectStorage:
         """Upload a part, its marker last.
 
         Two writers of one part, which run the same teacher on the same samples, write the same bytes to the same keys, so
-        it does no harm if their uploads cross. Objects that a dead writer left without a marker are written over.
+        concurrent uploads are harmless. Objects that a dead writer left without a marker are overwritten.
         """
         key, names = paths.part_key(part), sorted(files.keys() - {MARKER})
         there = self.file_sizes(key)
@@ -158,7 +158,7 @@ class ObjectStorage:
         self._delete(f"{key}/{name}" for name in self.file_sizes(key))
 
     def remove_stale(self) -> None:
-        """Do nothing: objects without a marker may be those of a living writer, and the next commit clears them."""
+        """Do nothing: objects without a marker may belong to a running writer, and the next commit clears them."""
 
     def _ranges_of(self, request: Request) -> list[bytes]:
         key, spans = request
@@ -177,9 +177,10 @@ class ObjectStorage:
         return True
 
     def _create(self, key: str, data: bytes) -> bool:
-        """Upload to a key that must be free; False, and nothing changed, if it is not.
+        """Upload to a key that must not exist; return False, without changes, if it does.
 
-        A retry inside obstore may find the object that its first try made. It has our bytes, so False is no loss then.
+        A retry inside obstore may find the object that its first attempt created. The object then has the same bytes, so returning
+        False is harmless.
         """
         with self.reaching(key):
             try:
@@ -209,7 +210,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")
 
 
-# obstore's threads do not survive a fork: the child would wait for ever, and may take the parent down with it.
+# obstore's threads do not survive a fork: the child process would wait forever, and may block the parent.
 _FORKED = False
 
 

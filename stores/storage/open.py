@@ -1,4 +1,4 @@
-"""From a path or URL to the storage that it names."""
+"""Selects the storage for a path or URL."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ def open_storage(path: StoreLocation) -> Storage:
     """Return the storage that a path or URL names; nothing is opened.
 
     Raises:
-        StoreError: a URL that no store can lie at, or the extra `s3` is not installed.
+        StoreError: the URL's kind of storage is not supported, or the extra `s3` is not installed.
     """
     if "://" in str(path):
         from switchkd.stores.storage.object_store import ObjectStorage

@@ -1,21 +1,21 @@
-"""Where things lie inside a store, and how the unfinished folders of a writer are named."""
+"""Defines the paths inside a store and the names of writers' unfinished folders."""
 
 import os
 import socket
 from pathlib import Path
 
 PARTS = "parts"
-MARKER = "zarr.json"  # a part or a store on an object store is there if its own group's metadata are
+MARKER = "zarr.json"  # on an object store, a part or a store exists if the metadata of its own group exist
 WRITING = ".writing"  # unfinished parts; never read
 
 
 def part_name(part: int) -> str:
-    """Return the name of part number `part`, as it stands under `parts/`."""
+    """Return the name of part number `part`, as used under `parts/`."""
     return f"{part:05d}"
 
 
 def part_key(part: int) -> str:
-    """Return where part number `part` lies inside a store."""
+    """Return the key of part number `part` inside a store."""
     return f"{PARTS}/{part_name(part)}"
 
 
@@ -25,7 +25,7 @@ def part_path(store: Path, part: int) -> Path:
 
 
 def writer_prefix() -> str:
-    """Return HOST-PROCESS of this process, the name of a writer and how its unfinished folders' begin."""
+    """Return HOST-PROCESS of this process: the name of the writer and the prefix of its unfinished folders."""
     return f"{host()}-{os.getpid()}"
 
 
