@@ -1,4 +1,4 @@
-"""Data and tiny models for the small twins of the paper's recipes: easy-VQA, below the working folder of an ablation."""
+"""Data and tiny models for the small versions of the paper's recipes: easy-VQA, below the working folder of an ablation."""
 
 import json
 from collections.abc import Mapping

@@ -193,7 +193,7 @@ def test_the_vision_tower_sees_the_trainers_pixels_bit_by_bit(vllm, worker, opti
     code = (
         "import sys, torch, transformers; from pathlib import Path\n"
         "from switchkd.data.encoding import SampleEncoder; from switchkd.data.samples import SampleFile\n"
-        "from switchkd.data.templates import TEMPLATES; from switchkd.models.vlm import open_checkpoint\n"
+        "from switchkd.data.templates import TEMPLATES; from switchkd.models.checkpoint import open_checkpoint\n"
         "teacher, data, out = map(Path, sys.argv[1:])\n"
         "encoder = SampleEncoder(open_checkpoint(teacher), TEMPLATES['qa'], data.parent / 'images', 256)\n"
         "pixels = [encoder.encode(sample).pixels for sample in SampleFile(data)]\n"

@@ -7,6 +7,9 @@ prompt's ids, and the number of rows.
 
 import atexit
 import os
+import threading
+import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -23,6 +26,8 @@ from switchkd.pipelines.capture.backends.packed_rows import unpack
 from switchkd.pipelines.capture.backends.vllm_plugin import ARCHITECTURE
 from switchkd.pipelines.capture.backends.vllm_pooler import Runs, request_options
 from switchkd.stores import Manifest, Payload
+
+WATCH_SECONDS = 0.5  # between two checks that the engine's process is alive
 
 # Set before vLLM is imported, since it reads them on import. By default vLLM reports usage statistics over the network.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -171,4 +176,24 @@ def _start_engine(arguments: dict[str, Any]) -> Any:
         raise RunError(f"vLLM does not start: {error}") from error
     # Runs before multiprocessing ends the engine's processes, which vLLM would report as an unexpected exit.
     atexit.register(engine.engine_core.shutdown)
+    _wake_when_dead(engine.engine_core)
     return engine
+
+
+def _wake_when_dead(core: Any) -> None:
+    """End the wait for an engine process that died: vLLM notes its death, but does not wake a caller that waits for output."""
+    if not hasattr(core, "outputs_queue"):
+        return  # an engine inside this process
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    reference = weakref.ref(core)
+
+    def watch() -> None:
+        while (found := reference()) is not None:
+            if found.resources.engine_dead:
+                found.outputs_queue.put_nowait(EngineDeadError())
+                return
+            del found
+            time.sleep(WATCH_SECONDS)
+
+    threading.Thread(target=watch, daemon=True, name="switchkd-engine-watch").start()
