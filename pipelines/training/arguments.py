@@ -1,4 +1,4 @@
-"""From our options to `transformers.TrainingArguments`."""
+"""Translation of the training options into `transformers.TrainingArguments`."""
 
 import logging
 import math
@@ -38,8 +38,8 @@ def training_arguments(options: TrainOptions, store: TeacherStore | None, sample
         "save_steps": options.save_every,
         "save_total_limit": 2,
         "dataloader_num_workers": options.workers,
-        "remove_unused_columns": False,  # the collator's teacher columns are no arguments of the model
-        "ddp_find_unused_parameters": False,  # every trainable parameter gets a gradient in every batch, see SwitchTrainer
+        "remove_unused_columns": False,  # the collator's teacher columns are not arguments of the model's forward
+        "ddp_find_unused_parameters": False,  # every trainable parameter receives a gradient in every batch, see SwitchTrainer
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
@@ -65,8 +65,7 @@ def training_arguments(options: TrainOptions, store: TeacherStore | None, sample
 def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
     """Return the options with accumulation and global batch as numbers.
 
-    A run that goes on keeps its global batch. Where the same command meets another number of processes, the accumulation is
-    chosen anew.
+    A resumed run keeps its global batch. If the number of processes has changed, the accumulation is computed again to match.
 
     Raises:
         ConfigError: the global batch cannot be made of these processes and batch sizes, or is not that of the run.

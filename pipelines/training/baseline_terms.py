@@ -1,8 +1,9 @@
-"""What the objectives of LLaVA-KD and Align-KD add to a training step: terms on more than logits, from the live teacher.
+"""Extra loss terms of the baseline objectives LLaVA-KD and Align-KD, computed with the live teacher.
 
-An `ExtraTerms` is given to the trainer, which asks it what to keep of a batch, adds its terms, and logs them. The terms are means
-over the images of the global batch, exact under accumulation and over processes like everything else. A further objective of this
-kind is a set of terms in `losses.baselines` and a class here, named in `KINDS`.
+These terms compare more than logits. An `ExtraTerms` is given to the trainer, which queries it for the rows to keep of a batch,
+adds its terms to the loss, and logs them. The terms are means over the images of the global batch; like all other losses, they are
+exact under accumulation and with any number of processes. To add an objective of this kind, write its terms in `losses.baselines`
+and a class here, and name the class in `KINDS`.
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +34,7 @@ from switchkd.pipelines.training.teacher_source import LiveTeacher
 
 
 class BaselineTeacher(LiveTeacher):
-    """The live teacher, which also shows what it makes of the images; one forward pass serves both."""
+    """The live teacher, which also returns its visual tokens and attention maps; all come from one forward pass."""
 
     def __init__(self, teacher: LlavaForConditionalGeneration, vocab_rows: int, attention: bool) -> None:
         super().__init__(teacher, vocab_rows)
@@ -57,10 +58,10 @@ class BaselineTeacher(LiveTeacher):
 
 
 class ExtraTerms(ABC):
-    """Terms of the loss beside CE and Align, one value an image each.
+    """Loss terms in addition to CE and Align; each has one value per image.
 
     Args:
-        source: the live teacher, which keeps what it makes of the images.
+        source: the live teacher, which keeps its visual tokens and attention maps.
     """
 
     name: ClassVar[str]  # of the objective
@@ -73,7 +74,7 @@ class ExtraTerms(ABC):
         self._items_per_image = torch.ones(())
 
     def attach(self, student: LlavaForConditionalGeneration, seed: int) -> None:
-        """Prepare both models, and hang on the student the adapters that train beside it."""
+        """Prepare both models, and attach to the student the adapters that are trained with it."""
         adapters = self.adapters_for(student, seed)
         if adapters is not None:
             student.add_module(ADAPTERS, adapters)
@@ -82,24 +83,24 @@ class ExtraTerms(ABC):
                 use_eager_attention(model)
 
     def adapters_for(self, student: LlavaForConditionalGeneration, seed: int) -> nn.Module | None:
-        """Make the adapters of this objective, with weights from `seed`; None where it has none."""
+        """Create the adapters of this objective, with weights drawn from `seed`; None if it has none."""
         return None
 
     def detach(self, student: LlavaForConditionalGeneration) -> None:
-        """Take the adapters off the student, which is saved without; a second call finds nothing to do."""
+        """Remove the adapters from the student, which is saved without them; a second call does nothing."""
         if hasattr(student, ADAPTERS):
             delattr(student, ADAPTERS)
 
     def kept_rows(self, student: LlavaForConditionalGeneration, batch: Batch, rows: Tensor) -> Tensor:
-        """Return the rows whose final states the terms read, [B, L] bool; they contain `rows`, those that predict."""
+        """Return the rows whose final states the terms read, [B, L] bool; they include `rows`, the rows that predict a position."""
         return rows
 
     def watch(self, student: LlavaForConditionalGeneration) -> AbstractContextManager[Seen]:
-        """Collect what the student's forward makes of images inside the block."""
+        """Collect the visual tokens and attention of the student's forward pass inside the `with` block."""
         return capture_visual_tokens(student, self.attention)
 
     def begin_step(self, items: Tensor | int | None, images: Tensor) -> None:
-        """Take note of what the objective's mean divides by and of the number of images, both of the global batch.
+        """Record the divisor of the objective's mean and the number of images, both of the global batch.
 
         Args:
             images: scalar int64, on the device of the step.
@@ -107,7 +108,7 @@ class ExtraTerms(ABC):
         self._items_per_image = torch.as_tensor(items, device=images.device) / images.clamp_min(1)
 
     def add_to(self, total: Tensor, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
-        """Return the loss of a micro-batch with the terms, scaled to the objective's count, and record them for the log.
+        """Return the loss of a micro-batch plus the terms, scaled to the objective's count, and record them for the log.
 
         Args:
             total: scalar. states: the student's final states at the kept rows, [kept, d_S]. kept: see `kept_rows`.
@@ -125,7 +126,7 @@ class ExtraTerms(ABC):
         """Return the terms of every image of a batch, [images, terms]; see `add_to`."""
 
     def without_images(self, total: Tensor, student: Any) -> Tensor:
-        """Return the loss of a batch of text alone, in whose graph everything that trains must stand."""
+        """Return the loss of a text-only batch; its graph must contain every trainable parameter."""
         return total
 
     def take(self, accelerator: Accelerator) -> dict[str, tuple[float, float]]:
@@ -187,7 +188,7 @@ class AlignKDTerms(ExtraTerms):
         """See `ExtraTerms.of_images`, [images, 3]."""
         is_image, shown = _is_image(student, batch), self.source.seen
         adapters = student.get_submodule(ADAPTERS)
-        # Text that sees the image: what stands after its last token.
+        # Text tokens that attend to the image: those after its last visual token.
         after = is_image.flip(-1).cumsum(-1).flip(-1) == 0
         text = after & batch.attention_mask.bool()
         out = []
@@ -209,10 +210,10 @@ KINDS: dict[str, type[ExtraTerms]] = {kind.name: kind for kind in (LlavaKDTerms,
 
 
 def make_extra_terms(name: str, student: LlavaForConditionalGeneration, live: LiveTeacher, seed: int) -> ExtraTerms:
-    """Make the terms of the objective `name`, one of `KINDS`, and prepare both models for it; `source` is the teacher to use.
+    """Create the terms of the objective `name`, one of `KINDS`, and prepare both models for it; `source` is the teacher to use.
 
     Raises:
-        CheckpointError: a model that does not show what the terms compare, in the first step.
+        CheckpointError: a model does not return what the terms compare; raised in the first step.
     """
     kind = KINDS[name]
     terms = kind(BaselineTeacher(live.teacher, live.vocab_rows, kind.attention))

@@ -1,7 +1,7 @@
-"""What a run needs to go on exactly: weights, optimizer, scheduler and random states, as safetensors and JSON, never as a pickle.
+"""Checkpoints for exact resume: weights, optimizer, scheduler and random states, as safetensors and JSON, never as a pickle.
 
-A checkpoint is whole and keyed by parameter names: it knows nothing of how many processes wrote it, or of how they shared the
-model, so any number of processes reads it again, replicated (DDP) or sharded (FSDP).
+A checkpoint is whole and keyed by parameter names. It does not depend on how many processes wrote it or on how they sharded the
+model, so any number of processes can load it, replicated (DDP) or sharded (FSDP).
 """
 
 import json
@@ -28,12 +28,12 @@ from switchkd.errors import CheckpointError
 
 TENSORS = "optimizer.safetensors"
 PLAIN = "optimizer.json"
-ADAPTER = "switch_adapter.safetensors"  # beside the student's weights, never among them
+ADAPTER = "switch_adapter.safetensors"  # saved beside the student's weights, never in the same file
 FINISHED = "trainer_state.json"  # the Trainer writes it last
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's weights on the CPU, gathered where they are sharded; empty on all processes but the first."""
+    """Return a model's weights on the CPU, gathered if they are sharded; empty on all processes except the first."""
     weights: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
@@ -41,7 +41,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_apart_adapter(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Save a switch adapter's weights in a file of their own and return the student's, which no adapter belongs to."""
+    """Save a switch adapter's weights in a separate file and return the student's weights without them."""
     adapter = {name: tensor for name, tensor in weights.items() if name.startswith("switch_adapter.")}
     if adapter:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into a model, sharded or not; every process calls it.
 
     Raises:
-        CheckpointError: the names are not those of the model.
+        CheckpointError: the parameter names differ from the model's.
     """
     files = sorted(folder.glob("model*.safetensors")) + sorted(folder.glob(ADAPTER))
     found: set[str] = set()
@@ -73,7 +73,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, Any]) -> None:
-    """Save the state of optimizer and scheduler: tensors apart, the rest as JSON. Every process calls it, the first writes."""
+    """Save the optimizer's and scheduler's state: tensors as safetensors, the rest as JSON. All processes call it, one writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     if not _is_first():
@@ -111,7 +111,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _tied(model: Any) -> set[str]:
-    """Names under which the model shows another parameter once more; no checkpoint holds them."""
+    """Return the names that are aliases of another (tied) parameter; checkpoints do not contain them."""
     return set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
 
 
@@ -120,7 +120,7 @@ def _is_first() -> bool:
 
 
 def _reads(model: nn.Module) -> bool:
-    """Whether this process reads the tensors: all do, or the first sends every other its shard."""
+    """Whether this process reads the tensors: either all do, or the first reads them and sends the others their shards."""
     return _is_first() or not isinstance(model, FSDPModule)
 
 
@@ -143,7 +143,7 @@ def save_rng(folder: Path, process: int) -> None:
 
 
 def load_rng(folder: Path, process: int) -> None:
-    """Restore what `save_rng` saved; a process that has no file (another world size) keeps its seed."""
+    """Restore what `save_rng` saved; a process without a file (the world size has changed) keeps its seed."""
     if not (folder / f"rng_{process}.json").is_file():
         return
     plain = json.loads((folder / f"rng_{process}.json").read_text())
@@ -159,7 +159,7 @@ def load_rng(folder: Path, process: int) -> None:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run that was written to its end; one that was cut short is passed over."""
+    """Return the newest completely written checkpoint of a run; incomplete checkpoints are ignored."""
     found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         try:

@@ -1,4 +1,4 @@
-"""A batch of samples as tensors: padded or packed, as student and teacher read them, with the stored teacher's columns."""
+"""Collation of samples into batch tensors: padded or packed, for student and teacher, with the stored teacher's columns."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,22 +18,22 @@ from switchkd.models.packing import layout, pack_rows
 from switchkd.pipelines.stored_teacher import teacher_columns
 from switchkd.stores import Payload
 
-_NOT_IN_THE_FILE = -1  # the index of a sample that stands in
+_NOT_IN_THE_FILE = -1  # the index of a placeholder sample
 
-TEACHER_READS = ("input_ids", "attention_mask", "labels")  # what its LLM takes of a batch
+TEACHER_READS = ("input_ids", "attention_mask", "labels")  # the columns of a batch that its LLM takes
 
 
 class Collator:
-    """Makes one batch: what `encoding.collate` gives, and the teacher's word at the batch's P positions.
+    """Makes one batch: the output of `encoding.collate`, and the stored teacher's output at the batch's P positions.
 
     Args:
-        stand_in: joins a batch of text alone, see `placeholder_sample`; None leaves such a batch as it is.
-        payload: gives the teacher's word of some samples, as `TrainingSamples.payload` does; the seconds that it takes go into the
-            batch as `store_seconds`. None: there is no store.
-        row_tokens: makes the batch ready for rows of this many tokens: its samples come row by row, and it says how they are laid
-            out, see `switchkd.models.packing`. None leaves their order.
+        stand_in: added to a text-only batch, see `placeholder_sample`; None leaves such a batch unchanged.
+        payload: returns the stored teacher's output for some samples, as `TrainingSamples.payload` does; the seconds that it takes
+            are added to the batch as `store_seconds`. None: there is no store.
+        row_tokens: packs the samples into rows of this many tokens: the samples are ordered row by row, and the batch contains
+            their layout, see `switchkd.models.packing`. None keeps their order.
 
-    It returns the columns of a `Batch`, those that there are: transformers' Trainer moves a dict to its device.
+    It returns those columns of a `Batch` that exist, as a dict, because transformers' Trainer moves a dict to its device.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Collator:
 
 
 def _layouts(samples: Sequence[EncodedSample], per_row: Sequence[int], row_tokens: int) -> dict[str, torch.Tensor]:
-    """Return the layouts of a batch that holds `per_row` samples a row, row by row; see `Collator`."""
+    """Return the layouts of a batch whose rows contain `per_row` samples each, row by row; see `Collator`."""
     numbers = iter(range(len(samples)))
     rows = [list(islice(numbers, count)) for count in per_row]
     lengths = [len(sample.input_ids) for sample in samples]
@@ -101,13 +101,13 @@ def aligned_positions(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
 
 
 def placeholder_sample(checkpoint: Checkpoint, teacher: Checkpoint | None = None) -> EncodedSample:
-    """Return a sample that is a blank image and no position, so that a batch of text alone runs what every other batch runs.
+    """Return a sample with a blank image and no position, so that a text-only batch runs the same layers as every other batch.
 
-    Where layers are sharded, processes gather them together: one that has no image would wait for others that run the vision
-    tower and the switch pathway, for ever. It adds nothing to any sum.
+    Where layers are sharded, all processes gather them together: a process without an image would deadlock with others that run
+    the vision tower and the switch pathway. The sample adds nothing to any sum.
 
     Args:
-        teacher: reads it otherwise, see `TrainingSamples`.
+        teacher: the teacher's encoder, if it encodes samples differently; see `TrainingSamples`.
     """
     ids = np.full(checkpoint.image_tokens, checkpoint.image_token_id, np.int32)
     supervised = np.zeros(checkpoint.image_tokens, np.bool_)

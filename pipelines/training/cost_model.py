@@ -1,7 +1,7 @@
-"""What a run takes, by arithmetic from the models alone: parameters of each part, memory of a process, FLOPs of its steps.
+"""Cost model of a training run: parameters of each part, memory of a process, and FLOPs of its steps, computed from model sizes.
 
-Nothing is run for it, so it can be told before the first step. docs/training.md explains each term; a test compares memory with
-what one step keeps, and FLOPs with torch's own count.
+It runs no model, so the figures are available before the first step. docs/training.md explains each term; a test compares the
+memory with what one step keeps, and the FLOPs with torch's own count.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from switchkd.pipelines.training.int8_teacher import stored_bytes
 from switchkd.pipelines.training.options import PARTS
 from switchkd.pipelines.training.student_parts import part_of
 
-# Tensors of a chunk's size that the loss holds at once: logits of student and teacher, their order, a gradient of each.
+# Tensors of a chunk's size that the loss keeps at the same time: logits of student and teacher, their order, a gradient of each.
 LOSS_TENSORS = 8
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (parameters, those that train) of each part that the model has: vision, projector, language, a baseline's adapters."""
+    """Return (parameters, trainable parameters) of each part of the model: vision, projector, language, a baseline's adapters."""
     found = dict.fromkeys((*PARTS, "adapters"), (0, 0))
     for name, parameter in model.named_parameters():
         every, trained = found[part_of(name)]
@@ -56,15 +56,15 @@ class _Stack:
         )
 
     def forward_flops(self, tokens: float, pairs: float) -> float:
-        """2 FLOPs a weight and token, and 4 a unit of attention and pair of tokens (scores, and the mean they weigh)."""
+        """2 FLOPs per weight and token, and 4 per attention unit and pair of tokens (the scores, and the weighted mean)."""
         return 2 * (self.weights + self.convolved) * tokens + 4 * self.layers * self.attention * pairs
 
     def kept_bytes(self, element: int, trains: bool, checkpointed: bool = False) -> int:
-        """Bytes a token that all layers keep for the backward pass; norms compute in float32, `element` bytes elsewhere.
+        """Bytes per token that all layers keep for the backward pass; norms compute in float32, the rest in `element` bytes.
 
-        A layer keeps the inputs of its norms, q, k, v and the attention's output, and what its activation and product are
-        made of; a linear layer keeps its input only if its weight trains. Checkpointed, all keep their inputs alone, and one layer
-        at a time the rest.
+        A layer keeps the inputs of its norms, q, k, v and the attention's output, and the inputs of its activation and product;
+        a linear layer keeps its input only if its weight trains. With checkpointing, each layer keeps only its input, and one
+        layer at a time keeps the rest.
         """
         if checkpointed:
             return self.layers * self.width * element + self.kept_bytes(element, trains) // self.layers
@@ -78,10 +78,10 @@ class _Stack:
 
 
 class Work(NamedTuple):
-    """What was run: sums over batches of B rows padded to L tokens, I of them with an image."""
+    """The work done: sums over batches of B rows padded to L tokens, I of them with an image."""
 
     tokens: float = 0  # B·L, padding included
-    pairs: float = 0  # B·L², of packed samples rows and their length
+    pairs: float = 0  # B·L²; for packed samples, B rows of length L
     images: float = 0  # I
     image_tokens: float = 0  # I·L
     image_pairs: float = 0  # I·L²
@@ -90,14 +90,14 @@ class Work(NamedTuple):
 
 
 class CostModel:
-    """FLOPs and memory of a student, of the frozen teacher on the switch pathway, and of the source of the teacher's word.
+    """FLOPs and memory of a student, of the frozen teacher on the switch pathway, and of the source of the teacher's logits.
 
     Args:
-        student: on any device; which of its parameters train is read from it.
+        student: on any device; its trainable parameters are determined from `requires_grad`.
         switch: the teacher of the switch pathway; None if VSD is off.
         live: the teacher that runs whole in every step; None with a store. May be the same model as `switch`.
         stored_head: weights of the LM head that turns stored hidden states into logits; 0 without it.
-        vision_tokens: of an image inside the tower.
+        vision_tokens: tokens per image inside the tower.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class CostModel:
         self.projector_trains = "projector" in trains
 
     def flops(self, work: Work) -> float:
-        """Return the FLOPs of forward and backward passes, without what checkpointing runs again.
+        """Return the FLOPs of forward and backward passes, without what checkpointing recomputes.
 
-        A pass costs twice itself backward where weights train, once where gradients only go through.
+        A backward pass costs twice its forward pass where weights train, and once where gradients only pass through.
         """
         student = self.student
         language = self._language(student, work.tokens, work.pairs) + self._head(student, work.positions)
@@ -145,13 +145,13 @@ class CostModel:
         teacher_checkpointed: bool = False,
         masked: bool = False,
     ) -> dict[str, float]:
-        """Return what a process needs at its peak, bytes by kind.
+        """Return the peak memory of a process, in bytes by kind.
 
         Args:
             rows, length: of a batch, every row with an image and of the full length.
             sharded: None, "student", or "all" for the teacher's layers too. half: bfloat16 autocast.
             student_checkpointed, teacher_checkpointed: whose activations are computed again in the backward pass.
-            masked: whether attention needs a mask of all pairs of a row.
+            masked: whether attention needs a mask over all pairs of tokens of a row.
         """
         student = list(self.student.parameters())
         trained = sum(p.numel() for p in student if p.requires_grad)
@@ -180,7 +180,7 @@ class CostModel:
             "optimizer": 8 * trained / share,  # Adam's two moments
             "teacher": frozen + self.stored_head * element * (not teachers),
             "activations": float(kept),
-            "mask": float(masked * tokens * length * (1 + element)),  # bool, and as it is added to scores
+            "mask": float(masked * tokens * length * (1 + element)),  # as bool, and as a term of the scores
             "loss": 4.0 * LOSS_TENSORS * chunk + 4 * head.numel() * head.requires_grad,
         }
 

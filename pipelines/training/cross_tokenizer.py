@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer: what such a run needs, and the map between the two vocabularies."""
+"""Training with a teacher that has another tokenizer: checks of such a run, and the map between the two vocabularies."""
 
 import logging
 
@@ -8,15 +8,16 @@ from switchkd.models.checkpoint import Checkpoint
 from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.options import TrainOptions
 
-PROBED = 64  # samples whose positions are aligned to tell how many have a partner
+PROBED = 64  # samples whose positions are aligned to measure how many have a partner
 log = logging.getLogger(__name__)
 
 
 def check_vocab_map(options: TrainOptions, teacher: Checkpoint | None, payload: str | None) -> None:
-    """Check that a run can map vocabularies if it is to.
+    """Check that a run with `--vocab-map` can map vocabularies.
 
     Raises:
-        ConfigError: no teacher, one that is not known by whole rows, or an objective that compares one tokenizer's logits.
+        ConfigError: no teacher, a teacher whose whole logit rows are not available, or an objective that compares logits of one
+            tokenizer.
     """
     if not options.vocab_map:
         return
@@ -27,7 +28,7 @@ def check_vocab_map(options: TrainOptions, teacher: Checkpoint | None, payload: 
 
 
 def make_vocab_map(teacher: Checkpoint, student: Checkpoint, samples: TrainingSamples) -> VocabMap:
-    """Map the vocabularies of two tokenizers, and tell how much of them and of the positions is shared.
+    """Map the vocabularies of two tokenizers, and log how much of them and of the positions is shared.
 
     Raises:
         ConfigError: nothing is shared.

@@ -1,4 +1,4 @@
-"""What stage two reads: samples joined with their stored teacher, every one checked against the store's digest."""
+"""The training data: samples joined with the stored teacher's output, each checked against the store's digest."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ from switchkd.pipelines.training.collator import aligned_positions
 from switchkd.pipelines.training.sampler import EpochOrder
 from switchkd.stores import Payload, TeacherStore
 
-# English in the usual vocabularies. It weighs text against image tokens where lengths are compared; nothing else needs it.
+# Typical for English. It is used only to add text to image tokens where lengths of samples are estimated and compared.
 CHARACTERS_PER_TOKEN = 4
 
 
 class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
-    """The usable samples of a data file, each with its index there, and what the teacher said about them.
+    """The usable samples of a data file, each with its index in the file, and the stored teacher's output for them.
 
     Args:
-        store: a whole store of this data file; None trains without a store (`sft`, a live teacher), for which
-            every sample is looked at first, images decoded.
-        workers: processes for that.
-        teacher_encoder: encodes as the teacher reads, where another tokenizer or number of image tokens makes that differ; the
+        store: a complete store of this data file; None trains without a store (`sft`, a live teacher), in which case
+            every sample is inspected first, with its image decoded.
+        workers: processes for that inspection.
+        teacher_encoder: encodes samples for the teacher, if its tokenizer or number of image tokens differs from the student's; the
             store's digests are then those of its encodings, and every sample has both.
 
     Raises:
@@ -75,13 +75,13 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         return encoded, index
 
     def payload(self, items: Sequence[tuple[EncodedSample, int]]) -> Payload:
-        """Return what the teacher said about some of these samples, all their positions joined.
+        """Return the stored teacher's output for some of these samples, the positions of all of them concatenated.
 
         Raises:
             StoreMismatch: a sample's text, mask or image is not the cached one.
         """
         assert self.store is not None
-        payload = self.store.payload([index for _, index in items])  # first, since it opens all parts at once
+        payload = self.store.payload([index for _, index in items])  # read first, since this opens all parts at once
         for encoded, index in items:
             if changed := (encoded.teacher or encoded).digest.differing(SampleDigest(*self.store.digest(index))):
                 raise StoreMismatch(
@@ -111,7 +111,7 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         return EpochOrder(grouping, seed, len(self), lengths, has_image, global_batch)
 
     def longest(self) -> int:
-        """Return the estimated length of the longest sample, in tokens, at most what the encoder lets pass."""
+        """Return the estimated length of the longest sample, in tokens, at most the encoder's limit."""
         lengths = self.order("length", 0, 1).lengths
         assert lengths is not None
         return min(int(lengths.max()), self.encoder.max_length)

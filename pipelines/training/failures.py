@@ -1,4 +1,4 @@
-"""What ends a run before its time, told in one way: what happened, the last good checkpoint, what to do."""
+"""Errors that end a run early, reported in one form: what happened, the last good checkpoint, what to do."""
 
 import logging
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def report_last_checkpoint(run: Path) -> Iterator[None]:
-    """Let every error that can end training name the last good checkpoint.
+    """Add the last good checkpoint to the message of every error that can end training.
 
     Raises:
-        StoreMismatch, DataError: as they came, where a sample is not the one that was cached or checked.
+        StoreMismatch, DataError: passed on, where a sample is not the one that was cached or checked.
         RunError: the store or an image folder cannot be read any more, a disk is full, a loader process or another process of
             the run has died, the loss is not finite.
     """
@@ -32,7 +32,7 @@ def report_last_checkpoint(run: Path) -> Iterator[None]:
         raise type(error)(f"{original_message(error)}. {_advice(run)}") from error
     except RunError as error:
         raise RunError(f"{original_message(error)}\n{_advice(run)}") from error
-    except SafetensorError as error:  # what safetensors makes of a full disk
+    except SafetensorError as error:  # the error that safetensors raises for a full disk
         raise RunError(f"cannot write a checkpoint: {error}. Make room\n{_advice(run)}") from error
     except (StoreError, OSError) as error:
         raise RunError(f"the run cannot go on: {original_message(error)}\n{_advice(run)}") from error
@@ -45,10 +45,10 @@ def report_last_checkpoint(run: Path) -> Iterator[None]:
 
 
 def _known(message: str) -> str | None:
-    """Say what a RuntimeError of torch means, if it is not a bug of ours or a lack of memory."""
+    """Return what a RuntimeError of torch means, unless it is a bug of this package or a lack of memory."""
     if "DataLoader worker" in message:
         return "a loader process died; the system kills the largest when memory runs out, so try fewer --workers"
-    if any(word in message for word in ("closed by peer", "reset by peer", "gloo/transport")):  # gloo names no type
+    if any(word in message for word in ("closed by peer", "reset by peer", "gloo/transport")):  # gloo has no error type
         return "lost another process of this run, see its own message"
     return None
 

@@ -1,4 +1,4 @@
-"""Everything that a training run is given, opened and checked against each other before a model is loaded."""
+"""The inputs of a training run: opened, and checked against each other, before a model is loaded."""
 
 import os
 from dataclasses import dataclass
@@ -25,25 +25,25 @@ from switchkd.stores.reader import pick_store
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a run is given, opened and checked; no weight of a model has been read yet."""
+    """The inputs of a run, opened and checked; no model weights have been read yet."""
 
     options: TrainOptions  # resolved, see `resolve_options`
     objective: Objective
-    parts: frozenset[str]  # of the student, those that train
+    parts: frozenset[str]  # the student's trainable parts
     student: Checkpoint  # with the image mode of the run
     teacher: Checkpoint | None  # None where no teacher was named, or the objective has none
     store: TeacherStore | None  # complete; None with a live teacher, or without one
     payload: str | None  # of the store, "topk" or "hidden"; None without a store
     samples: TrainingSamples
     vocabularies: VocabMap | None  # with `--vocab-map`
-    two_views: bool  # whether the teacher reads samples otherwise than the student
+    two_views: bool  # whether the teacher encodes samples differently from the student
 
 
 def resolve_options(options: TrainOptions) -> TrainOptions:
-    """Check options against this machine and the run that they go on with, and return them with their batches as numbers.
+    """Check options against this machine and against the run that they resume, and return them with batch sizes as numbers.
 
     Raises:
-        ConfigError: a package that they need is missing, or the global batch is not that of the run.
+        ConfigError: a package that they need is missing, or the global batch differs from the run's.
     """
     check_int8(options)
     return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
@@ -112,7 +112,7 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
 def _open_store(
     options: TrainOptions, objective: Objective, teacher: Checkpoint | None, student: Checkpoint
 ) -> TeacherStore | None:
-    """Open the store that fits the run; everything a manifest says is compared with what the run would use."""
+    """Open the store that fits the run; every entry of its manifest is compared with what the run would use."""
     if not objective.needs_teacher or options.teacher_mode == "live":
         return None
     if options.cache is None:
@@ -139,7 +139,7 @@ def _open_store(
 
 
 def _image_mode(options: TrainOptions, teacher: Checkpoint | None, store: TeacherStore | None) -> str:
-    """Return how images become square: as the run asks, else as the store says.
+    """Return how images become square: as the options request, else as the store's manifest specifies.
 
     Raises:
         StoreMismatch: the teacher's image processor is not the one that the store was made with.
@@ -178,22 +178,22 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
 def _encoders(
     options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
 ) -> tuple[SampleEncoder, SampleEncoder | None]:
-    """Return the student's encoder, and the teacher's if it reads samples otherwise.
+    """Return the student's encoder, and the teacher's if it encodes samples differently.
 
-    A student whose images become more tokens than the teacher's, or whose tokenizer makes more of a text, may have longer samples.
+    The student's samples may be longer than the teacher's, if it has more tokens per image or a tokenizer that yields more tokens.
     """
     if teacher is None or not (options.vocab_map or teacher.image_tokens != student.image_tokens):
         return _encoder(options, student, store), None
     longer = max(0, student.image_tokens - teacher.image_tokens)
     if options.vocab_map:
-        longer = student.config.text_config.max_position_embeddings  # the model's bound; the tokenizer has none
+        longer = student.config.text_config.max_position_embeddings  # the model's limit; the tokenizer has none
     return _encoder(options, student, store, longer), _encoder(options, teacher, store)
 
 
 def _encoder(
     options: TrainOptions, checkpoint: Checkpoint, store: TeacherStore | None, longer: int = 0
 ) -> SampleEncoder:
-    """Encode as the store says that its samples were; without a store as the options say."""
+    """Return an encoder with the settings in the store's manifest; without a store, with those of the options."""
     starts = options.vocab_map
     if store is None:
         template = load_template(options.template or "qwen2_base", checkpoint)

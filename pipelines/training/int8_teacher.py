@@ -1,8 +1,8 @@
 """A frozen teacher with its layers' weights in int8 (`--teacher-dtype int8`), through torchao.
 
 Only the linear layers of the language model are quantised: symmetric, with a scale for each group of 32 inputs. Embedding, norms,
-projector and LM head stay as they are; the LM head makes the teacher's rows from a store's states. How true such a teacher stays
-is measured by `benchmarks/teacher_weights.py`; docs/training-engine.md tells it.
+projector and LM head are not; the LM head computes the teacher's logits from a store's hidden states. The error of such a teacher
+is measured by `benchmarks/teacher_weights.py` and reported in docs/training-engine.md.
 """
 
 import importlib.util
@@ -17,11 +17,11 @@ from switchkd.errors import ConfigError
 from switchkd.pipelines.training.options import TrainOptions
 
 NAME = "int8"
-GROUP = 32  # weights of an output that share a scale; scales of whole rows double the error
+GROUP = 32  # weights of an output that share a scale; one scale per whole row would double the error
 
 
 def check_int8(options: TrainOptions) -> None:
-    """Raise ConfigError where a run asks for an int8 teacher and cannot have it; before anything is loaded."""
+    """Raise ConfigError if a run requests an int8 teacher that it cannot use; called before anything is loaded."""
     if options.teacher_dtype != NAME:
         return
     if importlib.util.find_spec("torchao") is None:
@@ -32,7 +32,7 @@ def to_int8(language: nn.Module) -> None:
     """Quantise the layers of a frozen language model in place.
 
     Raises:
-        ConfigError: a layer's width is no multiple of the group.
+        ConfigError: a layer's width is not a multiple of the group.
     """
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup, quantize_
 
@@ -49,7 +49,7 @@ def to_int8(language: nn.Module) -> None:
 
 
 class _Int8Linear(torch.autograd.Function):
-    """x Wᵀ + b; W comes out of int8 in both directions. torchao's own forward would have autograd keep every dequantised W."""
+    """x Wᵀ + b; W is dequantised in the forward and in the backward pass. torchao's own forward keeps every dequantised W."""
 
     @staticmethod
     def forward(ctx: Any, module: nn.Linear, inputs: Tensor) -> Tensor:
@@ -68,6 +68,6 @@ def _weight(module: nn.Linear, like: Tensor) -> Tensor:
 
 
 def stored_bytes(parameter: Tensor) -> int:
-    """Return what a parameter takes in memory: an int8 one says the size that it would have dequantised."""
+    """Return the bytes of a parameter in memory; torch reports the dequantised size of an int8 parameter."""
     parts = vars(parameter).values() if hasattr(parameter, "qdata") else [parameter]
     return sum(part.nbytes for part in parts if isinstance(part, Tensor))

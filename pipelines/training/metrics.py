@@ -1,4 +1,4 @@
-"""What a run measures between two logs: work done, time waited, knees, and how strongly VSD pulls at the vision tower."""
+"""Metrics between two logs of a run: work done, time waited, knees, and the gradient norm of VSD at the vision tower's output."""
 
 import time
 from typing import Any
@@ -12,16 +12,16 @@ from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.training.cost_model import CostModel, Work
 from switchkd.positions import count_positions
 
-KNEE_POSITIONS = 32  # of a batch whose knees are looked at, in steps that are logged
+KNEE_POSITIONS = 32  # positions of a batch whose knees are measured, in steps that are logged
 
 
 class StepMetrics:
-    """Counts in this process; `take` adds up all processes and starts anew.
+    """Counts in this process; `take` adds them up over all processes and resets them.
 
     Args:
-        cost_model: tells FLOPs; None leaves them out.
-        window: of the knee search, see `kneedle`; knees are measured only with an objective that has them.
-        knees: whether it has them.
+        cost_model: computes FLOPs; None leaves them out.
+        window: of the knee search, see `kneedle`; knees are measured only with an objective that uses them.
+        knees: whether the objective uses knees.
         in_blocks: whether student and switch teacher attend within samples only, see `block_attention`.
     """
 
@@ -36,26 +36,26 @@ class StepMetrics:
         self.cost_model, self.knees, self.window, self.in_blocks = cost_model, knees, window, in_blocks
         self.looking = False  # whether this step will be logged
         self._start_over()
-        self._since = 0.0  # the clock starts with the first step
+        self._since = 0.0  # the clock starts at the first step
 
     def _start_over(self) -> None:
         self._since = time.perf_counter()
         self._waited = self._store = self._samples = self._tokens = self._pairs = 0.0
         self._images = self._image_tokens = self._image_pairs = 0.0
-        # Real tokens, positions, positions with an image, pairs of tokens of one sample: the student's, on the switch pathway.
+        # Tokens without padding, positions, positions with an image, pairs of tokens of a sample: student's and switch pathway's.
         self._on_device: Tensor | None = None
         self._knees: dict[str, list[Tensor]] = {"teacher": [], "student": []}
         self._vsd_square: Tensor | None = None
 
     def step_begins(self, looking: bool, waited: float, batches: list[Batch]) -> None:
-        """Note a step whose micro-batches took `waited` seconds to come, and whether it will be logged."""
+        """Record a step whose micro-batches took `waited` seconds to load, and whether it will be logged."""
         self.looking, self._vsd_square = looking, None
         self._since = self._since or time.perf_counter() - waited
         self._waited += waited
         self._store += sum(batch.store_seconds for batch in batches)
 
     def count(self, batch: Batch) -> None:
-        """Count one micro-batch on its way into the model."""
+        """Count one micro-batch before it enters the model."""
         read = batch.teacher_inputs
         rows, length = (batch.input_ids if batch.packing is None else batch.packing).shape
         images = 0 if batch.pixel_values is None else len(batch.pixel_values)
@@ -76,13 +76,13 @@ class StepMetrics:
         self._on_device = found if self._on_device is None else self._on_device + found
 
     def leave_out(self, images: int, length: int, known: int) -> None:
-        """Take back what `count` counted of the switch pathway: `known` of the `length` tokens of each row did not run."""
+        """Subtract from the switch pathway's counts the tokens that did not run: the first `known` of `length` of each row."""
         self._image_tokens -= images * known
         self._image_pairs -= images * known * length
 
     @torch.no_grad()
     def record_knees(self, logits: Tensor, teacher: TeacherSignal | None) -> None:
-        """Measure the knees of some positions, in a step that will be logged: student logits [c, V], the teacher's word on them."""
+        """Measure the knees of some positions, in a step that will be logged: student logits [c, V], the teacher's signal."""
         if not (self.knees and self.looking) or teacher is None:
             return
         room = KNEE_POSITIONS - sum(map(len, self._knees["student"]))
@@ -94,10 +94,10 @@ class StepMetrics:
             self._knees["teacher"].append(of_teacher)
 
     def watch_projector(self, projector: nn.Module) -> None:
-        """Measure the gradient that comes back out of the switch pathway into the student's vision features.
+        """Measure the gradient that the switch pathway passes back to the student's vision features.
 
         The teacher's projector gets a view of the features, whose gradient is that of VSD alone; the student's own pathway reads
-        the features themselves. It costs a norm.
+        the features themselves. The cost is one norm.
         """
 
         def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -114,10 +114,10 @@ class StepMetrics:
         self._vsd_square = square if self._vsd_square is None else self._vsd_square + square
 
     def take(self, accelerator: Any, gradient_scale: float, peak_flops: float | None) -> dict[str, float]:
-        """Return the figures since the last call, over all processes; every process calls it.
+        """Return the metrics since the last call, over all processes; every process calls it.
 
         Args:
-            gradient_scale: what the loss was multiplied by for the sake of processes that average.
+            gradient_scale: the factor on the loss that compensates for averaging over processes.
             peak_flops: of one device, per second; None leaves MFU out.
         """
         seconds = time.perf_counter() - self._since

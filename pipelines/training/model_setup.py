@@ -1,4 +1,4 @@
-"""The models of a training run: the student, and as much of the teacher as the run needs."""
+"""Loading of the models of a training run: the student, and as much of the teacher as the run needs."""
 
 from dataclasses import dataclass
 
@@ -30,25 +30,25 @@ from switchkd.pipelines.training.teacher_source import LiveTeacher
 
 @dataclass(frozen=True)
 class TrainingModels:
-    """The models of a run on the CPU, frozen, checkpointed and, for the frozen ones, sharded as the options ask."""
+    """The models of a run on the CPU, frozen, checkpointed and, for the frozen ones, sharded as the options request."""
 
     student: LlavaForConditionalGeneration  # float32
     source: TeacherSource | None  # of the teacher's signals; None for an objective without a teacher
     switch_teacher: LlavaForConditionalGeneration | None  # of the switch pathway; may be the live teacher
     extra_terms: ExtraTerms | None  # of a baseline's objective
     cost_model: CostModel
-    unused: list[str]  # parameters of the vision tower that were frozen, since no gradient reaches them
+    unused: list[str]  # number of vision-tower parameters that were frozen, since no gradient reaches them
 
 
 def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> TrainingModels:
     """Load the student and what the run needs of the teacher, and prepare them for training.
 
     Args:
-        inputs: see `inputs.open_inputs`. arguments: say whether the models are sharded.
+        inputs: see `inputs.open_inputs`. arguments: determine whether the models are sharded.
 
     Raises:
         CheckpointError: weights that are missing or do not fit, or features that an adapter cannot map.
-        ConfigError: a model that cannot be packed or quantised as the options ask.
+        ConfigError: a model cannot be packed or quantised as requested.
     """
     options, teacher = inputs.options, inputs.teacher
     with loading_whole(arguments):
@@ -81,7 +81,7 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
 
 
 def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
-    """Return the dtype that the frozen weights are kept in, int8 layers aside; more bits than autocast's would never be used."""
+    """Return the dtype of the frozen weights, except int8 layers; bits beyond autocast's dtype would never be used."""
     asked = "auto" if options.teacher_dtype == INT8 else options.teacher_dtype
     if asked == "auto" and options.precision == "bfloat16":
         return "bfloat16"
@@ -91,7 +91,7 @@ def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
 def _load_teacher(
     inputs: TrainingInputs,
 ) -> tuple[TeacherSource | None, LlavaForConditionalGeneration | None]:
-    """Load of the teacher what the run needs, and no more: (source of its signals, model of the switch pathway)."""
+    """Load only what the run needs of the teacher: (source of its signals, model of the switch pathway)."""
     options, teacher, store = inputs.options, inputs.teacher, inputs.store
     if not inputs.objective.needs_teacher:
         return None, None
@@ -120,7 +120,7 @@ def _load_teacher(
 
 
 def _make_switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:
-    """Make the adapter that `options` ask for. Raises CheckpointError if features cannot be brought to the teacher's number."""
+    """Create the requested switch adapter. Raises CheckpointError if it cannot map features to the teacher's number of them."""
     torch.manual_seed(options.seed)
     shapes = [(side.feature_tokens, side.feature_width) for side in (student, teacher)]
     try:

@@ -1,4 +1,4 @@
-"""Options of stage two."""
+"""Options of `switchkd train`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,8 +18,8 @@ from switchkd.settings import (
 if TYPE_CHECKING:
     from switchkd.losses.objective import Objective
 
-# Options that may change between two starts of one run: they do not change what is computed. How the global batch is made up
-# (batch size, accumulation, processes) may change, the global batch may not.
+# Options that may differ when a run is resumed, since they do not change what is computed. How the global batch is composed
+# (batch size, accumulation, processes) may change; the global batch may not.
 RESUMABLE_CHANGES = {
     "student_checkpointing",
     "teacher_checkpointing",
@@ -64,7 +64,7 @@ class TrainOptions:
     """The options of `switchkd train`. Defaults follow LLaVA-KD's fine-tuning stage.
 
     Raises:
-        ConfigError: an option that its type or bounds do not allow, or two that do not go together; nothing was opened.
+        ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
     student: Path = option(group=FIRST, help="Checkpoint folder of the student (a Llava).")
@@ -258,7 +258,7 @@ class TrainOptions:
         """Return the parts of the student that train.
 
         Raises:
-            ConfigError: an unknown part, a learning rate of a part that does not train, or a switch pathway that teaches nothing.
+            ConfigError: an unknown part, a learning rate for a frozen part, or a switch pathway without a trainable vision tower.
         """
         parts = parts_of(self.train_parts)
         if idle := [part for part in self.part_rates() if part not in parts]:
@@ -291,7 +291,7 @@ class TrainOptions:
         return self.global_batch // at_once
 
     def _check_baseline(self) -> None:
-        """Refuse what a baseline's objective cannot be trained with."""
+        """Raise ConfigError for options that a baseline's objective cannot be trained with."""
         if self.objective not in BASELINE_OBJECTIVES:
             return
         if self.teacher_mode != "live":
@@ -308,7 +308,7 @@ class TrainOptions:
             raise ConfigError(f"objective {self.objective} compares one tokenizer's logits: leave --vocab-map out")
 
     def _check_int8_teacher(self) -> None:
-        """Refuse an int8 teacher where a run cannot have one."""
+        """Raise ConfigError for an int8 teacher where a run cannot use one."""
         if self.teacher_dtype != "int8":
             return
         if self.teacher_mode == "live":

@@ -1,4 +1,4 @@
-"""How processes share the work, by name: replicated (ddp) or sharded models (fsdp, zero3)."""
+"""Profiles of parallel training: models replicated in every process (ddp) or sharded over them (fsdp, zero3)."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -20,28 +20,28 @@ PROFILES = {
     "fsdp": "weights, gradients, optimizer state and the frozen teacher's layers are sharded over the processes (FSDP2)",
     "zero3": "the student's weights, gradients and optimizer state are sharded over the processes (DeepSpeed ZeRO-3)",
 }
-# DeepSpeed's configuration; what the command line says ("auto") is filled in by transformers.
+# DeepSpeed's configuration; transformers replaces each "auto" with the value from the command line.
 ZERO3: dict[str, Any] = {
     "zero_optimization": {
         "stage": 3,
         "overlap_comm": True,
         "contiguous_gradients": True,
-        "stage3_gather_16bit_weights_on_model_save": True,  # a checkpoint opens with from_pretrained
+        "stage3_gather_16bit_weights_on_model_save": True,  # checkpoints can be opened with from_pretrained
     },
     "bf16": {"enabled": "auto"},
     "gradient_clipping": "auto",
     "gradient_accumulation_steps": "auto",
     "train_micro_batch_size_per_gpu": "auto",
     "train_batch_size": "auto",
-    "zero_allow_untested_optimizer": True,  # torch's AdamW, as the other profiles
+    "zero_allow_untested_optimizer": True,  # torch's AdamW, as in the other profiles
 }
 
 
 def profile_arguments(profile: str, environment: Any) -> dict[str, Any]:
-    """Return the entries of `TrainingArguments` that make a profile.
+    """Return the entries of `TrainingArguments` that select a profile.
 
     Args:
-        environment: the process environment, where torchrun says that it started this process.
+        environment: the process environment, which shows whether torchrun started this process.
 
     Raises:
         ConfigError: no such profile; sharding without torchrun; DeepSpeed is missing.
@@ -61,7 +61,7 @@ def profile_arguments(profile: str, environment: Any) -> dict[str, Any]:
 
 
 def require_checkpoint(profile: str, checkpoint: Path, processes: int) -> None:
-    """Check that a profile can go on from a checkpoint; DeepSpeed's hold a shard for each process that wrote them.
+    """Check that a profile can resume from a checkpoint; DeepSpeed's contain a shard for each process that wrote them.
 
     Raises:
         ConfigError: zero3 on one side only, or with another number of processes.
@@ -81,9 +81,10 @@ def require_checkpoint(profile: str, checkpoint: Path, processes: int) -> None:
 
 @contextmanager
 def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
-    """Let models be loaded whole under ZeRO-3; DeepSpeed shards the student when training begins.
+    """Make transformers load whole models under ZeRO-3; DeepSpeed shards the student when training begins.
 
-    Otherwise transformers loads every model in shards, also the frozen teacher, which the losses read outside of DeepSpeed.
+    By default transformers loads every model in shards, including the frozen teacher, whose weights the losses read outside of
+    DeepSpeed.
     """
     unset_hf_deepspeed_config()
     try:
@@ -94,9 +95,9 @@ def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
 
 
 def fit_fsdp(arguments: TrainingArguments, model: nn.Module) -> None:
-    """Tell FSDP which layers to shard, and to add up gradients in float32, as DistributedDataParallel does.
+    """Configure FSDP: which layers it shards, and gradient sums in float32, as in DistributedDataParallel.
 
-    The layers that a model class names itself need not exist in this checkpoint.
+    The layers are named here because those that a model class names need not exist in this checkpoint.
     """
     names = sorted({type(layer).__name__ for layer in layers_of(model)})
     arguments.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
@@ -108,12 +109,12 @@ def fit_fsdp(arguments: TrainingArguments, model: nn.Module) -> None:
 def shard_frozen(teacher: LlavaForConditionalGeneration) -> None:
     """Shard the layers of a frozen teacher over all processes; each is gathered when it runs, and dropped again.
 
-    Embedding, projector and LM head stay whole everywhere: the losses read them outside of the model's forward.
+    Embedding, projector and LM head are not sharded: the losses read them outside of the model's forward.
     """
     tower, language = teacher.model.vision_tower, teacher.model.language_model
     for layer in layers_of(language) + ([] if tower is None else layers_of(tower)):
         fully_shard(layer)
-    # The model around the layers has them gathered ahead of their turn. A vision tower is left as it is: transformers looks
-    # its hidden states up by the name of its class, which sharding changes.
+    # Sharding the enclosing model as well prefetches its layers. A vision tower is not sharded: transformers looks up
+    # its hidden states by the name of its class, which sharding changes.
     sharded = {id(parameter) for layer in layers_of(language) for parameter in layer.parameters()}
     fully_shard(language, ignored_params={p for p in language.parameters() if id(p) not in sharded})

@@ -1,4 +1,4 @@
-"""A run in pictures: parts of the loss, learning rate, positions per second."""
+"""Plots of a run: parts of the loss, learning rate, positions per second."""
 
 import logging
 from pathlib import Path
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def plot_run(history: list[dict[str, Any]], folder: Path) -> Path | None:
-    """Draw what a run logged into `folder`; None, and one line, where matplotlib is missing or nothing was logged."""
+    """Plot the log of a run into `folder`; returns None, and logs one line, if matplotlib is missing or the log is empty."""
     logged = [entry for entry in history if "loss_ce" in entry]
     try:
         import matplotlib

@@ -1,4 +1,4 @@
-"""What a training run tells: its plan before the first step, a line per logging interval, what it took at the end."""
+"""What a training run logs: its plan before the first step, a line per logging interval, and the memory used at the end."""
 
 import logging
 import textwrap
@@ -15,7 +15,7 @@ from switchkd.pipelines.training.cost_model import CostModel, count_parameters
 from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.options import TrainOptions
 
-SHARDED = {"ddp": None, "fsdp": "all", "zero3": "student"}  # what of the models each profile shards
+SHARDED = {"ddp": None, "fsdp": "all", "zero3": "student"}  # which of the models each profile shards
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +27,7 @@ def tell_plan(
     unused: list[str],
     resume: Path | None,
 ) -> None:
-    """Log the resolved options, the models' parts and what trains of them, the data, and the memory that it will take."""
+    """Log the resolved options, the models' parts and their trainable parameters, the data, and the estimated memory."""
     said = ", ".join(f"{name} {value}" for name, value in to_plain(options).items() if value not in (None, {}))
     log.info(
         "options (in %s): %s",
@@ -53,7 +53,7 @@ def tell_plan(
         options.batch_size, options.accumulation,
     )  # fmt: skip
     length = samples.longest()
-    rows = 1 if options.packing is None else max(1, options.packing // length)  # samples a row
+    rows = 1 if options.packing is None else max(1, options.packing // length)  # samples per row
     rows, width = -(-options.batch_size // rows), rows * length
     memory = cost_model.memory(
         rows,
@@ -79,7 +79,7 @@ def _gigabytes(size: float) -> str:
 
 
 class RunReport(TrainerCallback):
-    """One line per logging interval; at the end the memory that was used, where the device counts it."""
+    """Logs one line per logging interval, and at the end the peak memory, if the device counts it."""
 
     def __init__(self, samples: int, samples_per_step: int) -> None:
         self.samples, self.samples_per_step = samples, samples_per_step
@@ -88,7 +88,7 @@ class RunReport(TrainerCallback):
         self.progress = Progress("training", state.max_steps, "steps", done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.epoch = state.global_step * self.samples_per_step / self.samples  # the Trainer sees the run as one epoch
+        state.epoch = state.global_step * self.samples_per_step / self.samples  # for the Trainer, the run is one epoch
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss_ce" in logs and state.is_world_process_zero:
@@ -101,7 +101,7 @@ class RunReport(TrainerCallback):
 
 
 def line_of(logs: dict[str, Any]) -> str:
-    """Return the figures of one logging interval as a line; docs/training.md says what each is."""
+    """Return the metrics of one logging interval as a line; docs/training.md explains each."""
     losses = " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in logs.items() if n.startswith("loss_"))
     said = [f"loss {logs['loss']:.4f} ({losses})", f"lr {logs['learning_rate']:.2e}"]
     if "grad_norm" in logs:

@@ -1,9 +1,9 @@
-"""In which order an epoch takes its samples: a function of seed, epoch and global batch size, and of nothing else.
+"""The order of samples in an epoch: a function of seed, epoch and global batch size only.
 
-Workers, processes and interruptions do not enter. Epochs follow each other in one endless stream, and step s takes the places
-[s·G, (s+1)·G) of it, G the global batch, however the step is divided: process p of n takes its micro-batches p, p + n, …. So a
-run that goes on with another number of processes repeats no sample and skips none, and a step may hold the end of one epoch and
-the beginning of the next.
+It does not depend on workers, processes or interruptions. The epochs form one endless sequence, and step s takes its places
+[s·G, (s+1)·G), where G is the global batch, however the step is divided: process p of n takes its micro-batches p, p + n, …. So a
+run that is resumed with another number of processes repeats no sample and skips none, and a step may contain the end of one epoch
+and the beginning of the next.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from switchkd.errors import ConfigError
 
 GROUPINGS = ("none", "length", "modality-length")
 POOL_BATCHES = (
-    50  # global batches that are sorted by length together: enough for little padding, few enough to stay random
+    50  # global batches that are sorted by length together: enough for little padding, few enough for a random order
 )
 
 
@@ -27,9 +27,9 @@ POOL_BATCHES = (
 class EpochOrder:
     """The order of n samples in every epoch.
 
-    "none" shuffles. "length" gives each global batch samples of similar length. "modality-length" does so among samples with an
-    image and among samples of text alone, as LLaVA's `group_by_modality_length` does: a batch of text alone then costs no
-    image tokens. Of each group what does not fill a global batch is joined at the end, so at most two batches are mixed.
+    "none" shuffles. "length" gives each global batch samples of similar length. "modality-length" does so separately for samples
+    with an image and for text-only samples, as LLaVA's `group_by_modality_length` does: a text-only batch then costs no image
+    tokens. The remainder of each group that does not fill a global batch comes at the end, so at most two batches are mixed.
 
     Args:
         grouping: one of `GROUPINGS`.
@@ -57,7 +57,7 @@ class EpochOrder:
 
     def epoch(self, number: int) -> NDArray[np.int64]:
         """Return the order of epoch `number`, counted from 0: a permutation of [n]."""
-        if self.grouping == "none":  # what transformers' Trainer does by default
+        if self.grouping == "none":  # the default order of transformers' Trainer
             generator = torch.Generator().manual_seed(self.seed + number)
             return torch.randperm(self.samples, generator=generator).numpy()
         assert self.lengths is not None
@@ -94,7 +94,7 @@ class StepBatches(Sampler[list[int]]):
         order: of each epoch.
         steps: optimizer steps of the run.
         batch_size: samples per micro-batch. accumulation: micro-batches per step and process.
-        process, processes: which of how many.
+        process, processes: rank of this process, and their number.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ def padding_share(order: NDArray[np.int64], lengths: NDArray[np.int64], batch: i
     """Return the share of padding among the tokens of an epoch, 0 … 1.
 
     Args:
-        order: [n]. lengths: [n], in tokens. batch: samples padded to a common length, those of one device and forward pass.
+        order: [n]. lengths: [n], in tokens. batch: samples that are padded together, those of one device and forward pass.
     """
     batches = [lengths[order[start : start + batch]] for start in range(0, len(order), batch)]
     padded = sum(len(of_batch) * int(of_batch.max()) for of_batch in batches)

@@ -1,7 +1,7 @@
-"""Stages of the paper's training schemes: which parts of a student train, how fast, with which settings.
+"""Training stages of the paper's schemes: trainable parts of the student, learning rates and other settings.
 
-A scheme is two stages, a pre-training one and a fine-tuning one, each with or without a teacher (paper, Table 5): PT-SFT, DPT-SFT,
-PT-DFT, DPT-DFT. A stage is a set of defaults for `TrainOptions`; whatever is given beside it wins.
+A scheme has two training stages, pre-training and fine-tuning, each with or without a teacher (paper, Table 5): PT-SFT, DPT-SFT,
+PT-DFT, DPT-DFT. A training stage is a set of defaults for `TrainOptions`; options that are given override them.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from switchkd.errors import ConfigError
 from switchkd.pipelines.training.options import PARTS
 
 # The setting that the paper inherits from LLaVA-KD and TinyLLaVA (section 4.1). Distilled pre-training moves the projector alone,
-# so the switch pathway, which teaches the vision tower, has no place in it; the scores of Table 5 are those without switch.
+# so the switch pathway, which trains the vision tower, is off; the scores of Table 5 are those without switch.
 _PRE_TRAINING: dict[str, Any] = {"train_parts": "projector", "lr": 1e-3, "global_batch": 256}
 _FINE_TUNING: dict[str, Any] = {"train_parts": ",".join(PARTS), "lr": 2e-5, "global_batch": 128}
 _SCHEDULE: dict[str, Any] = {"epochs": 1.0, "warmup": 0.03, "schedule": "cosine", "weight_decay": 0.0}
@@ -25,9 +25,9 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def with_stage(stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options `given`, and the stage's defaults for those that are not.
+    """Return the options `given`, and the training stage's defaults for those that are not.
 
-    `accumulation` replaces the stage's global batch; another objective than "sft" cannot be without a teacher stage.
+    `accumulation` replaces the stage's global batch. A plain stage (pt, sft) allows no objective except "sft".
 
     Raises:
         ConfigError: no such stage.

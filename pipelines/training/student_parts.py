@@ -1,4 +1,4 @@
-"""The parts of a student: which of them train, and at which learning rates."""
+"""The components of a student (vision, projector, language): which of them train, and at which learning rates."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,7 +11,7 @@ from switchkd.losses.baselines import ADAPTERS
 def part_of(name: str) -> str:
     """Return the part that a parameter belongs to, by its name; the LM head counts as language, a switch adapter as projector.
 
-    Adapters that a baseline's objective hangs on a student are no part of it: "adapters".
+    Adapters that a baseline's objective attaches to a student belong to none of its components; for them it returns "adapters".
     """
     if f"{ADAPTERS}." in name:
         return "adapters"
@@ -31,7 +31,7 @@ def freeze_other_parts(model: nn.Module, trained: Iterable[str]) -> None:
 def set_part_rates(optimizer: Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
     """Split an optimizer's groups so that each part named in `rates` has its own peak learning rate.
 
-    To be called before a scheduler is made, which takes each group's rate for its peak, and before the first step.
+    Call it before the first step, and before a scheduler is created, since a scheduler takes each group's rate as its peak.
     """
     part_by_id = {id(p): part_of(name) for name, p in model.named_parameters()}
     groups = []

@@ -1,4 +1,4 @@
-"""The live teacher as a source of signals: the standard pathway run online, without a store."""
+"""The live teacher as a source of signals: the standard pathway, run online without a store."""
 
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -29,5 +29,5 @@ class LiveTeacher:
         return HiddenSignal(found, self.teacher.lm_head.weight[: self.vocab_rows])
 
     def to(self, device: torch.device) -> None:
-        """Move the teacher."""
+        """Move the teacher to a device."""
         self.teacher.to(device)

@@ -1,4 +1,4 @@
-"""Stage two: train a student on a data file with CE + λ1·Align + λ2·VSD, Align from a teacher store, VSD live."""
+"""Training: train a student on a data file with CE + λ1·Align + λ2·VSD, Align from a teacher store, VSD computed online."""
 
 import json
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ from switchkd.pipelines.training.plot import plot_run
 from switchkd.pipelines.training.run_log import RunReport, tell_plan
 from switchkd.pipelines.training.trainer import SwitchTrainer
 
-# Older ones cannot run Llava's LM head at masked rows alone; what caching needs works from 5.16 on.
+# Older versions cannot run Llava's LM head at selected rows only; capture needs 5.16 or newer.
 OLDEST_TRANSFORMERS = Version("5.22")
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a run did."""
+    """The result of a run."""
 
     output: Path
     steps: int
@@ -43,7 +43,7 @@ class TrainSummary:
 
 
 def train(options: TrainOptions) -> TrainSummary:
-    """Train a student, or go on with an interrupted run; returns at once if the run is finished.
+    """Train a student, or resume an interrupted run; returns immediately if the run is finished.
 
     Raises:
         InputError: something given cannot be used, or store, teacher, student and data do not fit; before the first step.

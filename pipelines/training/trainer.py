@@ -1,4 +1,4 @@
-"""The trainer of stage two: transformers' Trainer with the objective of eq. 1 and a resume that is exact."""
+"""The trainer: transformers' Trainer with the objective of eq. 1 and an exact resume."""
 
 import logging
 import time
@@ -37,7 +37,7 @@ from switchkd.pipelines.training.trainer_hooks import CheckpointHooks
 from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
 
 LOSS_TERMS = ("ce", "align", "vsd")
-NO_DISTANCE = 1e-6  # nats per position; what rounding leaves of a VSD that is 0
+NO_DISTANCE = 1e-6  # nats per position; a VSD that is mathematically 0 is at most this large after rounding
 log = logging.getLogger(__name__)
 
 
@@ -47,12 +47,12 @@ class SwitchTrainer(CheckpointHooks):
     Args:
         objective: what is minimised.
         part_rates: peak learning rates of parts of the student that have their own, see `stages.set_part_rates`.
-        source: where Align and VSD have the teacher's word from; None for "sft".
+        source: of the teacher's signal for Align and VSD; None for "sft".
         teacher: frozen, for the switch pathway; None if VSD is off.
         extra_terms: what a baseline's objective adds to CE and Align.
-        vocab_map: for a teacher with another tokenizer; its source must know whole rows.
+        vocab_map: for a teacher with another tokenizer; its source must provide whole rows of logits.
         group_by: which samples share a batch, see `EpochOrder`.
-        cost_model: tells the FLOPs of what ran; None leaves them out of the log.
+        cost_model: computes the FLOPs of a step; None leaves them out of the log.
         peak_tflops: of one device, for MFU.
         arguments: those of `transformers.Trainer`.
     """
@@ -85,7 +85,7 @@ class SwitchTrainer(CheckpointHooks):
         if teacher is not None:
             self.meter.watch_projector(teacher.model.multi_modal_projector)
         self.teacher = None if teacher is None else teacher.to(self.args.device)
-        # Sharded layers are gathered by all processes together, which need not know the same text.
+        # All processes gather sharded layers together, and their known prefixes may differ in length.
         self.prefix_cache = None if self.args.fsdp else SharedPrefixCache()
         self.source, self.extra_terms = source, extra_terms
         self.vocab_map = None if vocab_map is None else vocab_map.to(self.args.device)
@@ -99,7 +99,7 @@ class SwitchTrainer(CheckpointHooks):
         )  # sums since the last log; their count; positions
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Load the micro-batches of this process; `StepBatches` shares out the samples, so accelerate must not do it again."""
+        """Load the micro-batches of this process; `StepBatches` divides the samples, so accelerate must not divide them again."""
         args, dataset = self.args, self.train_dataset
         if args.train_sampling_strategy != "random":
             raise ConfigError("samples are ordered by --group-by; leave train_sampling_strategy out")
@@ -126,7 +126,7 @@ class SwitchTrainer(CheckpointHooks):
         )
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator; on CPUs accelerate would copy models where it was asked to shard them."""
+        """Create the accelerator; on CPUs accelerate would replicate models although sharding was requested."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.accelerator.is_fsdp2:
             self.is_fsdp_enabled = True
@@ -151,13 +151,13 @@ class SwitchTrainer(CheckpointHooks):
 
     @property
     def _averaged(self) -> int:
-        """What a loss is multiplied by: processes average gradients, and the division is by the count of all of them."""
+        """The factor on a loss: processes average gradients, while each loss is divided by the count over all processes."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Return the micro-batches of one step and what the objective's mean divides by: the Trainer counts positions only."""
+        """Return the micro-batches of one step and the divisor of the objective's mean; the Trainer counts positions only."""
         asked = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         logged = (self.state.global_step + 1) % self.state.logging_steps == 0
@@ -188,7 +188,7 @@ class SwitchTrainer(CheckpointHooks):
     def loss_terms(self, model: nn.Module, batch: Batch) -> FusedLoss:
         """Run the student, the switch pathway and the objective over one batch; see `Objective.fused`.
 
-        The total holds the extra terms. All of it happens inside the student's forward, where its LM head would run.
+        The total includes the extra terms. All of it is computed inside the student's forward, in place of its LM head.
         """
         student = self.accelerator.unwrap_model(model)
         rows = predicting_rows(batch.labels)
@@ -265,11 +265,12 @@ class SwitchTrainer(CheckpointHooks):
         )
 
     def _idle_vision(self, model: nn.Module) -> Tensor:
-        """Show the student a blank image, for its graph only.
+        """Run the student's vision tower and projector on a blank image, so that the graph contains them.
 
-        In a batch of text alone no gradient would reach the vision tower and the projector: DistributedDataParallel would wait
-        for it while other processes have images, and a stage that trains the projector alone would have nothing to go back through.
-        One process does it too: Adam moves a weight whose gradient is 0 and leaves one without, so runs would differ.
+        In a text-only batch no gradient would reach the vision tower and the projector: DistributedDataParallel would wait for it
+        while other processes have images, and a training stage with only the projector trainable would have no graph at all.
+        A single process does it too: Adam updates a weight whose gradient is 0 but not one whose gradient is None, so results
+        would otherwise depend on the number of processes.
         """
         student = self.accelerator.unwrap_model(model)
         blank = blank_image(student.config).to(self.args.device, student.dtype)
@@ -312,7 +313,7 @@ class SwitchTrainer(CheckpointHooks):
         super().log(logs, start_time)
 
     def require_finite(self) -> None:
-        """Raise RunError, in all processes, if a loss since the last log or a weight is not finite in any of them."""
+        """Raise RunError, in all processes, if a loss since the last log or a weight is not finite in any process."""
         weights = [getattr(p, "ds_tensor", p.detach()) for p in self.model.parameters() if p.requires_grad]
         local = [p.to_local() if isinstance(p, DTensor) else p for p in weights]
         here = torch.stack([self._logged.isfinite().all(), *(p.isfinite().all() for p in local)])
@@ -332,7 +333,7 @@ class SwitchTrainer(CheckpointHooks):
 
 
 def _adapted(student: Any, features: Tensor) -> Tensor:
-    """Return V_S(x) as the teacher's projector takes it: through the student's switch adapter if it has one."""
+    """Return V_S(x) as input of the teacher's projector: mapped by the student's switch adapter if it has one."""
     adapter = getattr(student, "switch_adapter", None)
     adapted: Tensor = features if adapter is None else adapter(features)
     return adapted

@@ -1,7 +1,7 @@
-"""What we override of transformers' Trainer beside its documented methods: how a checkpoint is written and read.
+"""Overrides of private methods of transformers' Trainer: how a checkpoint is written and read.
 
-transformers calls these by name and may change them with any release. They stand here together, and a test compares their names
-and signatures with those of the Trainer that is installed.
+transformers calls these methods by name and may change them in any release. They are collected here, and a test compares their
+names and signatures with those of the installed Trainer.
 """
 
 from pathlib import Path
@@ -31,10 +31,10 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
     """
 
     def require_finite(self) -> None:
-        """Raise RunError where what a checkpoint would hold is spoilt; a subclass says when."""
+        """Raise RunError if the state to be saved is not usable; subclasses define the check."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, unless what it would hold is spoilt."""
+        """Save a checkpoint, unless the state to be saved is not usable."""
         self.require_finite()
         super()._save_checkpoint(model, trial)
 
@@ -50,8 +50,8 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        # The finished student gets the names that Llava checkpoints carry everywhere; a checkpoint of the run those that
-        # the model itself uses, since only then does a resumed run find every weight again.
+        # The finished student is saved with the usual parameter names of Llava checkpoints; a checkpoint of the run with those that
+        # the model itself uses, since a resumed run finds every weight only under these names.
         finished = folder == self.args.output_dir
         if state_dict is not None:
             state_dict = checkpointing.set_apart_adapter(Path(folder), state_dict)
@@ -70,7 +70,7 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
         if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
         else:
-            optimizer = self.optimizer.optimizer  # out of accelerate's wrapper
+            optimizer = self.optimizer.optimizer  # unwrap accelerate's wrapper
             checkpointing.save(Path(output_dir), self.model, optimizer, self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
