@@ -1,8 +1,8 @@
-"""`switchkd store audit`: run the teacher again on random samples and say how far the store is from it.
+"""`switchkd store audit`: run the teacher again on random samples and measure the error of the store's payloads.
 
-For every payload: KL, how many of the student-led ids the store knows, the error of the DBiLD gradient, the largest logit error.
-The control is the teacher against itself, run sample by sample instead of in batches, in the dtype of the capture: what no store
-can be better than.
+For every payload: KL, the share of the student-led ids whose logits are stored, the error of the DBiLD gradient, and the largest
+logit error. The control is the teacher against itself, run sample by sample instead of in batches, in the dtype of the capture: a
+lower bound for the error of any store.
 """
 
 from dataclasses import dataclass
@@ -43,18 +43,18 @@ CONTROL = "control: teacher against itself"
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far one account of the teacher is from the teacher; means over positions."""
+    """The error of one reconstruction of the teacher's logits; means over positions."""
 
     name: str
-    kl_nats: float  # KL(live ‖ account), all N rows
-    student_led_recall: float  # share of the student-led ids whose logit is known, not modelled
+    kl_nats: float  # KL(live ‖ reconstruction), all N rows
+    student_led_recall: float  # share of the student-led ids whose logit is stored, not modelled
     gradient_error: float  # ‖g - g_live‖ / ‖g_live‖ of dbild-rkl with respect to the student's logits
-    largest_logit_error: float  # over known logits
+    largest_logit_error: float  # over stored logits
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found."""
+    """The result of an audit."""
 
     store: StoreLocation
     samples: int
@@ -149,7 +149,7 @@ class _Sums:
         self.known = self.led = 0
 
     def add(self, student: Tensor, live: Tensor, signal: TeacherSignal) -> None:
-        """Add one batch: student logits, live teacher logits [P, N], and the account to judge."""
+        """Add one batch: student logits, live teacher logits [P, N], and the reconstruction to compare with them."""
         account = signal.rows(student).float()
         p, q = live.log_softmax(-1), account.log_softmax(-1)
         self.kl += float((p.exp() * (p - q)).sum())

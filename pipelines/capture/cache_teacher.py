@@ -1,4 +1,4 @@
-"""Stage one: run the frozen teacher over a data file, teacher-forced, and store what it says at every position."""
+"""Capture: run the frozen teacher over a data file, teacher-forced, and store its output at every supervised position."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ __all__ = ["CacheOptions", "CacheSummary", "cache_teacher"]
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What a run did."""
+    """The result of a capture."""
 
     store: StoreLocation
     parts_written: int
@@ -31,7 +31,7 @@ class CacheSummary:
 
 
 def cache_teacher(options: CacheOptions) -> CacheSummary:
-    """Create or continue a store; returns at once if it is whole.
+    """Create or continue a store; returns immediately if it is complete.
 
     Raises:
         InputError: something given cannot be used; nothing expensive has started.
@@ -42,7 +42,7 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
         require_ray()
     worker = CaptureWorker(options)
     manifest = worker.manifest
-    # With Ray, whichever actor comes first makes the store: this process may have no device for the teacher.
+    # With Ray, the first actor to start creates the store, since this process may have no device for the teacher.
     new = options.engine == "ray" and not open_storage(options.out).exists()
     missing = list(range(manifest.part_count)) if new else worker.writer.missing_parts(options.shard)
     total = sum(len(manifest.part_samples(part)) for part in missing)

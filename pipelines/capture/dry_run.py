@@ -1,4 +1,4 @@
-"""`switchkd cache-teacher --dry-run`: what a capture will take, from a probe of random samples, before it is paid for."""
+"""`switchkd cache-teacher --dry-run`: estimate the time and disk space of a capture from a probe of random samples."""
 
 import shutil
 import tempfile
@@ -22,19 +22,19 @@ from switchkd.stores.info import describe
 from switchkd.stores.layout import HIDDEN_DTYPES
 from switchkd.stores.manifest import Manifest
 
-PROBE_SAMPLES = 64  # at least; two batches if that is more
+PROBE_SAMPLES = 64  # minimum number of samples; two batches if that is more
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a capture will take; all but `samples` and `free_bytes` are estimates from the probe."""
+    """The cost of a capture; all fields except `samples` and `free_bytes` are estimates from the probe."""
 
     samples: int
     usable_samples: int
     positions: int
-    payload: str  # the one asked for, a key of `payload_bytes`
-    payload_bytes: dict[str, float]  # bytes a position, of every payload that could be asked for
-    free_bytes: int | None  # where the store would lie; None if that is no local folder
+    payload: str  # the requested one, a key of `payload_bytes`
+    payload_bytes: dict[str, float]  # bytes per position, of every payload that can be requested
+    free_bytes: int | None  # on the store's file system; None if it is not a local folder
     samples_per_second: float
     seconds: float  # one worker
     devices: int  # of one worker
@@ -43,26 +43,26 @@ class Plan:
 
     @property
     def bytes_per_position(self) -> float:
-        """Of the payload asked for."""
+        """Bytes per position of the requested payload."""
         return self.payload_bytes[self.payload]
 
     def store_bytes(self, payload: str | None = None) -> int:
-        """Return the size of the store, with the payload asked for or another."""
+        """Return the size of the store, with the requested payload or another."""
         return round(self.positions * self.payload_bytes[payload or self.payload])
 
     @property
     def device_hours(self) -> float:
-        """Hours that devices are busy, whatever the number of workers."""
+        """Device hours of the capture; independent of the number of workers."""
         return self.seconds * self.devices / 3600
 
 
 def plan(options: CacheOptions) -> Plan:
-    """Run the teacher over a few random samples and scale up; writes nothing that stays.
+    """Run the teacher over a few random samples and extrapolate; leaves nothing on disk.
 
     The probe captures both payloads, so that each one's size is measured on the same positions.
 
     Raises:
-        InputError: whatever would stop the capture itself.
+        InputError: as the capture itself would raise.
     """
     check_available(options.backend, options.device)
     worker = CaptureWorker(replace(options, payload="both"))
@@ -95,7 +95,7 @@ def _payload_name(payload: str, hidden_dtype: str) -> str:
 
 
 def _kinds(both: Manifest, options: CacheOptions) -> dict[str, Manifest]:
-    """Return the manifests of the payloads to choose from: topk, hidden in every dtype, and what was asked for."""
+    """Return the manifests of the payloads to choose from: topk, hidden in every dtype, and the requested one."""
     kinds = {"topk": replace(both, payload="topk", hidden_dtype="", hidden_width=0)}
     for dtype in HIDDEN_DTYPES:
         kinds[_payload_name("hidden", dtype)] = replace(
@@ -129,9 +129,7 @@ def _probe(
     reading = time.monotonic() - start
     found: _Found = [item for item in encoded if isinstance(item, BadSample)]
     if usable:
-        backend.capture(
-            usable[:1], manifest
-        )  # the first pass allocates and compiles; it is not what the rest will cost
+        backend.capture(usable[:1], manifest)  # not timed: the first pass also allocates and compiles
     start = time.monotonic()
     for first in range(0, len(usable), batch_size):
         batch = usable[first : first + batch_size]
@@ -140,7 +138,7 @@ def _probe(
 
 
 def _measure_bytes(found: _Found, manifest: Manifest) -> float:
-    """Return the bytes a position takes on disk, from a throw-away store of the probe."""
+    """Return the bytes per position on disk, from a temporary store of the probe."""
     small = replace(manifest, samples=len(found), part_size=len(found))
     ids = [item[1].ids for item in found if not isinstance(item, BadSample)]
     known = [array.ravel() for array in ids if array is not None]
@@ -152,7 +150,7 @@ def _measure_bytes(found: _Found, manifest: Manifest) -> float:
 
 
 def _free_bytes(out: StoreLocation) -> int | None:
-    """Return the free bytes of the file system that `out` will lie on."""
+    """Return the free bytes of the file system of `out`."""
     if "://" in str(out):
         return None
     there = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())

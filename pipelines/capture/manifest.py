@@ -1,4 +1,4 @@
-"""The manifest of a store, from what stage one is given."""
+"""The manifest of a store, built from the inputs and options of a capture."""
 
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile, Status
@@ -12,7 +12,7 @@ from switchkd.stores import Manifest
 def build_manifest(
     options: CacheOptions, checkpoint: Checkpoint, encoder: SampleEncoder, samples: SampleFile
 ) -> Manifest:
-    """Describe the store that a run with these options writes."""
+    """Return the manifest of the store that a capture with these options writes."""
     topk, hidden = options.payload in ("topk", "both"), options.payload in ("hidden", "both")
     return Manifest(
         payload=options.payload,

@@ -1,4 +1,4 @@
-"""Options of stage one and of the audit of a store."""
+"""Options of `switchkd cache-teacher` and `switchkd store audit`."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,7 +22,7 @@ PAYLOAD = "What is stored"
 TEACHER = "Teacher"
 SCALE = "Scale"
 
-# Samples handed over at a time: what one forward pass takes; vLLM makes its own batches from a queue.
+# Samples submitted at a time: for transformers one forward pass; vLLM makes its own batches from a queue.
 BATCH_SIZES = {"transformers": 16, "vllm": 128}
 
 
@@ -31,7 +31,7 @@ class CacheOptions:
     """The options of `switchkd cache-teacher`.
 
     Raises:
-        ConfigError: an option that its type or bounds do not allow, or two that do not go together; nothing was opened.
+        ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
     teacher: Path = option(group=FIRST, help="Checkpoint folder of the teacher (a Llava).")
@@ -90,7 +90,7 @@ class CacheOptions:
     max_image_pixels: int = option(
         default=MAX_IMAGE_PIXELS, at_least=1, group=DATA, help="Larger images are skipped undecoded."
     )
-    # With Ray also "auto": what an actor is given.
+    # With Ray also "auto": the device that Ray assigns to an actor.
     device: str = option(
         default="cpu", group=TEACHER, help="cpu, cuda, cuda:1, …; not for vllm.", unset="cuda if there is one"
     )

@@ -1,7 +1,7 @@
-"""Stage one over Ray: an actor a device, each a whole worker with its own teacher; Ray Data hands out parts and restarts actors.
+"""Capture on a Ray cluster: one actor per device, each a worker with its own teacher; Ray Data assigns parts and restarts actors.
 
-What lies in the store is the only state. A part whose actor died is handed out again; one that the dead actor had committed
-already is found there and skipped.
+The store is the only state. The part of an actor that died is assigned again; if the actor had already committed it, the part is
+found in the store and skipped.
 """
 
 import importlib.util
@@ -23,29 +23,29 @@ from switchkd.stores import Manifest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PART_RETRIES = 5  # of a part whose actors die: a part that kills every actor must end the job
+PART_RETRIES = 5  # per part: a part whose actors always die must end the job
 
 
 def require_ray() -> None:
-    """Raise ConfigError, saying how to install it, if there is no Ray."""
+    """Raise ConfigError, with install instructions, if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--engine ray needs Ray Data: pip install 'switchkd[ray]' (docs/cluster.md)")
 
 
 class CaptureActor:
-    """One actor: its worker is made with its first part, and then captures the parts it is given."""
+    """One actor: it creates its worker with the first part, then captures the parts assigned to it."""
 
     def __init__(self, options: CacheOptions, manifest: Manifest) -> None:
         self.options, self.manifest = options, manifest
 
     @cached_property
     def worker(self) -> CaptureWorker:
-        """The worker, with this machine's device."""
+        """The worker, on the device that this actor uses."""
         check_available(self.options.backend, self.options.device)
         return CaptureWorker(self.options, self.manifest)
 
     def __call__(self, batch: dict[str, "NDArray[Any]"]) -> dict[str, "NDArray[Any]"]:
-        """Capture a batch of parts; returns one JSON text a part, or one that says what failed: Ray would lose our errors' type."""
+        """Capture a batch of parts; returns one JSON text per part, or one for the error, whose type Ray would not preserve."""
         try:
             texts = [json.dumps(asdict(done)) for part in batch["part"] for done in self._capture(int(part))]
         except SwitchKDError as error:
@@ -53,7 +53,7 @@ class CaptureActor:
         return {"done": np.array(texts, dtype=object)}
 
     def _capture(self, part: int) -> Iterator[PartDone]:
-        if self.worker.writer.has_part(part):  # by an actor that died before it could say so
+        if self.worker.writer.has_part(part):  # by an actor that died before it could report it
             yield PartDone(part, written=False, samples=0, positions=0, skipped={}, written_bytes=0)
         else:
             yield from self.worker.write([part])
@@ -63,11 +63,11 @@ def capture_with_ray(options: CacheOptions, manifest: Manifest, parts: Sequence[
     """Capture parts on a Ray cluster: the one that RAY_ADDRESS names or this process is in, else this machine.
 
     Yields:
-        What became of each part, in the order in which they are done.
+        The result of each part, in the order of completion.
 
     Raises:
         InputError, RunError: what stopped an actor.
-        RunError: no cluster, or one part's actors died again and again.
+        RunError: no cluster, or a part's actors died repeatedly.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -84,7 +84,7 @@ def capture_with_ray(options: CacheOptions, manifest: Manifest, parts: Sequence[
         CaptureActor,
         fn_constructor_args=(options, manifest),
         batch_size=1,
-        # One part under way and one waiting: what an actor holds when it dies is little, and it never idles.
+        # One part in progress and one queued: an actor never idles, and little work is lost if it dies.
         compute=ActorPoolStrategy(size=min(actors, len(parts)), max_tasks_in_flight_per_actor=2),
         max_restarts=-1,
         max_task_retries=PART_RETRIES,
@@ -106,10 +106,10 @@ def plan_actors(options: CacheOptions, cluster: dict[str, float]) -> tuple[Cache
     """Return (options as the actors get them, number of actors, what Ray reserves for each).
 
     Args:
-        cluster: what the cluster has, as `ray.cluster_resources()` tells. With GPUs, an actor takes as many as share a teacher.
+        cluster: its resources, from `ray.cluster_resources()`. With GPUs, an actor takes as many as share a teacher.
 
     Raises:
-        ConfigError: more GPUs a teacher than there are.
+        ConfigError: more GPUs per teacher than the cluster has.
     """
     gpus = int(cluster.get("GPU", 0))
     device = options.device if options.device != "auto" else "cuda" if gpus else "cpu"

@@ -1,4 +1,4 @@
-"""Which worker am I: the command line first, then Slurm's array, then torchrun, then alone."""
+"""The index of this worker and the number of workers: from the command line, else Slurm's array, else torchrun, else 0 of 1."""
 
 from collections.abc import Mapping
 

@@ -1,6 +1,6 @@
-"""One worker of stage one: its teacher, loaded on first use, its data and its writer; it captures whole parts.
+"""A capture worker: its teacher, loaded on first use, its data and its store writer; it captures whole parts.
 
-A worker may be this process, one of several started by Slurm, Kubernetes or torchrun, or an actor of Ray: all do the same.
+A worker may be this process, one of several started by Slurm, Kubernetes or torchrun, or an actor of Ray; all work the same way.
 """
 
 from collections import Counter, deque
@@ -35,7 +35,7 @@ Encoded = EncodedSample | BadSample
 
 @dataclass(frozen=True)
 class PartDone:
-    """What became of one part."""
+    """The result of one part."""
 
     part: int
     written: bool  # False: another writer committed it first
@@ -46,10 +46,10 @@ class PartDone:
 
 
 class CaptureWorker:
-    """Everything that capturing parts needs. The teacher is loaded on first use: a store that is whole costs none.
+    """Everything needed to capture parts. The teacher is loaded on first use, so a complete store loads none.
 
     Args:
-        manifest: of the store, if it is known already; else it is built, which reads the teacher's weights once.
+        manifest: of the store, if it is available already; else it is built, which reads the teacher's weights once.
 
     Raises:
         InputError: something given cannot be used.
@@ -86,7 +86,7 @@ class CaptureWorker:
 
     @cached_property
     def writer(self) -> StoreWriter:
-        """The store, created if it is not there."""
+        """The store, created if it does not exist."""
         return StoreWriter(self.options.out, self.manifest, lambda: _id_of_rank(self))
 
     def write(self, parts: Sequence[int], progress: Progress | None = None) -> Iterator[PartDone]:
@@ -125,7 +125,7 @@ class CaptureWorker:
                 captured = {}
 
     def _captured_batches(self, parts: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, Encoded]], list[Payload]]]:
-        """Yield (part, batch, payloads of its usable samples) in order, with as many batches started as the backend likes."""
+        """Yield (part, batch, payloads of its usable samples) in order, with up to the backend's `ahead` batches started."""
         batches = _Batches(parts, self.manifest, self.encoder, self.samples, self.options.batch_size)
         loader = DataLoader(batches, batch_size=None, num_workers=self.options.workers)
         under_way: deque[tuple[int, list[tuple[int, Encoded]], Any]] = deque()
@@ -149,7 +149,7 @@ class CaptureWorker:
 
     @contextmanager
     def _name_failing_sample(self, batch: list[tuple[int, Encoded]]) -> Iterator[None]:
-        """If a batch fails, find out which sample it was, and name its row."""
+        """If a batch fails, find the sample that caused it, and name its row in the error."""
         try:
             yield
         except BackendFailed:
@@ -168,8 +168,8 @@ class CaptureWorker:
 class _Batches(Dataset[Any]):
     """Every batch of some parts, in order, encoded. An item is (part, [(sample index, encoded or BadSample), …]).
 
-    Batches never cross parts and do not depend on what was done before, so a resumed run computes each part exactly as an
-    undisturbed one. Inside a part, samples of similar length share a batch.
+    Batches never cross parts and do not depend on earlier work, so a resumed run computes each part exactly as an
+    uninterrupted one. Inside a part, samples of similar length share a batch.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class _Batches(Dataset[Any]):
 
 
 def assemble(found: list[tuple[EncodedSample, Payload] | BadSample], manifest: Manifest) -> PartArrays:
-    """Join what was captured of a part's samples, in their order."""
+    """Concatenate the payloads of a part's samples, in their order."""
     payloads = [item[1] for item in found if not isinstance(item, BadSample)]
     return PartArrays(
         status=np.array([item.status if isinstance(item, BadSample) else Status.OK for item in found], np.uint8),

@@ -1,4 +1,4 @@
-"""What stage one needs of whatever runs the teacher, and the choice between the two that there are."""
+"""The interface of capture backends, which run the teacher, and checks for the two that exist: transformers and vLLM."""
 
 import importlib.metadata
 import importlib.util
@@ -14,13 +14,13 @@ _SOFTWARE = ("switchkd", "torch", "transformers", "zarr", "numcodecs")
 
 
 class BackendFailed(RunError):
-    """The teacher runs no more; no sample is to blame."""
+    """The teacher cannot run any more, for a reason that no sample causes."""
 
 
 class Backend(ABC):
     """A loaded teacher.
 
-    A caller may `start` up to `ahead` batches before it takes the first with `finish`, so that a teacher with a queue of its own
+    A caller may `start` up to `ahead` batches before it collects the first with `finish`, so that a teacher with its own queue
     never waits for the next batch; `capture` does both.
     """
 
@@ -36,16 +36,16 @@ class Backend(ABC):
         """
 
     def start(self, samples: Sequence[EncodedSample], manifest: Manifest) -> Any:
-        """Begin a capture; returns what `finish` takes."""
+        """Begin a capture; returns a handle for `finish`."""
         return samples, manifest
 
     def finish(self, started: Any) -> list[Payload]:
-        """Return what `capture` would."""
+        """Wait for a started capture, and return its payloads as `capture` does."""
         return self.capture(*started)
 
 
 def require_vllm() -> None:
-    """Raise ConfigError, saying how to install it, if vLLM cannot be had here."""
+    """Raise ConfigError, with install instructions, if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "--backend vllm needs vLLM, in an environment of its own: pip install 'switchkd[vllm]' (docs/cluster.md)"
@@ -53,7 +53,7 @@ def require_vllm() -> None:
 
 
 def software_of(backend: str) -> dict[str, str]:
-    """Return the versions that a manifest's `written_by` names."""
+    """Return the package versions for a manifest's `written_by`."""
     found = {"backend": backend} | {name: importlib.metadata.version(name) for name in _SOFTWARE}
     if backend == "vllm":  # the distribution for CPUs has another name
         (distribution, *_) = importlib.metadata.packages_distributions()["vllm"]

@@ -1,4 +1,4 @@
-"""From the name of a backend to a loaded teacher."""
+"""Loading of a teacher in a backend given by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from switchkd.pipelines.capture.backends.transformers_backend import Transformer
 
 
 def check_available(backend: str, device: str) -> None:
-    """Check that this machine has what a capture asks for.
+    """Check that this machine has the backend and device that a capture requests.
 
     Args:
-        backend: "transformers" or "vllm". device: of the transformers backend, a name of torch's; "auto" is left to Ray.
+        backend: "transformers" or "vllm". device: of the transformers backend, a device name of torch; "auto" is left to Ray.
 
     Raises:
-        ConfigError: the backend is not installed, or there is no such device; says what to do.
+        ConfigError: the backend is not installed, or the device does not exist; the message explains what to do.
     """
     if backend == "vllm":
         require_vllm()
@@ -45,7 +45,7 @@ def open_backend(
 
     Args:
         name: "transformers" or "vllm". dtype: "float32", "bfloat16" or "float16".
-        device: of the transformers backend; vLLM finds its own. max_length: in tokens, image tokens included.
+        device: of the transformers backend; vLLM selects its own. max_length: in tokens, image tokens included.
         tensor_parallel: devices that share one teacher; vLLM only. vllm_options: further arguments of vLLM's engine.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Packing: from the teacher's final states to a store's payload, on the device beside them. Shared by all backends.
+"""Packed rows: conversion of the teacher's final states to a store's payload, on the teacher's device. Shared by all backends.
 
-Selection and statistics happen where the logits are; what leaves the device is one array of *packed rows*, [P, 5 + 2K + d] float32:
+Selection and statistics are computed on the device of the logits; one array of *packed rows* leaves it, [P, 5 + 2K + d] float32:
 the statistics, K ids (int32, their bits viewed as float32), K logits, and d numbers of the hidden state if it is kept.
 """
 
@@ -15,7 +15,7 @@ from switchkd.losses.selection import kneedle, top_of_rows
 from switchkd.stores import Payload
 from switchkd.stores.layout import STAT_COLUMNS
 
-LOGIT_ROWS = 1024  # rows of [rows, V] logits that exist at a time
+LOGIT_ROWS = 1024  # rows of logits [rows, V] in memory at a time
 
 
 def pack(
@@ -63,7 +63,7 @@ def pack_logits(logits: Tensor, top_k: int, hidden: Tensor | None = None) -> Ten
 
 
 def unpack(rows: Tensor, top_k: int) -> Payload:
-    """Take packed rows apart.
+    """Unpack packed rows.
 
     Args:
         rows: [P, 5 + 2K + d], on any device. top_k: K, as they were packed.
@@ -79,7 +79,7 @@ def unpack(rows: Tensor, top_k: int) -> Payload:
         logits=logits if top_k else None,
         hidden=hidden if widths[3] else None,
     )
-    # NaN is the largest and the smallest of a row, so the two ends tell of every logit between them.
+    # NaN sorts as the largest and the smallest of a row, so checking both ends covers every logit between them.
     if not np.isfinite([payload.stat(name) for name in ("z_max", "z_min")]).all():
         raise RunError("the teacher's logits are not finite")
     return payload

@@ -1,8 +1,8 @@
-"""Capture with vLLM: its engine schedules the teacher's forward passes, our pooler packs supervised positions beside the logits.
+"""Capture with vLLM: its engine schedules the teacher's forward passes; our pooler packs supervised positions on its device.
 
-The engine gets expanded token ids and the pixels that our own encoder made, past vLLM's processors, so both backends and the
-trainer see the same input bit by bit, whatever image library vLLM's environment has. What comes back is checked against what was
-sent: the prompt's ids, and the number of rows.
+The engine gets expanded token ids and the pixels of our own encoder and does not use vLLM's processors, so both backends and the
+trainer have bit-identical input, whatever image library vLLM's environment has. The response is checked against the request: the
+prompt's ids, and the number of rows.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from switchkd.pipelines.capture.backends.vllm_plugin import ARCHITECTURE
 from switchkd.pipelines.capture.backends.vllm_pooler import Runs, request_options
 from switchkd.stores import Manifest, Payload
 
-# Before vLLM is imported: it reads them then. It reports its use over the network unless it is told not to.
+# Set before vLLM is imported, since it reads them on import. By default vLLM reports usage statistics over the network.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
@@ -37,7 +37,7 @@ class VllmBackend(Backend):
         tensor_parallel: devices that share the teacher. options: further arguments of `vllm.EngineArgs`.
 
     Raises:
-        CheckpointError: a teacher that vLLM's Llava cannot hold.
+        CheckpointError: a teacher that vLLM's Llava does not support.
         RunError: the engine does not start.
     """
 
@@ -71,7 +71,7 @@ class VllmBackend(Backend):
                 "trust_remote_code": checkpoint.trust_remote_code,
                 "enable_prefix_caching": True,
                 "limit_mm_per_prompt": {"image": 1},
-                "mm_processor_cache_gb": 0,  # requests come processed
+                "mm_processor_cache_gb": 0,  # requests are already processed
                 "disable_log_stats": True,
                 **(options or {}),
             }
@@ -84,14 +84,14 @@ class VllmBackend(Backend):
         return self.finish(self.start(samples, manifest))
 
     def start(self, samples: Sequence[EncodedSample], manifest: Manifest) -> Any:
-        """Queue one request a sample. Raises RunError."""
+        """Queue one request per sample. Raises RunError."""
         return [(sample, self._add(sample, manifest, cached_prefix=True)) for sample in samples], manifest
 
     def finish(self, started: Any) -> list[Payload]:
-        """Run the engine until these requests are done, and check what it answers. Raises RunError."""
+        """Run the engine until these requests are done, and check its output. Raises RunError."""
         requests, manifest = started
         rows = [self._wait(name, sample) for sample, name in requests]
-        # A prefix that came from the cache has no hidden states: where it reached into an answer, once more without it.
+        # A prefix from vLLM's cache has no hidden states: if it overlaps an answer, the request runs again without the cache.
         for index, (sample, _) in enumerate(requests):
             if len(rows[index]) < sample.positions:
                 rows[index] = self._wait(self._add(sample, manifest, cached_prefix=False), sample)
@@ -151,7 +151,7 @@ def predicting_runs(supervised: np.ndarray) -> Runs:
 
 @contextmanager
 def _engine_alive() -> Iterator[None]:
-    """Turn the death of the engine's process into a BackendFailed."""
+    """Raise BackendFailed if the engine's process has died."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
@@ -169,6 +169,6 @@ def _start_engine(arguments: dict[str, Any]) -> Any:
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     except (ValueError, RuntimeError, TypeError) as error:
         raise RunError(f"vLLM does not start: {error}") from error
-    # Before multiprocessing ends the engine's processes, which vLLM would report as their unexpected death.
+    # Runs before multiprocessing ends the engine's processes, which vLLM would report as an unexpected exit.
     atexit.register(engine.engine_core.shutdown)
     return engine

@@ -25,7 +25,7 @@ PROFILE_TOP_K = 128
 
 
 def image_input(ids: list[int], pixels: Tensor, image_id: int, image_tokens: int, name: str) -> MultiModalInput:
-    """Return a request with an image as vLLM's engine takes it, past its processors.
+    """Return a request with an image in the form of vLLM's engine, without vLLM's processors.
 
     Args:
         ids: [L], the image's tokens expanded. pixels: [3, H, W]. name: the image's hash, for the encoder's cache.
@@ -37,7 +37,7 @@ def image_input(ids: list[int], pixels: Tensor, image_id: int, image_tokens: int
 
 
 class _Processor(LlavaMultiModalProcessor):
-    """Makes the trial inputs of the engine's start; requests come processed, with the pixels that the trainer sees too."""
+    """Makes the dummy inputs of the engine's start; real requests are already processed, with the same pixels as in training."""
 
     def get_dummy_mm_inputs(
         self, mm_counts: Mapping[str, int], *, cache: Any = None, scheduler_config: Any = None
@@ -68,7 +68,7 @@ class CaptureLlava(LlavaForConditionalGeneration):
         self.pooler = _Pooler(self.compute_logits, min(PROFILE_TOP_K, rows))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint as transformers names it, whether or not it has the level `vision_model` that vLLM expects."""
+        """Load a checkpoint with transformers' names, with or without the level `vision_model` that vLLM expects."""
         loaded: set[str] = super().load_weights((_with_vision_model(name), tensor) for name, tensor in weights)
         return loaded
 

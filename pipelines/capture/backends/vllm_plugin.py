@@ -1,10 +1,10 @@
-"""The entry point `vllm.general_plugins`: makes the capture model known to every process of vLLM."""
+"""The entry point `vllm.general_plugins`: registers the capture model in every process of vLLM."""
 
 ARCHITECTURE = "SwitchKDCaptureLlava"
 
 
 def register() -> None:
-    """Register the capture model by name; vLLM imports it when an engine asks for it."""
+    """Register the capture model by name; vLLM imports it when an engine uses it."""
     from vllm import ModelRegistry
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():

@@ -1,7 +1,7 @@
-"""The pooler of the capture model: from each request's hidden states to the packed rows of its supervised positions.
+"""The pooler of the capture model: converts each request's hidden states to the packed rows of its supervised positions.
 
-It runs in vLLM's worker, beside the logits, and sees a request in pieces: chunked prefill cuts a prompt anywhere, and a request
-that was preempted begins again. Plain torch: vLLM's own base class is added in vllm_model.py.
+It runs in vLLM's worker, on the device of the logits, and receives a request in chunks: chunked prefill may split a prompt anywhere
+and a preempted request starts again. It is plain torch; vLLM's own base class is added in vllm_model.py.
 """
 
 from collections import defaultdict
@@ -17,16 +17,16 @@ Runs = list[tuple[int, int]]  # [begin, end) of the rows wanted, ascending, in p
 
 
 def request_options(runs: Runs, vocab_rows: int | None, top_k: int, keep_hidden: bool) -> dict[str, Any]:
-    """Return what a request tells the pooler, as `PoolingParams.extra_kwargs` carries it: plain data."""
+    """Return a request's parameters for the pooler, as plain data for `PoolingParams.extra_kwargs`."""
     return {"runs": runs, "vocab_rows": vocab_rows, "top_k": top_k, "keep_hidden": keep_hidden}
 
 
 class RowsPooler(nn.Module):
-    """Cuts hidden states to the rows wanted, collects them over a request's chunks, packs them when it is complete.
+    """Selects the requested rows of hidden states, collects them over a request's chunks, and packs them when it is complete.
 
     Args:
         compute_logits: [p, d] → [p, V]; None on a tensor-parallel rank that gets no logits.
-        profile_top_k: K of the engine's trial runs, whose requests ask for nothing.
+        profile_top_k: K of the engine's profiling runs, whose requests name no rows.
     """
 
     def __init__(self, compute_logits: Callable[[Tensor], Tensor | None], profile_top_k: int) -> None:
@@ -35,13 +35,13 @@ class RowsPooler(nn.Module):
         self._profile_top_k = profile_top_k
 
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
-        """Take one step's hidden states.
+        """Process one step's hidden states.
 
         Args:
             hidden_states: [rows of this step, d], request after request. pooling_metadata: vLLM's `PoolingMetadata`.
 
         Returns:
-            One entry a request: packed rows (capture.py) if this step completes it, else None. Fewer rows than were asked for
+            One entry per request: packed rows (packed_rows.py) if this step completes it, else None. Fewer rows than requested
             mean that a prefix came from the cache, without hidden states.
         """
         cursor, states = pooling_metadata.get_pooling_cursor(), pooling_metadata.pooling_states
@@ -75,14 +75,14 @@ class RowsPooler(nn.Module):
 
     def _logits(self, states: Tensor) -> Tensor:
         logits = self._compute_logits(states)
-        # A rank without logits goes through the motions; what it returns is not read.
+        # A rank without logits runs the same steps; its return value is not used.
         return states.new_zeros(len(states), max(self._profile_top_k, 2)) if logits is None else logits
 
 
 def _collect(held: list[Tensor], runs: Runs, rows: Tensor, begin: int) -> None:
-    """Add the wanted ones among `rows`, which stand at begin, begin + 1, … of the prompt, to those held."""
+    """Add the requested ones of `rows`, which are rows begin, begin + 1, … of the prompt, to those collected."""
     before = sum(max(min(run_end, begin) - run_begin, 0) for run_begin, run_end in runs)
-    if sum(map(len, held)) > before:  # preempted: this part of the prompt was seen before
+    if sum(map(len, held)) > before:  # preempted: these rows of the prompt were processed before
         held[:] = [torch.cat(held)[:before]]
     for run_begin, run_end in runs:
         low, high = max(run_begin - begin, 0), min(run_end - begin, len(rows))
