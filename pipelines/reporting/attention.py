@@ -1,9 +1,9 @@
 """Attention maps: attention from the answer's tokens to the image's tokens, as a map over the patches (paper, Fig. 3).
 
 The paper shows such maps without defining how they are computed; this is the definition used here. A[l, h, q, j] is the attention
-weight of the LLM's layer l and head h from row q to key j, a softmax over all keys that q may see, so Σ_j A[l, h, q, j] = 1. Q are the rows
-that predict the answer's tokens, its end included (the label shift of positions.py), H the heads, S the chosen layers. For the
-token of patch j
+weight of the LLM's layer l and head h from row q to key j, a softmax over all keys visible to q, so Σ_j A[l, h, q, j] = 1. Q are
+the rows that predict the answer's tokens, its end included (the label shift of positions.py), H the heads, S the chosen layers. For
+the token of patch j
 
     mass_j = 1/(|S|·|H|·|Q|) · Σ_{l in S} Σ_{h in H} Σ_{q in Q} A[l, h, q, j]
 

@@ -95,7 +95,7 @@ class Benchmark:
         metric: a description of the score. home: where to get the data. source: paper and official script of the rule.
         splits: by name; the first is the default.
         read: (folder, split) → questions. judge: the answers of one unit, in the order of its questions → its values.
-        headline: means by stratum → score, 0 … 100. details: units → further figures, 0 … 100 unless the name says otherwise.
+        headline: means by stratum → score, 0 … 100. details: units → further metrics, 0 … 100 unless the name says otherwise.
         interval: "wilson" where the score is a share of right units, else "bootstrap".
         submit: (questions, predictions by id, folder, output folder) → the submission file in the official format.
     """
