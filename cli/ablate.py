@@ -18,11 +18,11 @@ from switchkd.pipelines.ablation.options import AblateOptions
 def command(
     recipe: str | None, show: bool, workdir: Path, settings: tuple[str, ...], launch: str | None, device: str | None
 ) -> None:
-    """Train and judge every cell of a RECIPE: objective × switch × scheme × teacher × student × seed.
+    """Train and evaluate every cell of a RECIPE: objective × switch × scheme × teacher × student × seed.
 
-    RECIPE is a YAML file or the name of a shipped one (--list). Each teacher is cached once, cells share what they have in common,
-    and the same command again does what is left. The table, with mean and spread over seeds, is written as Markdown, CSV and a
-    plot into the working folder.
+    RECIPE is a YAML file or the name of a shipped one (--list). Each teacher is cached once, cells share the runs that they have
+    in common, and the same command again does what is missing. The table, with mean and spread over seeds, is written as
+    Markdown, CSV and a plot into the working folder.
     """
     if show:
         from switchkd.pipelines.ablation.recipe import shipped_recipes

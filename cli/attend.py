@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--question", "questions", required=True, multiple=True, help="What is asked about the image before it.")
 @options_of(AttendOptions)
 def command(images: tuple[Path, ...], questions: tuple[str, ...], device: str | None, **options: Any) -> None:
-    """Show what teacher, baseline and student look at while they answer, side by side.
+    """Show the attention maps of teacher, baseline and student for the same questions, side by side.
 
     Attention from the answer to the image's patches, mean over layers, heads and the answer's tokens, drawn over the image as
     each model sees it. Several questions give several rows: repeat `--image` and `--question` in pairs.

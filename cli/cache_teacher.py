@@ -1,4 +1,4 @@
-"""`switchkd cache-teacher`: stage one."""
+"""`switchkd cache-teacher`: capture."""
 
 import os
 from typing import Any
@@ -57,7 +57,7 @@ def command(
         click.echo(f"worker {which[0]} of {which[1]} (from {source})", err=True)
     resolved = CacheOptions(
         shard=which,
-        # Asking for CUDA here would keep vLLM's processes from forking.
+        # Initialising CUDA here would prevent vLLM's processes from forking.
         device=device or ("cpu" if vllm else "auto" if ray and not dry_run else default_device()),
         batch_size=batch_size or BATCH_SIZES[options["backend"]],
         vllm_options=tuple(_name_and_value(text) for text in vllm_options),
@@ -76,7 +76,7 @@ def command(
 
 
 def _name_and_value(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE, the value as YAML has it."""
+    """Parse NAME=VALUE, the value as YAML."""
     import yaml
 
     name, equals, value = text.partition("=")

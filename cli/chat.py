@@ -14,7 +14,7 @@ from switchkd.pipelines.release.options import ChatOptions
 @click.option("--question", help="Ask this alone.  [default: ask what is typed, or each line of standard input]")
 @options_of(ChatOptions)
 def command(question: str | None, device: str | None, **options: Any) -> None:
-    """Talk to a model about an image; answers are greedy and come word by word.
+    """Ask a model about an image; answers are greedy and printed word by word.
 
     On a terminal an empty line ends the conversation.
     """

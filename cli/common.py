@@ -1,4 +1,4 @@
-"""What several commands share: types of options, the configuration file, quiet libraries."""
+"""Helpers of several commands: option types, the configuration file, and logging without the libraries' messages."""
 
 import logging
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class _StorePath(click.ParamType):  # type: ignore[type-arg]
         return text if "://" in text else Path(text)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Let the shell complete files and folders."""
+        """Complete files and folders in the shell."""
         return [CompletionItem(incomplete, type="file")]
 
 
@@ -60,8 +60,8 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
 
 
 def quiet_libraries() -> None:
-    """Print our own log lines to standard error, and keep the libraries' progress bars out of them."""
-    # transformers imports torchao where it is installed, which tells of every kernel that this machine cannot use.
+    """Print switchkd's log lines to standard error, without the progress bars of libraries."""
+    # transformers imports torchao if it is installed, which logs every kernel that this machine cannot use.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
@@ -76,7 +76,7 @@ def quiet_libraries() -> None:
 
 
 def default_device() -> str:
-    """Return "cuda" where there is one, else "cpu"."""
+    """Return "cuda" if a CUDA device exists, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +88,7 @@ def lines_of(counts: dict[str, int]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that reads best: "28 seconds", "12 minutes", "3.4 hours"."""
+    """Return a time in the most readable unit: "28 seconds", "12 minutes", "3.4 hours"."""
     if seconds < 120:
         return f"{seconds:,.0f} seconds"
     return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

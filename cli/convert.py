@@ -16,7 +16,7 @@ from switchkd.pipelines.checkpoints.options import ConvertOptions
 def command(**options: Any) -> None:
     """Rewrite the checkpoint in folder SOURCE in another layout, in the new folder TARGET.
 
-    What it computes stays the same; every tensor is accounted for, and one that is unknown or missing is an error.
+    The model's outputs stay the same; an unknown or missing tensor is an error.
     """
     quiet_libraries()
     from switchkd.pipelines.checkpoints.convert import convert

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from switchkd.pipelines.preflight.data_check import DataCheck
 
-FIRST_ROWS = 5  # named of each reason
+FIRST_ROWS = 5  # listed for each reason
 BINS = 16
 QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 BAR_WIDTH = 40  # characters of the longest bar
@@ -31,7 +31,7 @@ def command() -> None:
 @click.option("--strict", is_flag=True, help="Exit 1 if a row would be skipped.")
 @click.pass_context
 def check(ctx: click.Context, /, strict: bool, data: Path, **options: Any) -> None:
-    """Tell what a data file holds: kinds, lengths, and what would be skipped and why."""
+    """Report the contents of a data file: kinds, lengths, and what would be skipped and why."""
     quiet_libraries()
     from switchkd.pipelines.preflight.data_check import check_data
 
@@ -46,7 +46,7 @@ def check(ctx: click.Context, /, strict: bool, data: Path, **options: Any) -> No
 @options_of(ShowOptions)
 @click.option("--plain", is_flag=True, help="Brackets instead of colours.  [default: where the output is no terminal]")
 def show(data: Path, plain: bool, **options: Any) -> None:
-    """Print the exact text of samples, what is supervised marked: in green, or in [[brackets]]."""
+    """Print the exact text of samples, with supervised text marked: in green, or in [[brackets]]."""
     quiet_libraries()
     from rich.console import Console
     from rich.text import Text
@@ -100,8 +100,8 @@ def histogram(lengths: "NDArray[Any]", unit: str, limit: int | None) -> list[str
     """Draw lengths as bars of text.
 
     Args:
-        lengths: [n]. unit: what they count. limit: the bins end there and what is longer has a line of its own; None bins up to
-            the longest.
+        lengths: [n]. unit: of the lengths. limit: the last bin ends there, and longer samples have a separate line; None bins up
+            to the longest.
     """
     import numpy as np
 

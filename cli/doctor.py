@@ -8,7 +8,7 @@ from switchkd.cli.common import quiet_libraries
 @click.command("doctor")
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Tell what this machine has, what is broken, and which command lacks what; exit 1 if something is broken."""
+    """Report what this machine has, what is broken, and what each command lacks; exit 1 if something is broken."""
     quiet_libraries()
     from switchkd.pipelines.doctor import examine
 

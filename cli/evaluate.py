@@ -10,7 +10,7 @@ from switchkd.pipelines.evaluation.options import BENCHMARKS, AnswerOptions, Ben
 from switchkd.pipelines.options import fields_of
 
 EXACT_MATCH = "exact-match"
-# Options of one kind of task only.
+# Options that only one kind of task has.
 _FILE_ONLY = ("data", "images")
 _BENCHMARK_ONLY = ("benchmarks", "score_only", "retry_failed", "baseline")
 
@@ -54,7 +54,7 @@ def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) 
 def command(task: tuple[str, ...], **options: Any) -> None:
     """Score a model: on the ten benchmarks of the paper, or by exact match on a data file.
 
-    Decoding is greedy. Answers are kept; after an interruption the same command goes on and asks nothing twice.
+    Decoding is greedy. Answers are stored; after an interruption the same command resumes and repeats no question.
     """
     exact = EXACT_MATCH in task
     if exact and len(task) > 1:

@@ -13,7 +13,7 @@ from switchkd.pipelines.checkpoints.options import InitOptions
 @config_option
 @options_of(InitOptions)
 def command(**options: Any) -> None:
-    """Assemble a student: a vision tower and a language model with their weights, a projector without.
+    """Assemble a student: a vision tower and a language model with their weights, and a projector with random weights.
 
     The tokenizer gets the token <image> if it has none. Train the projector first: `switchkd train --stage pt`.
     """

@@ -1,4 +1,4 @@
-"""The command line: parse, call a pipeline, print. Commands are imported only when they are used, so help is instant."""
+"""The command line: parse options, run a pipeline, print. Commands are imported only when used, so that help is fast."""
 
 import importlib
 import signal
@@ -30,17 +30,17 @@ INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
 
 
 def _failure(message: str, exit_code: int) -> click.ClickException:
-    """Return an error as the user sees it; the command line ends with its exit code."""
+    """Return the message of an error for the user; the command line ends with its exit code."""
     error = click.ClickException(message)
     error.exit_code = exit_code  # type: ignore[misc]
     return error
 
 
 class Commands(click.Group):
-    """The group of all commands; turns every expected error into a message and an exit code."""
+    """The group of all commands; converts every expected error to a message and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order in which a user meets them."""
+        """Return the names in the order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
@@ -85,7 +85,7 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 def _out_of_memory(error: RuntimeError) -> str:
-    """Return advice if the device's memory ran out; any other RuntimeError is a bug of ours and keeps its traceback."""
+    """Return advice if the device's memory ran out; any other RuntimeError is a bug of switchkd and keeps its traceback."""
     if "out of memory" in str(error) or "can't allocate memory" in str(error):
         advice = "lower --batch-size; training also has --student-checkpointing and --teacher-checkpointing"
         return f"out of memory: {advice} ({str(error).splitlines()[0]})"

@@ -1,4 +1,4 @@
-"""click options made from the fields of an options class, and help in groups."""
+"""Creation of click options from the fields of an options class, and grouped help."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ OTHER = "Other options"
 
 
 class GroupedOption(click.Option):
-    """An option that stands under a heading of the help."""
+    """An option that is listed under a heading of the help."""
 
     def __init__(self, *names: Any, group: str = "", **settings: Any) -> None:
         super().__init__(*names, **settings)
@@ -25,14 +25,14 @@ class GroupedCommand(click.Command):
     """A command whose help shows options under the headings of their groups, in the order in which they first appear."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for each group, options without one last."""
+        """Write one section for each group; options without a group come last."""
         for title, options in grouped(self, ctx).items():
             with formatter.section(title):
                 formatter.write_dl([row for option in options if (row := option.get_help_record(ctx)) is not None])
 
 
 def grouped(command: click.Command, ctx: click.Context) -> dict[str, list[click.Option]]:
-    """Return a command's visible options by the heading under which they stand."""
+    """Return a command's visible options by heading."""
     found: dict[str, list[click.Option]] = {}
     other: list[click.Option] = []
     for parameter in command.get_params(ctx):
@@ -62,7 +62,7 @@ def options_of(
 
     def add(command: F) -> F:
         in_order = sorted(made, key=lambda entry: order[entry[0]])
-        for _, decorate in reversed(in_order):  # click puts what is added last first
+        for _, decorate in reversed(in_order):  # click lists the option added last first
             command = decorate(command)
         return command
 
@@ -96,7 +96,7 @@ def _option(name: str, field: Any, changes: Mapping[str, Any]) -> tuple[str, Cal
 
 
 def _type(field: Any) -> Any:
-    """Return what click makes of a value: a choice of words, a number within bounds, a path."""
+    """Return the click type of a field: a choice of words, a number within bounds, a path."""
     kinds = [kind for kind in declared.kinds_of(field.annotation) if kind is not type(None)]
     if len(kinds) == 1 and get_origin(kinds[0]) is tuple and declared.shown(field).multiple:
         kinds = [get_args(kinds[0])[0]]  # of each value

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def command(runs: tuple[str, ...], out: Path, samples: int, knees: int, device: str | None) -> None:
     """Write one HTML page, and PNGs, about training runs, evaluations and stores.
 
-    RUN is a folder that `train`, `eval` or `cache-teacher` wrote, or one that holds several of them, such as demo-run; or
-    LABEL=RUN. The page needs no other file and no network. What the runs do not hold is left out, with a line that says
-    what would bring it.
+    RUN is a folder that `train`, `eval` or `cache-teacher` wrote, or one that contains several of them, such as demo-run; or
+    LABEL=RUN. The page needs no other file and no network. Sections without data are left out, with a line that explains
+    how to obtain it.
     """
     quiet_libraries()
     from switchkd.pipelines.reporting.report import report
@@ -47,7 +47,7 @@ def _labelled(text: str) -> tuple[str | None, Path | str]:
 
 
 def _format_report(done: "Report") -> Iterator[str]:
-    """Yield what the command line prints."""
+    """Yield the lines that the command line prints."""
     yield f"{done.page}: {len(done.pictures)} pictures beside it"
     for line in done.missing:
         yield f"  {line}"

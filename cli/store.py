@@ -65,7 +65,7 @@ def _payload(manifest: "Manifest") -> str:
 @command.command("status")
 @click.argument("path", type=STORE)
 def status(path: "StoreLocation") -> None:
-    """Print how far a store is: parts done and missing, by whom, rate and time left."""
+    """Print the progress of a capture: parts done and missing, by writer, rate and time left."""
     from switchkd.stores.status import status
 
     found = status(path)
@@ -143,7 +143,7 @@ def repair(path: "StoreLocation") -> None:
 @click.argument("path", type=STORE)
 @options_of(AuditOptions)
 def audit(path: "StoreLocation", device: str | None, **options: Any) -> None:
-    """Run the teacher again on random samples and say how far the store is from it."""
+    """Run the teacher again on random samples and report the error of the store's payloads."""
     quiet_libraries()
     from switchkd.pipelines.capture.audit import audit
 

@@ -1,4 +1,4 @@
-"""`switchkd train`: stage two."""
+"""`switchkd train`: training."""
 
 import logging
 import os
@@ -19,12 +19,12 @@ from switchkd.pipelines.training.options import TrainOptions
 def command(ctx: click.Context, /, **options: Any) -> None:
     """Train a student with CE + λ1·Align + λ2·VSD from a teacher store.
 
-    Align reads the store; VSD sends the student's visual features through the teacher's projector and LLM. Run it again to
+    Align reads the store; VSD runs the student's visual features through the teacher's projector and LLM. Run it again to
     continue after an interruption. Under torchrun it trains on all devices. A config file may hold `trainer:`, further
     arguments of transformers' TrainingArguments.
     """
     quiet_libraries()
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, this one prints
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, only this one prints
     if not first:
         logging.getLogger("switchkd").setLevel(logging.WARNING)
     from switchkd.pipelines.training.stages import with_stage

@@ -1,4 +1,4 @@
-"""A batch of samples by the names of its columns, as losses, teachers and measurements read it."""
+"""The batch of samples that losses, teachers and metrics read, with its columns as named fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,33 +8,33 @@ from torch import Tensor
 
 
 class TextInputs(NamedTuple):
-    """What a language model reads of a batch."""
+    """The inputs of a language model for a batch."""
 
     input_ids: Tensor  # [B, L] int64
     attention_mask: Tensor  # [B, L] int64
     labels: Tensor  # [B, L] int64, -100 where not supervised
-    packing: Tensor | None  # [R, N] int64, see `switchkd.models.packing`; None with one sample a row
+    packing: Tensor | None  # [R, N] int64, see `switchkd.models.packing`; None with one sample per row
 
 
 @dataclass(frozen=True)
 class Batch:
     """B samples, padded to L tokens, with P positions in all. All tensors are on one device.
 
-    A batch travels as a dict of columns, since transformers' Trainer moves it to a device as one; `of` reads it.
+    A batch is passed as a dict of columns, since transformers' Trainer moves a dict to a device; `of` reads it.
 
     Attributes:
         input_ids, attention_mask, labels: [B, L] int64, as the student reads the samples; a label is -100 where not supervised.
         has_image: [B] bool.
-        pixel_values: [images, 3, H, W] float32; None in a batch of text alone.
-        packing: [R, N] int64, how samples share rows; None with one sample a row.
-        teacher_input_ids, teacher_attention_mask, teacher_labels: [B, L_T] int64, where the teacher reads samples otherwise.
-        teacher_packing: [R, N_T] int64, of the same samples a row, where it reads them otherwise.
-        switch_packing: [R', N'] int64, of the samples with an image as the teacher reads them, in rows of their own.
+        pixel_values: [images, 3, H, W] float32; None in a text-only batch.
+        packing: [R, N] int64, how samples share rows; None with one sample per row.
+        teacher_input_ids, teacher_attention_mask, teacher_labels: [B, L_T] int64, if the teacher encodes samples differently.
+        teacher_packing: [R, N_T] int64, with the same samples per row, if it encodes them differently.
+        switch_packing: [R', N'] int64, of the samples with an image as the teacher encodes them, in separate rows.
         partner: [P] int64, with another tokenizer: the teacher's position of each of the student's, or -1.
-        teacher_ids: [P, K] int64; teacher_logits: [P, K]; teacher_tail: [P]; teacher_knee: [P] int64: from a store that holds
-            top-k logits.
-        teacher_hidden: [P, d_T], from a store that holds hidden states. With another tokenizer these five have P_T rows.
-        store_seconds: time that it took to read the store.
+        teacher_ids: [P, K] int64; teacher_logits: [P, K]; teacher_tail: [P]; teacher_knee: [P] int64: from a store that
+            contains top-k logits.
+        teacher_hidden: [P, d_T], from a store that contains hidden states. With another tokenizer these five have P_T rows.
+        store_seconds: time spent reading the store.
     """
 
     input_ids: Tensor
@@ -58,12 +58,12 @@ class Batch:
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> "Batch":
-        """Read a dict of columns. Raises TypeError for a column that a batch does not have, and for one that it lacks."""
+        """Read a dict of columns. Raises TypeError for an unknown column, and for a missing one."""
         return cls(**columns)
 
     @property
     def teacher_inputs(self) -> TextInputs:
-        """What the teacher's language model reads: its own view of the samples, or the student's where they are the same."""
+        """The inputs of the teacher's language model: its own encoding of the samples, or the student's if they are equal."""
         if self.teacher_input_ids is None or self.teacher_attention_mask is None or self.teacher_labels is None:
             return TextInputs(self.input_ids, self.attention_mask, self.labels, self.packing)
         packing = self.packing if self.teacher_packing is None else self.teacher_packing

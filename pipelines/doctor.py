@@ -1,4 +1,4 @@
-"""`switchkd doctor`: what this machine has, what is broken, and which command lacks what."""
+"""`switchkd doctor`: report packages and devices of this machine, what is broken, and what each command lacks."""
 
 import importlib
 import importlib.metadata
@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import switchkd
 
-# Extra → what it brings, in the words of a user. A test keeps it complete.
+# Extra → the features that it adds, for users. A test checks that it is complete.
 EXTRAS = {
     "demo": "`demo`",
     "vllm": "`cache-teacher --backend vllm` (in an environment of its own)",
@@ -32,14 +32,14 @@ EXTRAS = {
     "docs": "`make docs`",
     "dev": "`make test`",
 }
-LEAST_FREE_BYTES = 10 << 30  # below this a place is named as nearly full
+LEAST_FREE_BYTES = 10 << 30  # below this, a folder's disk is reported as nearly full
 LEAST_FILES = 4096  # open files; DataLoader workers and the parts of a store need many
 LEAST_SHARED_BYTES = 1 << 30  # /dev/shm, through which DataLoader workers hand over batches
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     area: str
     verdict: str  # "ok"; "note", something is missing that not everyone needs; "bad", commands will fail
@@ -48,7 +48,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at packages, devices, codecs, disks and limits; yields findings as they come. Nothing is changed."""
+    """Check packages, devices, codecs, disks and limits, and yield findings one by one. Nothing is changed."""
     yield Finding("system", "ok", f"{platform.platform()}, Python {platform.python_version()} at {sys.executable}")
     yield Finding("system", "ok", f"switchkd {switchkd.__version__} at {Path(switchkd.__file__).parent}")
     yield from _core()
@@ -66,7 +66,7 @@ def _core() -> Iterator[Finding]:
 
 
 def _requirements(extra: str) -> list[Requirement]:
-    """Return what switchkd itself requires, or what one of its extras adds."""
+    """Return the requirements of switchkd itself, or those that one of its extras adds."""
     found = map(Requirement, importlib.metadata.requires("switchkd") or [])
     in_force = [item for item in found if item.marker is None or item.marker.evaluate({"extra": extra})]
     return [item for item in in_force if (item.marker is not None and "extra" in str(item.marker)) == bool(extra)]
@@ -98,7 +98,7 @@ def _torchvision() -> Finding:
 
 
 def _tried(area: str, look: Callable[[], str], failed: str, advice: str) -> Finding:
-    """Return what `look` says, or that it failed; a broken installation may raise anything."""
+    """Return the result of `look`, or that it failed; a broken installation may raise any error."""
     try:
         return Finding(area, "ok", look())
     except Exception as error:
@@ -133,7 +133,7 @@ def _gpu(index: int) -> str:
 
 
 def _codecs() -> Iterator[Finding]:
-    """Write and read a small array through each kind of codec that stores use."""
+    """Write and read a small array with each kind of codec that stores use."""
     from switchkd.stores import layout
 
     values = np.arange(1000, dtype=np.float32)

@@ -1,14 +1,14 @@
-"""What an option is: one field of a dataclass, which says its type, default, bounds, help and place in the help.
+"""Definition of options: each is one field of a dataclass, with its type, default, bounds, help and position in the help.
 
     @options_class
     class TrainOptions:
         lr: float = option(default=2e-5, above=0, group="optimisation", help="Peak learning rate.")
 
-From that field come the click option (`cli/options.py`), the keys of `--config` and recipes (`value_of_option`), the check when the
-dataclass is made, whoever makes it, the record in run.yaml and the row in docs/commands.md.
+That field defines the click option (`cli/options.py`), the keys of `--config` and recipes (`value_of_option`), the check when an
+instance is created from any code, the record in run.yaml and the row in docs/commands.md.
 
-pydantic's dataclasses check the fields: they are ordinary dataclasses (`replace`, `asdict`, pickles), know `Literal`, unions and
-bounds, and take 0.1 s to import. Its errors become `ConfigError` in our own form.
+pydantic's dataclasses check the fields: they are ordinary dataclasses (`replace`, `asdict`, pickles), support `Literal`, unions and
+bounds, and take 0.1 s to import. pydantic's errors are converted to `ConfigError` with messages of this package.
 """
 
 import types
@@ -30,14 +30,14 @@ REQUIRED: Any = ...
 
 @dataclass(frozen=True)
 class Shown:
-    """How a field stands on the command line.
+    """How a field is shown on the command line.
 
     Args:
-        group: heading of the help under which it stands.
-        unset: what its absence means, where the command line has no default: shown as [default: …]; "" shows nothing.
-        metavar: stands for its value in the help.
+        group: heading of the help under which it is listed.
+        unset: what its absence means, if the command line has no default: shown as [default: …]; "" shows nothing.
+        metavar: placeholder of its value in the help.
         flag: the option's name if it is not the field's, or "-n, --name"; with `multiple` it may be given several times.
-        hidden: whether there is no such option on the command line.
+        hidden: whether the command line has no such option.
     """
 
     group: str = ""
@@ -79,17 +79,17 @@ def option(
 
 @dataclass_transform(field_specifiers=(option,), frozen_default=True)
 def options_class(cls: type[T]) -> type[T]:
-    """Make a frozen dataclass of options that are checked when an instance is made.
+    """Make a frozen dataclass of options that are checked when an instance is created.
 
-    An instance raises ConfigError, which names the option, what it takes and what was found. A method `__post_init__` checks what
-    must hold between options.
+    Creating an instance may raise ConfigError, which names the option, its valid values and the value found. A method
+    `__post_init__` checks conditions between options.
     """
     return _checked(cls, kw_only=False)
 
 
 @dataclass_transform(field_specifiers=(option,), frozen_default=True, kw_only_default=True)
 def keyword_options_class(cls: type[T]) -> type[T]:
-    """Make the same with fields that are given by name alone, so that a subclass may add fields without a default."""
+    """Make the same with keyword-only fields, so that a subclass may add fields without a default."""
     return _checked(cls, kw_only=True)
 
 
@@ -116,21 +116,21 @@ def fields_of(kind: type) -> dict[str, FieldInfo]:
 
 
 def shown(field: FieldInfo) -> Shown:
-    """Return how a field stands on the command line."""
+    """Return how a field is shown on the command line."""
     extra = field.json_schema_extra
     found: Any = extra.get("shown", Shown()) if isinstance(extra, dict) else Shown()
     return cast(Shown, found)
 
 
 def bounds(field: FieldInfo) -> tuple[float | None, float | None, float | None]:
-    """Return (at least, above, at most) of a number; None where there is no such bound."""
+    """Return (at least, above, at most) of a number; None if it has no such bound."""
     found: dict[type, Any] = {type(bound): bound for bound in field.metadata}
     least, above, most = (found.get(kind) for kind in (annotated_types.Ge, annotated_types.Gt, annotated_types.Le))
     return (least and least.ge, above and above.gt, most and most.le)
 
 
 def value_of_option(kind: type, name: str, value: Any) -> Any:
-    """Return one value as an options class takes it, say from YAML, where 1e-3 is text and a path is text.
+    """Convert one value to the type of its option, for example from YAML, where 1e-3 and a path are text.
 
     Raises:
         ConfigError: the class has no such option, or its type or bounds do not allow the value.
@@ -148,12 +148,12 @@ def value_of_option(kind: type, name: str, value: Any) -> Any:
 
 
 def _as_config_error(error: pydantic.ValidationError, kind: Any) -> SwitchKDError:
-    """Return the first thing that is wrong, in our own form; an error that `__post_init__` raised as it is."""
+    """Return pydantic's first error as a ConfigError; an error raised by `__post_init__` is returned unchanged."""
     first = error.errors()[0]
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, SwitchKDError):
         return raised
-    where = first["loc"][0]  # a number for a value that was given by place
+    where = first["loc"][0]  # a number for a positional value
     name = list(fields_of(kind))[where] if isinstance(where, int) and where < len(fields_of(kind)) else str(where)
     field = fields_of(kind).get(name)
     if first["type"] in ("missing", "missing_argument"):
@@ -164,7 +164,7 @@ def _as_config_error(error: pydantic.ValidationError, kind: Any) -> SwitchKDErro
 
 
 def _wanted(field: FieldInfo) -> str:
-    """Return what a field takes, as the end of a sentence that its name begins."""
+    """Return a field's valid values, as the end of a sentence that begins with its name."""
     kinds = [kind for kind in kinds_of(field.annotation) if kind is not type(None)]
     if words := [word for kind in kinds for word in words_of(kind)]:
         return f"is {words[0]} or {words[1]}" if len(words) == 2 else f"is one of {', '.join(words)}"
@@ -177,11 +177,11 @@ def _wanted(field: FieldInfo) -> str:
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the one type that an annotation is."""
+    """Return the members of a union, or a list of the annotation itself."""
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
     return typing.get_args(annotation) if union else (annotation,)
 
 
 def words_of(kind: Any) -> tuple[str, ...]:
-    """Return the words of a Literal; none for another type."""
+    """Return the values of a Literal; none for another type."""
     return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()

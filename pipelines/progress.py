@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-PLAIN_SECONDS = 10.0  # between two lines of a log file
+PLAIN_SECONDS = 10.0  # seconds between two lines of a log file
 
 
 class Progress:
     """Progress over `total` things named `unit`, of which `done` were done before.
 
     `advance(n, positions=p)` also counts positions for the rate; a `note` prints a line at once. `bar=False` prints lines on a
-    terminal too, for work whose steps have bars of their own.
+    terminal too, for work whose steps have their own bars.
     """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0, bar: bool = True) -> None:
@@ -50,7 +50,7 @@ class Progress:
             self._line()
 
     def advance(self, count: int, positions: int = 0, note: str = "") -> None:
-        """Count `count` more things, and the positions they held; `written_bytes` may be set at any time."""
+        """Count `count` more things, and their positions; `written_bytes` may be set at any time."""
         self.done += count
         self.positions += positions
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""What lies in the folder of a run or an evaluation: names of its files, the record of its options, writing a file as a whole."""
+"""Files in the folder of a run or an evaluation: their names, the record of the options, and atomic writing."""
 
 import os
 from collections.abc import Collection
@@ -11,7 +11,7 @@ import yaml
 from switchkd.errors import ConfigError
 
 RECORD = "run.yaml"
-SUMMARY = "summary.json"  # of a training run, written last: a run that has it is finished
+SUMMARY = "summary.json"  # of a training run, written last: a run that contains it is finished
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 
@@ -22,7 +22,7 @@ def to_plain(options: Any) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the options that a run was begun with; empty if it is new. Raises ConfigError if the record is damaged."""
+    """Return the options that a run was started with; empty if it is new. Raises ConfigError if the record is damaged."""
     path = folder / RECORD
     if not path.is_file():
         return {}
@@ -36,13 +36,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def record(folder: Path, options: dict[str, Any], free: Collection[str] = ()) -> None:
-    """Write the resolved options beside a run, or check them against those that it was begun with.
+    """Write the resolved options into a run's folder, or check them against those that it was started with.
 
     Args:
-        folder: the run's output. options: name → YAML value. free: options that may change between two starts.
+        folder: the run's output. options: name → YAML value. free: options that may differ when the run is resumed.
 
     Raises:
-        ConfigError: the run was begun with other options; names them.
+        ConfigError: the run was started with other options; names them.
     """
     if before := read_record(folder):
         names = [name for name in options if name not in free and before.get(name) != options[name]]
@@ -57,7 +57,7 @@ def record(folder: Path, options: dict[str, Any], free: Collection[str] = ()) ->
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is either there as a whole or not at all; several processes may write the same at once."""
+    """Write a file atomically: it exists either completely or not at all; several processes may write the same file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     unfinished.rename(path)

@@ -1,4 +1,4 @@
-"""Wall time of the stages of long work, kept in a file: what earlier, interrupted runs spent on a stage counts too."""
+"""Wall time of the steps of long work, stored in a file, so that the time of earlier, interrupted runs is included."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from switchkd.pipelines.run_folder import write_atomically
 
 
 class Stopwatch:
-    """Seconds by stage, in the JSON file `path`."""
+    """Seconds by step, in the JSON file `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -18,7 +18,7 @@ class Stopwatch:
 
     @contextmanager
     def timing(self, stage: str) -> Iterator[None]:
-        """Add the wall time of the block to a stage, however the block ends."""
+        """Add the wall time of the `with` block to a step, also if the block raises."""
         start = time.monotonic()
         try:
             yield

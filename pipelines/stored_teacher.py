@@ -1,4 +1,4 @@
-"""A teacher store read back: samples encoded and checked as they were cached, and the signals that its payloads give to a loss."""
+"""Reading a teacher store for training: encoding and checking samples as they were cached, and the signals of its payloads."""
 
 from pathlib import Path
 from typing import Protocol
@@ -22,19 +22,19 @@ from switchkd.stores import Manifest, Payload, TeacherStore
 
 
 class TeacherSource(Protocol):
-    """Gives the teacher's signal at a batch's P positions."""
+    """Returns the teacher's signal at a batch's P positions."""
 
     def signal(self, batch: Batch) -> TeacherSignal:
         """Return the signal, on the device of `batch`."""
         ...
 
     def to(self, device: torch.device) -> None:
-        """Move what it holds."""
+        """Move its tensors to a device."""
         ...
 
 
 class StoredTopK:
-    """Payload `topk`: sparse."""
+    """Signals of payload `topk`: the k largest logits and the mass of the rest."""
 
     def __init__(self, vocab_rows: int, tail: TailPolicy) -> None:
         self.vocab_rows, self.tail = vocab_rows, tail
@@ -53,11 +53,11 @@ class StoredTopK:
         )
 
     def to(self, device: torch.device) -> None:
-        """Nothing to move."""
+        """Does nothing: it has no tensors."""
 
 
 class StoredHidden:
-    """Payload `hidden`: the teacher's LM head turns stored states into its whole rows, about 1 % of its forward pass.
+    """Signals of payload `hidden`: the teacher's LM head computes whole logit rows from stored states, about 1 % of a forward pass.
 
     Args:
         head: the LM head's weight, [V, d].
@@ -77,10 +77,10 @@ class StoredHidden:
 
 
 def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
-    """Return a payload as the columns of a batch, see `Batch`; the large ones share its memory."""
+    """Return a payload as the columns of a batch, see `Batch`; the large columns share its memory."""
     columns = {}
     if payload.ids is not None and payload.logits is not None:
-        columns["teacher_ids"] = torch.from_numpy(payload.ids).long()  # as the losses index
+        columns["teacher_ids"] = torch.from_numpy(payload.ids).long()  # int64, as the losses index with it
         columns["teacher_logits"] = torch.from_numpy(payload.logits)
         columns["teacher_tail"] = torch.tensor(payload.stat("tail_logsumexp"))
         columns["teacher_knee"] = torch.from_numpy(payload.stat("knee")).long()
@@ -92,11 +92,11 @@ def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
 def encoder_of_store(
     manifest: Manifest, checkpoint: Checkpoint, images: Path | None, longer: int = 0, with_starts: bool = False
 ) -> SampleEncoder:
-    """Return the encoder that makes samples as those of a store were made: its template, its bounds.
+    """Return an encoder with the settings of a store: its template and its limits.
 
     Args:
-        checkpoint: who reads the samples, with the image mode that is wanted; see `Manifest.image_mode`.
-        images: the image folder. longer: tokens that a sample may have beyond the store's maximum length.
+        checkpoint: the model that reads the samples, with the requested image mode; see `Manifest.image_mode`.
+        images: the image folder. longer: tokens allowed in addition to the store's maximum length.
         with_starts: see `SampleEncoder`.
 
     Raises:
@@ -109,7 +109,7 @@ def encoder_of_store(
 
 
 def choose_samples(store: TeacherStore, count: int, seed: int) -> list[int]:
-    """Return at most `count` random usable samples of the parts that are there, in ascending order."""
+    """Return at most `count` random usable samples of the existing parts, in ascending order."""
     usable = np.concatenate(
         [
             np.flatnonzero(store.part_statuses(part) == Status.OK) + store.manifest.part_samples(part)[0]

@@ -1,8 +1,8 @@
-"""`switchkd ablate`: train and judge every cell of a recipe's matrix over shared stores, and put the scores into a table.
+"""`switchkd ablate`: train and evaluate every cell of a recipe's matrix with shared stores, and write a table of scores.
 
-Whatever is made is named by what it was made from: two cells with the same pre-training share that run, two recipes with the same
-cell in one working folder share it, and the same command again does only what is not there yet. A teacher is cached once per data
-file that is distilled.
+Every result is named by a hash of its inputs: two cells with the same pre-training share that run, two recipes with the same cell
+in one working folder share it, and the same command again does only what is missing. A teacher is cached once per data file that
+is distilled.
 """
 
 import json
@@ -36,14 +36,14 @@ from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.stages import with_stage
 from switchkd.pipelines.training.train import train
 
-# Options of a stage that say how samples are encoded; a distilled stage's store is made with them and then holds them.
+# Options of a training stage that define the encoding of samples; a distilled stage's store is created with them and records them.
 _ENCODING = ("template", "max_length", "image_mode")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What an ablation gave."""
+    """The result of an ablation."""
 
     table: str  # Markdown
     files: tuple[Path, ...]
@@ -65,7 +65,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Job:
-    """A row of the results: a cell with the runs that lead to it, or a teacher that is only judged."""
+    """A row of the results: a cell with the runs that lead to it, or a teacher that is only evaluated."""
 
     cell: Cell | None
     name: str
@@ -75,10 +75,10 @@ class _Job:
 
 
 def ablate(options: AblateOptions) -> Ablation:
-    """Run what is not finished of a recipe, and write its table.
+    """Run the unfinished jobs of a recipe, and write its table.
 
     Raises:
-        InputError: something in the recipe cannot be used; all of it is looked at before any work.
+        InputError: something in the recipe cannot be used; all of it is checked before any work.
         RunError: a training run failed; what is finished stays finished.
     """
     recipe = read_recipe(options.recipe, options.settings, options.workdir)
@@ -134,14 +134,14 @@ def _cell_run(recipe: Recipe, options: AblateOptions, cell: Cell, stage: str, st
     teacher_runs = _teacher_runs(recipe, options, cell.teacher)
     teacher = teacher_runs[-1].options.output if teacher_runs else _teacher_start(recipe, options, cell.teacher)
     parts = with_stage(stage, given)["train_parts"]
-    # VSD teaches the vision tower; a distilled stage that leaves it frozen has Align alone.
+    # VSD trains the vision tower; a distilled training stage that leaves it frozen has Align alone.
     given |= {"objective": cell.objective, "switch": cell.switch and "vision" in parts, "teacher": teacher}
     if cell.objective in BASELINES:
         given["teacher_mode"] = "live"
     if given.get("teacher_mode") == "live":
         return _run(options, stage, start, cell.seed, given)
     cache = _cache_options(recipe, options, cell.teacher, stage, teacher)
-    # What the store says of them holds for training.
+    # Training takes these from the store's manifest.
     given = {name: value for name, value in given.items() if name not in _ENCODING}
     return _run(options, stage, start, cell.seed, given | {"cache": cache.out}, cache)
 
@@ -174,7 +174,7 @@ def _teacher_start(recipe: Recipe, options: AblateOptions, name: str) -> Path:
 
 
 def _teacher_runs(recipe: Recipe, options: AblateOptions, name: str) -> list[_Run]:
-    """Return the runs that make a teacher which the recipe trains itself; none for a checkpoint."""
+    """Return the training runs of a teacher that the recipe trains itself; none for a checkpoint."""
     model, runs = recipe.teachers[name], []
     start = _teacher_start(recipe, options, name)
     for stage, given in ({} if isinstance(model, str) else model.get("train", {})).items():
@@ -188,7 +188,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _check(recipe: Recipe, options: AblateOptions, jobs: list[_Job]) -> None:
-    """Look at everything that can be looked at before any work."""
+    """Check everything that can be checked before any work."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -215,7 +215,7 @@ def _check(recipe: Recipe, options: AblateOptions, jobs: list[_Job]) -> None:
 
 
 def _prepare(recipe: Recipe, options: AblateOptions) -> None:
-    """Make data and untrained models of a small recipe, and check that students fit their teachers before any training."""
+    """Create data and untrained models of a small recipe, and check that students fit their teachers before any training."""
     if recipe.easy_vqa is not None:
         small_models.write_small_data(options.workdir / "easy-vqa", recipe.easy_vqa)
     models = options.workdir / "models"
@@ -234,7 +234,7 @@ def _prepare(recipe: Recipe, options: AblateOptions) -> None:
 
 
 def _finish(job: _Job, options: AblateOptions, watch: Stopwatch) -> float:
-    """Do what a job still needs, write its result, and return its accuracy."""
+    """Run the remaining steps of a job, write its result, and return its accuracy."""
     for run in job.runs:
         if run.cache is not None:
             with watch.timing(f"cache {Path(str(run.cache.out)).name}"):
@@ -262,7 +262,7 @@ def _train(run: _Run, options: AblateOptions) -> None:
     if not options.launch:
         train(run.options)
         return
-    # `switchkd train` in processes of its own; a launcher such as torchrun starts as many as its options say.
+    # `switchkd train` in separate processes; a launcher such as torchrun starts as many as its options request.
     file = run.options.output.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     given = {name: value for name, value in to_plain(run.options).items() if value is not None}
@@ -275,5 +275,5 @@ def _train(run: _Run, options: AblateOptions) -> None:
 
 
 def _results(jobs: list[_Job]) -> list[Result]:
-    """Read what is finished; teachers first, then cells in the order of the matrix."""
+    """Read the finished results; teachers first, then cells in the order of the matrix."""
     return [Result(**json.loads(job.result.read_text())) for job in jobs if job.result.is_file()]

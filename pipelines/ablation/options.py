@@ -1,4 +1,4 @@
-"""Options of ablations."""
+"""Options of `switchkd ablate`."""
 
 from pathlib import Path
 
@@ -28,5 +28,5 @@ class AblateOptions:
         help='Start every training run with this, as "torchrun --nproc-per-node 8 --no-python".',
         unset="in this process",
     )
-    # Training takes what there is.
+    # For the teacher and evaluation only; training selects its devices itself.
     device: str = option(default="cpu", help="Of teacher and evaluation.", unset="cuda if there is one")

@@ -1,19 +1,20 @@
-"""Recipes of ablations: a YAML file that says which students to train in how many ways, and what each way is.
+"""Recipes of ablations: a YAML file that defines which students to train, and in which configurations.
 
     title: …                     one line for `switchkd ablate --list`
-    base: NAME                   another recipe, whose entries hold where this one has none
-    variables: {NAME: meaning}   what `--set NAME=VALUE` must give; written ${NAME} below, ${workdir} is always there
-    defaults: {NAME: value}      what `--set` may change
+    base: NAME                   another recipe, whose entries apply where this one has none
+    variables: {NAME: meaning}   variables that `--set NAME=VALUE` must set; used as ${NAME} below; ${workdir} is always set
+    defaults: {NAME: value}      default values, which `--set` may change
     notes: …                     printed below the table
-    easy_vqa: …                  makes data and tiny models below ${workdir}, see `small_models.py`
-    teachers, students: {NAME: checkpoint folder, or with easy_vqa what to make}
-    stages: {all, pt, dpt, sft, dft: options of `switchkd train`}; dpt takes those of pt and its own, dft those of sft
-    cache: options of `switchkd cache-teacher`; one store per teacher and distilled stage
+    easy_vqa: …                  creates data and tiny models below ${workdir}, see `small_models.py`
+    teachers, students: {NAME: checkpoint folder, or with easy_vqa the model to create}
+    stages: {all, pt, dpt, sft, dft: options of `switchkd train`}; dpt inherits those of pt, dft those of sft
+    cache: options of `switchkd cache-teacher`; one store per teacher and distilled training stage
     evaluate: options of `switchkd eval`
     matrix: axes (objective, switch, scheme, teacher, student, seed), each a value or a list; or a list of such mappings
 
-A cell is one point of the matrix. Points that are the same run are one cell: without a distilled stage nothing is left of teacher,
-objective and switch; "sft" turns distilled stages into plain ones; llava-kd and align-kd have no switch, and run the teacher live.
+A cell is one point of the matrix. Points that are the same run are one cell: without a distilled training stage, teacher, objective
+and switch have no effect; "sft" replaces distilled stages by plain ones; llava-kd and align-kd have no switch pathway, and run the
+teacher live.
 """
 
 import re
@@ -36,7 +37,7 @@ from switchkd.pipelines.training.stages import STAGES
 
 SHIPPED = Path(__file__).parent / "recipes"
 AXES = ("student", "scheme", "objective", "switch", "teacher", "seed")
-DISTILLED = {"dpt": "pt", "dft": "sft"}  # stage with a teacher → the same without
+DISTILLED = {"dpt": "pt", "dft": "sft"}  # training stage with a teacher → the same without
 _KEYS = {
     "title",
     "base",
@@ -52,7 +53,7 @@ _KEYS = {
     "matrix",
 }
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-# Options that a recipe's cells decide.
+# Options that are set by a recipe's cells.
 _DECIDED: dict[type, set[str]] = {
     TrainOptions: {"student", "output", "teacher", "cache", "stage", "objective", "switch", "seed"},
     CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "image_mode", "shard"},
@@ -62,7 +63,7 @@ _DECIDED: dict[type, set[str]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to train one student."""
+    """One configuration of training one student."""
 
     student: str
     scheme: str  # names of stages with "-" between
@@ -73,7 +74,7 @@ class Cell:
 
     @property
     def stages(self) -> list[str]:
-        """The stages of the scheme in order."""
+        """The training stages of the scheme in order."""
         return self.scheme.split("-")
 
     def __str__(self) -> str:
@@ -83,7 +84,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe with every variable filled in, and no more of it than its cells need."""
+    """A recipe with every variable replaced, reduced to what its cells need."""
 
     name: str
     title: str
@@ -98,7 +99,7 @@ class Recipe:
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Return the recipes that come with the package: name → title. Those that are only a base of others are left out."""
+    """Return the recipes in the package: name → title. Recipes that only serve as a base of others are left out."""
     found = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(SHIPPED.glob("*.yaml"))}
     return {name: content["title"] for name, content in found.items() if "matrix" in content}
 
@@ -107,10 +108,10 @@ def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -
     """Read a shipped recipe by name, or a recipe file.
 
     Args:
-        settings: variable → value as YAML text. workdir: what ${workdir} stands for.
+        settings: variable → value as YAML text. workdir: value of ${workdir}.
 
     Raises:
-        ConfigError: no such recipe, or whatever is wrong with it; names the entry.
+        ConfigError: no such recipe, or an error in it; names the entry.
     """
     path = SHIPPED / f"{name_or_path}.yaml"
     path = path if path.is_file() else Path(name_or_path)
@@ -156,12 +157,12 @@ def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -
 
 
 def _used(names: Iterable[str | None]) -> list[str]:
-    """Return the names that are there, each once, in order."""
+    """Return the names that are not None, each once, in order."""
     return list(dict.fromkeys(name for name in names if name))
 
 
 def _training(teacher: Any, path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the stages that make a teacher which the recipe trains, with their own options."""
+    """Return the training stages, with their options, of a teacher that the recipe trains."""
     stages = teacher.get("train", {}) if isinstance(teacher, dict) else {}
     if not isinstance(stages, dict) or not all(isinstance(options, dict) for options in stages.values()):
         raise ConfigError(f"recipe {path}: teachers: train should hold the options of pt and sft, found {stages!r}")
@@ -216,7 +217,7 @@ def _variables(path: Path, content: Mapping[str, Any], settings: Mapping[str, st
 
 
 class _Fill:
-    """Replaces ${NAME} in every text of an entry; a text that is nothing else takes the value as it is, a list or a number."""
+    """Replaces ${NAME} in every text of an entry; a text that is only ${NAME} becomes the value itself, a list or a number."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
@@ -238,7 +239,7 @@ class _Fill:
         return _VARIABLE.sub(lambda found: str(self.values[found[1]]), entry)
 
     def require_all(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Raise ConfigError if a variable that was met has no value; names all of them."""
+        """Raise ConfigError if a variable that is used has no value; names all of them."""
         if not self.missing:
             return
         meanings = content.get("variables", {})
@@ -273,7 +274,7 @@ def _cells(matrix: Any, content: Mapping[str, Any], path: Path) -> tuple[Cell, .
 
 
 def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell:
-    """Check one point of the matrix, and leave out of it what has no effect."""
+    """Check one point of the matrix, and remove settings that have no effect."""
     where = f"recipe {path}: matrix"
     point["scheme"] = str(point["scheme"]).lower()
     for axis, known in (("objective", OBJECTIVES), ("student", content.get("students", {}))):
@@ -297,7 +298,7 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
 
 
 def _options(kind: type, given: Mapping[str, Any], entry: str, path: Path) -> dict[str, Any]:
-    """Check options by name, and turn YAML values into those that an options class takes."""
+    """Check options by name, and convert YAML values to the types of an options class."""
     _require_known(entry, given, set(fields_of(kind)) - _DECIDED[kind], path)
     try:
         return {name: value_of_option(kind, name, value) for name, value in given.items()}

@@ -16,10 +16,10 @@ _SHIPPED: dict[str, Any] = {"vision": TEACHER_VISION, "language": TEACHER_LANGUA
 
 
 def check_small_models(sizes: Mapping[str, Any] | None, models: Mapping[str, Any]) -> None:
-    """Check what a recipe says about easy-VQA, before anything is made.
+    """Check a recipe's entries about easy-VQA, before anything is created.
 
     Args:
-        sizes: rows of each data file. models: name → a checkpoint folder, or what to make: `vision` and `language` (arguments
+        sizes: rows of each data file. models: name → a checkpoint folder, or a specification: `vision` and `language` (arguments
             of SiglipVisionConfig and Qwen2Config), `train` (stage → options of `switchkd train`), or `shipped: true` for the
             demo's teacher.
 
@@ -49,8 +49,8 @@ def check_small_models(sizes: Mapping[str, Any] | None, models: Mapping[str, Any
 def write_small_data(folder: Path, sizes: Mapping[str, int]) -> None:
     """Write easy-VQA's images, and NAME-ROWS.json with evenly spread rows of each file.
 
-    train: training questions; what: those of them that ask for a colour or a shape, which stand for captions in pre-training,
-    since the demo's teacher knows them and has forgotten its captions; test: test questions.
+    train: training questions; what: those of them about a colour or a shape, which replace captions in pre-training, since the
+    demo's teacher answers them correctly but no longer generates its captions; test: test questions.
     """
     wanted = [folder / f"{name}-{sizes[name]}.json" for name in FILES]
     if all(path.is_file() for path in wanted):
@@ -63,7 +63,7 @@ def write_small_data(folder: Path, sizes: Mapping[str, int]) -> None:
 
 
 def untrained_path(folder: Path, name: str, model: Any, seed: int) -> Path:
-    """Return where a model is, or will be made: a checkpoint folder as it is ({seed} filled in), a made one named by content."""
+    """Return the path of a model: a given checkpoint folder with {seed} replaced, or a folder to create, named by a hash."""
     if isinstance(model, str):
         return Path(model.replace("{seed}", str(seed)))
     made = {key: value for key, value in model.items() if key != "train"}
@@ -71,7 +71,7 @@ def untrained_path(folder: Path, name: str, model: Any, seed: int) -> Path:
 
 
 def write_untrained(path: Path, model: Any, seed: int) -> None:
-    """Make a model where `untrained_path` said; nothing happens for a checkpoint folder, or if it is there."""
+    """Create a model at its `untrained_path`; does nothing for a checkpoint folder, or if the model exists."""
     if isinstance(model, str) or path.exists():
         return
     spec = _SHIPPED if model.get("shipped") else model

@@ -1,4 +1,4 @@
-"""The table of an ablation: mean and spread over seeds, as Markdown, CSV and a plot."""
+"""The table of an ablation: mean and standard deviation over seeds, as Markdown, CSV and a plot."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Result:
-    """One finished cell, or one judged teacher."""
+    """One finished cell, or one evaluated teacher."""
 
     cell: Mapping[str, Any] | None  # axis → value; None for a teacher
     name: str
@@ -29,14 +29,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """Results that differ in the seed alone."""
+    """Results that differ only in the seed."""
 
     labels: tuple[str, ...]  # of the axes that vary
     results: tuple[Result, ...]
 
     @property
     def accuracies(self) -> list[float]:
-        """One a seed."""
+        """One result per seed."""
         return [result.accuracy for result in self.results]
 
     @property

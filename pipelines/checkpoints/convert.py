@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint in another project's layout; every tensor is accounted for, or nothing is written."""
+"""Conversion of checkpoints between the layouts of projects; if any tensor is unknown or missing, nothing is written."""
 
 import json
 import logging
@@ -34,15 +34,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConvertSummary:
-    """What was converted."""
+    """The result of a conversion."""
 
     target: Path
     layout: str  # of the source
     tensors: int  # written
     parameters: int
-    from_tower: int  # tensors that the source lacks and its tower's folder gave
+    from_tower: int  # tensors missing in the source and read from its tower's folder
     dropped: list[str] = field(default_factory=list)  # buffers that are computed, and a tied LM head's copy
-    new_rows: int = 0  # rows that the embedding got for <image>
+    new_rows: int = 0  # rows added to the embedding for <image>
 
 
 @dataclass
@@ -56,11 +56,11 @@ class _Parts:
 
 
 def convert(options: ConvertOptions) -> ConvertSummary:
-    """Convert a checkpoint; what it computes stays the same.
+    """Convert a checkpoint; the model's outputs stay the same.
 
     Raises:
-        CheckpointError: unknown, missing or misshapen tensors, which are named, or something the layout cannot say.
-        ConfigError: the target is there already, or its layout is the source's.
+        CheckpointError: unknown or missing tensors or wrong shapes, which are named, or a setting that the layout cannot represent.
+        ConfigError: the target exists already, or its layout is the source's.
     """
     if options.target.exists() and any(options.target.iterdir()):
         raise ConfigError(f"{options.target} is not empty: pass another folder, nothing is overwritten")
@@ -122,7 +122,9 @@ def _read_other(options: ConvertOptions, found: dict[str, Any], layout: str) -> 
     processor = _processor(source, tower_folder, found.get("image_aspect_ratio"), config.vision_config.image_size)
 
     tensors, dropped = _translated(source, layout, config)
-    if hasattr(config.vision_config, "vision_use_head"):  # SigLIP's pooling head, which some save and Llava never runs
+    if hasattr(
+        config.vision_config, "vision_use_head"
+    ):  # SigLIP's pooling head, which some projects save and Llava does not use
         config.vision_config.vision_use_head = any(name.startswith("model.vision_tower.head.") for name in tensors)
     with torch.device("meta"):
         model = model_class(config)(config)
@@ -145,7 +147,7 @@ def _read_other(options: ConvertOptions, found: dict[str, Any], layout: str) -> 
     model.config.dtype = model.dtype
     parts = _Parts(model, tokenizer, processor, from_tower, dropped)
     rows = config.text_config.vocab_size
-    if len(tokenizer) > rows:  # <image> needs a row of its own; its value is never used
+    if len(tokenizer) > rows:  # <image> needs its own row, whose value is never used
         torch.manual_seed(0)
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
         parts.new_rows = model.config.text_config.vocab_size - rows
@@ -153,7 +155,7 @@ def _read_other(options: ConvertOptions, found: dict[str, Any], layout: str) -> 
 
 
 def _processor(source: Path, tower: Path | None, ratio: str | None, side: int) -> Any:
-    """Find the image processor, in the source, beside it or in the tower's folder; set up as the source's project uses it."""
+    """Find the image processor in the source, beside it or in the tower's folder, and configure it as the source's project does."""
     if ratio not in (None, "square", "pad"):
         raise CheckpointError(f"{source} cuts images into tiles (image_aspect_ratio {ratio!r}), which Llava does not")
     for folder in (source, tower):
@@ -184,7 +186,7 @@ def _translated(source: Path, layout: str, config: LlavaConfig) -> tuple[dict[st
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a checkpoint: of its safetensors files, or else of its pickles, read as plain tensors only."""
+    """Yield every tensor of a checkpoint: from its safetensors files, or else from its pickles, restricted to plain tensors."""
     if files := sorted(folder.glob("*.safetensors")):
         for file in files:
             with as_checkpoint_error(folder), safe_open(file, framework="pt") as opened:
@@ -197,7 +199,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # the unpickler raises what it meets; anything but tensors is refused
+        except Exception as error:  # the unpickler may raise any error; anything except tensors is rejected
             raise CheckpointError(
                 f"{file} holds more than tensors, or is damaged: {str(error).splitlines()[0]}"
             ) from None
@@ -207,7 +209,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _require_same(
     source: Path, layout: str, config: LlavaConfig, tensors: dict[str, Tensor], wanted: dict[str, torch.Size]
 ) -> None:
-    """Check that what was read is what the config asks for, by the names that the source uses."""
+    """Check that the tensors match the config; errors use the source's names."""
     theirs = {name: from_hf(name, layout, config) for name in tensors.keys() | wanted.keys()}
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise CheckpointError(f"{source} lacks {_named([theirs[name] for name in missing])}")
@@ -236,7 +238,7 @@ def _own_tensors(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
 def _write_other(options: ConvertOptions, parts: _Parts) -> None:
     """Write a Llava in another layout, with its tower and its LLM's config and tokenizer in folders beside the weights."""
     model, target, config = parts.model, options.target, parts.model.config
-    # TinyLLaVA picks its classes by a word in these paths.
+    # TinyLLaVA selects its classes by a word in these paths.
     tower = (target / TOWER) if options.to == "llava" else target / f"{TOWER}-{_word(config.vision_config.model_type)}"
     language = target / f"{LANGUAGE}-{config.text_config.model_type}"
     padded = bool(getattr(parts.processor, "do_pad", False))
@@ -244,7 +246,7 @@ def _write_other(options: ConvertOptions, parts: _Parts) -> None:
     processor = parts.processor
     if type(processor).__name__.startswith(
         "LlavaImageProcessor"
-    ):  # younger than these projects, which pad by themselves
+    ):  # newer than these projects, which pad images in their own code
         processor = CLIPImageProcessorPil(
             size=dict(processor.size),
             do_center_crop=False,

@@ -1,4 +1,4 @@
-"""Assemble a student from a vision tower, a language model and a fresh projector."""
+"""Assembly of a student from a vision tower, a language model and a newly initialised projector."""
 
 import logging
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InitSummary:
-    """What was assembled."""
+    """The assembled student."""
 
     out: Path
     image_tokens: int
@@ -48,16 +48,16 @@ class InitSummary:
 
 
 def init_student(options: InitOptions) -> InitSummary:
-    """Write a student checkpoint: a tower's and an LLM's weights as they are, a projector of random weights.
+    """Write a student checkpoint: the unchanged weights of a tower and an LLM, and a projector with random weights.
 
     Raises:
-        InputError: a folder cannot be used, the parts do not fit, or `out` exists; before any weight is read.
+        InputError: a folder cannot be used, the components do not fit, or `out` exists; raised before any weight is read.
     """
     _check(options)
     remote = options.trust_remote_code
     vision = read_vision_config(options.vision)
     if hasattr(vision, "vision_use_head"):
-        vision.vision_use_head = False  # SigLIP's pooling head; a Llava never runs it
+        vision.vision_use_head = False  # SigLIP's pooling head, which a Llava does not use
     with as_checkpoint_error(options.vision):
         processor = AutoImageProcessor.from_pretrained(options.vision, trust_remote_code=remote, **PIL_BACKEND)
     with as_checkpoint_error(options.language):
@@ -69,7 +69,7 @@ def init_student(options: InitOptions) -> InitSummary:
     torch.manual_seed(options.seed)  # for rows that a new <image> token adds to the embedding
     language = _load_language(options, len(tokenizer))
     tower = load_tower(options.vision, vision)
-    torch.manual_seed(options.seed)  # for the projector, whatever was drawn before
+    torch.manual_seed(options.seed)  # for the projector, independent of earlier random draws
     model = assemble(config, tower, language)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
@@ -112,7 +112,7 @@ def _config(options: InitOptions, vision: Any, text: Any, image_token: int) -> L
 
 
 def _load_language(options: InitOptions, entries: int) -> Any:
-    """Load the LLM; with a row in its embedding for every entry of the tokenizer."""
+    """Load the LLM, with a row in its embedding for every entry of the tokenizer."""
     with as_checkpoint_error(options.language):
         language, report = AutoModelForCausalLM.from_pretrained(
             options.language,
@@ -130,7 +130,7 @@ def _load_language(options: InitOptions, entries: int) -> Any:
 
 
 def assemble(config: LlavaConfig, tower: nn.Module, language: Any) -> LlavaForConditionalGeneration:
-    """Join a tower and a causal LM with a projector of random weights, in the wider of their dtypes."""
+    """Combine a tower and a causal LM with a projector of random weights, in the wider of their dtypes."""
     config.text_config.vocab_size = language.config.vocab_size
     with torch.device("meta"):
         model = model_class(config)(config)

@@ -1,4 +1,4 @@
-"""Options of making checkpoints."""
+"""Options of `switchkd init-student` and `switchkd convert`."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The parts that a checkpoint is put together from: vision tower, image processor, tokenizer."""
+"""Loading of the components of which a checkpoint is assembled: vision tower, image processor, tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def read_vision_config(folder: Path) -> Any:
     """Return the config of a vision tower's folder, of a SigLIP or CLIP folder with both towers, or of a Llava's tower.
 
     Raises:
-        CheckpointError: it is none of these.
+        CheckpointError: the folder contains none of these.
     """
     with as_checkpoint_error(folder):
         config: Any = AutoConfig.from_pretrained(folder)
@@ -40,7 +40,7 @@ def load_tower(folder: Path, config: Any) -> nn.Module:
         if AutoConfig.from_pretrained(folder).model_type in CONFIGS:
             whole: nn.Module = load_model(open_checkpoint(folder)).model.vision_tower
             return whole
-        kind = AutoModel._model_mapping[type(config)]  # a folder with both towers would give AutoModel the pair
+        kind = AutoModel._model_mapping[type(config)]  # for a folder with both towers, AutoModel would load the pair
         tower, report = kind.from_pretrained(
             folder, config=config, use_safetensors=True, output_loading_info=True, local_files_only=True
         )
@@ -50,7 +50,7 @@ def load_tower(folder: Path, config: Any) -> nn.Module:
 
 
 def require_all_weights(folder: Path, report: dict[str, Any], tied: bool = False) -> None:
-    """Check transformers' loading report. Raises CheckpointError if weights are missing (a tied LM head may be)."""
+    """Check transformers' loading report. Raises CheckpointError if weights are missing, except a tied LM head's."""
     missing = sorted(set(report["missing_keys"]) - ({"lm_head.weight"} if tied else set()))
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}")
@@ -60,7 +60,7 @@ def tokenizer_with_image(language: Path, other: Path | None = None, trust_remote
     """Return a language model's tokenizer with the token <image>, which is added at its end if it is missing.
 
     Args:
-        other: a folder with the tokenizer to take instead, such as the teacher's; it must give every token of the language
+        other: a folder with the tokenizer to use instead, such as the teacher's; it must give every token of the language
             model's tokenizer the same id.
 
     Raises:

@@ -1,7 +1,7 @@
-"""`switchkd demo`: the whole method on easy-VQA, on a laptop, from public data to a table.
+"""`switchkd demo`: the complete method on easy-VQA, on a laptop, from public data to a table.
 
-A teacher is cached once; two students with the same first weights, data order and number of steps learn from that one store,
-one by SFT, one by Switch-KD; all three are judged on the whole test split. Every stage goes on where it stopped.
+A teacher is cached once; two students with the same initial weights, data order and number of steps are trained, one by SFT, one by
+Switch-KD from that store; all three are evaluated on the whole test split. Every step resumes after an interruption.
 """
 
 import json
@@ -32,7 +32,7 @@ from switchkd.stores.info import StoreInfo, describe
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What came out."""
+    """The result of the demo."""
 
     report: Path
     picture: Path
@@ -85,7 +85,7 @@ def _choose_samples(data: Path, options: DemoOptions) -> None:
 
 
 def _teacher(options: DemoOptions) -> Path:
-    """Return the teacher's checkpoint: made from the weights that ship, or trained here by PT on captions, then SFT."""
+    """Return the teacher's checkpoint: created from the shipped weights, or trained here by PT on captions, then SFT."""
     work = options.workdir
     if not options.train_teacher:
         folder = work / "teacher"

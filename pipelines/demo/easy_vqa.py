@@ -31,11 +31,11 @@ def package_folder() -> Path:
 
 
 def write_data(folder: Path) -> None:
-    """Write images and data files below `folder`; what is there already is kept.
+    """Write images and data files below `folder`; existing files are kept.
 
     train.json holds every training question, test.json every test question, captions.json a caption ("blue rectangle") for
-    every training image whose colour and shape follow from its own questions. Training images are there plain and mirrored,
-    and train.json and captions.json ask about both.
+    every training image whose colour and shape follow from its own questions. Training images exist plain and mirrored,
+    and train.json and captions.json contain both.
     """
     source = package_folder()
     train, test = (json.loads((source / split / "questions.json").read_text()) for split in ("train", "test"))
@@ -76,7 +76,7 @@ def _row(image: str, question: str, answer: str, kind: str | None = None) -> dic
 
 
 def spread(rows: list[Any], count: int) -> list[Any]:
-    """Return `count` rows at even distances, plain and mirrored images alike; all rows if there are no more."""
+    """Return `count` evenly spaced rows, from plain and mirrored images alike; all rows if there are fewer."""
     return rows if count >= len(rows) else [rows[i * len(rows) // count] for i in range(count)]
 
 
@@ -86,7 +86,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _captions(questions: list[tuple[str, str, int]]) -> Iterator[tuple[int, str, str]]:
-    """Yield (image number, colour, shape) where the questions and answers about an image tell both."""
+    """Yield (image number, colour, shape) for images whose questions and answers contain both."""
     known: dict[int, dict[str, str]] = {}
     for text, answer, number in questions:
         facts = known.setdefault(number, {})
@@ -94,9 +94,9 @@ def _captions(questions: list[tuple[str, str, int]]) -> Iterator[tuple[int, str,
         denied = "no" in words or "not" in words
         told = [answer]
         if answer in ("yes", "no") and (answer == "yes") != denied:
-            told += words  # the question's statement holds
+            told += words  # the statement in the question is true
         elif answer in COLORS or answer in SHAPES:
-            told += words  # "what color is the circle?" tells the shape
+            told += words  # "what color is the circle?" contains the shape
         for word in told:
             if word in COLORS:
                 facts["color"] = word

@@ -1,4 +1,4 @@
-"""Options of the demo."""
+"""Options of `switchkd demo`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Judge a model on a LLaVA-style data file: greedy decoding, exact-match accuracy by question type, predictions kept."""
+"""Evaluate a model on a LLaVA-style data file: greedy decoding, exact-match accuracy by question type, stored predictions."""
 
 import json
 from collections import Counter
@@ -23,18 +23,18 @@ from switchkd.pipelines.run_folder import PREDICTIONS, SCORES, record, to_plain,
 class Scores:
     """Exact-match accuracy; every assistant turn of the data file is one question."""
 
-    accuracy: float  # share of all questions asked, 0 … 1
+    accuracy: float  # share of correct answers among all questions, 0 … 1
     by_type: dict[str, float]
     questions: int
-    skipped: dict[str, int]  # samples that could not be asked, by reason; not part of the accuracy
+    skipped: dict[str, int]  # samples that could not be used, by reason; not included in the accuracy
     predictions: Path
 
 
 def evaluate(options: EvalOptions) -> Scores:
-    """Answer every question of a data file and score the answers; an interrupted run goes on where it stopped.
+    """Answer every question of a data file and score the answers; an interrupted run resumes.
 
-    A question is one turn, asked after the data file's own earlier turns. An answer is right if it equals the data file's
-    after both are lower-cased, stripped of surrounding space and a final full stop, and inner space is made single.
+    A question is one turn, with the data file's own earlier turns as context. An answer is correct if it equals the data file's
+    after both are lower-cased, stripped of surrounding space and a final full stop, and repeated inner space is collapsed.
 
     Raises:
         InputError: something given cannot be used, or `output` holds predictions of another model or data file.
@@ -49,7 +49,7 @@ def evaluate(options: EvalOptions) -> Scores:
     path = options.output / PREDICTIONS
     done = read_lines(path, "row", "turn")
     asked = [(s, turn) for s in samples for turn in range(len(s.turns)) if (s.index, turn) not in done]
-    # Questions of similar length share a batch, so that little is padded.
+    # Questions of similar length share a batch, to reduce padding.
     asked.sort(key=lambda question: (question[0].image is None, len(question[0].turns[question[1]][0])))
     skipped = Counter(s.status.label for s in samples if s.status)
     if asked:

@@ -1,4 +1,4 @@
-"""Greedy answers in batches, and the file that keeps them, so that an interrupted evaluation goes on where it stopped."""
+"""Greedy decoding in batches, and the file of predictions, from which an interrupted evaluation resumes."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from switchkd.pipelines.run_folder import write_atomically
 
 T = TypeVar("T")
 
-# One prompt as a model reads it: (input_ids [L], pixels [3, H, W] or None).
+# One prompt as model input: (input_ids [L], pixels [3, H, W] or None).
 Prompt = tuple[NDArray[np.int32], Tensor | None]
 
 
@@ -40,10 +40,10 @@ class _Prompts(Dataset[Prompt | BadSample], Generic[T]):
 def encoded_batches(
     items: Sequence[T], encode: Callable[[T], Prompt], batch_size: int, workers: int
 ) -> Iterator[tuple[Sequence[T], list[Prompt | BadSample]]]:
-    """Yield batches of items in order, each with its prompts, or with why one cannot be asked.
+    """Yield batches of items in order, each item with its prompt, or with the reason why it cannot be used.
 
     Args:
-        encode: raises BadSample. workers: processes that encode ahead; 0 encodes in this one, when a batch is due.
+        encode: raises BadSample. workers: processes that encode ahead; 0 encodes in this process, when a batch is needed.
     """
     loader = DataLoader(_Prompts(items, encode), batch_size, num_workers=workers, collate_fn=list)
     for number, prompts in enumerate(loader):
@@ -53,12 +53,12 @@ def encoded_batches(
 class GreedyGenerator:
     """Greedy decoding of batches.
 
-    A checkpoint's own generation settings do not apply: an instruct model's usually bring a repetition penalty, which changes
-    greedy answers too.
+    A checkpoint's own generation settings are not used: those of an instruct model usually include a repetition penalty, which
+    changes greedy answers too.
 
     Args:
-        model: on its device; its generation settings are cleared. encoder: gives the tokenizer. template: says what ends an answer.
-        max_new_tokens: an answer is cut there.
+        model: on its device; its generation settings are cleared. encoder: has the tokenizer. template: defines an answer's end.
+        max_new_tokens: limit of an answer's length; longer answers are truncated.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GreedyGenerator:
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Prompt | BadSample]) -> list[str | BadSample]:
-        """Return for each prompt its answer; what could not be encoded is returned as it is."""
+        """Return the answer to each prompt; an entry that could not be encoded is returned unchanged."""
         results: list[str | BadSample] = [prompt if isinstance(prompt, BadSample) else "" for prompt in prompts]
         rows = [(place, *prompt) for place, prompt in enumerate(prompts) if not isinstance(prompt, BadSample)]
         if not rows:
@@ -84,7 +84,7 @@ class GreedyGenerator:
         length = max(len(ids) for _, ids, _ in rows)
         input_ids = torch.full((len(rows), length), self.pad_id)
         attention_mask = torch.zeros_like(input_ids)
-        for row, (_, ids, _) in enumerate(rows):  # padded on the left: generation goes on at the right
+        for row, (_, ids, _) in enumerate(rows):  # padded on the left, since generation appends on the right
             input_ids[row, length - len(ids) :] = torch.from_numpy(ids).long()
             attention_mask[row, length - len(ids) :] = 1
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -105,7 +105,7 @@ class GreedyGenerator:
 
     @torch.inference_mode()
     def say(self, prompt: Prompt, heard: Callable[[str], None]) -> str:
-        """Return the answer to one prompt, and hand over its words as they come.
+        """Return the answer to one prompt, and stream its words while they are generated.
 
         Args:
             heard: is called with each piece of text; the pieces, joined and stripped, are the answer.
@@ -133,14 +133,14 @@ class GreedyGenerator:
 
 
 class _Streamer(TextStreamer):
-    """Hands over text as soon as its tokens make whole words; what ends an answer is left out."""
+    """Streams text as soon as its tokens form whole words; the ids that end an answer are left out."""
 
     def __init__(self, tokenizer: Any, stop_ids: list[int], heard: Callable[[str], Any]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop_ids, self.heard = stop_ids, heard
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then token by token."""
+        """Receive the prompt, then one token per call."""
         if self.next_tokens_are_prompt or int(value.flatten()[0]) not in self.stop_ids:
             super().put(value)
 
@@ -151,14 +151,14 @@ class _Streamer(TextStreamer):
 
 
 def stop_ids_of(template: ConversationFormat, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's end token, and what the template puts after the text."""
+    """Return the ids that end an answer: the tokenizer's end token, and the first id of the template's suffix."""
     end = template.answer_end(tokenizer.eos_token)
     ids = tokenizer.encode(end, add_special_tokens=False) if end else []
     return sorted({*ids[:1], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
 def read_lines(path: Path, *key: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Read what an earlier run wrote, by the fields `key`; a last line that was cut short is dropped from the file."""
+    """Read the rows of an earlier run by the fields `key`; an incomplete last line is removed from the file."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     if not path.is_file():
         return found

@@ -1,11 +1,11 @@
-"""Options of evaluation."""
+"""Options of `switchkd eval`."""
 
 from pathlib import Path
 
 from switchkd.pipelines.options import keyword_options_class, option
 from switchkd.settings import ModelDtype
 
-# Options that may change between two starts of one evaluation: they do not change what is computed.
+# Options that may differ when an evaluation is resumed, since they do not change what is computed.
 RESUMABLE_CHANGES = {"output", "batch_size", "workers"}
 # Headings of the help, in its order.
 FIRST = "Needed first"
@@ -16,7 +16,7 @@ SCALE = "Scale"
 
 @keyword_options_class
 class AnswerOptions:
-    """How a model is asked; fields are options of `switchkd eval`."""
+    """How a model is prompted; the options that all tasks of `switchkd eval` share."""
 
     template: str = option(
         default="qwen2_base",

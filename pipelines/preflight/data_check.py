@@ -1,4 +1,4 @@
-"""`switchkd data check`: what a data file holds, what would be skipped and why, before a teacher is run over it."""
+"""`switchkd data check`: report the contents of a data file, and which rows would be skipped and why, before a capture."""
 
 import json
 from collections import Counter
@@ -20,14 +20,14 @@ from switchkd.pipelines.run_folder import write_atomically
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a data file holds."""
+    """The contents of a data file."""
 
     rows: int
     kinds: dict[str, int]  # "one image, several turns" → rows that can be read
     survey: Survey
-    lengths: NDArray[np.int64]  # of usable and over-long samples; tokens, or words where there is no model
+    lengths: NDArray[np.int64]  # of usable and over-long samples; in tokens, or in words without a model
     unit: str  # "tokens" or "words"
-    limit: int | None  # max_length, where tokens are known
+    limit: int | None  # max_length, if lengths are in tokens
     images_read: bool
 
     @property
@@ -37,10 +37,10 @@ class DataCheck:
 
 
 def check_data(options: CheckOptions) -> DataCheck:
-    """Look at every row of a data file and every image that it names.
+    """Inspect every row of a data file and every image that it names.
 
-    With a model its tokenizer, template and image token count tell lengths and masks; without one, words are counted.
-    `options.report` gets one JSON line for each row that would be skipped.
+    With a model, lengths and masks are computed with its tokenizer, template and image token count; without one, words are
+    counted. One JSON line for each row that would be skipped is written to `options.report`.
 
     Raises:
         DataError: no such file or image folder, no usable row.

@@ -1,4 +1,4 @@
-"""`switchkd data show`: the exact text and mask of samples, as the models read them."""
+"""`switchkd data show`: print the exact text and mask of samples, as the models read them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from switchkd.pipelines.preflight.options import ShowOptions
 
 @dataclass(frozen=True)
 class Span:
-    """A run of tokens of one kind."""
+    """A span of consecutive tokens of one kind."""
 
     text: str
     kind: str  # "prompt", "supervised" or "image"
@@ -30,7 +30,7 @@ class ShownSample:
     row: int
     id: str
     image: str | None
-    spans: list[Span]  # their texts, joined, are the sample's text
+    spans: list[Span]  # their texts, concatenated, are the sample's text
     problem: str = ""  # why it cannot be used
 
     def tokens(self, kind: str = "") -> int:

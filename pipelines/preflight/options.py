@@ -1,4 +1,4 @@
-"""Options of the checks before capture and training."""
+"""Options of `switchkd data check` and `switchkd data show`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A look at every sample before anything is paid for: can it be used, how long is it, what is odd about it."""
+"""Inspection of every sample before capture or training: whether it is usable, its length, and anything unusual about it."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,30 +16,30 @@ from switchkd.data.samples import BadSample, Sample, SampleFile, Status
 from switchkd.pipelines.progress import Progress
 from switchkd.settings import MAX_IMAGE_PIXELS
 
-ROWS_PER_ITEM = 64  # what a worker process takes at a time
+ROWS_PER_ITEM = 64  # rows that a worker process takes at a time
 UNKNOWN = -1  # tokens or positions of a sample that could not be tokenized
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a look at one sample found."""
+    """The result of inspecting one sample."""
 
     status: Status
     detail: str = ""  # why it cannot be used
     tokens: int = UNKNOWN  # image tokens included
     positions: int = UNKNOWN
-    note: str = ""  # odd, but no hindrance: "GIF behind .jpg"
+    note: str = ""  # unusual, but usable: "GIF behind .jpg"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at all n samples found."""
+    """The result of inspecting all n samples."""
 
     status: NDArray[np.uint8]  # [n]
     tokens: NDArray[np.int64]  # [n]
     positions: NDArray[np.int64]  # [n]
     details: dict[int, str] = field(default_factory=dict)  # row → why it cannot be used
-    notes: dict[str, list[int]] = field(default_factory=dict)  # what is odd → rows
+    notes: dict[str, list[int]] = field(default_factory=dict)  # note → rows
 
     def skipped(self) -> Counter[str]:
         """Return how many samples cannot be used, by reason."""
@@ -47,10 +47,10 @@ class Survey:
 
 
 class SampleInspector:
-    """Looks at single samples: text and mask with an encoder, the image decoded but not processed.
+    """Inspects single samples: text and mask with an encoder, the image decoded but not processed.
 
     Args:
-        encoder: None looks at rows and images only, since nothing can be tokenized.
+        encoder: None inspects rows and images only, since nothing can be tokenized.
         images: the image folder; None, without an encoder, leaves images unread.
     """
 
@@ -62,7 +62,7 @@ class SampleInspector:
             self.images, self.max_image_pixels = encoder.images, encoder.max_image_pixels
 
     def inspect(self, sample: Sample) -> Finding:
-        """Say what is to be said about one sample; never raises for a bad one."""
+        """Inspect one sample; never raises for a bad one."""
         tokens = positions = UNKNOWN
         try:
             sample.require_ok()
@@ -75,7 +75,7 @@ class SampleInspector:
         return Finding(Status.OK, "", tokens, positions, note)
 
     def _image_note(self, sample: Sample) -> str:
-        """Decode the image, and tell if it is of another kind than its name says. Raises BadSample."""
+        """Decode the image, and return a note if its format differs from its file name. Raises BadSample."""
         if sample.image is None or (self.images is None and sample.embedded is None):
             return ""
         try:
@@ -88,7 +88,7 @@ class SampleInspector:
 
 
 class _Chunks(Dataset[list[Finding]]):
-    """Runs of `ROWS_PER_ITEM` samples, looked at."""
+    """Groups of `ROWS_PER_ITEM` consecutive samples, inspected."""
 
     def __init__(self, samples: SampleFile, inspector: SampleInspector) -> None:
         self.samples, self.inspector = samples, inspector
@@ -102,7 +102,7 @@ class _Chunks(Dataset[list[Finding]]):
 
 
 def survey(samples: SampleFile, inspector: SampleInspector, workers: int = 0) -> Survey:
-    """Look at every sample of a data file, in `workers` processes (0: in this one).
+    """Inspect every sample of a data file, in `workers` processes (0: in this one).
 
     Raises:
         DataError: the data file has images and no folder was given to an encoder.

@@ -1,4 +1,4 @@
-"""`switchkd chat`: ask a model about an image, its answers as they come."""
+"""`switchkd chat`: a conversation with a model about an image, with streamed answers."""
 
 import json
 from collections.abc import Callable
@@ -32,17 +32,17 @@ class Chat:
                 raise DataError(f"no image {options.image}")
             self.image = options.image.read_bytes()
         self.turns: list[tuple[str, str]] = []
-        self._prompt("?")  # an image that cannot be read is told before the weights are loaded
+        self._prompt("?")  # an unreadable image is reported before the weights are loaded
         model = load_model(checkpoint, dtype=options.dtype).to(options.device)
         self._answerer = GreedyGenerator(model, self.encoder, template, options.max_new_tokens)
 
     def ask(self, question: str, heard: Callable[[str], None]) -> str:
-        """Return the answer to a question after all earlier ones, and hand over its words as they come.
+        """Return the answer to a question, given all earlier turns, and stream its words while they are generated.
 
-        A conversation that has grown too long is begun anew with this question.
+        If the conversation becomes too long, a new one starts with this question.
 
         Raises:
-            BadSample: the question alone is too long, or holds the image marker.
+            BadSample: the question alone is too long, or contains the image marker.
         """
         if IMAGE_MARKER in question:
             raise BadSample(
@@ -64,10 +64,10 @@ class Chat:
 
 
 def template_of(checkpoint: Checkpoint, asked: str | None = None) -> ConversationFormat:
-    """Return the template to talk to a model with: the one asked for, that of the run which made it, or its own chat template.
+    """Return the template for a model: the requested one, that of the run that trained it, or its own chat template.
 
     Raises:
-        ConfigError: none of them is there.
+        ConfigError: none of them exists.
     """
     if asked is not None:
         return load_template(asked, checkpoint)

@@ -1,4 +1,4 @@
-"""`switchkd export`: a finished run as a folder that plain transformers, vLLM and a hub take, with a card that says what it is."""
+"""`switchkd export`: write a finished run as a folder for plain transformers, vLLM and a hub, with a model card."""
 
 import json
 import logging
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 
 
 def export(options: ExportOptions) -> Path:
-    """Write a finished run's student as a Hugging Face folder, and push it where that is asked for.
+    """Write a finished run's student as a Hugging Face folder, and push it to a repository if requested.
 
-    The folder holds the weights, generation settings (greedy, ending where training's answers ended), tokenizer, image processor,
-    the run's template as chat template, and a model card. It appears as a whole or not at all.
+    The folder contains the weights, generation settings (greedy, with the end of answers of training), tokenizer, image processor,
+    the run's template as chat template, and a model card. It is written completely or not at all.
 
     Raises:
-        ConfigError: no finished run, no record of its template, or `out` is there already.
+        ConfigError: no finished run, no record of its template, or `out` exists already.
         DataError: scores of another model.
-        RunError: pushing failed; the folder is whole.
+        RunError: pushing failed; the folder is complete.
     """
     if not ((options.run / SUMMARY).is_file() and (options.run / RECORD).is_file()):
         raise ConfigError(
@@ -89,11 +89,11 @@ def _write_model(checkpoint: Checkpoint, template: ConversationFormat, folder: P
         num_additional_image_tokens=additional,
     )
     processor.save_pretrained(folder)
-    checkpoint.image_processor.save_pretrained(folder)  # a file of its own, for programs that look for nothing else
+    checkpoint.image_processor.save_pretrained(folder)  # a separate file, for programs that read only this one
 
 
 def _name_as_published(folder: Path) -> None:
-    """Give the vision tower's tensors the level `vision_model` that published Llavas have and vLLM expects.
+    """Add to the names of the vision tower's tensors the level `vision_model`, which published Llavas have and vLLM expects.
 
     transformers reads both names, and since 5.19 writes the shorter one.
     """
@@ -112,7 +112,7 @@ def _name_as_published(folder: Path) -> None:
 
 
 def _scores(options: ExportOptions) -> list[EvalScores]:
-    """Read the evaluations of exactly this student."""
+    """Read the evaluations whose weights are exactly this student's."""
     weights = hash_json(hash_weights(options.run))
     found = []
     for folder, asked in [*((folder, True) for folder in options.scores), *((f, False) for f in _below(options.run))]:

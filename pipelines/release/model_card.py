@@ -1,4 +1,4 @@
-"""The model card of an exported student: method, data, teacher store, scores; nothing that was not recorded."""
+"""The model card of an exported student: method, data, teacher store and scores, from records only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,10 +43,10 @@ class EvalScores:
 def model_card(
     name: str, checkpoint: Checkpoint, record: dict[str, Any], summary: dict[str, Any], scores: Sequence[EvalScores]
 ) -> str:
-    """Write the card. Of paths on the training machine only the last name is kept.
+    """Write the card. Paths on the training machine are reduced to their last component.
 
     Args:
-        name: of the repository or folder. record: the run's options. summary: what the run did.
+        name: of the repository or folder. record: the run's options. summary: the run's result.
     """
     origin: dict[str, Any] = summary.get("made_from") or {}
     sections = [

@@ -1,4 +1,4 @@
-"""Options of what a finished student is used for."""
+"""Options of `switchkd export` and `switchkd chat`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`switchkd attend`: what teacher, baseline and student look at while they answer, side by side (the paper's Fig. 3)."""
+"""`switchkd attend`: attention maps of teacher, baseline and student for the same questions, side by side (paper, Fig. 3)."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from switchkd.pipelines.reporting.page import write_page
 from switchkd.pipelines.run_folder import write_atomically
 
 PAGE, PICTURE = "attend.html", "attend.png"
-COLORS = "inferno"  # light is much, in colour and in grey, and for the colour-blind
+COLORS = "inferno"  # brightness increases with the value, also in grey and with colour blindness
 LEAST_PIXELS = 384  # width of a picture in the page
 VEIL = 0.65  # opacity of the map over the image
 
@@ -35,7 +35,7 @@ class Panel:
 
     @property
     def caption(self) -> str:
-        """The answer and two numbers."""
+        """The answer, its attention share, and the overlap with the teacher's map."""
         same = "" if self.overlap is None else f", overlap with the teacher {self.overlap:.2f}"
         return f"{self.attention.answer!r}: {self.attention.share:.1%} of its attention on the image{same}"
 
@@ -64,7 +64,7 @@ def attend(options: AttendOptions) -> list[Row]:
     models = {name: path for name, path in given.items() if path is not None}
     maps: dict[str, list[AttentionMap]] = {}
     with Progress("looking", len(models) * len(options.asked), "images") as progress:
-        for name, path in models.items():  # one after the other: only one model is in memory
+        for name, path in models.items():  # one after the other, so that only one model is in memory
             probe = AttentionProbe(
                 path,
                 options.template,
@@ -106,7 +106,7 @@ def _panels(maps: dict[str, list[AttentionMap]], number: int) -> list[Panel]:
 
 
 def _ceiling(row: Row) -> float:
-    """Return the largest density of a row's maps, in multiples of an even spread, so that all its panels share one scale."""
+    """Return the largest density of a row's maps, in multiples of a uniform map, so that all its panels share one scale."""
     return max(float(np.nanmax(panel.attention.map) * panel.attention.map.size) for panel in row.panels)
 
 
@@ -115,7 +115,7 @@ def _seen(row: Row) -> NDArray[np.float64]:
 
 
 def _overlaid(row: Row, panel: Panel) -> NDArray[np.float64]:
-    """Lay a map over the image that its model saw, [H, W, 3] in 0 … 1; every pixel of a patch has its patch's colour."""
+    """Overlay a map on the processed image of its model, [H, W, 3] in 0 … 1; every pixel of a patch has its patch's colour."""
     import matplotlib
 
     seen, density = panel.attention.seen, panel.attention.map * panel.attention.map.size / _ceiling(row)
@@ -126,7 +126,7 @@ def _overlaid(row: Row, panel: Panel) -> NDArray[np.float64]:
 
 
 def _draw(rows: Sequence[Row]) -> bytes:
-    """Draw all rows: the image, then every model's map over it; one colour bar a row."""
+    """Draw all rows: the image, then every model's map over it; one colour bar per row."""
     with matplotlib_ready("attend") as pyplot:
         columns = 1 + max(len(row.panels) for row in rows)
         figure, grid = pyplot.subplots(
@@ -158,7 +158,7 @@ def _short(text: str, width: int = 44) -> str:
 def _data_uri(pixels: NDArray[Any]) -> str:
     from PIL import Image
 
-    times = max(1, LEAST_PIXELS // pixels.shape[1])  # a browser would blur a small picture
+    times = max(1, LEAST_PIXELS // pixels.shape[1])  # browsers blur small images when they scale them up
     large = (pixels * 255).round().astype(np.uint8).repeat(times, axis=0).repeat(times, axis=1)
     buffer = io.BytesIO()
     Image.fromarray(large).save(buffer, "PNG")

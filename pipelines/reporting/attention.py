@@ -1,13 +1,13 @@
-"""Where a model looks while it answers: attention from the answer to the image's tokens, as a map over the patches (Fig. 3).
+"""Attention maps: attention from the answer's tokens to the image's tokens, as a map over the patches (paper, Fig. 3).
 
-The paper shows such maps without saying how they are made; this is our definition. A[l, h, q, j] is the attention weight of the
-LLM's layer l and head h from row q to key j, a softmax over all keys that q may see, so Σ_j A[l, h, q, j] = 1. Q are the rows
-that predict the answer's tokens, its end included (the label shift of positions.py), H the heads, S the chosen layers. For the
-token of patch j
+The paper shows such maps without defining how they are computed; this is the definition used here. A[l, h, q, j] is the attention
+weight of the LLM's layer l and head h from row q to key j, a softmax over all keys visible to q, so Σ_j A[l, h, q, j] = 1. Q are
+the rows that predict the answer's tokens, its end included (the label shift of positions.py), H the heads, S the chosen layers. For
+the token of patch j
 
     mass_j = 1/(|S|·|H|·|Q|) · Σ_{l in S} Σ_{h in H} Σ_{q in Q} A[l, h, q, j]
 
-Σ_j mass_j over the image is the *share*: how much of its attention the answer spends on the image at all, 0 … 1. The *map* is
+Σ_j mass_j over the image is the *share*: the fraction of the answer's attention that goes to the image, 0 … 1. The *map* is
 mass / share, so that every map sums to 1 and models can be compared; *overlap* of two maps p and q is Σ_j min(p_j, q_j).
 """
 
@@ -33,12 +33,12 @@ from switchkd.positions import predicting_rows
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """How one model looked at one image."""
+    """The attention of one model to one image."""
 
     answer: str
     share: float  # of the answer's attention that goes to the image, 0 … 1
     map: NDArray[np.float64]  # [rows, columns] of patches; sums to 1; NaN where a patch has no token
-    seen: NDArray[np.float64]  # [H, W, 3], 0 … 1: the image as the model's processor shows it
+    seen: NDArray[np.float64]  # [H, W, 3], 0 … 1: the image after the model's processor
 
 
 class AttentionProbe:
@@ -69,13 +69,13 @@ class AttentionProbe:
         self.layers = sorted({layer % count for layer in layers}) or list(range(count))
         self._template, self._max_new_tokens = load_template(template, self.checkpoint), max_new_tokens
         self._model = load_model(self.checkpoint, dtype=dtype).to(device)
-        self._model.set_attn_implementation("eager")  # the only one that tells its weights
+        self._model.set_attn_implementation("eager")  # the only attention implementation that returns its weights
 
     def map_of(self, image: Path, question: str, answer: str | None = None) -> AttentionMap:
-        """Ask a question about an image, and map what the answer attends to.
+        """Run a question about an image, and compute the attention map of the answer.
 
         Args:
-            answer: what to read the attention of; None: the model's own, decoded greedily.
+            answer: the answer whose attention is measured; None: the model's own, decoded greedily.
 
         Raises:
             BadSample: the image cannot be used.
@@ -108,7 +108,7 @@ class AttentionProbe:
         return found
 
     def _seen(self, pixels: Tensor) -> NDArray[np.float64]:
-        """Undo the processor's normalisation, so that the picture lies under the patches exactly as the model saw it."""
+        """Undo the processor's normalisation, so that the displayed image is aligned with the model's patches."""
         processor = self.checkpoint.image_processor
         mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
         seen: NDArray[np.float64] = (pixels.float() * std + mean).clamp(0, 1).permute(1, 2, 0).double().numpy()
@@ -125,15 +125,15 @@ def answer_to_image(attention: Tensor, rows: Tensor, on_image: Tensor) -> Tensor
 
 
 def overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> float | None:
-    """Return Σ min(p, q) of two maps, 0 (nowhere the same) … 1 (equal); None if their grids differ."""
+    """Return Σ min(p, q) of two maps, 0 (disjoint) … 1 (equal); None if their grids differ."""
     return float(np.nansum(np.minimum(one, other))) if one.shape == other.shape else None
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the image's tokens lie: `side` × `side` patches in reading order, of which the first `missing` have no token.
+    """The layout of an image's tokens: `side` × `side` patches in row-major order, of which the first `missing` have no token.
 
-    `extra` tokens (CLIP's class token with strategy "full") come before the patches and belong to none; they are left out.
+    `extra` tokens (CLIP's class token with strategy "full") precede the patches and belong to none; they are left out.
     """
 
     side: int
@@ -148,13 +148,13 @@ class Grid:
 
 
 def patch_grid(checkpoint: Checkpoint) -> Grid:
-    """Return how a model's image tokens lie over the image.
+    """Return the layout of a model's image tokens over the image.
 
-    A tower's patches are image_size / patch_size a side. Strategy "default" drops the first state: CLIP's class token, but
+    A tower has image_size / patch_size patches per side. Strategy "default" drops the first state: CLIP's class token, but
     SigLIP's first patch. A projector that pools gives a smaller square.
 
     Raises:
-        ConfigError: the number of tokens fits no square.
+        ConfigError: the number of tokens does not correspond to a square.
     """
     vision, tokens = checkpoint.config.vision_config, checkpoint.image_tokens
     side = vision.image_size // vision.patch_size

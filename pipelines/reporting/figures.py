@@ -1,8 +1,8 @@
-"""Pictures for reports: each one drawn once with matplotlib, as SVG in a page's own colours and as PNG on white.
+"""Figures for reports: each is drawn once with matplotlib, as SVG in the page's colours and as PNG on white.
 
-In the SVG every colour of the palette becomes a CSS variable, so one drawing serves a light and a dark page; text stays text. The
-series' colours keep apart for the common kinds of colour blindness and have a contrast of 3 or more to their page; every series
-also has a line style of its own (tests/test_figures.py).
+In the SVG every colour of the palette becomes a CSS variable, so the same SVG suits a light and a dark page; text remains text. The
+series' colours are distinguishable with the common kinds of colour blindness and have a contrast of 3 or more to their page; every
+series also has its own line style (tests/test_figures.py).
 """
 
 import io
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from switchkd.errors import ConfigError
 from switchkd.pipelines.run_folder import write_atomically
 
-# CSS variable → (on a light page, on a dark page). The light values are what matplotlib draws with.
+# CSS variable → (on a light page, on a dark page). Matplotlib draws with the light values.
 PALETTE = {
     "ink": ("#1a1f26", "#e6e9ee"),
     "grid": ("#cfd6de", "#3a424d"),
@@ -39,9 +39,9 @@ Values = Sequence[float] | NDArray[Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """One picture."""
+    """One figure."""
 
-    name: str  # of its PNG, without ending
+    name: str  # file name of its PNG, without extension
     title: str
     svg: str
     png: bytes
@@ -54,7 +54,7 @@ class Figure:
 
 
 def color(series: int) -> str:
-    """Return the colour of the n-th series as matplotlib draws it; they repeat, with other line styles."""
+    """Return the colour of the n-th series for matplotlib; colours repeat, with other line styles."""
     return PALETTE[SERIES[series % len(SERIES)]][0]
 
 
@@ -65,7 +65,7 @@ def style(series: int) -> Any:
 
 @contextmanager
 def matplotlib_ready(what: str) -> Iterator[Any]:
-    """Import pyplot without a display, and set the house's looks. Raises ConfigError naming `what` if matplotlib is missing."""
+    """Import pyplot without a display, and set the common style. Raises ConfigError naming `what` if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -76,7 +76,7 @@ def matplotlib_ready(what: str) -> Iterator[Any]:
     ink, grid = PALETTE["ink"][0], PALETTE["grid"][0]
     looks: dict[str, Any] = {
         "svg.fonttype": "none",
-        "text.parse_math": False,  # a run may be called $x
+        "text.parse_math": False,  # a run's name may contain $, which is not math
         "font.size": 9,
         "axes.titlesize": 10,
         "axes.spines.top": False,
@@ -107,7 +107,7 @@ def lines(
     ylabel: str,
     series: Mapping[str, int],
 ) -> Figure:
-    """Draw curves, label → (x, y), from 0 upwards; `series` says which label has which colour and line style."""
+    """Draw curves, label → (x, y), from 0 upwards; `series` maps labels to colours and line styles."""
     with matplotlib_ready("report") as pyplot:
         figure, axes = pyplot.subplots(figsize=SIZE)
         for label, (x, y) in curves.items():
@@ -139,7 +139,7 @@ def histogram(
 
 
 def _edges(values: NDArray[Any], bins: int) -> NDArray[Any]:
-    """Return bin edges; whole numbers over a short range get a bin each."""
+    """Return bin edges; integers over a short range get one bin each."""
     low, high = values.min(), values.max()
     if high - low < bins and not np.any(values % 1):
         return np.arange(low - 0.5, high + 1)
@@ -160,7 +160,7 @@ def bars(name: str, title: str, x: Values, y: Values, xlabel: str, ylabel: str) 
 def radar(
     name: str, title: str, spokes: Sequence[str], runs: Mapping[str, Values], series: Mapping[str, int]
 ) -> Figure:
-    """Draw runs as polygons over spokes, values 0 … 100; the centre is the whole ten below the least of them."""
+    """Draw a radar chart: runs as polygons, values 0 … 100; the centre is a multiple of ten at least 5 below the least value."""
     angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
     everything = np.concatenate([np.asarray(values, dtype=float) for values in runs.values()])
     low = max(0.0, np.floor((everything.min() - 5) / 10) * 10)
@@ -203,7 +203,7 @@ def finish(figure: Any, name: str, title: str) -> Figure:
 
 
 def themed(svg: str, prefix: str, title: str) -> str:
-    """Make matplotlib's SVG fit to stand in a page: CSS variables for colours, ids of its own, as wide as its place."""
+    """Prepare matplotlib's SVG for embedding in a page: CSS variables for colours, unique ids, the width of its container."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for name, (light, _) in PALETTE.items():

@@ -1,4 +1,4 @@
-"""What a report is made from: training runs, evaluations and stores, recognised by the files that lie in a folder."""
+"""The inputs of a report: training runs, evaluations and stores, recognised by the files in a folder."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.storage.open import open_storage
 
-STATE = "trainer_state.json"  # of a checkpoint; holds the history of a run that is not finished
-DEPTH = 3  # folders below a given one that are looked into
+STATE = "trainer_state.json"  # of a checkpoint; contains the history of an unfinished run
+DEPTH = 3  # levels of folders below a given one that are searched
 _NOT_RUNS = ("checkpoint-", ".")
 
 
@@ -42,7 +42,7 @@ class EvalRun:
 
     @property
     def on_benchmarks(self) -> bool:
-        """Whether it holds benchmark results, rather than exact match on a data file."""
+        """Whether it contains benchmark results, rather than exact match on a data file."""
         return "benchmarks" in self.scores
 
 
@@ -62,11 +62,11 @@ class Inputs:
 
 
 def find_inputs(given: Sequence[tuple[str | None, StoreLocation]]) -> Inputs:
-    """Recognise what lies at, or up to three folders below, each given place.
+    """Find runs, evaluations and stores at, or up to three folders below, each given place.
 
     Args:
-        given: (label or None, folder or URL of a store). A label names what is found there; else it is the folder's name, with as
-            much of its path as tells it from others of its kind.
+        given: (label or None, folder or URL of a store). A label names what is found there; without one the folder's name is used,
+            with as much of its path as distinguishes it from others of its kind.
 
     Raises:
         DataError: nothing at or below a place, or a damaged file. StoreError: a damaged store.
@@ -128,7 +128,7 @@ def _read_train(label: str, folder: Path) -> TrainRun:
 
 
 def _labels(given: Sequence[tuple[str | None, StoreLocation]]) -> list[str]:
-    """Name every place by its last folders, as few as make the names differ; a label that was given stays."""
+    """Name every place by the fewest last folders that make the names differ; a given label is kept."""
     parts = [str(place).rstrip("/").split("/") for _, place in given]
     count = 1
     while count < max(map(len, parts), default=1) and len({tuple(p[-count:]) for p in parts}) < len(parts):

@@ -1,4 +1,4 @@
-"""Options of the report and of attention maps."""
+"""Options of `switchkd report` and `switchkd attend`."""
 
 from pathlib import Path
 

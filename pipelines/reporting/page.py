@@ -22,20 +22,20 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     tables: list["Table"] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # what would bring what is left out
+    missing: list[str] = field(default_factory=list)  # how to obtain what is left out
     chosen: Chosen | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names the rows."""
+    """A table; the first column contains the row names."""
 
     head: list[str]
     rows: list[list[str]]
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold figures, and stand at the right."""
+        """The columns of numbers, which are right-aligned."""
         return [all(row[i][:1] in "+-0123456789" for row in self.rows) for i in range(len(self.head))]
 
 
@@ -52,7 +52,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
 
 
 def _code(text: str) -> Any:
-    """Escape a line of ours, and set what stands in backticks as code."""
+    """Escape a line of this package's text, and format text in backticks as code."""
     from markupsafe import Markup, escape
 
     pieces = [escape(piece) for piece in text.split("`")]

@@ -1,8 +1,8 @@
-"""`switchkd report`: what runs came to, as one HTML file that needs nothing else, and its pictures as PNG.
+"""`switchkd report`: the results of runs, evaluations and stores as one self-contained HTML file, and its figures as PNG.
 
-Runs, evaluations and stores are recognised by their files (report_inputs.py). What the given ones do not hold is left out, with a
-line that says what would bring it. All text comes from data files and models, so the page escapes all of it, and its content
-security policy forbids scripts altogether.
+Runs, evaluations and stores are recognised by their files (inputs.py). A section without data is left out, with a line that
+explains how to obtain it. Text may come from data files and models, so the page escapes all of it, and its content security
+policy forbids scripts altogether.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from switchkd.pipelines.reporting.student_knees import knees_beside
 from switchkd.stores.info import describe
 
 PAGE = "report.html"
-LOSSES = {"loss_ce": "CE", "loss_align": "Align", "loss_vsd": "VSD"}  # a baseline's objective may have others
+LOSSES = {"loss_ce": "CE", "loss_align": "Align", "loss_vsd": "VSD"}  # a baseline's objective may have other losses
 LOGGED = "`switchkd train` logs it at every `--log-every`"
-# Further entries of a history → title, unit, what brings it.
+# Further entries of a history → title, unit, how to obtain it.
 CURVES = {
     "learning_rate": ("Learning rate", "learning rate", LOGGED),
     "positions_per_second": ("Speed", "positions / s", LOGGED),
@@ -33,12 +33,12 @@ CURVES = {
     "grad_norm": ("Gradient norm", "norm before clipping", LOGGED),
     "vsd_gradient_norm": ("Gradient of VSD in the vision features", "norm", f"train with `--switch`; {LOGGED}"),
 }
-TEACHER = {"teacher": len(figures.SERIES) - 1}  # what a store says of its teacher has one colour everywhere
+TEACHER = {"teacher": len(figures.SERIES) - 1}  # a stored teacher has the same colour in all figures
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """The files that were written."""
 
     page: Path
     pictures: list[Path]
@@ -46,7 +46,7 @@ class Report:
 
 
 def report(options: ReportOptions) -> Report:
-    """Write a report into a folder, PAGE and its PNGs; what an earlier report wrote there is replaced.
+    """Write a report into a folder, PAGE and its PNGs; an earlier report in the folder is replaced.
 
     Raises:
         ConfigError: matplotlib or jinja2 is missing. DataError, StoreError: nothing to report on, or something damaged.
@@ -64,7 +64,7 @@ def report(options: ReportOptions) -> Report:
 
 
 def _size(count: int) -> str:
-    """Return bytes in words."""
+    """Return a number of bytes as text."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
@@ -181,7 +181,7 @@ def _student_knees(section: Section, inputs: Inputs, options: ReportOptions) -> 
     for number, run in enumerate(finished):
         try:
             student, teacher = knees_beside(run, inputs.stores[0][1], options.knees, options.device)
-        except InputError as error:  # one run that cannot be run again need not cost the report
+        except InputError as error:  # a run whose student cannot be run again must not end the report
             section.missing.append(f"The knees of {run.label} are left out: {error}")
             continue
         title = f"Knees of {run.label} and its teacher"

@@ -1,4 +1,4 @@
-"""Questions side by side: the same one with its image, its answer, and what each evaluated model said."""
+"""Sample questions for the report: each with its image, its reference answer, and the answer of every evaluated model."""
 
 import base64
 import io
@@ -15,12 +15,12 @@ from switchkd.pipelines.reporting.inputs import EvalRun
 from switchkd.pipelines.run_folder import PREDICTIONS
 
 THUMBNAIL = 288  # pixels, the longer side
-LOSSLESS = 128  # smaller pictures are kept as they are
+LOSSLESS = 128  # smaller images are not rescaled
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said."""
+    """One model's answer."""
 
     label: str
     text: str
@@ -29,13 +29,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One question as all models answered it."""
+    """One question with the answers of all models."""
 
     source: str  # data file or benchmark, and row
     question: str
     reference: str
     picture: str | None  # data URI
-    no_picture: str  # why not
+    no_picture: str  # the reason if there is no image
     answers: list[Answer]
 
 
@@ -51,7 +51,7 @@ class Chosen:
 def choose_samples(evals: Sequence[EvalRun], count: int) -> Chosen:
     """Choose questions that every evaluation of one data set answered, evenly spaced over those on which the answers differ.
 
-    The data set is the one that most evaluations share. Where fewer than `count` differ, the rest is evenly spaced over the others.
+    The data set is the one that most evaluations share. If fewer than `count` differ, the rest is evenly spaced over the others.
     """
     groups: dict[tuple[str, str], list[tuple[EvalRun, dict[Any, dict[str, Any]]]]] = {}
     for run in evals:
@@ -70,7 +70,7 @@ def choose_samples(evals: Sequence[EvalRun], count: int) -> Chosen:
 
 
 def _tables(run: EvalRun) -> list[tuple[str, Path, tuple[str, str]]]:
-    """Return (source, folder with predictions, what must be equal for two of them to have the same questions)."""
+    """Return (source, folder with predictions, key that is equal if two evaluations have the same questions)."""
     if not run.on_benchmarks:
         return [("data", run.path, ("data", str(run.options.get("data_sha256"))))]
     names = [(f"{row['name']}-{row['split']}", row["fingerprint"]) for row in run.scores["benchmarks"]]
@@ -78,7 +78,7 @@ def _tables(run: EvalRun) -> list[tuple[str, Path, tuple[str, str]]]:
 
 
 def _lines(path: Path, source: str) -> dict[Any, dict[str, Any]]:
-    """Read predictions by question; a line that was cut short is passed over."""
+    """Read predictions by question; an incomplete line is ignored."""
     found: dict[Any, dict[str, Any]] = {}
     if not path.is_file():
         return found
@@ -124,7 +124,7 @@ def _picture(run: EvalRun, line: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def thumbnail(data: bytes, name: str) -> str:
-    """Decode an image file and return it, small, as a data URI. Raises BadSample if it is no image."""
+    """Decode an image file and return it, scaled down, as a data URI. Raises BadSample if it is not an image."""
     image = decode_image(data, name)
     small = max(image.size) <= LOSSLESS
     image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -1,4 +1,4 @@
-"""What evaluations came to: tables of scores, and the radar of the paper's Figure 1."""
+"""Scores of evaluations for the report: tables, and the radar chart of the paper's Figure 1."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ COMPETENCIES = {
 
 
 def scores_of(inputs: Inputs) -> Section:
-    """Tables of scores, and the radar of the paper's Figure 1."""
+    """Return tables of scores, and the radar chart of the paper's Figure 1."""
     section = Section("Scores")
     if not inputs.evals:
         section.missing.append("No evaluation was given: name a folder that `switchkd eval --output` wrote.")

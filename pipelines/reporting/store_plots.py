@@ -1,4 +1,4 @@
-"""`switchkd store plot`: a store in three pictures."""
+"""`switchkd store plot`: three plots of a store: knees, tail mass and bytes per part."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from switchkd.stores import TeacherStore
 from switchkd.stores.layout import STAT_COLUMNS
 from switchkd.stores.storage.paths import part_key
 
-LEAST_MASS = 1e-8  # smaller tails count as this
+LEAST_MASS = 1e-8  # smaller tails are set to this
 
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """What the pictures of a store show."""
+    """The data in the plots of a store."""
 
     knees: NDArray[Any]  # [P], of the teacher
     tail_masses: NDArray[Any]  # [P], log10 of the probability outside the top k
@@ -27,7 +27,7 @@ class StoreStatistics:
 
 
 def store_statistics(store: TeacherStore) -> StoreStatistics:
-    """Gather them from the parts that are there. Raises StoreError: a damaged part."""
+    """Collect them from the existing parts. Raises StoreError: a damaged part."""
     parts = store.parts()
     stats = np.concatenate([store.part_stats(part) for part in parts] or [np.empty((0, len(STAT_COLUMNS)), np.float32)])
     columns = dict(zip(STAT_COLUMNS, stats.T, strict=True))

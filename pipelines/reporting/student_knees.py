@@ -1,4 +1,4 @@
-"""The knees of a trained student beside its teacher's, at the same positions (paper, eqs. 8-9)."""
+"""Comparison of a trained student's knees with its teacher's, at the same positions (paper, eqs. 8-9)."""
 
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ def knees_beside(run: TrainRun, store: TeacherStore, samples: int, device: str) 
     """Run a student over random samples of a store, and return (its knees, the teacher's), [P] each.
 
     Args:
-        run: a finished training run; its data file and images must still be there. samples: at most so many. device: of torch.
+        run: a finished training run; its data file and images must still exist. samples: their maximum number. device: of torch.
 
     Raises:
-        ConfigError: the run's tokenizer is not the store's. StoreMismatch: a sample changed since it was cached.
+        ConfigError: the run's tokenizer differs from the store's. StoreMismatch: a sample changed since it was cached.
     """
     manifest = store.manifest
     checkpoint = with_image_mode(open_checkpoint(run.path), manifest.image_mode)

@@ -10,7 +10,7 @@ from typing import Any
 from switchkd.errors import ConfigError
 from switchkd.pipelines.training.options import PARTS
 
-# The setting that the paper inherits from LLaVA-KD and TinyLLaVA (section 4.1). Distilled pre-training moves the projector alone,
+# The setting that the paper inherits from LLaVA-KD and TinyLLaVA (section 4.1). Distilled pre-training trains only the projector,
 # so the switch pathway, which trains the vision tower, is off; the scores of Table 5 are those without switch.
 _PRE_TRAINING: dict[str, Any] = {"train_parts": "projector", "lr": 1e-3, "global_batch": 256}
 _FINE_TUNING: dict[str, Any] = {"train_parts": ",".join(PARTS), "lr": 2e-5, "global_batch": 128}

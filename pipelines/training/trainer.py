@@ -326,7 +326,7 @@ class SwitchTrainer(CheckpointHooks):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student; adapters of extra terms are in checkpoints alone, and not in the finished student."""
+        """Save the student; adapters of extra terms are saved in checkpoints only, not in the finished student."""
         if self.extra_terms is not None and not _internal_call:
             self.extra_terms.detach(self.accelerator.unwrap_model(self.model))
         super().save_model(output_dir, _internal_call)

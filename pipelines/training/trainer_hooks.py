@@ -60,7 +60,7 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
             processor.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the student's weights; a missing or unknown name is an error (the stock Trainer warns and goes on)."""
+        """Load the student's weights; a missing or unknown name is an error (the stock Trainer only warns)."""
         if self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

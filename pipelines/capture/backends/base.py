@@ -28,7 +28,7 @@ class Backend(ABC):
 
     @abstractmethod
     def capture(self, samples: Sequence[EncodedSample], manifest: Manifest) -> list[Payload]:
-        """Run the teacher over samples and pack each one's positions as the manifest asks.
+        """Run the teacher over samples and pack each one's positions as the manifest specifies.
 
         Raises:
             RunError: logits of a sample are not finite.

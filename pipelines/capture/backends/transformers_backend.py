@@ -29,7 +29,7 @@ class TransformersBackend(Backend):
 
     @torch.inference_mode()
     def capture(self, samples: Sequence[EncodedSample], manifest: Manifest) -> list[Payload]:
-        """Run the teacher over a batch and pack each sample's positions as the manifest asks.
+        """Run the teacher over a batch and pack each sample's positions as the manifest specifies.
 
         Raises:
             RunError: logits of a sample are not finite.

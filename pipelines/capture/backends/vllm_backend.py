@@ -1,4 +1,4 @@
-"""Capture with vLLM: its engine schedules the teacher's forward passes; our pooler packs supervised positions on its device.
+"""Capture with vLLM: its engine schedules the teacher's forward passes; our pooler packs supervised positions on their device.
 
 The engine gets expanded token ids and the pixels of our own encoder and does not use vLLM's processors, so both backends and the
 trainer have bit-identical input, whatever image library vLLM's environment has. The response is checked against the request: the

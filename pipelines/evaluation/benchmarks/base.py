@@ -1,6 +1,6 @@
-"""What a benchmark is to the runner: questions about images, and a rule that turns answers into a score.
+"""The interface of a benchmark: questions about images, and a rule that computes a score from the answers.
 
-A *question* is one prompt. A *unit* is what the official rule counts: mostly one question, for MME the two questions of an
+A *question* is one prompt. A *unit* is what the official rule counts: usually one question, for MME the two questions of an
 image, for MMBench all rotations of one question's options. A unit is scored only if all of its questions were answered.
 """
 
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from switchkd.data.images import read_image_bytes
 from switchkd.errors import DataError
 
-# What the LLaVA-1.5 evaluation protocol ends its questions with.
+# The instruction at the end of each question in the LLaVA-1.5 evaluation protocol.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
-ALL = "all"  # the stratum of units that need none
+ALL = "all"  # the stratum of units in benchmarks without strata
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Question:
     """One prompt of a benchmark."""
 
     id: str  # unique within the split
-    text: str  # the user's whole turn, without an image marker
-    image: str  # where the image stands, for people: a path, or FILE#ROW
+    text: str  # the complete user turn, without an image marker
+    image: str  # where the image is, for readers: a path, or FILE#ROW
     load: Callable[[], bytes] = field(repr=False, compare=False)  # the image file's bytes; raises BadSample
-    reference: Any = None  # what the rule compares with, as JSON data; None where answers are not public
+    reference: Any = None  # the reference of the rule, as JSON data; None where answers are not public
     unit: str = ""  # "" means that the question is its own unit
     stratum: str = ALL  # means are taken within a stratum
-    group: str = ""  # a kind of question that the details report apart
+    group: str = ""  # a kind of question that the details report separately
 
     @property
     def unit_id(self) -> str:
@@ -46,14 +46,14 @@ class Question:
 
 
 class Answer(NamedTuple):
-    """One model answer beside what it is compared with."""
+    """One answer of a model, with its reference."""
 
     reference: Any
     prediction: str
 
 
 class Unit(NamedTuple):
-    """One scored unit; what `values` holds is the benchmark's own affair."""
+    """One scored unit; each benchmark defines the meaning of `values`."""
 
     id: str
     values: tuple[float, ...]
@@ -92,10 +92,10 @@ class Benchmark:
 
     Attributes:
         name: as in `--task`. title: its column in the table. folder: its folder below `--benchmarks`.
-        metric: what the score is, in words. home: where the data can be had. source: paper and official script of the rule.
+        metric: a description of the score. home: where to get the data. source: paper and official script of the rule.
         splits: by name; the first is the default.
         read: (folder, split) → questions. judge: the answers of one unit, in the order of its questions → its values.
-        headline: means by stratum → score, 0 … 100. details: units → further figures, 0 … 100 unless the name says otherwise.
+        headline: means by stratum → score, 0 … 100. details: units → further metrics, 0 … 100 unless the name says otherwise.
         interval: "wilson" where the score is a share of right units, else "bootstrap".
         submit: (questions, predictions by id, folder, output folder) → the submission file in the official format.
     """
@@ -116,7 +116,7 @@ class Benchmark:
 
 
 def require_files(benchmark: Benchmark, root: Path, split: str) -> Path:
-    """Return the benchmark's folder; raises DataError that names the first file or folder that is not there."""
+    """Return the benchmark's folder; raises DataError that names the first missing file or folder."""
     folder = root / benchmark.folder
     for name in benchmark.splits[split].files:
         path = folder / name
@@ -143,7 +143,7 @@ def units_of(benchmark: Benchmark, questions: Iterable[Question], predictions: M
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
-    """Hash what is asked and what it is compared with, so that two runs can be told to have answered the same."""
+    """Hash questions and references, to check whether two runs answered the same questions."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(json.dumps([question.id, question.text, question.reference]).encode())

@@ -59,7 +59,7 @@ def bootstrap(units: Sequence[Unit], headline: Headline, resamples: int = RESAMP
 def paired_difference(
     ours: Sequence[Unit], theirs: Sequence[Unit], headline: Headline, resamples: int = RESAMPLES
 ) -> Difference:
-    """Return our score minus theirs over the shared units; every resample draws the same units for both.
+    """Return this run's score minus the other's over the shared units; every resample draws the same units for both.
 
     Raises:
         ValueError: the runs share no unit, or a stratum of one is missing from the shared units.

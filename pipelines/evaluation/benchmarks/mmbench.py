@@ -1,8 +1,8 @@
 """MMBench, English and Chinese: a question counts only if it is answered right under every rotation of its options.
 
 Liu et al. 2023, circular evaluation; the option is read from an answer by the exact-matching rules of the official evaluation
-(VLMEvalKit, `can_infer`): a letter that stands alone, else the one option whose text the answer repeats. The official server
-may also ask a language model about answers that show neither; here those are wrong.
+(VLMEvalKit, `can_infer`): a letter that stands alone, else the one option whose text the answer repeats. For answers with
+neither, the official server may also query a language model; here they count as wrong.
 """
 
 import base64
@@ -30,7 +30,7 @@ from switchkd.pipelines.evaluation.benchmarks.base import (
 LETTERS = "ABCD"
 ROTATION = 1_000_000  # the rotations of question i have the indices i + ROTATION, i + 2 ROTATION, …
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
-# An image column as short as this holds the index of the row that has the image.
+# An image column at most this long contains the index of the row that has the image.
 LONGEST_INDEX = 64
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
@@ -39,7 +39,7 @@ def option_in(text: str, options: Mapping[str, str]) -> str:
     """Return the letter of the option that an answer names, or ""."""
     words = text.translate(_MARKS).split()
     letters = [letter for letter in options if letter in words]
-    # In a longer answer a lone "A" may well be the article.
+    # In a longer answer a single "A" may be the article.
     if len(letters) == 1 and not (letters == ["A"] and len(words) > 3):
         return letters[0]
     named = [letter for letter, option in options.items() if option.lower() in text.lower()]
@@ -47,7 +47,7 @@ def option_in(text: str, options: Mapping[str, str]) -> str:
 
 
 def judge(answers: Sequence[Answer]) -> tuple[float, ...]:
-    """Return 1 if every rotation is answered right, and 1 if the question as it stands first is."""
+    """Return 1 if every rotation is answered correctly, and 1 if the unrotated question is."""
     right = [option_in(a.prediction, a.reference["options"]) == a.reference["answer"] for a in answers]
     return float(all(right)), float(right[0])
 
@@ -118,7 +118,7 @@ def _need_openpyxl() -> Any:
 
 
 def _submit(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
-    """Write the spreadsheet that the official server takes: one row a rotation, with its prediction."""
+    """Write the spreadsheet for the official server: one row per rotation, with its prediction."""
     book = _need_openpyxl().Workbook(write_only=True)
     sheet = book.create_sheet()
     sheet.append(["index", "question", *LETTERS, "prediction"])

@@ -1,4 +1,4 @@
-"""MME: yes or no twice about each image, accuracy and accuracy+ of 14 tasks.
+"""MME: two yes/no questions about each image, accuracy and accuracy+ of 14 tasks.
 
 Fu et al. 2023; official script eval_tool/calculation.py. A task has 100 × accuracy (over questions) plus 100 × accuracy+ (over
 images, both answers right) points: 2,000 in the ten perception tasks, 800 in the four cognition tasks. The prompt is LLaVA-1.5's:
@@ -88,7 +88,7 @@ def _read(folder: Path, split: str) -> list[Question]:
     out = []
     for task in (*PERCEPTION, *COGNITION):
         place = folder / ROOT / task
-        # Five tasks keep images and questions in two folders, the others have them side by side.
+        # Five tasks have images and questions in two folders, the others in one.
         apart = (place / "questions_answers_YN").is_dir()
         texts = sorted((place / "questions_answers_YN" if apart else place).glob("*.txt"))
         images = place / "images" if apart else place

@@ -1,7 +1,7 @@
 """MMMU: college questions, multiple choice and open, parsed by the official rules.
 
 Yue et al. 2024; official script eval_utils.py (`parse_multi_choice_response`, `parse_open_response`, `eval_open`), prompts of its
-LLaVA-1.5 configuration. The model sees the first image of a question; "<image 2>" and further ones stay words.
+LLaVA-1.5 configuration. The model gets the first image of a question; "<image 2>" and further markers remain text.
 """
 
 import ast
@@ -32,7 +32,7 @@ SUBJECTS = """
     Literature Manage Marketing Materials Math Mechanical_Engineering Music Pharmacy Physics Psychology Public_Health Sociology
 """.split()  # noqa: SIM905
 LETTERS = "ABCDEFGHI"
-# After these words an open answer is looked for; "=" counts in the last line only.
+# An open answer is searched for after these words; "=" counts in the last line only.
 INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _WITH_COMMAS = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b")
 _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
@@ -40,10 +40,10 @@ _SIMPLE = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 
 
 def choose(text: str, options: Sequence[str], seed: str) -> tuple[str, bool]:
-    """Return the option letter that an answer means, and whether it had to be guessed.
+    """Return the option letter of an answer, and whether it had to be guessed.
 
-    The letter in brackets counts first, then one between spaces, then, in answers of more than five words, an option's own text;
-    of several the last one mentioned. Where none is found the official rule draws one: here from a generator seeded with `seed`.
+    A letter in brackets has priority, then one between spaces, then, in answers of more than five words, an option's own text;
+    of several the last one counts. If none is found, the official rule draws one at random; here the generator has seed `seed`.
     """
     for mark in ",.!?;:'":
         text = text.strip(mark)
@@ -61,7 +61,7 @@ def choose(text: str, options: Sequence[str], seed: str) -> tuple[str, bool]:
 
 
 def open_answers(text: str) -> set[str | float]:
-    """Return everything that an open answer may mean: the tails after words such as "is", and the numbers in them."""
+    """Return all candidates of an open answer: the text after words such as "is", and the numbers in it."""
     text = text.strip().strip(".").lower()
     lines = text.split("\n")
     tails = []
@@ -80,7 +80,7 @@ def open_answers(text: str) -> set[str | float]:
 
 
 def open_right(text: str, references: Sequence[str]) -> bool:
-    """Return whether an open answer holds one of the references: as a piece of text, or as an equal number."""
+    """Return whether an open answer contains one of the references: as a substring, or as an equal number."""
     wanted = {form for reference in references for form in _forms(reference)}
     words = [form for form in wanted if isinstance(form, str)]
     return any(

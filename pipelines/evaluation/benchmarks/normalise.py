@@ -12,7 +12,7 @@ ARTICLES = {"a", "an", "the"}
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_WORDS)}
 
-# The right spellings that the official table knows. Only lower-case ones: text is lower-cased before it is looked up.
+# The correct spellings in the official table. Only lower-case ones: text is lower-cased before it is looked up.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
     how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -29,16 +29,16 @@ def _misspellings(word: str) -> list[str]:
     return [word[:place] + word[place + 1 :] for place, mark in enumerate(word) if mark == "'"]
 
 
-# Misspelt → right. The official table also turns "somebody'd" the wrong way round, which is kept.
+# Misspelt → correct. The official table has the entry for "somebody'd" reversed, which is kept.
 CONTRACTIONS = {wrong: word for word in _CONTRACTIONS for wrong in _misspellings(word)} | {"somebody'd": "somebodyd"}
 
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
-# The official pattern also asks for no digit before the stop, but by a slip of its syntax does not check it.
+# The official pattern is meant to also require no digit before the stop, but a syntax error in it disables that check.
 _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
 def strip_punctuation(text: str) -> str:
-    """Take punctuation out: without a gap where it stands beside a space (or a number has a comma), else leaving a space."""
+    """Remove punctuation: replaced by nothing if it is next to a space (or a number has a comma), else by a space."""
     tight = _DIGITS_WITH_COMMA.search(text) is not None
     out = text
     for mark in PUNCTUATION:
@@ -52,7 +52,7 @@ def plain_words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-@lru_cache(maxsize=1 << 16)  # people's answers are few and repeat
+@lru_cache(maxsize=1 << 16)  # there are few distinct human answers
 def vqa_normal(text: str) -> str:
     """Return an answer as vqaEval.py compares it."""
     return plain_words(strip_punctuation(one_line(text)))

@@ -1,4 +1,4 @@
-"""POPE: is there such a thing in the image? Accuracy and F1 of "yes" over three ways of choosing absent objects.
+"""POPE: questions whether an object is in the image; accuracy and F1 of "yes" over three ways of choosing absent objects.
 
 Li et al. 2023; official script evaluate.py. The headline is the mean F1 of the three parts, as LLaVA-1.5 reports it.
 """
@@ -58,7 +58,7 @@ def details(units: Sequence[Unit]) -> dict[str, float]:
 
 
 def _figures(means: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Return the figures of one part in percent, from the means of the four counts; a ratio of nothing is 0."""
+    """Return the metrics of one part in percent, from the means of the four counts; a ratio with denominator 0 is 0."""
     true_yes, false_yes, true_no, false_no = (means[..., place] for place in range(4))
 
     def ratio(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -43,7 +43,7 @@ def parse_tasks(names: Sequence[str]) -> list[tuple[Benchmark, str]]:
 
 
 def describe() -> str:
-    """Return for every benchmark where its data can be had and which files each split needs, below the folder `--benchmarks`."""
+    """Return, for every benchmark, where to get its data and which files each split needs below the folder `--benchmarks`."""
     lines = []
     for benchmark in BENCHMARKS.values():
         lines += [
@@ -60,5 +60,5 @@ def describe() -> str:
 
 
 def _folded(files: Sequence[str]) -> list[str]:
-    """Return the files, or of very many the first two and how many follow; an error names any that is missing."""
+    """Return the list of files, a long one shortened to its first two and the total; errors name missing files in full."""
     return list(files) if len(files) <= 15 else [*files[:2], f"… and so on, {len(files)} in all"]

@@ -1,10 +1,10 @@
-"""One benchmark's result and its files.
+"""The result of one benchmark and its files.
 
-A run's folder holds, for every benchmark and split it was asked for, `NAME-SPLIT/` with
+A run's folder contains, for every requested benchmark and split, `NAME-SPLIT/` with
 
-    predictions.jsonl   one question a line: id, question (the whole prompt text), image, reference, and either prediction or
-                        failed (why it could not be asked) with detail
-    units.jsonl         one scored unit a line: id, values, stratum, group (scored splits only)
+    predictions.jsonl   one question per line: id, question (the whole prompt text), image, reference, and either prediction or
+                        failed (why it could not be used) with detail
+    units.jsonl         one scored unit per line: id, values, stratum, group (scored splits only)
     result.json         the fields of `Result`
     run.yaml            split, fingerprint of questions and references
     a submission file where the split's answers are not public
@@ -25,19 +25,19 @@ RESULT, UNITS = "result.json", "units.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """What one benchmark split came to. Scores are percent, 0 … 100."""
+    """The result of one benchmark split. Scores are percent, 0 … 100."""
 
     name: str
     split: str
     title: str
     metric: str
-    score: float | None  # None where answers are not public, or `note` says why
+    score: float | None  # None where answers are not public, or for the reason in `note`
     interval: tuple[float, float] | None  # 95 %
     interval_method: str  # wilson or bootstrap
-    questions: int  # asked, failed ones included
+    questions: int  # all questions, including failed ones
     units: int  # scored
-    units_left_out: int  # not scored because a question of theirs failed
-    failed: dict[str, int]  # questions that could not be asked, by reason
+    units_left_out: int  # not scored because one of their questions failed
+    failed: dict[str, int]  # questions that could not be used, by reason
     details: dict[str, float]
     note: str
     submission: str | None  # path below the run's folder
@@ -57,7 +57,7 @@ def score(
     failed: dict[str, int],
     digest: str,
 ) -> Result:
-    """Turn scored units into a result."""
+    """Compute a result from scored units."""
     empty = {q.stratum for q in questions} - {u.stratum for u in units}
     note, figure, interval = "", None, None
     if not benchmark.splits[split].scored:

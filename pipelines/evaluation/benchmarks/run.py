@@ -1,4 +1,4 @@
-"""Run benchmarks: answer every question once, then score; either part can be repeated without the other."""
+"""Run benchmarks: answer every question once, then score; either step can be repeated without the other."""
 
 import json
 from collections import Counter
@@ -41,8 +41,8 @@ class Task:
 def run_benchmarks(options: BenchmarkOptions) -> str:
     """Answer and score benchmarks, and return the Markdown table of all results in the output folder.
 
-    What the folder already answers is not asked again. Questions that could not be asked are kept as failed, counted apart, and
-    their units are left out of the score.
+    Questions with an answer in the folder are not run again. Questions that could not be used are recorded as failed, counted
+    separately, and their units are left out of the score.
 
     Raises:
         InputError: a file is missing, a task is unknown, or `output` holds answers of another model or to other questions.
@@ -59,7 +59,7 @@ def run_benchmarks(options: BenchmarkOptions) -> str:
 
 
 def _read_tasks(options: BenchmarkOptions) -> list[Task]:
-    """Read all questions first: a missing file of the last benchmark must not show after a day of work on the first."""
+    """Read all questions first, so that a missing file of the last benchmark is reported before work on the first begins."""
     parsed = parse_tasks(options.tasks)
     folders = [require_files(benchmark, options.benchmarks, split) for benchmark, split in parsed]
     tasks = []
@@ -109,7 +109,7 @@ def _answer_all(tasks: Sequence[Task], options: BenchmarkOptions) -> None:
 def _answer(
     task: Task, asked: list[Question], answerer: GreedyGenerator, encoder: SampleEncoder, options: BenchmarkOptions
 ) -> None:
-    asked = sorted(asked, key=lambda question: len(question.text))  # similar lengths share a batch, so little is padded
+    asked = sorted(asked, key=lambda question: len(question.text))  # similar lengths share a batch, to reduce padding
     title = f"{task.benchmark.name} ({task.split})"
     done = len(task.questions) - len(asked)
     with (

@@ -1,6 +1,6 @@
 """ScienceQA, the questions of the test split that have an image: accuracy by option letter ("IMG").
 
-Lu et al. 2022; parsing as in LLaVA's eval_science_qa.py, whose figure the papers quote. An answer without a letter is wrong.
+Lu et al. 2022; parsing as in LLaVA's eval_science_qa.py, whose accuracy the papers report. An answer without a letter is wrong.
 """
 
 import re

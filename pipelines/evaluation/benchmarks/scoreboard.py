@@ -4,7 +4,7 @@
 
     schema       1
     model        the checkpoint folder; weights: hash of its weight files; template: of the prompts
-    benchmarks   a list of `Result` (results.py says what each field is), in the table's order
+    benchmarks   a list of `Result` (results.py explains each field), in the table's order
     averages     avg7 and avg10: {"score": mean or null, "missing": titles of the benchmarks it lacks}
     baseline     null, or with --baseline:
                    run, model            the other run's folder and checkpoint
@@ -13,7 +13,7 @@
                    averages              avg7 and avg10 of the baseline, as above
 
 `scores.md` shows the same: the paper's columns, then each benchmark with split, n, interval and failures, then the
-details: MME's points, POPE's figures by part, accuracies by kind of question.
+details: MME's points, POPE's metrics by part, accuracies by kind of question.
 """
 
 import json
@@ -110,7 +110,7 @@ def _ordered(results: Sequence[Result]) -> list[Result]:
 
 
 def _about(run: Path) -> dict[str, str]:
-    """Return what a run's record says of its model."""
+    """Return the entries of a run's record about its model."""
     path = run / RECORD
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -157,7 +157,7 @@ def _compare(run: Path, results: Sequence[Result], baseline: Path) -> dict[str, 
 
 
 def _caveats(rows: Sequence[dict[str, Any]]) -> str:
-    """Return what a reader of the averages should know."""
+    """Return notes for readers of the averages."""
     text = "The averages take VQAv2 and VizWiz on val; published ones take their test splits."
     partial = [
         BENCHMARKS[row["name"]].title for row in rows if row["units_left_out"] and row["name"] in AVERAGES["avg10"]
@@ -166,7 +166,7 @@ def _caveats(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _names(ours: str, theirs: str) -> tuple[str, str]:
-    """Return the checkpoints' folder names, with one folder more of the path where they would be the same."""
+    """Return the checkpoints' folder names, with the parent folder added if the names are equal."""
     names = [Path(path).name for path in (ours, theirs)]
     if names[0] == names[1] and ours != theirs:
         names = ["/".join(Path(path).parts[-2:]) for path in (ours, theirs)]
@@ -178,7 +178,7 @@ def _columns(rows: Sequence[dict[str, Any]], field: str) -> dict[str, float]:
 
 
 def _title(board: dict[str, Any], name: str) -> str:
-    """Return a column's title, with the split where it is not the one that the paper's figures are of."""
+    """Return a column's title, with the split if it differs from the paper's."""
     split = next((row["split"] for row in board["benchmarks"] if row["name"] == name and row["score"] is not None), "")
     return BENCHMARKS[name].title + (f" ({split})" if name in ("vqav2", "vizwiz") and split else "")
 

@@ -1,4 +1,4 @@
-"""VQAv2, TextVQA and VizWiz: the VQA accuracy against ten people's answers.
+"""VQAv2, TextVQA and VizWiz: the VQA accuracy against ten human answers.
 
 VQAv2: Goyal et al. 2017, official script vqaEval.py. TextVQA: Singh et al. 2019, `TextVQAAccuracyEvaluator` of MMF's M4C
 evaluator, prompts of LLaVA-1.5 (its reference OCR tokens are Rosetta's). VizWiz: Gurari et al. 2018, the VizWiz API, a copy
@@ -26,13 +26,13 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 
 
 def consensus(prediction: str, answers: Sequence[str]) -> float:
-    """Return the accuracy of an answer: min(n / 3, 1), n equal answers among all but one, averaged over the one left out."""
+    """Return the accuracy of an answer: min(n / 3, 1), n the equal answers among all but one, averaged over the one left out."""
     equal = [answer == prediction for answer in answers]
     return sum(min((sum(equal) - left_out) / 3, 1.0) for left_out in equal) / len(equal)
 
 
 def vqa_accuracy(answers: Sequence[Answer]) -> tuple[float, ...]:
-    """Score one question as vqaEval.py does: where all people agree, only case and surrounding space are evened out."""
+    """Score one question as vqaEval.py does: if all human answers agree, only case and surrounding space are normalised."""
     (answer,) = answers
     people = [one_line(text) for text in answer.reference]
     prediction = one_line(answer.prediction)
@@ -42,7 +42,7 @@ def vqa_accuracy(answers: Sequence[Answer]) -> tuple[float, ...]:
 
 
 def textvqa_accuracy(answers: Sequence[Answer]) -> tuple[float, ...]:
-    """Score one question as the M4C evaluator does: prediction and people's answers are always normalised."""
+    """Score one question as the M4C evaluator does: prediction and human answers are always normalised."""
     (answer,) = answers
     return (consensus(textvqa_normal(answer.prediction), [textvqa_normal(text) for text in answer.reference]),)
 
@@ -72,7 +72,7 @@ def _read_vqav2(folder: Path, split: str) -> list[Question]:
 
 
 def _submit_vqav2(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
-    """Write [{"question_id", "answer"}] for the whole of test, which the server wants for test-dev too; "" where not asked."""
+    """Write [{"question_id", "answer"}] for all of test, which the server requires for test-dev too; "" if not answered."""
     ids = [row["question_id"] for row in read_json(folder / _VQAV2["test"][0])["questions"]]
     rows = [{"question_id": number, "answer": textvqa_normal(predictions.get(str(number), ""))} for number in ids]
     return write_submission(output, "vqa_OpenEnded_results.json", rows)
