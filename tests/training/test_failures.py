@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import training
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import two_processes
 
 from switchkd.errors import RunError
@@ -122,3 +122,16 @@ def test_a_process_that_dies_ends_all_of_them(options, tmp_path):
     assert "the last good checkpoint: " in said and "checkpoint-3" in said, done.stderr[-3000:]
     assert "lost another process of this run" in said or "interrupted; run the same command again" in said
     assert_good(tmp_path / "two", 3)
+
+
+def test_logits_that_are_not_finite_end_the_run_with_their_position(options, student, tmp_path):
+    """A student whose LM head holds NaN: no loss is taken of its logits, and the user sees a message instead of a traceback."""
+    broken = shutil.copytree(student, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    tensors[name][3] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        RunError, match="the student's logits at position 0 of [0-9]+ are not finite: the largest is nan"
+    ):
+        train(replace(options, student=broken))
