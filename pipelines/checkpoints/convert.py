@@ -122,9 +122,7 @@ def _read_other(options: ConvertOptions, found: dict[str, Any], layout: str) -> 
     processor = _processor(source, tower_folder, found.get("image_aspect_ratio"), config.vision_config.image_size)
 
     tensors, dropped = _translated(source, layout, config)
-    if hasattr(
-        config.vision_config, "vision_use_head"
-    ):  # SigLIP's pooling head, which some projects save and Llava does not use
+    if hasattr(config.vision_config, "vision_use_head"):  # SigLIP's pooling head, not used by Llava
         config.vision_config.vision_use_head = any(name.startswith("model.vision_tower.head.") for name in tensors)
     with torch.device("meta"):
         model = model_class(config)(config)
