@@ -75,10 +75,10 @@ def _option(name: str, field: Any, changes: Mapping[str, Any]) -> tuple[str, Cal
     *short, flag = (shown.flag or "--" + name.replace("_", "-")).split(", ")
     required = field.is_required()
     default = None if required or shown.unset is not None else field.get_default(call_default_factory=True)
-    text = (field.description or "") + (f"  [default: {shown.unset}]" if shown.unset else "")
+    text = "  ".join(filter(None, [field.description, f"[default: {shown.unset}]" if shown.unset else ""]))
     settings: dict[str, Any] = {
         "type": _type(field),
-        "help": text.strip() if field.description else text or None,
+        "help": text or None,
         "required": required,
         "metavar": shown.metavar,
         "group": shown.group,

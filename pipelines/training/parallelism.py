@@ -44,7 +44,7 @@ def profile_arguments(profile: str, environment: Any) -> dict[str, Any]:
         environment: the process environment, which shows whether torchrun started this process.
 
     Raises:
-        ConfigError: no such profile; sharding without torchrun; DeepSpeed is missing.
+        ConfigError: sharding without torchrun, or DeepSpeed is missing.
     """
     if profile == "ddp":
         return {}
