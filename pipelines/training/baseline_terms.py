@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +27,7 @@ from switchkd.losses.baselines import (
     llava_kd_terms,
     use_eager_attention,
 )
+from switchkd.losses.lm_head import float32_logits
 from switchkd.losses.signals import TeacherSignal
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.training.teacher_source import LiveTeacher
@@ -158,14 +158,16 @@ class LlavaKDTerms(ExtraTerms):
         assert self.source.states is not None
         is_image, rows = _is_image(student, batch), self.source.vocab_rows
         heads = student.lm_head.weight[:rows], self.source.teacher.lm_head.weight[:rows]
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else heads[0].dtype
         images = int(is_image.any(-1).sum())
         of_student = states[is_image[kept]].reshape(images, -1, states.shape[-1])  # [images, n, d_S]
         of_teacher = self.source.states[is_image].reshape(images, -1, self.source.states.shape[-1])
 
         def terms(mine: Tensor, theirs: Tensor) -> Tensor:
             with torch.no_grad():
-                wanted = F.linear(theirs, heads[1])
-            return llava_kd_terms(F.linear(mine, heads[0]), wanted)
+                wanted = float32_logits(theirs, heads[1])
+            return llava_kd_terms(float32_logits(mine.to(dtype), heads[0].to(dtype)), wanted)
 
         pairs = zip(of_student, of_teacher, strict=True)
         return torch.stack([checkpoint(terms, *pair, use_reentrant=False) for pair in pairs])

@@ -18,7 +18,8 @@ from transformers.trainer_utils import seed_worker
 from switchkd.errors import ConfigError, RunError
 from switchkd.losses.baselines import Seen
 from switchkd.losses.cross_tokenizer import VocabMap, loss_over_vocabularies
-from switchkd.losses.fused import LMHead, SwitchStates
+from switchkd.losses.fused import SwitchStates
+from switchkd.losses.lm_head import LMHead
 from switchkd.losses.objective import FusedLoss, LossTerms, Objective
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.models.checkpoint import blank_image

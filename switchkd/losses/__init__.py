@@ -1,8 +1,8 @@
 """Public interface of the losses."""
 
 from switchkd.losses.dbild import bild_loss, dbild_loss
-from switchkd.losses.fused import LMHead
 from switchkd.losses.kl import kl_loss
+from switchkd.losses.lm_head import LMHead
 from switchkd.losses.objective import fused_dbild
 from switchkd.losses.selection import kneedle
 

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.losses.fused import Block, LMHead, LossOfBlock, SwitchStates, loss_in_chunks
+from switchkd.losses.fused import Block, LossOfBlock, SwitchStates, loss_in_chunks
+from switchkd.losses.lm_head import LMHead
 from switchkd.losses.objective import FusedLoss, LossTerms, Objective
 from switchkd.losses.signals import DenseSignal, TeacherSignal
 
@@ -168,12 +169,12 @@ def loss_over_vocabularies(
     seen = switch.on_image.nonzero().squeeze(-1)
 
     def open_switch(chunk: slice) -> LossOfBlock:
-        teacher_logits = _rows_of(teacher, seen[chunk])[:, : vocabularies.teacher_rows]
+        signal = teacher.select(seen[chunk]).slice_rows(slice(None))
 
         def of_switch(block: Block) -> tuple[Tensor, Tensor]:
             weight = None if switch_weights is None else switch_weights[seen[block.rows]]
             logits = block.logits[:, : vocabularies.teacher_rows]
-            vsd = objective.divergence(logits, DenseSignal(teacher_logits[block.in_chunk]), weight)
+            vsd = objective.divergence(logits, signal.slice_rows(block.in_chunk), weight)
             return objective.vsd_weight * vsd, vsd.unsqueeze(0)
 
         return of_switch

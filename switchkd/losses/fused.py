@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchkd.losses.reduction import at_least_float32
+from switchkd.losses.lm_head import LMHead
 
 # Logits of a chunk, 80 MiB in float32: 138 positions of a Qwen vocabulary, enough for efficient matrix products and few reads of
 # the LM heads; small compared with the LM head itself.
@@ -25,17 +24,6 @@ CHUNK_LOGITS = 5 << 22
 # A loss allocates about ten tensors of the size of its input. On a CPU it receives blocks of a chunk, small enough that these
 # tensors stay in cache and in memory that is already allocated; on an accelerator it receives whole chunks.
 BLOCK_LOGITS = {"cpu": 1 << 19}
-
-
-class LMHead(NamedTuple):
-    """The last linear layer of a language model."""
-
-    weight: Tensor  # [V, d]
-    bias: Tensor | None = None  # [V]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, d] → [T, V], computed in the head's dtype and returned in float32 or above."""
-        return at_least_float32(F.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
 
 @dataclass(frozen=True)
@@ -81,9 +69,9 @@ def loss_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Return (sum of the total that is minimised, scalar with graph; sums of its terms, without graph) over all positions.
 
-    Gradients reach `hidden`, `head` and `switch.hidden`; `switch.head` is frozen. Both LM heads may be of a half precision: the
-    loss is computed on logits raised to float32, the gradient of the weight is summed over chunks in float32. Under autocast the
-    student's LM head runs in autocast's dtype.
+    Gradients reach `hidden`, `head` and `switch.hidden`; `switch.head` is frozen. Both LM heads may be of a half precision:
+    the logits are float32 (`lm_head.float32_logits`), the gradient of the weight is summed over chunks in float32. Under autocast
+    the operands of the student's LM head have autocast's dtype.
 
     Args:
         hidden: the student's final hidden states, [T, d].

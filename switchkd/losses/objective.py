@@ -11,8 +11,9 @@ from torch import Tensor
 
 from switchkd.losses.baselines import BASELINES
 from switchkd.losses.dbild import Divergence, bild_loss, dbild_loss
-from switchkd.losses.fused import Block, LMHead, SwitchStates, loss_in_chunks
+from switchkd.losses.fused import Block, SwitchStates, loss_in_chunks
 from switchkd.losses.kl import kl_loss
+from switchkd.losses.lm_head import LMHead
 from switchkd.losses.reduction import at_least_float32
 from switchkd.losses.signals import TeacherSignal
 from switchkd.positions import count_positions, per_sample_weights

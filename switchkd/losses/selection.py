@@ -50,6 +50,18 @@ def leading_entries(logits: Tensor, window: int | None = None) -> tuple[Tensor, 
     return found
 
 
+def entries_up_to(logits: Tensor, k: Tensor) -> Tensor:
+    """Return the ids of each row's k largest logits, in the order of `top_of_rows`, [T, N] and [T] int64 → [T, k_max] int64.
+
+    k_max is the largest k of the batch (2 if T = 0). Beyond a row's k its ids are valid but arbitrary.
+
+    Args:
+        k: 2 ≤ k ≤ N, for instance the knees of a store.
+    """
+    found: Tensor = _entries_up_to(logits.detach(), k)
+    return found
+
+
 # Custom torch operators: compiled and exported programs then contain a call to them, since the control flow depends on the logits.
 
 
@@ -62,6 +74,21 @@ def _top_of_rows(logits: Tensor, count: int) -> Tensor:
 @_top_of_rows.register_fake
 def _(logits: Tensor, count: int) -> Tensor:
     return logits.new_empty(logits.shape[0], count, dtype=torch.long)
+
+
+@torch.library.custom_op("switchkd::entries_up_to", mutates_args=())
+def _entries_up_to(logits: Tensor, k: Tensor) -> Tensor:
+    if not len(logits):
+        return torch.zeros(0, 2, dtype=torch.long, device=logits.device)
+    blocks = _blocks(logits)
+    each = zip(blocks, torch.split(k, [len(block) for block in blocks]), strict=True)
+    return _padded([_top(block, numbers) for block, numbers in each])
+
+
+@_entries_up_to.register_fake
+def _(logits: Tensor, k: Tensor) -> Tensor:
+    longest = torch.library.get_ctx().new_dynamic_size(min=2)
+    return logits.new_empty(logits.shape[0], longest, dtype=torch.long)
 
 
 @torch.library.custom_op("switchkd::leading_entries", mutates_args=())
@@ -79,8 +106,7 @@ def _lead_of_rows(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         k = knee_of_sorted(values, window, row_size=size, row_min=least)
         return ids[:, : int(k.max())].contiguous(), k
     leads = [_lead(block, window) for block in _blocks(logits)]
-    longest = max(ids.shape[-1] for ids, _ in leads)
-    return torch.cat([F.pad(ids, (0, longest - ids.shape[-1])) for ids, _ in leads]), torch.cat([k for _, k in leads])
+    return _padded([ids for ids, _ in leads]), torch.cat([k for _, k in leads])
 
 
 @_lead_of_rows.register_fake
@@ -119,11 +145,20 @@ def _blocks(logits: Tensor) -> list[Tensor]:
     return list(torch.split(rows, max(1, size // max(rows.shape[-1], 1)))) if len(rows) else []
 
 
-def _top(logits: Tensor, count: int) -> Tensor:
+def _padded(ids: list[Tensor]) -> Tensor:
+    """Join the ids of several blocks, each row filled up with 0."""
+    longest = max(block.shape[-1] for block in ids)
+    return torch.cat([F.pad(block, (0, longest - block.shape[-1])) for block in ids])
+
+
+def _top(logits: Tensor, count: int | Tensor) -> Tensor:
+    """Return the ids of each row's `count` largest entries, [T, count]; with a number for each row, [T], up to the largest."""
     heights, from_bin, _ = _histogram(logits)
+    wanted = count.unsqueeze(-1) if isinstance(count, Tensor) else count
     # The highest bin with at least `count` entries in it and above; -1, the height of masked columns, if there are fewer.
-    floor = (from_bin >= count).sum(-1) - 1
-    return _sorted_from(logits, heights, floor, from_bin)[1][:, :count]
+    floor = (from_bin >= wanted).sum(-1) - 1
+    longest = int(count.max()) if isinstance(count, Tensor) else count
+    return _sorted_from(logits, heights, floor, from_bin)[1][:, :longest]
 
 
 def _lead(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:

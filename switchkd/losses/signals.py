@@ -3,7 +3,8 @@
 Losses read a signal only through these methods, which do not depend on its origin:
 
 * `rows(student)`              the teacher's logits over all N vocabulary rows;
-* `leading_ids(rows, window)`  the teacher-led selection: its leading ids in descending order, and their number k (the knee);
+* `leading_ids(rows, window)`  the teacher-led selection: its leading ids in descending order, and their number k, the knee: the
+                               one of the exact logits where the signal has it, else that of `rows`;
 * `top(count)`                 a fixed number of leading ids;
 * `slice_rows(rows)`           the signal of consecutive positions, so that a loss can process them chunk by chunk.
 
@@ -15,10 +16,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from switchkd.losses.selection import knee_of_sorted, leading_entries, top_of_rows
+from switchkd.losses.lm_head import float32_logits
+from switchkd.losses.selection import entries_up_to, knee_of_sorted, leading_entries, top_of_rows
 from switchkd.settings import TailPolicy
 
 TAIL_POLICIES: dict[str, str] = {
@@ -95,6 +96,7 @@ class DenseSignal:
     """Signal with all logits in memory: computed by a live teacher, or from its final hidden states."""
 
     logits: Tensor  # [T, N]
+    knee: Tensor | None = None  # [T] int64, over all N rows, where it is known better than these logits tell it
     leads: dict[int | None, tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )  # window → result of `leading_ids`
@@ -112,8 +114,14 @@ class DenseSignal:
     def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """See `TeacherSignal.leading_ids`. The result is cached: Align and VSD share the teacher's order and knee."""
         if window not in self.leads:
-            self.leads[window] = leading_entries(rows, window)
+            self.leads[window] = self._find_leads(rows, window)
         return self.leads[window]
+
+    def _find_leads(self, rows: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        if self.knee is None or (window is not None and window < self.vocab_rows):
+            return leading_entries(rows, window)
+        k = self.knee.clamp(2, self.vocab_rows)
+        return entries_up_to(rows, k), k
 
     def top(self, count: int) -> Tensor:
         """See `TeacherSignal.top`."""
@@ -125,11 +133,12 @@ class DenseSignal:
 
     def select(self, keep: Tensor) -> "DenseSignal":
         """See `TeacherSignal.select`."""
-        return DenseSignal(self.logits[keep], {window: (ids[keep], k[keep]) for window, (ids, k) in self.leads.items()})
+        leads = {window: (ids[keep], k[keep]) for window, (ids, k) in self.leads.items()}
+        return DenseSignal(self.logits[keep], None if self.knee is None else self.knee[keep], leads)
 
     def slice_rows(self, rows: slice) -> "DenseSignal":
         """See `TeacherSignal.slice_rows`."""
-        return DenseSignal(self.logits[rows])
+        return DenseSignal(self.logits[rows], None if self.knee is None else self.knee[rows])
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,10 @@ class HiddenSignal:
     """Signal that holds the teacher's final hidden states, stored or live; the LM head computes the logits of what is read."""
 
     hidden: Tensor  # [T, d]
-    head: Tensor  # [N, d], the LM head's rows in use; logits are computed in its dtype
+    head: Tensor  # [N, d], the LM head's rows in use; its logits are float32, see `float32_logits`
+    knee: Tensor | None = (
+        None  # [T] int64, over all N rows, of the exact logits; None: found on the logits computed here
+    )
 
     @property
     def vocab_rows(self) -> int:
@@ -151,7 +163,7 @@ class HiddenSignal:
 
     def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """See `TeacherSignal.leading_ids`."""
-        return leading_entries(rows, window)
+        return DenseSignal(rows, self.knee).leading_ids(rows, window)
 
     def top(self, count: int) -> Tensor:
         """See `TeacherSignal.top`."""
@@ -163,12 +175,13 @@ class HiddenSignal:
 
     def select(self, keep: Tensor) -> "HiddenSignal":
         """See `TeacherSignal.select`."""
-        return HiddenSignal(self.hidden[keep], self.head)
+        return HiddenSignal(self.hidden[keep], self.head, None if self.knee is None else self.knee[keep])
 
     def slice_rows(self, rows: slice) -> DenseSignal:
         """See `TeacherSignal.slice_rows`."""
         with torch.no_grad():
-            return DenseSignal(F.linear(self.hidden[rows].to(self.head.dtype), self.head))
+            logits = float32_logits(self.hidden[rows], self.head)
+        return DenseSignal(logits, None if self.knee is None else self.knee[rows])
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from switchkd.errors import ConfigError, DataError, RunError, StoreMismatch
 from switchkd.losses import kneedle
 from switchkd.losses.selection import knee_of_sorted
 from switchkd.models.checkpoint import open_checkpoint
-from switchkd.models.vlm import load_lm_head, load_model
+from switchkd.models.vlm import load_lm_head, load_model, states_at_positions
 from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
@@ -88,6 +88,30 @@ def test_hidden_states_give_the_teachers_logits_back(options, dtype):
         error = (torch.from_numpy(stored.hidden.copy()) @ head.T - live).abs().max() / live.abs().max()
         assert error < {"float16": 2e-3, "bfloat16": 1e-2, "int8": 3e-2}[dtype]
         assert stored.stat("knee").tolist() == kneedle(live).tolist()
+
+
+def test_a_bfloat16_teacher_is_stored_with_float32_logits(options, monkeypatch):
+    """Statistics, knees and top-k are those of its states times its LM head, not of logits rounded to bfloat16."""
+    seen = []
+
+    def watched(model, columns):
+        seen.append((states_at_positions(model, columns), model.lm_head.weight))
+        return seen[-1][0]
+
+    monkeypatch.setattr("switchkd.pipelines.capture.backends.transformers_backend.states_at_positions", watched)
+    cache_teacher(replace(options, dtype="bfloat16", batch_size=1, payload="both", k=5))
+    store = TeacherStore(options.out)
+    assert store.manifest.teacher["dtype"] == "bfloat16"
+    payloads = [store[index].payload for index in range(11)]
+    alone = seen[-11:]  # before them come the passes of the rank table
+    assert all(states.dtype == head.dtype == torch.bfloat16 for states, head in alone)
+    exact = [(states.double() @ head.double().T).float() for states, head in alone]
+    for logits in exact:
+        largest = logits.amax(-1).numpy()
+        payload = next(p for p in payloads if len(p) == len(logits) and np.abs(p.stat("z_max") - largest).max() < 1e-3)
+        assert payload.stat("knee").tolist() == kneedle(logits).tolist()
+        np.testing.assert_allclose(payload.logits, logits.gather(-1, torch.from_numpy(payload.ids).long()), atol=1e-3)
+    assert max((logits.bfloat16() - logits).abs().max() for logits in exact) > 3e-3  # otherwise the test shows nothing
 
 
 def test_both_payloads_side_by_side(options):

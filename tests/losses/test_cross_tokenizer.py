@@ -16,7 +16,8 @@ from switchkd.data.encoding import SampleEncoder
 from switchkd.data.templates import TEMPLATES
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.losses.cross_tokenizer import VocabMap, align_positions, loss_over_vocabularies, map_vocabularies
-from switchkd.losses.fused import LMHead, SwitchStates
+from switchkd.losses.fused import SwitchStates
+from switchkd.losses.lm_head import LMHead
 from switchkd.losses.objective import Objective
 from switchkd.losses.signals import DenseSignal, HiddenSignal
 from switchkd.models.checkpoint import open_checkpoint

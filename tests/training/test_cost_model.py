@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from training import kept_bytes
 
-from switchkd.losses.fused import LMHead, SwitchStates
+from switchkd.losses.fused import SwitchStates
+from switchkd.losses.lm_head import LMHead
 from switchkd.losses.objective import Objective
 from switchkd.losses.signals import HiddenSignal
 from switchkd.models.checkpoint import open_checkpoint

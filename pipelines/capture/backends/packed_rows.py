@@ -24,7 +24,8 @@ def pack(
     """Pack P positions on their device.
 
     Args:
-        states: [P, d], after the final norm; P > 0. lm_head: [p, d] → [p, V]; it runs on `LOGIT_ROWS` states at a time.
+        states: [P, d], after the final norm; P > 0. lm_head: [p, d] → [p, V], float32 whatever the dtype of its weight (see
+            `switchkd.losses.lm_head`); it runs on `LOGIT_ROWS` states at a time.
         vocab_rows: N, the rows in use; None takes all V.
 
     Returns:
@@ -41,11 +42,17 @@ def pack_logits(logits: Tensor, top_k: int, hidden: Tensor | None = None) -> Ten
     """Keep the K largest logits of each row and statistics over all of them.
 
     Args:
-        logits: [P, N] over the rows in use. top_k: K ≤ N; 0 keeps no logits. hidden: [P, d] to keep beside them.
+        logits: [P, N] over the rows in use, float32 or above. top_k: K ≤ N; 0 keeps no logits. hidden: [P, d] to keep beside
+            them.
 
     Returns:
         Packed rows. `tail_logsumexp` is log Σ e^z over the N - K smallest logits, -inf if K = N; `knee` is eqs. 8-9 over all N.
+
+    Raises:
+        TypeError: half-precision logits, whose order and knee are those of rounded numbers.
     """
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a capture needs float32 logits, got {logits.dtype}")
     logits = logits.float()
     ids = top_of_rows(logits, top_k)
     columns = {

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from switchkd.data.encoding import EncodedSample, collate, pad_id_of
+from switchkd.losses.lm_head import LMHead
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.capture.backends.base import Backend
@@ -35,5 +36,6 @@ class TransformersBackend(Backend):
             RunError: logits of a sample are not finite.
         """
         states = states_at_positions(self.model, collate(samples, self.pad_id))  # [P, d]
-        packed = pack(states, self.model.lm_head, manifest.vocab_rows, manifest.top_k, manifest.has_hidden)
+        head = LMHead(self.model.lm_head.weight, self.model.lm_head.bias)
+        packed = pack(states, head.logits, manifest.vocab_rows, manifest.top_k, manifest.has_hidden)
         return unpack(packed, manifest.top_k).split([sample.positions for sample in samples])

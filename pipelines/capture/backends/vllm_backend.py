@@ -69,7 +69,7 @@ class VllmBackend(Backend):
             {
                 "model": str(checkpoint.path),
                 "runner": "pooling",
-                "hf_overrides": {"architectures": [ARCHITECTURE]},
+                "hf_overrides": {"architectures": [ARCHITECTURE], "head_dtype": "float32"},
                 "dtype": dtype,
                 "max_model_len": self.max_length,
                 "tensor_parallel_size": tensor_parallel,

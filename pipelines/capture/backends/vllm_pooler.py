@@ -25,7 +25,7 @@ class RowsPooler(nn.Module):
     """Selects the requested rows of hidden states, collects them over a request's chunks, and packs them when it is complete.
 
     Args:
-        compute_logits: [p, d] → [p, V]; None on a tensor-parallel rank that gets no logits.
+        compute_logits: [p, d] → [p, V] float32; None on a tensor-parallel rank that gets no logits.
         profile_top_k: K of the engine's profiling runs, whose requests name no rows.
     """
 
@@ -76,7 +76,7 @@ class RowsPooler(nn.Module):
     def _logits(self, states: Tensor) -> Tensor:
         logits = self._compute_logits(states)
         # A rank without logits runs the same steps; its return value is not used.
-        return states.new_zeros(len(states), max(self._profile_top_k, 2)) if logits is None else logits
+        return states.new_zeros(len(states), max(self._profile_top_k, 2), dtype=torch.float32) if logits is None else logits
 
 
 def _collect(held: list[Tensor], runs: Runs, rows: Tensor, begin: int) -> None:
