@@ -123,7 +123,7 @@ class Steps:
         arguments = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none", remove_unused_columns=False)
         self.trainer = SwitchTrainer(
             objective=Objective(),
-            source=StoredHidden(self.teacher.lm_head.weight, VOCABULARY),
+            source=StoredHidden(self.teacher.lm_head.weight, VOCABULARY, exact_knee=False),
             teacher=self.teacher,
             model=self.student,
             args=arguments,

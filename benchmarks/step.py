@@ -235,7 +235,7 @@ class Bench:
     def ours(self, payload: str, switch: bool) -> Callable[[], Tensor]:
         """The trainer's own loss from a store's columns."""
         sources = {
-            "hidden": StoredHidden(self.blind.lm_head.weight, self.vocabulary),
+            "hidden": StoredHidden(self.blind.lm_head.weight, self.vocabulary, exact_knee=True),
             "topk": StoredTopK(self.vocabulary, "student"),
             "": None,
         }

@@ -66,7 +66,7 @@ def command(
     if dry_run:
         _print_plan(resolved, egress_price)
         return
-    done = cache_teacher(resolved)
+    done = cache_teacher(resolved, tell=lambda line: click.echo(line, err=True))
     click.echo(
         f"{done.store}: {done.parts_written} parts written, {done.parts_already_there} were there, "
         f"{done.parts_missing} left to other workers\n"
@@ -101,8 +101,10 @@ def _print_plan(options: CacheOptions, egress_price: float) -> None:
         "free disk": free,
     }
     if "://" in str(options.out):
+        read = found.store_bytes(found.trained_from) / 1e9
         rows["egress"] = (
-            f"about ${size / 1e9 * egress_price:,.2f} to read it once from outside, at ${egress_price:g} a GB"
+            f"about ${read * egress_price:,.2f} to train from it for one epoch ({found.trained_from}) outside, at "
+            f"${egress_price:g} a GB"
         )
     rows["probe"] = f"{found.probed_samples} random samples with {options.backend}; nothing was written"
     for name, value in rows.items():

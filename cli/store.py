@@ -13,7 +13,6 @@ from switchkd.pipelines.capture.options import AuditOptions
 if TYPE_CHECKING:
     from switchkd.pipelines.capture.audit import AuditReport
     from switchkd.settings import StoreLocation
-    from switchkd.stores import Manifest
 
 
 @click.group("store")
@@ -36,9 +35,10 @@ def info(path: "StoreLocation") -> None:
         "samples": f"{found.samples:,} of {manifest.samples:,}",
         "skipped": lines_of(found.skipped),
         "positions": f"{found.positions:,}",
-        "payload": _payload(manifest),
+        "payload": manifest.describe_all(),
         "size": f"{found.store_bytes:,} bytes on disk, {found.bytes_per_position:.1f} a position in its arrays",
         "knee": ", ".join(f"{name} {value:,.0f}" for name, value in found.knee_quantiles.items()) or "no position",
+        "format": f"version {manifest.version}, statistics of {manifest.stats_dtype or manifest.teacher['dtype']} logits",
         "teacher": ", ".join(f"{name} {value}" for name, value in manifest.teacher.items()),
         "tokenizer": manifest.tokenizer,
         "template": manifest.template["name"],
@@ -49,17 +49,6 @@ def info(path: "StoreLocation") -> None:
     }
     for name, value in rows.items():
         click.echo(f"{name:<12}{value}")
-
-
-def _payload(manifest: "Manifest") -> str:
-    words = [manifest.payload]
-    if manifest.has_topk:
-        words.append(
-            f"k = {manifest.top_k} of {manifest.vocab_rows:,} rows, steps {manifest.fine:g} to {manifest.coarse:g}"
-        )
-    if manifest.has_hidden:
-        words.append(f"{manifest.hidden_width} wide states in {manifest.hidden_dtype}")
-    return ", ".join(words)
 
 
 @command.command("status")

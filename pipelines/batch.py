@@ -31,8 +31,8 @@ class Batch:
         teacher_packing: [R, N_T] int64, with the same samples per row, if it encodes them differently.
         switch_packing: [R', N'] int64, of the samples with an image as the teacher encodes them, in separate rows.
         partner: [P] int64, with another tokenizer: the teacher's position of each of the student's, or -1.
-        teacher_ids: [P, K] int64; teacher_logits: [P, K]; teacher_tail: [P]; teacher_knee: [P] int64: from a store that
-            contains top-k logits.
+        teacher_knee: [P] int64, from a store.
+        teacher_ids: [P, K] int64; teacher_logits: [P, K]; teacher_tail: [P]: from a store that contains top-k logits.
         teacher_hidden: [P, d_T], from a store that contains hidden states. With another tokenizer these five have P_T rows.
         store_seconds: time spent reading the store.
     """

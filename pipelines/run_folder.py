@@ -35,17 +35,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     return before
 
 
-def record(folder: Path, options: dict[str, Any], free: Collection[str] = ()) -> None:
+def record(folder: Path, options: dict[str, Any], free: Collection[str] = (), later: Collection[str] = ()) -> None:
     """Write the resolved options into a run's folder, or check them against those that it was started with.
 
     Args:
         folder: the run's output. options: name → YAML value. free: options that may differ when the run is resumed.
+        later: names that the record of an earlier version may lack.
 
     Raises:
         ConfigError: the run was started with other options; names them.
     """
     if before := read_record(folder):
-        names = [name for name in options if name not in free and before.get(name) != options[name]]
+        known = [name for name in options if name not in free and (name in before or name not in later)]
+        names = [name for name in known if before.get(name) != options[name]]
         if names:
             lines = "\n  ".join(f"{name}: run {before.get(name)!r}, now {options[name]!r}" for name in names)
             raise ConfigError(

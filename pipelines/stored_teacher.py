@@ -20,6 +20,23 @@ from switchkd.pipelines.batch import Batch
 from switchkd.settings import TailPolicy
 from switchkd.stores import Manifest, Payload, TeacherStore
 
+# From docs/payloads-table.md, which a test compares.
+TOPK_GRADIENT_ERROR = "33 to 44 %"
+
+
+def topk_caution(manifest: Manifest, window: int | None = None) -> str | None:
+    """Return what to know before full-vocabulary DBiLD is computed from top-k logits; None where they hold all that it reads.
+
+    Args:
+        window: the objective's knee window; None at capture and for the paper's objective.
+    """
+    if manifest.top_k >= manifest.vocab_rows or (window is not None and window <= manifest.top_k):
+        return None
+    return (
+        f"payload topk keeps {manifest.top_k:,} of {manifest.vocab_rows:,} logits, and full-vocabulary DBiLD reads more: of a real "
+        f"language model, its gradient differed by {TOPK_GRADIENT_ERROR} from the live teacher's (docs/payloads.md)"
+    )
+
 
 class TeacherSource(Protocol):
     """Returns the teacher's signal at a batch's P positions."""
@@ -61,15 +78,17 @@ class StoredHidden:
 
     Args:
         head: the LM head's weight, [V, d].
+        exact_knee: whether the stored knees are those of the exact logits, see `Manifest.has_exact_knee`; else they are found again
+            on the logits of the stored states.
     """
 
-    def __init__(self, head: Tensor, vocab_rows: int) -> None:
-        self.head = head[:vocab_rows]
+    def __init__(self, head: Tensor, vocab_rows: int, exact_knee: bool) -> None:
+        self.head, self.exact_knee = head[:vocab_rows], exact_knee
 
     def signal(self, batch: Batch) -> TeacherSignal:
         """See `TeacherSource.signal`."""
         assert batch.teacher_hidden is not None
-        return HiddenSignal(batch.teacher_hidden, self.head)
+        return HiddenSignal(batch.teacher_hidden, self.head, batch.teacher_knee if self.exact_knee else None)
 
     def to(self, device: torch.device) -> None:
         """Move the LM head."""
@@ -78,12 +97,11 @@ class StoredHidden:
 
 def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
     """Return a payload as the columns of a batch, see `Batch`; the large columns share its memory."""
-    columns = {}
+    columns = {"teacher_knee": torch.from_numpy(payload.stat("knee")).long()}
     if payload.ids is not None and payload.logits is not None:
         columns["teacher_ids"] = torch.from_numpy(payload.ids).long()  # int64, as the losses index with it
         columns["teacher_logits"] = torch.from_numpy(payload.logits)
         columns["teacher_tail"] = torch.tensor(payload.stat("tail_logsumexp"))
-        columns["teacher_knee"] = torch.from_numpy(payload.stat("knee")).long()
     if payload.hidden is not None:
         columns["teacher_hidden"] = torch.from_numpy(payload.hidden)
     return columns

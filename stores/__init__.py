@@ -3,6 +3,6 @@
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
 from switchkd.stores.reader import StoredSample, TeacherStore
-from switchkd.stores.writer import PartArrays, StoreWriter
+from switchkd.stores.writer import PartArrays, StoreTables, StoreWriter
 
-__all__ = ["Manifest", "PartArrays", "Payload", "StoreWriter", "StoredSample", "TeacherStore"]
+__all__ = ["Manifest", "PartArrays", "Payload", "StoreTables", "StoreWriter", "StoredSample", "TeacherStore"]

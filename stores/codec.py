@@ -1,9 +1,9 @@
-"""Encodes top-k logits (ids as gaps between ranks, logits as quantisation levels) and hidden states.
+"""Encodes top-k logits (ids as gaps between ranks, logits as quantisation levels) and hidden states (as steps from a mean).
 
 Ids are replaced by their rank in a frequency table, and the entries of each position are sorted by rank: the gaps between
-neighbouring ranks are small and similar, and no order needs to be stored. A logit z is stored as a quantisation level, counted
-from the deepest level of its row. The level quantises the depth d = logsumexp - z, with smaller steps where the probability
-p = e^{-d} is larger, since an error e adds p·e²/2 to the KL.
+neighbouring ranks are small and similar. A logit z is stored as a quantisation level, counted from the deepest level of its row;
+levels give the order of the entries, except among equal levels (tie_order.py). The level quantises the depth d = logsumexp - z,
+with smaller steps where the probability p = e^{-d} is larger, since an error e adds p·e²/2 to the KL.
 
     step(d)  = min_step · e^{d/2}, at most max_step
     level(d) = (2/min_step)(1 - e^{-d/2}) up to d* = 2 ln(max_step/min_step), from there on level(d*) + (d - d*)/max_step
@@ -12,16 +12,30 @@ The error of a logit is at most max_step / 2. min_step = max_step gives uniform 
 """
 
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from switchkd.stores.layout import STAT_COLUMNS, rank_dtype
+from switchkd.stores.layout import HIDDEN_DTYPES, STAT_COLUMNS, rank_dtype
+from switchkd.stores.tie_order import apply_order, encode_order
 
 LARGEST_LEVEL = np.iinfo(np.uint16).max
 STAT_STEPS = 1024  # statistics other than the knee are rounded to multiples of 1/1024
+
+
+class TopKCodes(NamedTuple):
+    """The encoded top-k entries of P positions."""
+
+    rank_gap: NDArray[
+        Any
+    ]  # [P, K] uint16 or uint32: the first rank of a row, and the number of ranks skipped between neighbours
+    level_offset: NDArray[np.uint16]  # [P, K], the distance of each level from the row's deepest level
+    deepest_level: NDArray[np.uint16]  # [P]
+    order: NDArray[np.uint16] | None  # [P], of the entries of equal level, see tie_order.py; None in version 1
 
 
 def encode_topk(
@@ -31,23 +45,22 @@ def encode_topk(
     rank_of_id: NDArray[Any],
     min_step: float,
     max_step: float,
-) -> tuple[NDArray[Any], NDArray[np.uint16], NDArray[np.uint16]]:
+) -> TopKCodes:
     """Encode the top-k entries of P positions.
 
     Args:
-        ids: [P, K] integer, distinct in a row. logits: [P, K] float, finite, any order. logsumexp: [P] float, exactly the values
+        ids: [P, K] integer, distinct in a row. logits: [P, K] float, finite, descending. logsumexp: [P] float, exactly the values
             that `decode_topk` will receive. rank_of_id: [N], each id's rank by frequency.
         min_step, max_step: smallest and largest quantisation step, 0 < min_step ≤ max_step, logits.
 
-    Returns:
-        (rank_gap [P, K] uint16 or uint32, level_offset [P, K] uint16, deepest_level [P] uint16): the first rank of a row and
-        the number of ranks skipped between neighbours; the distance of each level from the row's deepest level; that deepest level.
-
     Raises:
-        ValueError: a logit that is not finite, above its row's logsumexp, or below the 65,536 quantisation levels.
+        ValueError: logits that do not descend; a logit that is not finite, above its row's logsumexp, or below the 65,536
+            quantisation levels.
     """
     if not (np.isfinite(logits).all() and np.isfinite(logsumexp).all()):
         raise ValueError("only finite logits can be stored")
+    if (logits[:, :-1] < logits[:, 1:]).any():
+        raise ValueError("the logits of a position must descend")
     depth = logsumexp[:, None].astype(np.float64) - logits
     # After rounding, logsumexp may be slightly below a largest logit that has almost all the mass.
     if depth.size and depth.min() < -max(max_step, 1 / STAT_STEPS):
@@ -55,43 +68,44 @@ def encode_topk(
     level = _level_of_depth(np.maximum(depth, 0, out=depth), min_step, max_step)
     if level.size and level.max() > LARGEST_LEVEL:
         raise ValueError(f"logits lie {depth.max():g} below the row's logsumexp, more than {LARGEST_LEVEL} levels")
+    np.maximum.accumulate(level, axis=-1, out=level)  # they ascend already, but for errors in the last place
     bits = max(int(level.max(initial=0)), 1).bit_length()
     key: Any = _key_type(len(rank_of_id), bits)
-    keys: NDArray[Any] = (rank_of_id.astype(key) << key(bits))[ids] | level.astype(
-        key
-    )  # ranks and levels share one key, so one sort orders both
+    # Ranks and levels share one key, so one sort orders both.
+    keys: NDArray[Any] = (rank_of_id.astype(key) << key(bits))[ids] | level.astype(key)
+    order = encode_order(level, keys)
     keys.sort(axis=-1)
     rank = keys >> key(bits)
     levels = (keys & key((1 << bits) - 1)).astype(np.uint16)
     rank_gap = rank.astype(rank_dtype(len(rank_of_id)))
     rank_gap[:, 1:] = rank[:, 1:] - rank[:, :-1] - key(1)
     deepest_level = levels.max(axis=-1, initial=0)
-    return rank_gap, deepest_level[:, None] - levels, deepest_level
+    return TopKCodes(rank_gap, deepest_level[:, None] - levels, deepest_level, order)
 
 
 def decode_topk(
-    rank_gap: NDArray[Any],
-    level_offset: NDArray[np.uint16],
-    deepest_level: NDArray[np.uint16],
+    codes: TopKCodes,
     logsumexp: NDArray[Any],
     id_of_rank: NDArray[Any],
     min_step: float,
     max_step: float,
     out: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Decode the output of `encode_topk`: (ids [P, K] int32, logits [P, K] float32), descending, equal levels by rank.
+    """Decode the output of `encode_topk`: (ids [P, K] int32, logits [P, K] float32), descending.
+
+    Entries of equal level are in the encoded order as far as the code covers them, and then by rank.
 
     Fastest if id_of_rank is already int32. If `out` is given, it is filled and returned.
 
     Raises:
         ValueError: a rank that id_of_rank does not have.
     """
+    rank_gap, level_offset, deepest_level, order = codes
     ids, logits = out or (np.empty(rank_gap.shape, np.int32), np.empty(rank_gap.shape, np.float32))
     id_of_rank, depths = np.asarray(id_of_rank, np.int32), _depths(min_step, max_step)
     bits = max(len(id_of_rank) - 1, 1).bit_length()
     key: Any = _key_type(int(deepest_level.max(initial=0)) + 1, bits)
-    size = max(_AT_ONCE // max(rank_gap.shape[1], 1), 1)
-    for rows in (slice(begin, begin + size) for begin in range(0, len(rank_gap), size)):
+    for rows in _row_blocks(rank_gap):
         keys: NDArray[Any] = _ranks(rank_gap[rows]).astype(key)
         if keys.size and keys[:, -1].max() >= len(id_of_rank):
             raise ValueError(f"ranks reach {keys[:, -1].max()}, the vocabulary has {len(id_of_rank)} rows")
@@ -101,12 +115,20 @@ def decode_topk(
         at = (keys >> key(bits)).astype(np.intp)
         depths.take(at, mode="clip", out=logits[rows])
         np.subtract(logsumexp[rows, None], logits[rows], out=logits[rows], dtype=np.float32, casting="same_kind")
+        if order is not None:
+            apply_order(order[rows], at, keys)
         np.bitwise_and(keys, key((1 << bits) - 1), out=at, casting="unsafe")
         id_of_rank.take(at, mode="clip", out=ids[rows])
     return ids, logits
 
 
 _AT_ONCE = 1 << 16  # entries per step: temporaries stay in a core's own cache, which reduces the time to two thirds
+
+
+def _row_blocks(numbers: NDArray[Any]) -> Iterator[slice]:
+    """Split [P, n] into blocks of rows with about `_AT_ONCE` entries."""
+    size = max(_AT_ONCE // max(numbers.shape[1], 1), 1)
+    return (slice(begin, begin + size) for begin in range(0, len(numbers), size))
 
 
 def _ranks(rank_gap: NDArray[Any]) -> NDArray[Any]:
@@ -164,49 +186,111 @@ def _depth_of_level(level: NDArray[Any], min_step: float, max_step: float) -> ND
     return depth
 
 
-BLOCK = 32  # int8 states share a scale per this many entries
+@dataclass(frozen=True)
+class HiddenSteps:
+    """Quantiser of hidden states: one step per feature, and the point that steps are counted from."""
+
+    step: NDArray[np.float32]  # [d], positive
+    mean: NDArray[np.float32]  # [d]
 
 
-def encode_hidden(states: NDArray[np.float32], dtype: str) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
+LARGEST_STEP_COUNT = 1 << 22  # steps from the mean; float32 still resolves a quarter of a step there
+LEAST_SPREAD = (
+    1e-4  # of a head's column, relative to the root mean square over columns: a column without effect has a finite step
+)
+
+
+def steps_of(spread: NDArray[Any], error: float) -> NDArray[np.float32]:
+    """Return the quantisation step of each feature that gives logits a wanted error.
+
+    A feature rounded to multiples of `step` has an error of variance step²/12, uniform and independent of the others. It moves the
+    logits of a position by that error times the LM head's column, whose mean moves all logits alike and therefore no loss. So
+    step = T · sqrt(12 / d) / s makes each feature contribute T²/d to the mean squared error of a logit.
+
+    Args:
+        spread: s, the population standard deviation of each column of the LM head over the N rows in use, [d], above 0 somewhere.
+        error: T, the root-mean-square error of a logit over the N rows, a shift common to a position apart.
+
+    Returns:
+        [d].
+
+    Raises:
+        ValueError: spreads that are not finite, or all 0.
+    """
+    spread = np.asarray(spread, np.float64)
+    scale = np.sqrt(np.mean(np.square(spread)))
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError("the LM head has columns that are not finite, or all its rows are equal")
+    step: NDArray[np.float32] = (error * np.sqrt(12 / len(spread)) / np.maximum(spread, LEAST_SPREAD * scale)).astype(
+        np.float32
+    )
+    return step
+
+
+def encode_hidden(states: NDArray[np.float32], dtype: str, steps: HiddenSteps | None = None) -> NDArray[Any]:
     """Encode final hidden states.
 
     Args:
-        states: [P, d], finite. dtype: "float16", "bfloat16" (kept as its upper 16 bits, uint16) or "int8".
+        states: [P, d], finite. dtype: one of `layout.HIDDEN_DTYPES`. steps: with "steps", the store's.
 
     Returns:
-        (state [P, d], scale): scale is [P, ceil(d / 32)] float16 for int8, where state · scale reconstructs the block; else None.
+        [P, d]: float16; bfloat16 as its upper 16 bits, uint16; or the nearest number of steps from the mean, int16, or int32 if
+        one of them needs it.
 
     Raises:
         ValueError: not finite, or beyond the dtype's range.
     """
+    if dtype == "steps":
+        assert steps is not None
+        count = states - steps.mean
+        count /= steps.step
+        np.rint(count, out=count)
+        largest = max(count.max(initial=0), -count.min(initial=0))
+        if not largest <= LARGEST_STEP_COUNT:  # also NaN
+            raise ValueError(
+                "a hidden state is not finite"
+                if not np.isfinite(states).all()
+                else f"a hidden state lies {largest:g} quantisation steps from the mean, more than {LARGEST_STEP_COUNT}; "
+                "use --hidden-dtype bfloat16"
+            )
+        return count.astype(np.int16 if largest <= np.iinfo(np.int16).max else np.int32)
     if not np.isfinite(states).all():
         raise ValueError("only finite hidden states can be stored")
     if dtype == "float16":
         if states.size and np.abs(states).max() > np.finfo(np.float16).max:
             raise ValueError(f"a hidden state of {np.abs(states).max():g} does not fit float16; use bfloat16")
-        return states.astype(np.float16), None
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(states, np.float32).view(np.uint32)
-        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to nearest, ties to even
-        return (rounded >> np.uint32(16)).astype(np.uint16), None
-    blocks = _blocks(states)
-    # The scale is rounded up to float16 first, so that no entry exceeds 127 steps of the stored scale.
-    largest = np.abs(blocks).max(-1, initial=0) / 127
-    scale = largest.astype(np.float16)
-    scale = np.where(scale.astype(np.float32) < largest, np.nextafter(scale, np.float16(np.inf)), scale)
-    if not np.isfinite(scale).all():
-        raise ValueError("a hidden state does not fit an int8 block with a float16 scale; use bfloat16")
-    divisor = np.where(scale > 0, scale, 1).astype(np.float32)[..., None]
-    quantised = np.rint(blocks / divisor).astype(np.int8).reshape(len(states), blocks.shape[1] * BLOCK)
-    return quantised[:, : states.shape[1]], scale
+        return states.astype(np.float16)
+    if dtype != "bfloat16":
+        raise ValueError(f"hidden states are stored as {', '.join(HIDDEN_DTYPES)}, not as {dtype}")
+    bits = np.ascontiguousarray(states, np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to nearest, ties to even
+    return (rounded >> np.uint32(16)).astype(np.uint16)
+
+
+BLOCK = 32  # int8 states of version 1 share a scale per this many entries
 
 
 def decode_hidden(
-    state: NDArray[Any], scale: NDArray[np.float16] | None, dtype: str, out: NDArray[np.float32] | None = None
+    state: NDArray[Any],
+    dtype: str,
+    steps: HiddenSteps | None = None,
+    scale: NDArray[np.float16] | None = None,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Decode the output of `encode_hidden`, [P, d] float32. If `out` is given, it is filled and returned."""
+    """Decode the output of `encode_hidden`, [P, d] float32. If `out` is given, it is filled and returned.
+
+    Args:
+        state: as it is stored, [P, d]. steps: with "steps", the store's. scale: with "int8", [P, ceil(d / 32)].
+    """
     states = np.empty(state.shape, np.float32) if out is None else out
-    if dtype == "float16":
+    if dtype == "steps":
+        assert steps is not None
+        for rows in _row_blocks(state):
+            some = states[rows]
+            some[...] = state[rows]
+            some *= steps.step
+            some += steps.mean
+    elif dtype == "float16":
         _widen(state, states)
     elif dtype == "bfloat16":
         np.left_shift(state, np.uint32(16), out=states.view(np.uint32), dtype=np.uint32)
@@ -230,13 +314,6 @@ def _widen(halves: NDArray[np.float16], out: NDArray[np.float32]) -> None:
         out.size and max(out.max(), -out.min()) > np.finfo(np.float16).max
     ):  # not finite, which only occurs in a damaged store
         out[...] = halves
-
-
-def _blocks(states: NDArray[Any]) -> NDArray[Any]:
-    """Split [P, d] into [P, ceil(d / 32), 32], the last block filled with zeros."""
-    blocks = -(-states.shape[1] // BLOCK)
-    missing = blocks * BLOCK - states.shape[1]
-    return np.pad(states, ((0, 0), (0, missing))).reshape(len(states), blocks, BLOCK)
 
 
 def ranks_by_frequency(ids: NDArray[Any], vocab_rows: int) -> NDArray[np.uint32]:

@@ -12,7 +12,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from switchkd.settings import HiddenDtype, PayloadName
 
 FORMAT = "switchkd-store"
-VERSION = 1
+VERSION = 2  # written; stores of version 1 are read, and finished, as version 1
+VERSIONS = (1, 2)
 
 MANIFEST_KEY = "switchkd"  # attribute of the root group
 PART_KEY = "switchkd_part"  # attribute of a part's group
@@ -20,10 +21,13 @@ ID_OF_RANK = "vocab/id_of_rank"
 
 OFFSET, DIGEST, STATUS = "samples/offset", "samples/digest", "samples/status"
 GAP, HEIGHT, BOTTOM = "topk/gap", "topk/height", "topk/bottom"
-STATE, SCALE = "hidden/state", "hidden/scale"
+ORDER = "topk/order"  # since version 2
+STATE, SCALE = "hidden/state", "hidden/scale"  # scales: of int8 states, in version 1
+STEP, MEAN = "hidden/step", "hidden/mean"  # of the store, not of a part: [d] float32, for states stored as steps
 STATS = "stats"
 PAYLOADS: tuple[str, ...] = get_args(PayloadName)
-HIDDEN_DTYPES: tuple[str, ...] = get_args(HiddenDtype)
+HIDDEN_DTYPES: tuple[str, ...] = get_args(HiddenDtype)  # written; int8 is read in stores of version 1
+STATS_DTYPE = "float32"  # of the logits that statistics, knees and top-k are taken from, since version 2
 # Columns of `stats`, in order; all are computed over the N rows in use, before truncation to top-k and rounding.
 STAT_COLUMNS = ("z_max", "z_min", "logsumexp", "tail_logsumexp", "knee")
 
@@ -51,7 +55,7 @@ def rank_dtype(vocab_rows: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_rows <= 1 << 16 else np.uint32)
 
 
-def array_options(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:
+def array_options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """Return the keyword arguments of `zarr.Group.create_array` for one array of a part.
 
     Position arrays are split into chunks of whole positions, all inside one shard, so that each array of a part is one file and
@@ -59,7 +63,7 @@ def array_options(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> di
     """
     from zarr.codecs.numcodecs import PCodec
 
-    positional = name in (GAP, HEIGHT, BOTTOM, STATE, SCALE, STATS)
+    positional = name in (GAP, HEIGHT, BOTTOM, ORDER, STATE, STATS)
     rows = chunk_positions(shape) if positional else max(shape[0], 1)
     # Gaps grow along a row; columns with similar distributions share a chunk.
     columns = [_gap_columns(size) if name == GAP else size for size in shape[1:]]
@@ -69,10 +73,10 @@ def array_options(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> di
     if name in (GAP, HEIGHT):  # gaps and heights are differences already
         pcodec = PCodec(level=6, delta_spec="try_consecutive", delta_encoding_order=0)
         return options | {"serializer": pcodec, "compressors": [Crc32cCodec()]}
-    if name == STATE and dtype != np.int8:  # automatic mode selection takes as long as compressing and has no benefit
+    if name == STATE:  # automatic mode selection takes as long as compressing and has no benefit
         pcodec = PCodec(level=8, mode_spec="classic", delta_spec="none")
         return options | {"serializer": pcodec, "compressors": [Crc32cCodec()]}
-    if name in (BOTTOM, STATS, SCALE, OFFSET):
+    if name in (BOTTOM, ORDER, STATS, OFFSET):
         return options | {"serializer": PCodec(level=8), "compressors": [Crc32cCodec()]}
     return options | {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
 

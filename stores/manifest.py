@@ -1,12 +1,12 @@
 """The manifest: describes a store's teacher, data and codec; two manifests are compared by their identity."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from switchkd.errors import StoreError, StoreMismatch
 from switchkd.stores import layout
-from switchkd.stores.layout import FORMAT, VERSION, digest_bytes
+from switchkd.stores.layout import FORMAT, VERSION, VERSIONS, digest_bytes
 
 
 def _checksum(data: dict[str, Any]) -> str:
@@ -33,18 +33,22 @@ _WORDS = {
     "max_image_pixels": "maximum image pixels",
     "data": "data file",
     "statuses": "sample statuses",
+    "hidden_error": "error of hidden states",
+    "stats_dtype": "dtype of statistics",
 }
+# Fields that stores of version 1 do not have. Their identity, which their parts record, leaves these out.
+_SINCE_2 = ("hidden_error", "stats_dtype")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Identity of a store. Two writers may fill one store only if all fields but `written_by` are equal."""
+    """Identity of a store. Two writers may fill one store only if all fields but `written_by` and `version` are equal."""
 
     payload: str  # "topk", "hidden" or "both"
     top_k: int  # K; 0 without topk
     fine: float  # smallest and largest quantisation step of a logit, see codec.py; 0 without topk
     coarse: float
-    hidden_dtype: str  # "" without hidden
+    hidden_dtype: str  # one of `layout.HIDDEN_DTYPES`, or "int8" in version 1; "" without hidden
     hidden_width: int  # d; 0 without hidden
     vocab_rows: int  # N
     samples: int
@@ -59,6 +63,11 @@ class Manifest:
     data: str  # hash of the data file
     statuses: dict[str, str]  # number → name, of `samples/status`
     written_by: dict[str, str]  # software versions and backend; not part of the identity
+    hidden_error: float = 0.0  # T: root-mean-square error of a logit from states stored as "steps"; 0 for other dtypes
+    stats_dtype: str = (
+        ""  # dtype of the logits that statistics and top-k come from; "" in version 1: that of the teacher's head
+    )
+    version: int = VERSION
 
     @property
     def part_count(self) -> int:
@@ -85,22 +94,50 @@ class Manifest:
         """Whether final hidden states are kept."""
         return self.payload in ("hidden", "both")
 
+    def describe(self, payload: str) -> str:
+        """Return one payload of the store, "topk" or "hidden", in words."""
+        if payload == "topk":
+            return f"topk: {self.top_k:,} of {self.vocab_rows:,} logits, quantisation steps {self.fine:g} to {self.coarse:g}"
+        how = f"steps of logit error {self.hidden_error:g}" if self.hidden_dtype == "steps" else self.hidden_dtype
+        return f"hidden: {self.hidden_width:,} wide states as {how}, knees {'stored' if self.has_exact_knee else 'found again'}"
+
+    def describe_all(self) -> str:
+        """Return what the store keeps, in words."""
+        kept = [name for name, there in (("topk", self.has_topk), ("hidden", self.has_hidden)) if there]
+        return "; ".join(map(self.describe, kept))
+
     @property
     def position_arrays(self) -> list[str]:
         """Names of the arrays that have a row for every position."""
         names = [layout.STATS]
         names += [layout.GAP, layout.HEIGHT, layout.BOTTOM] if self.has_topk else []
+        names += [layout.ORDER] if self.has_topk and self.version > 1 else []
         names += [layout.STATE] if self.has_hidden else []
         return names + ([layout.SCALE] if self.has_hidden and self.hidden_dtype == "int8" else [])
 
     @property
     def identity(self) -> str:
-        """Hash of all fields but `written_by`; every part records it."""
-        return _checksum({name: getattr(self, name) for name in _WORDS})
+        """Hash of all fields but `written_by` and `version`; every part records it."""
+        return _checksum({name: getattr(self, name) for name in self._words})
+
+    @property
+    def _words(self) -> list[str]:
+        return [name for name in _WORDS if self.version > 1 or name not in _SINCE_2]
+
+    @property
+    def has_exact_knee(self) -> bool:
+        """Whether the stored knee is that of float32 logits, and so better than one found on rebuilt logits."""
+        return self.stats_dtype == layout.STATS_DTYPE
+
+    def as_version(self, version: int) -> "Manifest":
+        """Return the manifest that continues a store of this version."""
+        return self if version == self.version else replace(self, version=version, hidden_error=0.0, stats_dtype="")
 
     def as_attributes(self) -> dict[str, Any]:
         """Return the manifest as JSON data, as the root group's attributes keep it; `checksum` covers the rest."""
-        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        data = {"format": FORMAT, **asdict(self)}
+        if self.version == 1:
+            data = {name: value for name, value in data.items() if name not in _SINCE_2}
         return data | {"checksum": _checksum(data)}
 
     @classmethod
@@ -112,12 +149,12 @@ class Manifest:
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{where} is a Zarr group but not a teacher store (no {FORMAT!r} manifest)")
-        if data.get("version") != VERSION:
+        if type(version := data.get("version")) is not int or version not in VERSIONS:
             raise StoreError(
-                f"{where} has format version {data.get('version')}, this switchkd reads version {VERSION}; "
+                f"{where} has format version {version}, this switchkd reads versions {' and '.join(map(str, VERSIONS))}; "
                 "use the switchkd that wrote it, or cache again"
             )
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - (set(_SINCE_2) if version == 1 else set())
         if missing := sorted(names - data.keys()):
             raise StoreError(f"the manifest of {where} lacks {', '.join(missing)}; it was damaged after writing")
         if data.get("checksum") != _checksum({name: value for name, value in data.items() if name != "checksum"}):
@@ -140,7 +177,7 @@ class Manifest:
 
     def check_same(self, other: "Manifest", where: str) -> None:
         """Raise StoreMismatch, naming every field, if `other` does not have the identity of this store."""
-        if lines := self.mismatches({name: getattr(other, name) for name in _WORDS}):
+        if lines := self.mismatches({name: getattr(other, name) for name in self._words}):
             raise StoreMismatch(
                 f"{where} was begun with other settings:\n  " + "\n  ".join(lines) + "\n"
                 "Use the settings it was begun with, or another --out"

@@ -23,6 +23,10 @@ DAMAGED_PART_ADVICE = (
 _TABLES = (layout.OFFSET, layout.STATUS, layout.DIGEST)
 
 
+class OtherTables(StoreError):
+    """A part and the store's tables do not belong together."""
+
+
 @dataclass(frozen=True)
 class Part:
     """An open part of n samples: its position arrays, which are read by chunks, and its tables in memory."""
@@ -42,11 +46,17 @@ class Part:
         return found
 
 
-def open_part(storage: Storage, manifest: Manifest, number: int) -> Part:
+def open_part(
+    storage: Storage, manifest: Manifest, number: int, tables_digest: str, position_arrays: Sequence[str]
+) -> Part:
     """Check a part's files against its own list, and read its tables.
 
+    Args:
+        tables_digest: that of the store's tables. position_arrays: names of the arrays to read, of `manifest.position_arrays`.
+
     Raises:
-        StoreError: no such part, a part of another store, or damage. RunError: an object store cannot be reached.
+        StoreError: no such part, a part of another store, or damage. OtherTables: see there.
+        RunError: an object store cannot be reached.
     """
     if not storage.has_part(number):
         raise StoreError(f"{storage.path} has no part {number}; run the same `switchkd cache-teacher` command again")
@@ -57,9 +67,14 @@ def open_part(storage: Storage, manifest: Manifest, number: int) -> Part:
         raise StoreError(f"{where} is not part {number} of this store ({samples} samples); {DAMAGED_PART_ADVICE}")
     if entry.get("store") != manifest.identity:
         raise StoreError(f"{where} was written for another store; {DAMAGED_PART_ADVICE}")
+    if entry.get("tables", tables_digest) != tables_digest:
+        raise OtherTables(
+            f"{where} was encoded with other tables than the store's ({layout.ID_OF_RANK}, {layout.STEP}, {layout.MEAN}), so its "
+            "integers have no meaning; restore the tables, or delete the part and run the same command again"
+        )
     if "files" not in entry:
         raise StoreError(f"{where} does not list its files; {DAMAGED_PART_ADVICE}")
-    arrays = _arrays(storage, key, entry["files"], [*_TABLES, *manifest.position_arrays])
+    arrays = _arrays(storage, key, entry["files"], [*_TABLES, *position_arrays])
     offset, status, digest = read_whole(storage, [arrays.pop(name) for name in _TABLES])
     for name, array in arrays.items():
         if len(array) != offset[-1]:

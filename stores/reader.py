@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from switchkd.errors import RunError, StoreError, StoreMismatch
 from switchkd.settings import StoreLocation
 from switchkd.stores import layout
-from switchkd.stores.codec import decode_hidden, decode_topk
+from switchkd.stores.codec import HiddenSteps, TopKCodes, decode_hidden, decode_topk
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.part import DAMAGED_PART_ADVICE, Part, open_part, read_chunks, read_whole
 from switchkd.stores.payload import Payload, empty_payload
@@ -49,6 +50,8 @@ class TeacherStore:
 
     Args:
         path: the store's folder, or its URL on an object store.
+        cache_bytes: of encoded chunks, in memory.
+        payload: "topk" or "hidden" reads only this payload of a store that has both; None reads all that there is.
 
     Raises:
         StoreError: no store at `path`, a newer format, or damage. Damage is raised when it is read; the error names the file and
@@ -56,12 +59,16 @@ class TeacherStore:
         RunError: an object store cannot be reached; may be raised by any access.
     """
 
-    def __init__(self, path: StoreLocation, cache_bytes: int = 256 << 20) -> None:
+    def __init__(self, path: StoreLocation, cache_bytes: int = 256 << 20, payload: str | None = None) -> None:
         self.storage = open_storage(path)
         self.path = self.storage.path
         self.cache_bytes = cache_bytes
         self.manifest = read_manifest(self.path)
+        self.read_payload = payload
+        # What is read: the store's own description, with the requested payload alone.
+        self._reading = self.manifest if payload is None else replace(self.manifest, payload=payload)
         self.id_of_rank = self._read_rank_table()
+        self.hidden_steps = self._read_hidden_steps()
         self._ids = self.id_of_rank.astype(np.int32)  # the type that a payload has
         self._parts: dict[int, Part] = {}
         self._cache: LRUCache[_Key, _Chunks] = LRUCache(cache_bytes, getsizeof=_nbytes)
@@ -77,6 +84,17 @@ class TeacherStore:
         if len(found) > 1:
             raise StoreError(f"{path} holds {len(found)} stores, name one: " + ", ".join(map(str, found)))
         return cls(found[0])
+
+    def only(self, payload: str) -> "TeacherStore":
+        """Return the store opened to read one of its payloads, "topk" or "hidden"."""
+        return TeacherStore(self.path, self.cache_bytes, payload)
+
+    @cached_property
+    def tables_digest(self) -> str:
+        """Digest of the store's tables, which every part records; without them, its integers have no meaning."""
+        steps = self.hidden_steps
+        tables = [self.id_of_rank] if steps is None else [self.id_of_rank, steps.step, steps.mean]
+        return layout.digest_bytes(b"".join(table.astype(table.dtype.newbyteorder("<")).tobytes() for table in tables))
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -109,7 +127,7 @@ class TeacherStore:
         every = ((number, *self._parts[number].offset[row : row + 2].tolist()) for number, row in places)
         spans: list[_Span] = [(number, begin, end) for number, begin, end in every if begin < end]
         counts = [end - begin for _, begin, end in spans]
-        joined = empty_payload(self.manifest, sum(counts))
+        joined = empty_payload(self._reading, sum(counts))
         pieces, done = self._pieces(spans), 0
         for run in _runs(counts, MIN_DECODE_POSITIONS):
             taken = list(islice(pieces, len(counts[run])))
@@ -119,7 +137,7 @@ class TeacherStore:
         return joined
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "cache_bytes": self.cache_bytes}
+        return {"path": self.path, "cache_bytes": self.cache_bytes, "payload": self.read_payload}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -158,7 +176,7 @@ class TeacherStore:
         """Return the payload of all positions of one part; not cached."""
         arrays = self._part(part).arrays
         rows = dict(zip(arrays, read_whole(self.storage, list(arrays.values())), strict=True))
-        found = empty_payload(self.manifest, self.part_positions(part))
+        found = empty_payload(self._reading, self.part_positions(part))
         self._unpack(rows, [part], found)
         return found
 
@@ -172,7 +190,8 @@ class TeacherStore:
 
     def _part(self, number: int) -> Part:
         if number not in self._parts:
-            self._parts[number] = open_part(self.storage, self.manifest, number)
+            arrays = self._reading.position_arrays
+            self._parts[number] = open_part(self.storage, self.manifest, number, self.tables_digest, arrays)
         return self._parts[number]
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -227,23 +246,43 @@ class TeacherStore:
         manifest = self.manifest
         out.stats[...] = rows[layout.STATS]
         if out.ids is not None and out.logits is not None:
-            packed = rows[layout.GAP], rows[layout.HEIGHT], rows[layout.BOTTOM], out.stat("logsumexp")
+            codes = TopKCodes(rows[layout.GAP], rows[layout.HEIGHT], rows[layout.BOTTOM], rows.get(layout.ORDER))
+            steps = manifest.fine, manifest.coarse
             try:
-                decode_topk(*packed, self._ids, manifest.fine, manifest.coarse, (out.ids, out.logits))
+                decode_topk(codes, out.stat("logsumexp"), self._ids, *steps, (out.ids, out.logits))
             except ValueError as error:
                 where = " or ".join(str(self.storage.uri_of(paths.part_key(part))) for part in sorted(set(parts)))
                 raise StoreError(f"{where}: {error}; {DAMAGED_PART_ADVICE}") from error
         if out.hidden is not None:
-            decode_hidden(rows[layout.STATE], rows.get(layout.SCALE), manifest.hidden_dtype, out.hidden)
+            scale = rows.get(layout.SCALE)
+            decode_hidden(rows[layout.STATE], manifest.hidden_dtype, self.hidden_steps, scale, out.hidden)
 
-    def _read_rank_table(self) -> NDArray[np.uint32]:
+    def _read_table(self, name: str) -> NDArray[Any]:
+        """Read an array of the store that belongs to no part."""
         try:
-            table: NDArray[np.uint32] = self.storage.read_array(layout.ID_OF_RANK)
+            return self.storage.read_array(name)
         except RunError:
             raise
         # Codecs report damaged bytes by different exceptions, and nothing else can fail here.
         except Exception as error:
-            raise StoreError(f"{self.storage.uri_of(layout.ID_OF_RANK)}: {error}; {_RECREATE}") from error
+            raise StoreError(f"{self.storage.uri_of(name)}: {error}; {_RECREATE}") from error
+
+    def _read_hidden_steps(self) -> HiddenSteps | None:
+        if self.manifest.hidden_dtype != "steps":
+            return None
+        step, mean = (self._read_table(name) for name in (layout.STEP, layout.MEAN))
+        for name, values, low in ((layout.STEP, step, 0.0), (layout.MEAN, mean, -np.inf)):
+            # A missing chunk reads as the fill value, NaN.
+            good = values.shape == (self.manifest.hidden_width,) and values.dtype == np.float32
+            if not (good and np.isfinite(values).all() and (values > low).all()):
+                raise StoreError(
+                    f"{self.path}, array {name}: not {self.manifest.hidden_width} finite float32 numbers"
+                    f"{' above 0' if low == 0 else ''}; {_RECREATE}"
+                )
+        return HiddenSteps(step, mean)
+
+    def _read_rank_table(self) -> NDArray[np.uint32]:
+        table: NDArray[np.uint32] = self._read_table(layout.ID_OF_RANK)
         # A missing chunk reads as zeros without an error.
         if not np.array_equal(np.sort(table), np.arange(self.manifest.vocab_rows)):
             raise StoreError(

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from switchkd.errors import StoreError
 from switchkd.stores import layout
-from switchkd.stores.codec import STAT_STEPS
+from switchkd.stores.codec import LARGEST_STEP_COUNT, STAT_STEPS, HiddenSteps
 from switchkd.stores.manifest import Manifest
+from switchkd.stores.part import OtherTables
 from switchkd.stores.payload import Payload
 from switchkd.stores.reader import TeacherStore
 from switchkd.stores.storage import paths
@@ -31,6 +32,7 @@ def verify(store: TeacherStore) -> Iterator[tuple[int, list[Finding]]]:
 
     Files: all listed files exist with their size and digest, and no others. Arrays: every chunk decodes (crc32c), shapes agree,
     offsets ascend. Statistics: finite, z_min ≤ k-th logit ≤ z_max, logsumexp ≥ z_max, tail ≤ logsumexp, 2 ≤ knee ≤ N, ids distinct.
+    Hidden states: finite, and not further from the mean than a writer encodes.
     """
     for part in store.parts():
         yield part, [Finding(part, message) for message in _problems(store, part)]
@@ -45,7 +47,16 @@ def repair(store: TeacherStore) -> list[int]:
     """Remove bad parts and return their numbers; running `cache-teacher` again then writes exactly these.
 
     A part is made invisible atomically before it is deleted, so that an interrupted repair leaves no incomplete part.
+
+    Raises:
+        StoreError: no part fits the store's tables, so the tables are what is wrong; nothing is removed.
     """
+    parts = store.parts()
+    if parts and all(_has_other_tables(store, part) for part in parts):
+        raise StoreError(
+            f"no part of {store.path} was encoded with its tables ({layout.ID_OF_RANK}, {layout.STEP}, {layout.MEAN}): these are "
+            "not what was written; restore them. Nothing was removed"
+        )
     dropped = []
     for part, findings in verify(store):
         if findings:
@@ -54,12 +65,22 @@ def repair(store: TeacherStore) -> list[int]:
     return dropped
 
 
+def _has_other_tables(store: TeacherStore, part: int) -> bool:
+    try:
+        store.part_entry(part)
+    except OtherTables:
+        return True
+    except StoreError:
+        return False
+    return False
+
+
 def _problems(store: TeacherStore, part: int) -> Iterator[str]:
     try:
         entry = store.part_entry(part)
         yield from _file_problems(store.storage, paths.part_key(part), entry["files"])
         yield from _table_problems(store, part)
-        yield from _payload_problems(store.part_payload(part), store.manifest)
+        yield from _payload_problems(store.part_payload(part), store.manifest, store.hidden_steps)
     except StoreError as error:
         yield str(error)
 
@@ -82,7 +103,7 @@ def _table_problems(store: TeacherStore, part: int) -> Iterator[str]:
         yield f"samples/status holds unknown codes {unknown}"
 
 
-def _payload_problems(payload: Payload, manifest: Manifest) -> Iterator[str]:
+def _payload_problems(payload: Payload, manifest: Manifest, steps: HiddenSteps | None) -> Iterator[str]:
     vocab_rows = manifest.vocab_rows
     z_max, z_min, logsumexp, tail, knee = (payload.stat(name) for name in layout.STAT_COLUMNS)
     checks: dict[str, Any] = {
@@ -102,6 +123,11 @@ def _payload_problems(payload: Payload, manifest: Manifest) -> Iterator[str]:
         }
     if payload.hidden is not None:
         checks["a hidden state is not finite"] = ~np.isfinite(payload.hidden).all(-1)
+        if steps is not None:
+            furthest = (LARGEST_STEP_COUNT + 1) * steps.step
+            checks["a hidden state lies too many steps from the mean"] = (
+                np.abs(payload.hidden - steps.mean) > furthest
+            ).any(-1)
     for what, wrong in checks.items():
         if wrong.any():
             yield f"{what} ({int(wrong.sum())} of {len(wrong)} positions)"

@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 from switchkd.errors import RunError, StoreError
 from switchkd.settings import StoreLocation
 from switchkd.stores import layout
-from switchkd.stores.codec import encode_hidden, encode_topk, invert, round_stats
+from switchkd.stores.codec import HiddenSteps, encode_hidden, encode_topk, invert, round_stats
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
 from switchkd.stores.reader import TeacherStore, read_manifest
@@ -43,13 +43,22 @@ class PartArrays:
     payload: Payload  # of all P positions, in sample order
 
 
+@dataclass(frozen=True)
+class StoreTables:
+    """What a store has once, and all its parts are encoded with."""
+
+    id_of_rank: NDArray[np.uint32]  # [N], the vocabulary by frequency; see `codec.ranks_by_frequency`
+    hidden_steps: HiddenSteps | None = None  # for hidden states stored as steps
+
+
 class StoreWriter:
     """Fills a store; any number of writers on any number of machines may do so concurrently.
 
     Args:
         path: the store's folder, `NAME.zarr`, or its URL on an object store.
-        manifest: manifest of this run; an existing store must have the same identity.
-        id_of_rank: function that returns the rank table [N]; called only if the store does not exist yet.
+        manifest: manifest of this run; an existing store must have the same identity. A store of an earlier format version is
+            continued as one of that version.
+        tables: function that returns the store's tables; called only if the store does not exist yet.
 
     Raises:
         StoreMismatch: the store at `path` was created with other settings.
@@ -57,15 +66,18 @@ class StoreWriter:
         RunError: an object store cannot be reached.
     """
 
-    def __init__(self, path: StoreLocation, manifest: Manifest, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
+    def __init__(self, path: StoreLocation, manifest: Manifest, tables: Callable[[], StoreTables]) -> None:
         self._storage = open_storage(path)
         self.path = self._storage.path
         self.manifest = manifest
         self.written_bytes = 0  # by this writer, in committed parts
         if not self._storage.exists():
-            self._create(id_of_rank)
-        read_manifest(self.path).check_same(manifest, str(self.path))
-        self._rank_of_id = invert(TeacherStore(self.path).id_of_rank)
+            self._create(tables)
+        there = read_manifest(self.path)
+        self.manifest = manifest.as_version(there.version)
+        there.check_same(self.manifest, str(self.path))
+        self._store = TeacherStore(self.path)
+        self._rank_of_id = invert(self._store.id_of_rank)
         self._storage.remove_stale()
 
     def missing_parts(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
@@ -118,14 +130,15 @@ class StoreWriter:
             assert payload.ids is not None and payload.logits is not None
             # Levels are relative to the rounded logsumexp, which is the one that a reader gets.
             logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
-            data[layout.GAP], data[layout.HEIGHT], data[layout.BOTTOM] = encode_topk(
+            codes = encode_topk(
                 payload.ids, payload.logits, logsumexp, self._rank_of_id, manifest.fine, manifest.coarse
             )
+            data[layout.GAP], data[layout.HEIGHT], data[layout.BOTTOM] = codes[:3]
+            if manifest.version > 1:
+                data[layout.ORDER] = codes.order
         if manifest.has_hidden:
             assert payload.hidden is not None
-            data[layout.STATE], scale = encode_hidden(payload.hidden, manifest.hidden_dtype)
-            if scale is not None:
-                data[layout.SCALE] = scale
+            data[layout.STATE] = encode_hidden(payload.hidden, manifest.hidden_dtype, self._store.hidden_steps)
         return data
 
     def _part_files(self, part: int, data: dict[str, NDArray[Any]]) -> Files:
@@ -133,7 +146,7 @@ class StoreWriter:
         buffers: dict[str, Buffer] = {}
         group = zarr.create_group(MemoryStore(buffers))
         for name, values in data.items():
-            group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape, values.dtype))
+            group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape))
         group[layout.STATS].attrs["columns"] = list(layout.STAT_COLUMNS)
         group[layout.DIGEST].attrs["columns"] = list(layout.DIGEST_COLUMNS)
         files = _contents(buffers)
@@ -146,6 +159,7 @@ class StoreWriter:
         group.attrs[layout.PART_KEY] = {
             "part": part,
             "store": self.manifest.identity,
+            **({"tables": self._store.tables_digest} if self.manifest.version > 1 else {}),
             "samples": len(data[layout.STATUS]),
             "positions": len(data[layout.STATS]),
             "written": {"by": paths.writer_prefix(), "at": layout.now()},
@@ -156,12 +170,18 @@ class StoreWriter:
         }
         return files | {MARKER: buffers[MARKER].to_bytes()}
 
-    def _create(self, id_of_rank: Callable[[], NDArray[np.uint32]]) -> None:
-        table, buffers = id_of_rank().astype(np.uint32), dict[str, Buffer]()
+    def _create(self, tables: Callable[[], StoreTables]) -> None:
+        found, buffers = tables(), dict[str, Buffer]()
         root = zarr.create_group(MemoryStore(buffers), attributes={layout.MANIFEST_KEY: self.manifest.as_attributes()})
         root.create_group(paths.PARTS)
         codecs: dict[str, Any] = {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
-        root.create_array(layout.ID_OF_RANK, data=table, chunks=table.shape, **codecs)
+        ranks = found.id_of_rank.astype(np.uint32)
+        root.create_array(layout.ID_OF_RANK, data=ranks, chunks=ranks.shape, **codecs)
+        if (steps := found.hidden_steps) is not None:
+            for name, values in ((layout.STEP, steps.step), (layout.MEAN, steps.mean)):
+                values = np.asarray(values, np.float32)
+                # If the chunk is lost, zarr returns the fill value: NaN, which a reader refuses.
+                root.create_array(name, data=values, chunks=values.shape, fill_value=np.nan, **codecs)
         try:
             self._storage.commit_store(_contents(buffers))
         except OSError as error:

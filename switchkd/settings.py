@@ -15,7 +15,7 @@ NormalizeBy = Literal["position", "sample"]
 TailPolicy = Literal["student", "uniform", "floor"]
 ImageMode = Literal["own", "square", "pad"]
 PayloadName = Literal["topk", "hidden", "both"]
-HiddenDtype = Literal["float16", "bfloat16", "int8"]
+HiddenDtype = Literal["steps", "float16", "bfloat16"]
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 StoreLocation = Path | str  # a folder, or the URL of a prefix of an object store

@@ -84,7 +84,8 @@ def test_store_info_tells_what_is_there(place):
     for text in (
         "samples     4 of 6",
         "positions   8",
-        "topk, k = 15 of 15 rows",
+        "topk: 15 of 15 logits, quantisation steps 0.004 to 0.125; hidden: 32 wide states as steps of logit error 0.02",
+        "format      version 2, statistics of float32 logits",
         "knee        min",
         "bytes on disk",
         "qa",

@@ -79,7 +79,7 @@ REFUSED = [
     (TrainOptions, TRAIN, {"learning_rate": 1}, "no option 'learning_rate'"),
     (CacheOptions, CACHE, {"backend": "jax"}, "backend is transformers or vllm, got 'jax'"),
     (CacheOptions, CACHE, {"payload": "all"}, "payload is one of topk, hidden, both, got 'all'"),
-    (CacheOptions, CACHE, {"hidden_dtype": "int4"}, "hidden_dtype is one of float16, bfloat16, int8, got 'int4'"),
+    (CacheOptions, CACHE, {"hidden_dtype": "int4"}, "hidden_dtype is one of steps, float16, bfloat16, got 'int4'"),
     (CacheOptions, CACHE, {"dtype": "fp8"}, "dtype is one of auto, .*, got 'fp8'"),
     (CacheOptions, CACHE, {"k": 1}, "k should be a whole number at least 2, got 1"),
     (CacheOptions, CACHE, {"fine": 1.0}, "0 < fine <= coarse is needed"),

@@ -121,7 +121,7 @@ def _sources(store: TeacherStore, head: Tensor, options: AuditOptions) -> dict[s
     if manifest.has_topk:
         sources[f"topk, k = {manifest.top_k}, tail {options.tail}"] = StoredTopK(manifest.vocab_rows, options.tail)
     if manifest.has_hidden:
-        sources[f"hidden, {manifest.hidden_dtype}"] = StoredHidden(head, manifest.vocab_rows)
+        sources[f"hidden, {manifest.hidden_dtype}"] = StoredHidden(head, manifest.vocab_rows, manifest.has_exact_knee)
     return sources
 
 

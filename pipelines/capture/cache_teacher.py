@@ -1,7 +1,7 @@
 """Capture: run the frozen teacher over a data file, teacher-forced, and store its output at every supervised position."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from switchkd.pipelines.capture.backends.open import check_available
@@ -9,6 +9,7 @@ from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.ray_engine import capture_with_ray, require_ray
 from switchkd.pipelines.capture.worker import CaptureWorker, PartDone
 from switchkd.pipelines.progress import Progress
+from switchkd.pipelines.stored_teacher import topk_caution
 from switchkd.settings import StoreLocation
 from switchkd.stores import Manifest
 from switchkd.stores.storage.open import open_storage
@@ -30,8 +31,11 @@ class CacheSummary:
     written_bytes: int
 
 
-def cache_teacher(options: CacheOptions) -> CacheSummary:
+def cache_teacher(options: CacheOptions, tell: Callable[[str], None] = lambda line: None) -> CacheSummary:
     """Create or continue a store; returns immediately if it is complete.
+
+    Args:
+        tell: called with lines for the user, before the teacher runs: what is stored, and what to know about it.
 
     Raises:
         InputError: something given cannot be used; nothing expensive has started.
@@ -42,6 +46,9 @@ def cache_teacher(options: CacheOptions) -> CacheSummary:
         require_ray()
     worker = CaptureWorker(options)
     manifest = worker.manifest
+    tell(f"payload: {manifest.describe_all()}")
+    if manifest.payload == "topk" and (caution := topk_caution(manifest)):
+        tell(f"warning: {caution}; cache --payload both or hidden, or train with --window")
     # With Ray, the first actor to start creates the store, since this process may have no device for the teacher.
     new = options.engine == "ray" and not open_storage(options.out).exists()
     missing = list(range(manifest.part_count)) if new else worker.writer.missing_parts(options.shard)

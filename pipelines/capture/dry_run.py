@@ -8,20 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from switchkd.data.encoding import EncodedSample, SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile
 from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.backends.open import check_available
+from switchkd.pipelines.capture.manifest import resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.capture.tables import head_spread, tables_of
 from switchkd.pipelines.capture.worker import CaptureWorker, assemble
 from switchkd.settings import StoreLocation
 from switchkd.stores import Payload, StoreWriter
-from switchkd.stores.codec import ranks_by_frequency
 from switchkd.stores.info import describe
 from switchkd.stores.layout import HIDDEN_DTYPES
 from switchkd.stores.manifest import Manifest
 
+HIDDEN_ERRORS = (0.01, 0.02, 0.04)  # the sizes that are told beside the requested one
 PROBE_SAMPLES = 64  # minimum number of samples; two batches if that is more
 
 
@@ -33,6 +36,7 @@ class Plan:
     usable_samples: int
     positions: int
     payload: str  # the requested one, a key of `payload_bytes`
+    trained_from: str  # the payload of `payload_bytes` that training reads of it
     payload_bytes: dict[str, float]  # bytes per position, of every payload that can be requested
     free_bytes: int | None  # on the store's file system; None if it is not a local folder
     samples_per_second: float
@@ -65,6 +69,7 @@ def plan(options: CacheOptions) -> Plan:
         InputError: as the capture itself would raise.
     """
     check_available(options.backend, options.device)
+    options = resolve_payload(options)
     worker = CaptureWorker(replace(options, payload="both"))
     samples, manifest = worker.samples, worker.manifest
     wanted = max(PROBE_SAMPLES, 2 * options.batch_size)
@@ -72,15 +77,20 @@ def plan(options: CacheOptions) -> Plan:
     found, seconds = _probe(
         worker.backend, worker.encoder, samples, sorted(chosen.tolist()), manifest, options.batch_size
     )
-    payloads = [item[1] for item in found if not isinstance(item, BadSample)]
-    positions_per_sample = sum(map(len, payloads)) / len(found)
+    usable = [item[1] for item in found if not isinstance(item, BadSample)]
+    positions_per_sample = sum(map(len, usable)) / len(found)
+    requested = _with_payload(manifest, str(options.payload))
+    read = _with_payload(manifest, "hidden") if requested.payload == "both" else requested
+    kinds = {_payload_name(kind): kind for kind in [*_kinds(manifest), read, requested]}
+    spread = head_spread(worker.checkpoint, manifest)
     rate = len(found) / seconds
     return Plan(
         samples=len(samples),
-        usable_samples=round(len(payloads) / len(found) * len(samples)),
+        usable_samples=round(len(usable) / len(found) * len(samples)),
         positions=round(positions_per_sample * len(samples)),
-        payload=_payload_name(options.payload, options.hidden_dtype),
-        payload_bytes={name: _measure_bytes(found, kind) for name, kind in _kinds(manifest, options).items()},
+        payload=_payload_name(requested),
+        trained_from=_payload_name(read),
+        payload_bytes={name: _measure_bytes(found, kind, spread) for name, kind in kinds.items()},
         free_bytes=_free_bytes(options.out),
         samples_per_second=rate,
         seconds=len(samples) / rate,
@@ -90,20 +100,26 @@ def plan(options: CacheOptions) -> Plan:
     )
 
 
-def _payload_name(payload: str, hidden_dtype: str) -> str:
-    return payload if payload == "topk" else f"{payload}, {hidden_dtype}"
+def _payload_name(manifest: Manifest) -> str:
+    dtype = f"steps {manifest.hidden_error:g}" if manifest.hidden_dtype == "steps" else manifest.hidden_dtype
+    return f"{manifest.payload}, {dtype}" if manifest.has_hidden else manifest.payload
 
 
-def _kinds(both: Manifest, options: CacheOptions) -> dict[str, Manifest]:
-    """Return the manifests of the payloads to choose from: topk, hidden in every dtype, and the requested one."""
-    kinds = {"topk": replace(both, payload="topk", hidden_dtype="", hidden_width=0)}
-    for dtype in HIDDEN_DTYPES:
-        kinds[_payload_name("hidden", dtype)] = replace(
-            both, payload="hidden", top_k=0, fine=0.0, coarse=0.0, hidden_dtype=dtype
-        )
-    if options.payload == "both":
-        kinds[_payload_name("both", options.hidden_dtype)] = both
-    return kinds
+def _kinds(both: Manifest) -> list[Manifest]:
+    """Return the manifests of the payloads to choose from: topk, and hidden in every form."""
+    states = _with_payload(both, "hidden")
+    return [
+        _with_payload(both, "topk"),
+        *(replace(states, hidden_dtype="steps", hidden_error=error) for error in HIDDEN_ERRORS),
+        *(replace(states, hidden_dtype=dtype, hidden_error=0.0) for dtype in HIDDEN_DTYPES if dtype != "steps"),
+    ]
+
+
+def _with_payload(both: Manifest, payload: str) -> Manifest:
+    """Return the manifest of a store with both payloads, or with one of them."""
+    if payload == "topk":
+        return replace(both, payload=payload, hidden_dtype="", hidden_width=0, hidden_error=0.0)
+    return both if payload == "both" else replace(both, payload=payload, top_k=0, fine=0.0, coarse=0.0)
 
 
 _Found = list[tuple[EncodedSample, Payload] | BadSample]
@@ -137,15 +153,13 @@ def _probe(
     return found, reading + time.monotonic() - start
 
 
-def _measure_bytes(found: _Found, manifest: Manifest) -> float:
+def _measure_bytes(found: _Found, manifest: Manifest, spread: NDArray[np.float64]) -> float:
     """Return the bytes per position on disk, from a temporary store of the probe."""
     small = replace(manifest, samples=len(found), part_size=len(found))
-    ids = [item[1].ids for item in found if not isinstance(item, BadSample)]
-    known = [array.ravel() for array in ids if array is not None]
-    table = ranks_by_frequency(np.concatenate([np.empty(0, np.int32), *known]), manifest.vocab_rows)
+    payloads = [item[1] for item in found if not isinstance(item, BadSample)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.zarr"
-        StoreWriter(path, small, lambda: table).write_part(0, assemble(found, small))
+        StoreWriter(path, small, lambda: tables_of(payloads, small, spread)).write_part(0, assemble(found, small))
         return describe(path).bytes_per_position
 
 

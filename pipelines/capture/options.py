@@ -22,6 +22,9 @@ PAYLOAD = "What is stored"
 TEACHER = "Teacher"
 SCALE = "Scale"
 
+DEFAULT_PAYLOAD: PayloadName = "both"
+DEFAULT_HIDDEN_DTYPE: HiddenDtype = "steps"
+
 # Samples submitted at a time: for transformers one forward pass; vLLM makes its own batches from a queue.
 BATCH_SIZES = {"transformers": 16, "vllm": 128}
 
@@ -48,10 +51,12 @@ class CacheOptions:
     backend: Literal["transformers", "vllm"] = option(
         default="transformers", group=TEACHER, help="What runs the teacher; vllm needs an environment of its own."
     )
-    payload: PayloadName = option(
-        default="topk",
+    payload: PayloadName | None = option(
+        default=None,
         group=FIRST,
-        help="topk: the largest logits and the mass of the rest; hidden: the final hidden states, exact for every objective.",
+        help="topk: the largest logits and the mass of the rest; hidden: the final hidden states, from which the teacher's LM head "
+        "computes all logits; both: hidden for training, topk for reading without the teacher.",
+        unset=f"{DEFAULT_PAYLOAD}, or that of the store at --out",
     )
     k: int = option(default=128, at_least=2, group=PAYLOAD, help="Logits kept per position.")
     fine: float = option(
@@ -66,8 +71,19 @@ class CacheOptions:
         group=PAYLOAD,
         help="Largest quantisation step of a stored logit; the error is at most half a step.",
     )
-    hidden_dtype: HiddenDtype = option(
-        default="float16", group=PAYLOAD, help="How hidden states are stored; int8 has a scale per 32."
+    hidden_dtype: HiddenDtype | None = option(
+        default=None,
+        group=PAYLOAD,
+        help="How hidden states are stored: as integers, steps per feature that give the logits the error --hidden-error, or in "
+        "half precision.",
+        unset=f"{DEFAULT_HIDDEN_DTYPE}, or that of the store at --out",
+    )
+    hidden_error: float = option(
+        default=0.02,
+        above=0,
+        group=PAYLOAD,
+        help="With --hidden-dtype steps, the root-mean-square error of a logit; halving it costs one bit a feature. "
+        "0.01 is fine, 0.04 is small.",
     )
     part_size: int = option(
         default=512, at_least=1, group=PAYLOAD, help="Samples per part, the unit of work and resume."

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from switchkd.data.encoding import EncodedSample, SampleEncoder
@@ -21,14 +20,12 @@ from switchkd.errors import RunError
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
 from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
 from switchkd.pipelines.capture.backends.open import open_backend
-from switchkd.pipelines.capture.manifest import build_manifest
+from switchkd.pipelines.capture.manifest import build_manifest, resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.capture.tables import probe_tables
 from switchkd.pipelines.progress import Progress
-from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
-from switchkd.stores.codec import ranks_by_frequency
+from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter
 from switchkd.stores.payload import empty_payload
-
-PROBE_SAMPLES = 64  # the first usable samples; their top-k ids give the rank table
 
 Encoded = EncodedSample | BadSample
 
@@ -56,7 +53,7 @@ class CaptureWorker:
     """
 
     def __init__(self, options: CacheOptions, manifest: Manifest | None = None) -> None:
-        self.options = options
+        self.options = options = resolve_payload(options)
         self.checkpoint = with_image_mode(
             open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode
         )
@@ -87,7 +84,12 @@ class CaptureWorker:
     @cached_property
     def writer(self) -> StoreWriter:
         """The store, created if it does not exist."""
-        return StoreWriter(self.options.out, self.manifest, lambda: _id_of_rank(self))
+        return StoreWriter(self.options.out, self.manifest, self._tables)
+
+    def _tables(self) -> StoreTables:
+        return probe_tables(
+            self.backend, self.checkpoint, self.encoder, self.samples, self.manifest, self.options.batch_size
+        )
 
     def write(self, parts: Sequence[int], progress: Progress | None = None) -> Iterator[PartDone]:
         """Capture and commit parts, one after the other.
@@ -210,21 +212,3 @@ def assemble(found: list[tuple[EncodedSample, Payload] | BadSample], manifest: M
         positions=np.array([0 if isinstance(item, BadSample) else item[0].positions for item in found], np.int64),
         payload=Payload.concatenate([empty_payload(manifest, 0), *payloads]),
     )
-
-
-def _id_of_rank(worker: CaptureWorker) -> NDArray[np.uint32]:
-    """Order the vocabulary by how often each id is among the top k of the first usable samples."""
-    manifest, batch_size = worker.manifest, worker.options.batch_size
-    encoded: list[EncodedSample] = []
-    for sample in worker.samples if manifest.has_topk else ():
-        try:
-            encoded.append(worker.encoder.encode(sample))
-        except BadSample:
-            continue
-        if len(encoded) == PROBE_SAMPLES:
-            break
-    ids = [np.empty(0, np.int32)]
-    for start in range(0, len(encoded), batch_size):
-        payloads = worker.backend.capture(encoded[start : start + batch_size], manifest)
-        ids += [payload.ids.ravel() for payload in payloads if payload.ids is not None]
-    return ranks_by_frequency(np.concatenate(ids), manifest.vocab_rows)

@@ -109,6 +109,8 @@ def _data(
 
 def _teacher(record: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {"teacher": _name(record["teacher"])}
+    if signal := origin.get("teacher_signal"):
+        rows["its logits"] = signal
     if origin.get("store"):
         rows["teacher store"] = f"identity {origin['store']}"
         rows |= {f"hash of its {part}": value for part, value in (origin.get("teacher") or {}).items()}

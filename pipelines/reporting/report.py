@@ -115,7 +115,7 @@ def _curve(inputs: Inputs, runs: list[TrainRun], key: str, name: str, title: str
 
 
 def _train_table(runs: list[TrainRun]) -> Table:
-    head = ["run", "objective", "teacher", "steps", "samples", "skipped", "CE", "Align", "VSD"]
+    head = ["run", "objective", "teacher", "teacher's signal", "steps", "samples", "skipped", "CE", "Align", "VSD"]
     rows = []
     for run in runs:
         options, last = run.options, run.history[-1] if run.history else {}
@@ -126,7 +126,8 @@ def _train_table(runs: list[TrainRun]) -> Table:
         skipped = f"{sum(summary['skipped'].values()):,}" if summary else ""
         samples = f"{summary['samples']:,}" if summary else ""
         teacher = "" if options.get("teacher") is None else f"{options['teacher']} ({options.get('teacher_mode')})"
-        rows.append([run.label, objective, teacher, steps, samples, skipped, *losses])
+        signal = options.get("teacher_signal") or ""
+        rows.append([run.label, objective, teacher, signal, steps, samples, skipped, *losses])
     return Table(head, rows)
 
 
@@ -143,7 +144,7 @@ def _store(inputs: Inputs, options: ReportOptions) -> Section:
         rows.append(
             [
                 label,
-                manifest.payload + (f", k = {manifest.top_k}" if manifest.has_topk else ""),
+                manifest.describe_all(),
                 f"{about.samples:,} of {manifest.samples:,}",
                 f"{about.positions:,}",
                 _size(about.store_bytes),

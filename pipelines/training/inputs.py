@@ -13,7 +13,7 @@ from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
 from switchkd.models.block_attention import check_layers
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
-from switchkd.pipelines.stored_teacher import encoder_of_store
+from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.arguments import resolve_batches
 from switchkd.pipelines.training.dataset import TrainingSamples
@@ -37,6 +37,24 @@ class TrainingInputs:
     samples: TrainingSamples
     vocabularies: VocabMap | None  # with `--vocab-map`
     two_views: bool  # whether the teacher encodes samples differently from the student
+
+    @property
+    def teacher_signal(self) -> str | None:
+        """Where the teacher's logits come from, in words; None for an objective without a teacher."""
+        if not self.objective.needs_teacher:
+            return None
+        if self.store is None or self.payload is None:
+            return "live teacher"
+        manifest = self.store.manifest
+        tail = f", tail {self.options.tail}" if self.payload == "topk" else ""
+        return f"{manifest.describe(self.payload)}{tail}; store {manifest.identity}"
+
+    @property
+    def caution(self) -> str | None:
+        """What to know about the objective's error with this signal; None where there is nothing."""
+        if self.store is None or self.payload != "topk" or not self.objective.name.startswith("dbild"):
+            return None
+        return topk_caution(self.store.manifest, self.objective.window)
 
 
 def resolve_options(options: TrainOptions) -> TrainOptions:
@@ -64,6 +82,8 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
             check_layers(teacher.config.text_config, str(options.teacher))
     store = _open_store(options, objective, teacher, student)
     payload = _payload(options, store, teacher)
+    if store is not None and payload is not None:
+        store = store.only(payload)
     cross_tokenizer.check_vocab_map(options, teacher, payload)
     student = with_image_mode(student, _image_mode(options, teacher, store))
     encoder, other = _encoders(options, student, teacher, store)

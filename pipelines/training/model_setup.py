@@ -116,7 +116,7 @@ def _load_teacher(
         return StoredTopK(store.manifest.vocab_rows, options.tail), switch
     assert teacher is not None
     head = load_lm_head(teacher, dtype) if switch is None else switch.lm_head.weight
-    return StoredHidden(head, store.manifest.vocab_rows), switch
+    return StoredHidden(head, store.manifest.vocab_rows, store.manifest.has_exact_knee), switch
 
 
 def _make_switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:

@@ -12,22 +12,26 @@ from switchkd.models.block_attention import uses_block_attention
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import RECORD, to_plain
 from switchkd.pipelines.training.cost_model import CostModel, count_parameters
-from switchkd.pipelines.training.dataset import TrainingSamples
-from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.inputs import TrainingInputs
 
 SHARDED = {"ddp": None, "fsdp": "all", "zero3": "student"}  # which of the models each profile shards
 log = logging.getLogger(__name__)
 
 
 def tell_plan(
-    options: TrainOptions,
+    inputs: TrainingInputs,
     arguments: TrainingArguments,
-    samples: TrainingSamples,
     cost_model: CostModel,
     unused: list[str],
     resume: Path | None,
 ) -> None:
-    """Log the resolved options, the models' parts and their trainable parameters, the data, and the estimated memory."""
+    """Log the teacher's signal, the options, the models' parts and trainable parameters, the data, and the estimated memory."""
+    options, samples = inputs.options, inputs.samples
+    log.info("objective: %s%s", options.objective, " with the switch pathway" if options.switch else "")
+    if inputs.teacher_signal is not None:
+        log.info("teacher's signal: %s", inputs.teacher_signal)
+    if inputs.caution is not None:
+        log.warning("%s; train from hidden states, or with --window", inputs.caution)
     said = ", ".join(f"{name} {value}" for name, value in to_plain(options).items() if value not in (None, {}))
     log.info(
         "options (in %s): %s",

@@ -16,7 +16,6 @@ from switchkd.pipelines.run_folder import SUMMARY, record, to_plain, write_atomi
 from switchkd.pipelines.training.arguments import training_arguments
 from switchkd.pipelines.training.checkpointing import last_checkpoint
 from switchkd.pipelines.training.collator import Collator, placeholder_sample
-from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
@@ -60,14 +59,15 @@ def train(options: TrainOptions) -> TrainSummary:
     resume = last_checkpoint(options.output)
     if resume is not None:
         require_checkpoint(options.profile, resume, arguments.world_size)
-    record(options.output, to_plain(options), RESUMABLE_CHANGES)
+    made_from = {"teacher_signal": inputs.teacher_signal}
+    record(options.output, to_plain(options) | made_from, RESUMABLE_CHANGES, later=made_from)
 
     models = set_up_models(inputs, arguments)
-    tell_plan(options, arguments, inputs.samples, models.cost_model, models.unused, resume)
+    tell_plan(inputs, arguments, models.cost_model, models.unused, resume)
     trainer = _make_trainer(inputs, models, arguments)
     with report_last_checkpoint(options.output):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return _finish(options, trainer, inputs.samples)
+    return _finish(inputs, trainer)
 
 
 def _require_transformers() -> None:
@@ -110,7 +110,8 @@ def _make_trainer(inputs: TrainingInputs, models: TrainingModels, arguments: Tra
     return trainer
 
 
-def _finish(options: TrainOptions, trainer: SwitchTrainer, samples: TrainingSamples) -> TrainSummary:
+def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
+    options, samples = inputs.options, inputs.samples
     trainer.save_model()
     history = trainer.state.log_history
     last: dict[str, Any] = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
@@ -123,6 +124,7 @@ def _finish(options: TrainOptions, trainer: SwitchTrainer, samples: TrainingSamp
         "made_from": {
             "template": samples.encoder.template.as_dict(),
             "data": samples.samples.fingerprint,
+            "teacher_signal": inputs.teacher_signal,
             "store": None if samples.store is None else samples.store.manifest.identity,
             "teacher": None if samples.store is None else samples.store.manifest.teacher,
         },

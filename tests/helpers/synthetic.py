@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter
-from switchkd.stores.codec import round_stats
+from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter
+from switchkd.stores.codec import HiddenSteps, round_stats
 
 # Positions of a sample: none, one, some, and runs that end on, before and behind the border of a chunk of 256.
 LENGTHS = (0, 1, 3, 40, 216, 255, 256, 257, 600)
@@ -42,6 +42,13 @@ def manifest(**changed) -> Manifest:
 
 def id_of_rank(rows: int) -> np.ndarray:
     return np.random.default_rng(rows).permutation(rows).astype(np.uint32)
+
+
+def tables(of: Manifest) -> StoreTables:
+    random = np.random.default_rng(of.hidden_width)
+    step = random.uniform(0.01, 0.02, of.hidden_width).astype(np.float32)
+    steps = HiddenSteps(step, random.normal(size=of.hidden_width).astype(np.float32))
+    return StoreTables(id_of_rank(of.vocab_rows), steps if of.hidden_dtype == "steps" else None)
 
 
 def part_arrays(of: Manifest, part: int, lengths=LENGTHS) -> PartArrays:
@@ -91,7 +98,7 @@ def sample_arrays(of: Manifest, index: int, lengths=LENGTHS) -> dict:
 
 
 def open_writer(path: Path, of: Manifest) -> StoreWriter:
-    return StoreWriter(path, of, lambda: id_of_rank(of.vocab_rows))
+    return StoreWriter(path, of, lambda: tables(of))
 
 
 def fill(path: Path, of: Manifest, shard=(0, 1), lengths=LENGTHS, barrier=None, die_at=None) -> Path:

@@ -30,6 +30,7 @@ def cached(teacher, tmp_path_factory):
             out=folder / "stores/s.zarr",
             template="qa",
             part_size=5,
+            payload="topk",  # all logits of this small vocabulary
             fine=1 / 4096,
             coarse=1 / 4096,
         )
@@ -158,6 +159,7 @@ def hidden(teacher, cached, tmp_path_factory):
             out=store,
             template="qa",
             payload="hidden",
+            hidden_dtype="float16",
         )
     )
     return store

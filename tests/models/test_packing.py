@@ -145,7 +145,7 @@ def terms_and_gradients(student, teacher, batch, source="live", blocks=False, **
         objective=Objective(**of_objective),
         source={
             "live": LiveTeacher(whole, 15),
-            "hidden": StoredHidden(whole.lm_head.weight, 15),
+            "hidden": StoredHidden(whole.lm_head.weight, 15, exact_knee=False),
             "topk": StoredTopK(15, "student"),
         }[source],
         teacher=whole if of_objective.get("switch", True) else None,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from switchkd.cli.main import main
 from switchkd.errors import RunError, StoreError, StoreMismatch
-from switchkd.stores import TeacherStore
+from switchkd.stores import StoreTables, TeacherStore
 from switchkd.stores.info import describe
 from switchkd.stores.layout import GAP, ID_OF_RANK
 from switchkd.stores.reader import pick_store
@@ -136,7 +136,7 @@ def test_every_object_is_the_local_stores_file(filled, local):
 
 
 def test_hidden_states_come_back(url, tmp_path):
-    of = synthetic.manifest(payload="both", hidden_dtype="int8", hidden_width=40, samples=5)
+    of = synthetic.manifest(payload="both", hidden_dtype="steps", hidden_width=40, samples=5)
     assert_same_samples(synthetic.fill(url, of), synthetic.fill(tmp_path / "s.zarr", of))
 
 
@@ -266,7 +266,7 @@ def test_creators_with_different_tables_agree_on_the_first(url, marker_first, lo
         synthetic.open_writer(url, MANIFEST)
         if not marker_first:
             delete(url, "zarr.json")
-        return np.arange(MANIFEST.vocab_rows, dtype=np.uint32)
+        return StoreTables(np.arange(MANIFEST.vocab_rows, dtype=np.uint32))
 
     synthetic.StoreWriter(url, MANIFEST, overtaken)
     assert np.array_equal(TeacherStore(url).id_of_rank, synthetic.id_of_rank(MANIFEST.vocab_rows))

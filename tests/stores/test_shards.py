@@ -41,7 +41,7 @@ def described(name, values):
     """An empty array of a part, its metadata and the files of its group."""
     files = {}
     group = zarr.create_group(MemoryStore(files))
-    array = group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape, values.dtype))
+    array = group.create_array(name, dtype=values.dtype, **layout.array_options(name, values.shape))
     return array, Description.parse(name, files[f"{name}/zarr.json"].to_bytes()), files
 
 

@@ -171,7 +171,7 @@ def test_a_numpy_index_is_an_index(path):
 
 
 @pytest.mark.parametrize("payload", ("hidden", "both"))
-@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "int8"))
+@pytest.mark.parametrize("dtype", ("steps", "float16", "bfloat16"))
 def test_hidden_states_come_back(tmp_path, payload, dtype):
     topk = {} if payload == "both" else {"top_k": 0, "fine": 0.0, "coarse": 0.0}
     of = synthetic.manifest(payload=payload, hidden_dtype=dtype, hidden_width=40, samples=9, **topk)
@@ -247,7 +247,7 @@ def test_one_sample_reads_its_chunks_only(path, asked):
 
 
 @pytest.mark.parametrize("cache_bytes", (0, 20_000, 1 << 20))
-@pytest.mark.parametrize("of", [{}, {"payload": "both", "hidden_dtype": "int8", "hidden_width": 400, "top_k": 15}])
+@pytest.mark.parametrize("of", [{}, {"payload": "both", "hidden_dtype": "steps", "hidden_width": 400, "top_k": 15}])
 def test_several_samples_are_those_samples_joined(tmp_path, of, cache_bytes):
     of = synthetic.manifest(samples=18, **of)
     path = synthetic.fill(tmp_path / "s.zarr", of)
@@ -294,7 +294,7 @@ def test_a_rank_that_the_table_lacks_is_damage(path, monkeypatch):
 def test_chunks_of_another_size_read_the_same(tmp_path, monkeypatch, least, most):
     """A reader takes the size of a chunk from the array: it was 256 positions for every array once."""
     monkeypatch.setattr(layout, "CHUNK_POSITIONS", (least, most))
-    of = synthetic.manifest(payload="both", hidden_dtype="int8", hidden_width=400, samples=9)
+    of = synthetic.manifest(payload="both", hidden_dtype="steps", hidden_width=400, samples=9)
     other = TeacherStore(synthetic.fill(tmp_path / "other.zarr", of))
     monkeypatch.undo()
     store = TeacherStore(synthetic.fill(tmp_path / "s.zarr", of))
@@ -324,18 +324,20 @@ def test_dataloader_workers_read_the_same(path, context):
 
 
 @pytest.mark.parametrize("pipeline", ("zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs.ZarrsCodecPipeline"))
-def test_plain_zarr_reads_what_the_readme_says(path, tmp_path, pipeline):
-    """The README's snippet, run without a line of ours, gives every bit of what `TeacherStore` gives."""
+def test_plain_zarr_reads_what_the_readme_says(tmp_path, pipeline):
+    """The README's snippets, run without a line of ours, give every bit of what `TeacherStore` gives."""
     if importlib.util.find_spec(pipeline.split(".")[0]) is None:
         pytest.skip("needs zarrs: the extra `fast`")
-    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "NAME.zarr").symlink_to(path)
+    of = synthetic.manifest(payload="both", hidden_dtype="steps", hidden_width=40, top_k=40, coarse=0.5)
+    path = synthetic.fill(tmp_path / "NAME.zarr", of)
+    snippet, of_states = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     check = (
-        "\nimport sys\nassert 'switchkd' not in sys.modules\nnp.savez('out.npz', ids=ids, logits=logits, stats=stats)\n"
+        "\nimport sys\nassert 'switchkd' not in sys.modules\n"
+        "np.savez('out.npz', ids=ids, logits=logits, stats=stats, hidden=hidden)\n"
         f"assert type(part['stats']._async_array.codec_pipeline).__name__ == {pipeline.split('.')[-1]!r}\n"
     )
     environment = os.environ | {"ZARR_CODEC_PIPELINE__PATH": pipeline}
-    subprocess.run([sys.executable, "-c", snippet + check], cwd=tmp_path, check=True, env=environment)
+    subprocess.run([sys.executable, "-c", snippet + of_states + check], cwd=tmp_path, check=True, env=environment)
     store = TeacherStore(path)
     index = int(re.search(r"^index = (\d+)$", snippet, re.MULTILINE).group(1))
     with np.load(tmp_path / "out.npz") as found:
@@ -343,6 +345,10 @@ def test_plain_zarr_reads_what_the_readme_says(path, tmp_path, pipeline):
         for name in ("ids", "logits", "stats"):
             assert np.array_equal(found[name], getattr(store[index].payload, name)), name
         assert found["logits"].dtype == np.float32
+        assert np.array_equal(found["hidden"], store.part_payload(0).hidden)
+        ranks = np.argsort(synthetic.id_of_rank(of.vocab_rows))[found["ids"]]
+        equal = np.diff(found["logits"], axis=-1) == 0
+        assert (np.diff(ranks, axis=-1)[equal] < 0).any()  # the order of equal levels is not that of ranks
 
 
 def test_the_readme_names_every_field_of_the_manifest():
@@ -424,12 +430,12 @@ def test_pick_store_where_none_is(tmp_path):
 # What is not a store, or not yet
 
 
-@pytest.mark.parametrize("version", (2, 0, None, "1"))
+@pytest.mark.parametrize("version", (3, 0, None, "1", True, 2.0))
 def test_another_format_version_is_refused(tmp_path, version):
     path = folder_of_stores(tmp_path, a={}) / "a.zarr"
     edit_manifest(path, lambda manifest: manifest.update(version=version))
     with pytest.raises(
-        StoreError, match=f"has format version {version}, this switchkd reads version 1; use the switch"
+        StoreError, match=f"has format version {version}, this switchkd reads versions 1 and 2; use the switch"
     ):
         TeacherStore.open(path)
 

@@ -19,7 +19,7 @@ import pytest
 import synthetic
 
 from switchkd.errors import RunError, StoreError, StoreMismatch
-from switchkd.stores import TeacherStore
+from switchkd.stores import StoreTables, TeacherStore
 from switchkd.stores.layout import BOTTOM, DIGEST, GAP, HEIGHT, ID_OF_RANK, OFFSET, PART_KEY, STATS, STATUS
 from switchkd.stores.storage.paths import WRITING, part_path
 
@@ -164,7 +164,7 @@ def test_the_second_creator_takes_the_first_ones_table(tmp_path):
 
     def overtaken():
         synthetic.open_writer(path, MANIFEST)
-        return np.arange(MANIFEST.vocab_rows, dtype=np.uint32)
+        return StoreTables(np.arange(MANIFEST.vocab_rows, dtype=np.uint32))
 
     synthetic.StoreWriter(path, MANIFEST, overtaken)
     assert np.array_equal(TeacherStore(path).id_of_rank, synthetic.id_of_rank(MANIFEST.vocab_rows))

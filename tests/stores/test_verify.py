@@ -7,16 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import synthetic
+import zarr
 from click.testing import CliRunner
 
 from switchkd.cli.main import main
-from switchkd.stores import TeacherStore
-from switchkd.stores.layout import GAP, STAT_COLUMNS
+from switchkd.errors import StoreError
+from switchkd.stores import StoreWriter, TeacherStore
+from switchkd.stores.layout import GAP, MEAN, STAT_COLUMNS, STEP
 from switchkd.stores.payload import Payload
 from switchkd.stores.storage.paths import part_path
 from switchkd.stores.verify import _payload_problems, missing_parts, repair, verify
 
-BOTH = synthetic.manifest(payload="both", hidden_dtype="float16", hidden_width=8)
+BOTH = synthetic.manifest(payload="both", hidden_dtype="steps", hidden_width=8)
+STEPS = synthetic.tables(BOTH).hidden_steps
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,7 @@ def good_payload():
         ("ids", 50, "an id lies outside the vocabulary"),
         ("logits", -90, "the k-th logit lies below z_min"),
         ("hidden", np.inf, "a hidden state is not finite"),
+        ("hidden", 1e6, "a hidden state lies too many steps from the mean"),
     ],
 )
 def test_values_that_contradict_each_other_are_named(name, change, message):
@@ -106,9 +110,67 @@ def test_values_that_contradict_each_other_are_named(name, change, message):
             arrays[name][1, STAT_COLUMNS.index(column)] = value
     else:
         arrays[name][1, -2:] = change
-    problems = list(_payload_problems(Payload(**arrays), BOTH))
+    problems = list(_payload_problems(Payload(**arrays), BOTH, STEPS))
     assert any(re.search(message, problem) for problem in problems), problems
-    assert list(_payload_problems(good_payload(), BOTH)) == []
+    assert list(_payload_problems(good_payload(), BOTH, STEPS)) == []
+
+
+def swap_tables(path, of=BOTH):
+    """Give a store the step of another capture of the same identity."""
+    steps = synthetic.tables(of).hidden_steps
+    tables = replace(synthetic.tables(of), hidden_steps=replace(steps, step=steps.step * 2))
+    other = StoreWriter(path.with_name("other.zarr"), of, lambda: tables).path
+    shutil.rmtree(path / STEP)
+    shutil.copytree(other / STEP, path / STEP)
+
+
+def test_a_part_that_was_encoded_with_other_tables_is_found_and_dropped(path):
+    """A part of another capture with the same identity, copied into the store, would decode to wrong numbers."""
+    stray = shutil.copytree(path, path.with_name("stray.zarr"))
+    swap_tables(stray)
+    for folder in (stray / "parts").iterdir():
+        shutil.rmtree(folder) if folder.is_dir() else None
+    synthetic.fill(stray, BOTH)
+    shutil.rmtree(part_path(path, 1))
+    shutil.copytree(part_path(stray, 1), part_path(path, 1))
+    index = BOTH.part_size
+    with pytest.raises(
+        StoreError, match=r"was encoded with other tables than the store's \(vocab/id_of_rank, hidden/step"
+    ):
+        TeacherStore(path)[index]
+    assert bad_parts(path) == [1]
+    assert repair(TeacherStore(path)) == [1]
+    synthetic.fill(path, BOTH)
+    assert bad_parts(path) == []
+
+
+def test_repair_removes_nothing_if_the_tables_are_what_is_wrong(path):
+    before = synthetic.contents(path / "parts")
+    swap_tables(path)
+    with pytest.raises(StoreError, match="these are not what was written; restore them. Nothing was removed"):
+        repair(TeacherStore(path))
+    assert synthetic.contents(path / "parts") == before
+
+
+@pytest.mark.parametrize("name", (STEP, MEAN))
+@pytest.mark.parametrize("how", ("deleted", "flipped", "no folder"))
+def test_a_damaged_table_is_named(path, name, how):
+    if how == "flipped":
+        flip(path / name / "c/0", 500)
+    elif how == "deleted":
+        (path / name / "c/0").unlink()  # zarr reads the fill value without an error
+    else:
+        shutil.rmtree(path / name)
+    with pytest.raises(StoreError, match=f"{name}.* it was damaged after writing: restore it"):
+        TeacherStore(path)
+
+
+@pytest.mark.parametrize("values", (np.ones(7), [1.0] * 7 + [0.0], [1.0] * 7 + [-1.0], [1.0] * 7 + [np.inf]))
+def test_a_table_of_other_values_is_refused(path, values):
+    values = np.array(values, np.float32)
+    zarr.open_group(path).create_array(STEP, data=values, chunks=values.shape, overwrite=True)
+    with pytest.raises(StoreError, match="hidden/step: not 8 finite float32 numbers above 0"):
+        TeacherStore(path)
 
 
 def test_repair_drops_the_bad_parts_and_the_next_run_writes_exactly_these(whole, path):

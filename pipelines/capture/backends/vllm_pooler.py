@@ -76,7 +76,11 @@ class RowsPooler(nn.Module):
     def _logits(self, states: Tensor) -> Tensor:
         logits = self._compute_logits(states)
         # A rank without logits runs the same steps; its return value is not used.
-        return states.new_zeros(len(states), max(self._profile_top_k, 2), dtype=torch.float32) if logits is None else logits
+        return (
+            states.new_zeros(len(states), max(self._profile_top_k, 2), dtype=torch.float32)
+            if logits is None
+            else logits
+        )
 
 
 def _collect(held: list[Tensor], runs: Runs, rows: Tensor, begin: int) -> None:
