@@ -151,11 +151,23 @@ def plot(path: "StoreLocation", out: Path) -> None:
 
 
 def _format_audit(report: "AuditReport") -> Iterator[str]:
-    """Yield the report as the command line prints it."""
-    yield f"{report.store}: {report.samples} random samples, {report.positions} positions; student: {report.student}"
-    yield f"{'':36}{'KL, nats':>12}{'recall':>9}{'gradient error':>16}{'logit error':>13}"
-    for row in report.rows:
+    """Yield the report as the command line prints it: a table per student, and the verdict."""
+    yield (
+        f"{report.store}: {report.samples} random samples, {report.positions} positions, against the live teacher in "
+        f"{report.dtype} with float32 logits"
+    )
+    for student in dict.fromkeys(row.student for row in report.rows):
+        yield f"student: {student}"
         yield (
-            f"{row.name:36}{row.kl_nats:12.2e}{row.student_led_recall:9.1%}{row.gradient_error:16.2%}"
-            f"{row.largest_logit_error:13.4f}"
+            f"  {'':36}{'KL, nats':>10}{'logit error: rms':>18}{'row max':>9}{'max':>9}{'knee moved':>12}"
+            f"{'recall: teacher-led':>21}{'student-led':>13}{'gradient error: logits':>24}{'states':>9}"
         )
+        for row in report.rows:
+            if row.student == student:
+                found = row.fidelity
+                yield (
+                    f"  {row.name:36}{found.kl_nats:10.1e}{found.rms_error:18.4f}{found.row_error:9.4f}"
+                    f"{found.largest_error:9.4f}{found.knee_moved:12.1%}{found.teacher_led_recall:21.1%}"
+                    f"{found.student_led_recall:13.1%}{found.gradient_error:24.2%}{found.state_gradient_error:9.2%}"
+                )
+    yield report.verdict

@@ -1,13 +1,14 @@
 """`switchkd store audit`: run the teacher again on random samples and measure the error of the store's payloads.
 
-For every payload: KL, the share of the student-led ids whose logits are stored, the error of the DBiLD gradient, and the largest
-logit error. The control is the teacher against itself, run sample by sample instead of in batches, in the dtype of the capture: a
-lower bound for the error of any store.
+The reference is the live teacher as training would run it: in the dtype of the capture, with float32 logits. Beside the payloads
+stand two rows about the teacher itself: its own run-to-run difference, sample by sample instead of in batches, which is a lower
+bound for the error of any store; and the same weights run in float32 throughout, which tells what the teacher's own dtype costs.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -15,12 +16,12 @@ from transformers import LlavaForConditionalGeneration
 from switchkd.data.encoding import EncodedSample, collate, pad_id_of
 from switchkd.data.samples import SampleFile
 from switchkd.fingerprints import hash_tokenizer
-from switchkd.losses import dbild_loss
-from switchkd.losses.selection import leading_entries
-from switchkd.losses.signals import DenseSignal, SparseSignal, TeacherSignal
+from switchkd.losses.lm_head import float32_logits
+from switchkd.losses.signals import TeacherSignal
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
 from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.batch import Batch
+from switchkd.pipelines.capture.fidelity import Fidelity, Student, compare, exact_signal, make_students
 from switchkd.pipelines.capture.options import AuditOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import (
@@ -36,20 +37,17 @@ from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
 
-# Without a student, its logits are the teacher's LM head on states with this much noise, in standard deviations of the states.
-PERTURBATION = 0.2
-CONTROL = "control: teacher against itself"
+CONTROL = "control: teacher, sample by sample"
+PRECISION = "teacher in float32"
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    """The error of one reconstruction of the teacher's logits; means over positions."""
+class AuditRow:
+    """One comparison with the live teacher."""
 
-    name: str
-    kl_nats: float  # KL(live ‖ reconstruction), all N rows
-    student_led_recall: float  # share of the student-led ids whose logit is stored, not modelled
-    gradient_error: float  # ‖g - g_live‖ / ‖g_live‖ of dbild-rkl with respect to the student's logits
-    largest_logit_error: float  # over stored logits
+    name: str  # a payload, `CONTROL` or `PRECISION`
+    student: str
+    fidelity: Fidelity
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,38 @@ class AuditReport:
     store: StoreLocation
     samples: int
     positions: int
-    student: str
-    rows: list[Fidelity]  # one per payload, then the control
+    trained_from: str  # the payload that training reads: the name of its rows
+    dtype: str  # of the teacher
+    rows: list[AuditRow]  # by payload, then the rows of the teacher itself; of each, one a student
+
+    def gradient_error(self, name: str) -> float:
+        """Return the error of the gradient with respect to the student's logits, mean over students; 0 without such rows."""
+        found = [row.fidelity.gradient_error for row in self.rows if row.name == name]
+        return sum(found) / max(len(found), 1)
+
+    @property
+    def verdict(self) -> str:
+        """The result in one sentence."""
+        store = f"training from this store ({self.trained_from}) differs from the live teacher by "
+        store += f"{self.gradient_error(self.trained_from):.2%}"
+        names = {row.name for row in self.rows}
+        own = f"the teacher's own precision ({self.dtype}) by {self.gradient_error(PRECISION):.2%}"
+        if PRECISION not in names:
+            own = (
+                "the teacher runs in float32" if self.dtype == "float32" else "the teacher's own precision was left out"
+            )
+        return f"{store}, {own}: error of the gradient of Align at the student's logits, mean over students"
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """What is compared at P positions."""
+
+    signals: dict[str, TeacherSignal]  # name of a payload → signal
+    live: Tensor  # the teacher's final states in batches, [P, d]
+    alone: Tensor  # sample by sample
+    whole: Tensor | None  # of the same weights in float32
+    student: Tensor | None  # the final states of a student that was given, [P, d_S]
 
 
 def audit(options: AuditOptions) -> AuditReport:
@@ -76,38 +104,88 @@ def audit(options: AuditOptions) -> AuditReport:
     student = None if options.student is None else open_checkpoint(options.student, options.trust_remote_code)
     if student is not None:
         check_compatible(teacher, student, switch=False, one_text=True)
-    manifest = store.manifest
-    teacher = with_image_mode(teacher, manifest.image_mode)
-    encoder = encoder_of_store(manifest, teacher, options.images)
+    teacher = with_image_mode(teacher, store.manifest.image_mode)
     chosen = choose_samples(store, options.samples, options.seed)
-    samples = SampleFile(options.data)
-    model: Any = freeze(load_model(teacher, dtype=manifest.teacher["dtype"])).to(options.device)
-    sources = _sources(store, model.lm_head.weight, options)
-    sums = {name: _Sums() for name in [*sources, CONTROL]}
-    student_logits = _student(student, model, options)
-    positions = 0
-    with Progress("auditing", len(chosen), "samples") as progress:
-        for start in range(0, len(chosen), options.batch_size):
-            indices = chosen[start : start + options.batch_size]
-            batch = [encode_as_cached(encoder, samples, store, index) for index in indices]
-            states = _states(model, batch, teacher)
-            alone = torch.cat([_states(model, [sample], teacher) for sample in batch])
-            live, control = (model.lm_head(x)[:, : manifest.vocab_rows].float() for x in (states, alone))
-            columns = teacher_columns(store.payload(indices))
-            columns = {name: column.to(options.device) for name, column in columns.items()}
-            s = student_logits(batch, states)[:, : manifest.vocab_rows].float()
-            read = Batch.of(collate(batch, pad_id_of(teacher.tokenizer)) | columns)
-            signals: dict[str, TeacherSignal] = {name: source.signal(read) for name, source in sources.items()}
-            for name, signal in (signals | {CONTROL: DenseSignal(control)}).items():
-                sums[name].add(s, live, signal)
-            positions += len(live)
-            progress.advance(len(batch), positions=len(live))
-    words = (
-        f"{options.student}"
-        if student is not None
-        else f"the teacher with {PERTURBATION:g} standard deviations of noise"
+    found, heads = _gather(options, store, teacher, student, chosen)
+    rows = _compare(options, store, found, heads)
+    names = list(found.signals)
+    return AuditReport(store.path, len(chosen), len(found.live), names[-1], store.manifest.teacher["dtype"], rows)
+
+
+def _gather(
+    options: AuditOptions, store: TeacherStore, teacher: Checkpoint, student: Checkpoint | None, chosen: list[int]
+) -> tuple[_Positions, tuple[Tensor, Tensor | None]]:
+    """Run the models over the chosen samples; returns what is compared, and the LM heads of teacher and student."""
+    manifest, samples = store.manifest, SampleFile(options.data)
+    encoder = encoder_of_store(manifest, teacher, options.images)
+    dtype = manifest.teacher["dtype"]
+    with_float32 = options.own_precision and dtype != "float32"
+    batches = [chosen[start : start + options.batch_size] for start in range(0, len(chosen), options.batch_size)]
+    passes = 1 + with_float32 + (student is not None)
+    encoded: list[list[EncodedSample]] = []
+    live, alone, whole, of_student = [], [], [], []
+    with Progress("auditing", passes * len(chosen), "samples") as progress:
+        model: Any = freeze(load_model(teacher, dtype=dtype)).to(options.device)
+        head = model.lm_head.weight[: manifest.vocab_rows].clone()
+        for indices in batches:
+            encoded.append([encode_as_cached(encoder, samples, store, index) for index in indices])
+            live.append(_states(model, encoded[-1], teacher))
+            alone += [_states(model, [sample], teacher) for sample in encoded[-1]]
+            progress.advance(len(indices), positions=len(live[-1]))
+        if with_float32:
+            model = model.float()
+            for batch in encoded:
+                whole.append(_states(model, batch, teacher))
+                progress.advance(len(batch), positions=len(whole[-1]))
+        del model
+        student_head = None
+        if student is not None:
+            model = freeze(load_model(student, dtype="float32")).to(options.device)
+            student_head = model.lm_head.weight[: manifest.vocab_rows]
+            for batch in encoded:
+                of_student.append(_states(model, batch, student))
+                progress.advance(len(batch), positions=len(of_student[-1]))
+    columns = collate([sample for batch in encoded for sample in batch], pad_id_of(teacher.tokenizer))
+    stored = {name: column.to(options.device) for name, column in teacher_columns(store.payload(chosen)).items()}
+    read = Batch.of(columns | stored)
+    keep = _some(sum(map(len, live)), options.positions, options.seed).to(options.device)
+    signals = {name: source.signal(read).select(keep) for name, source in _sources(store, head, options).items()}
+    found = _Positions(
+        signals,
+        torch.cat(live)[keep],
+        torch.cat(alone)[keep],
+        torch.cat(whole)[keep] if whole else None,
+        torch.cat(of_student)[keep] if of_student else None,
     )
-    return AuditReport(store.path, len(chosen), positions, words, [total.result(name) for name, total in sums.items()])
+    return found, (head, student_head)
+
+
+def _compare(
+    options: AuditOptions, store: TeacherStore, found: _Positions, heads: tuple[Tensor, Tensor | None]
+) -> list[AuditRow]:
+    head, student_head = heads
+    exact = exact_signal(found.live, head)
+    if found.student is not None and student_head is not None:
+        students = [Student(f"{options.student}", float32_logits(found.student, student_head), student_head)]
+    else:
+        students = make_students(exact.logits, head, options.seed)
+    signals = dict(found.signals)
+    if found.whole is not None:
+        signals[PRECISION] = exact_signal(found.whole, head.float())
+    signals[CONTROL] = exact_signal(found.alone, head)
+    rows = []
+    with Progress("comparing", len(signals) * len(students), "rows") as progress:
+        for name, signal in signals.items():
+            for student in students:
+                rows.append(AuditRow(name, student.name, compare(student, exact, signal)))
+                progress.advance(1)
+    return rows
+
+
+def _some(positions: int, most: int, seed: int) -> Tensor:
+    """Choose at most `most` random positions, ascending."""
+    random = np.random.default_rng(seed)
+    return torch.from_numpy(np.sort(random.choice(positions, min(positions, most), replace=False)))
 
 
 @torch.no_grad()
@@ -116,69 +194,12 @@ def _states(model: LlavaForConditionalGeneration, batch: list[EncodedSample], ch
 
 
 def _sources(store: TeacherStore, head: Tensor, options: AuditOptions) -> dict[str, TeacherSource]:
+    """Return the sources of the store's payloads; the last one is that which training reads."""
     manifest = store.manifest
     sources: dict[str, TeacherSource] = {}
     if manifest.has_topk:
         sources[f"topk, k = {manifest.top_k}, tail {options.tail}"] = StoredTopK(manifest.vocab_rows, options.tail)
     if manifest.has_hidden:
-        sources[f"hidden, {manifest.hidden_dtype}"] = StoredHidden(head, manifest.vocab_rows, manifest.has_exact_knee)
+        how = f"steps {manifest.hidden_error:g}" if manifest.hidden_error else manifest.hidden_dtype
+        sources[f"hidden, {how}"] = StoredHidden(head, manifest.vocab_rows, manifest.has_exact_knee)
     return sources
-
-
-def _student(student: Checkpoint | None, teacher_model, options: AuditOptions):  # type: ignore[no-untyped-def]
-    """Return a function (batch, teacher states) → student logits [P, V]."""
-    if student is not None:
-        model: Any = freeze(load_model(student, dtype="float32")).to(options.device)
-        return lambda batch, states: model.lm_head(_states(model, batch, student))
-    generator = torch.Generator().manual_seed(options.seed)
-
-    def perturbed(batch: list[EncodedSample], states: Tensor) -> Tensor:
-        noise = torch.randn(states.shape, generator=generator).to(states)
-        logits: Tensor = teacher_model.lm_head(states + PERTURBATION * states.std() * noise)
-        return logits
-
-    return perturbed
-
-
-class _Sums:
-    """Sums over positions of what `Fidelity` reports."""
-
-    def __init__(self) -> None:
-        self.positions = 0
-        self.kl = self.error = self.norm = self.largest = 0.0
-        self.known = self.led = 0
-
-    def add(self, student: Tensor, live: Tensor, signal: TeacherSignal) -> None:
-        """Add one batch: student logits, live teacher logits [P, N], and the reconstruction to compare with them."""
-        account = signal.rows(student).float()
-        p, q = live.log_softmax(-1), account.log_softmax(-1)
-        self.kl += float((p.exp() * (p - q)).sum())
-        exact, found = _gradient(student, DenseSignal(live)), _gradient(student, signal)
-        self.error += float((found - exact).pow(2).sum())
-        self.norm += float(exact.pow(2).sum())
-        known = torch.ones_like(live, dtype=torch.bool)
-        if isinstance(signal, SparseSignal):
-            known = torch.zeros_like(known).scatter_(-1, signal.ids, True)
-        self.largest = max(self.largest, float((account - live)[known].abs().max()) if known.any() else 0.0)
-        ids, k = leading_entries(student)
-        leads = torch.arange(ids.shape[-1], device=ids.device) < k.unsqueeze(-1)
-        self.known += int((known.gather(-1, ids) & leads).sum())
-        self.led += int(leads.sum())
-        self.positions += len(live)
-
-    def result(self, name: str) -> Fidelity:
-        """Return the means."""
-        return Fidelity(
-            name,
-            self.kl / max(self.positions, 1),
-            self.known / max(self.led, 1),
-            (self.error / self.norm) ** 0.5 if self.norm else 0.0,
-            self.largest,
-        )
-
-
-def _gradient(student: Tensor, signal: TeacherSignal) -> Tensor:
-    """Return the gradient of dbild-rkl with respect to the student's logits, [P, N]."""
-    logits = student.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(dbild_loss(logits, signal, reduction="sum"), logits)
-    return gradient

@@ -167,8 +167,19 @@ class AuditOptions:
     teacher: Path = option(help="Checkpoint folder of the teacher.")
     data: Path = option(help="The data file that was cached.")
     images: Path | None = option(default=None, help="Folder that the data file's image paths start from.")
-    student: Path | None = option(default=None, help="Checkpoint folder of a student.", unset="the teacher with noise")
+    student: Path | None = option(
+        default=None,
+        help="Checkpoint folder of a student.",
+        unset="the teacher's logits with noise, at three distances",
+    )
     samples: int = option(default=64, at_least=1, flag="-n, --samples", help="Random samples.")
+    positions: int = option(
+        default=512, at_least=1, help="Random positions of these samples that are compared, at most."
+    )
+    own_precision: bool = option(
+        default=True,
+        help="Also run the teacher's weights in float32, to tell what its own dtype costs; takes their memory in float32.",
+    )
     batch_size: int = option(default=8, at_least=1, help="Samples per forward pass.")
     tail: TailPolicy = option(default="student", hidden=True, help="See `switchkd train --tail`.")
     seed: int = option(default=0, help="Of the choice of samples.")

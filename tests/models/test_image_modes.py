@@ -155,4 +155,4 @@ def test_the_audit_sees_what_the_teacher_saw(cached):
         AuditOptions(store=cached.out, teacher=cached.teacher, data=cached.data, images=cached.images, samples=6)
     )
     assert (found.rows[0].name, found.positions) == ("topk, k = 8, tail student", 12)
-    assert found.rows[0].largest_logit_error < 0.1
+    assert found.rows[0].fidelity.largest_error < 0.1

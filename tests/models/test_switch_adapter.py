@@ -95,7 +95,9 @@ def place(teacher, tmp_path_factory):
     (folder / "data.json").write_text(json.dumps(every[:TRAINED]))
     (folder / "held_out.json").write_text(json.dumps(every[TRAINED:]))
     common = {"teacher": teacher, "data": folder / "data.json", "images": folder / "images"}
-    cache_teacher(CacheOptions(out=folder / "s.zarr", template="qa", payload="hidden", hidden_dtype="float16", **common))
+    cache_teacher(
+        CacheOptions(out=folder / "s.zarr", template="qa", payload="hidden", hidden_dtype="float16", **common)
+    )
     return folder
 
 

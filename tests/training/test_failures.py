@@ -82,7 +82,9 @@ def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(options, monkeypatch
 def test_a_store_that_vanishes_stops_the_run(options, cached, monkeypatch, tmp_path, lost, workers):
     """Also the files of one array: Zarr reads a missing chunk as zeros, which no digest would notice."""
     store = shutil.copytree(cached / "stores/s.zarr", tmp_path / "s.zarr")
-    monkeypatch.setattr(reader.TeacherStore.__init__, "__defaults__", (0, None))  # bytes of cache: each sample is read anew
+    monkeypatch.setattr(
+        reader.TeacherStore.__init__, "__defaults__", (0, None)
+    )  # bytes of cache: each sample is read anew
     at_step(monkeypatch, 3, lambda trainer: shutil.rmtree(store / lost))
     with pytest.raises(
         RunError, match=r"the run cannot go on: .*s\.zarr.*\nThe last good checkpoint: .*checkpoint-\d"
