@@ -55,6 +55,11 @@ def options(teacher, student, cached, tmp_path):
     )
 
 
+def logged(run):
+    """Return the entries of the training log that hold losses."""
+    return [e for e in json.loads((run / "summary.json").read_text())["history"] if "loss_ce" in e]
+
+
 def history(run):
     entries = json.loads((run / "summary.json").read_text())["history"]
     return [

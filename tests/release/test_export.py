@@ -182,6 +182,7 @@ def test_the_card_says_what_was_recorded(run, exported):
         "library_name: transformers",
         "| objective | dbild-rkl |",
         f"| data file | data.json, SHA-256 {summary['made_from']['data']} |",
+        f"| its logits | {summary['made_from']['teacher_signal']} |",
         f"| teacher store | identity {summary['made_from']['store']} |",
         f"| template | {summary['made_from']['template']['name']} |",
         "| samples | 6; skipped: none |",

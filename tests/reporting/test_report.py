@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import report_runs
+import yaml
 from click.testing import CliRunner
 
 pytest.importorskip("matplotlib", reason="reports need the extra `viz`")
@@ -75,6 +76,7 @@ def test_everything_that_the_runs_hold_is_there(page, runs):
         accuracy = json.loads((runs / f"eval/{name}/scores.json").read_text())["accuracy"]
         assert f"{accuracy:.4f}" in text
     assert "dbild-rkl + switch" in text
+    assert yaml.safe_load((runs / "runs/switch-kd/run.yaml").read_text())["teacher_signal"] in text
 
 
 def test_the_curves_are_the_history(page, runs):

@@ -2,14 +2,13 @@
 
 import builtins
 import importlib.util
-import json
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 import training
-from training import two_processes
+from training import logged, two_processes
 
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
@@ -28,10 +27,6 @@ from switchkd.positions import predicting_rows
 from switchkd.stores import TeacherStore
 
 cached, options = training.cached, training.options
-
-
-def logged(run):
-    return [e for e in json.loads((run / "summary.json").read_text())["history"] if "loss_ce" in e]
 
 
 @pytest.fixture
