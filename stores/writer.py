@@ -134,7 +134,7 @@ class StoreWriter:
                 payload.ids, payload.logits, logsumexp, self._rank_of_id, manifest.fine, manifest.coarse
             )
             data[layout.GAP], data[layout.HEIGHT], data[layout.BOTTOM] = codes[:3]
-            if manifest.version > 1:
+            if manifest.version > 1 and codes.order is not None:
                 data[layout.ORDER] = codes.order
         if manifest.has_hidden:
             assert payload.hidden is not None
