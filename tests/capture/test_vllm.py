@@ -20,7 +20,9 @@ from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
 from switchkd.data.templates import TEMPLATES
 from switchkd.errors import RunError
+from switchkd.losses import kneedle
 from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.vlm import load_lm_head
 from switchkd.pipelines.capture.backends import vllm_pooler
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
 from switchkd.pipelines.capture.options import CacheOptions
@@ -316,9 +318,26 @@ def test_two_ways_to_the_same_store_and_training_takes_either(teachers, data, tm
         assert loss == pytest.approx(losses["transformers"][name], rel=1e-3), name
 
 
+def test_a_bfloat16_teacher_is_stored_with_float32_logits(teachers, data, tmp_path):
+    """Top-k logits and knees are those of the stored states times the LM head in float32, not of logits rounded to bfloat16."""
+    kept = ("--dtype", "bfloat16", "--payload", "both", "--hidden-dtype", "bfloat16", "--k", 32)
+    cache(
+        sys.executable, teachers["siglip"], data, tmp_path / "s.zarr", *ENGINE, *kept, "--fine", 1e-3, "--coarse", 1e-3
+    )
+    store = TeacherStore(tmp_path / "s.zarr")
+    payload = store.payload(range(len(store)))
+    head = load_lm_head(open_checkpoint(teachers["siglip"]), "bfloat16")[: store.manifest.vocab_rows]
+    exact = (torch.from_numpy(payload.hidden).double() @ head.double().T).float()
+    found = torch.from_numpy(payload.logits)
+    of_top = exact.gather(1, torch.from_numpy(payload.ids).long())
+    torch.testing.assert_close(found, of_top, rtol=0, atol=3e-3)
+    assert (of_top.bfloat16() - of_top).abs().max() > 6e-3  # otherwise the test shows nothing
+    assert payload.stat("knee").tolist() == kneedle(exact).tolist()
+
+
 def test_a_dry_run_probes_with_vllm(teachers, data, tmp_path):
     said = cache(sys.executable, teachers["siglip"], data, tmp_path / "s.zarr", *ENGINE, "--dry-run")
-    for text in ("hours on the CPU", "random samples with vllm", "hidden, int8"):
+    for text in ("hours on the CPU", "random samples with vllm", "hidden, steps 0.02"):
         assert text in said
     assert not (tmp_path / "s.zarr").exists()
 
