@@ -3,10 +3,11 @@
     python benchmarks/read.py
 
 Two made-up stores with samples of 16 to 240 positions: 2,000 samples of payload `topk`, k = 128, logits shaped like a language
-model's (V = 49,152, a steep head and a long tail over frequent ids); 600 of payload `hidden`, d = 576, float16. Beside it are raw
-memory maps, neither compressed nor with checksums: of the store's own arrays, unpacked by the same code, sample by sample as a data
-set of a map does, and again with all rows of a batch joined first and unpacked at once, as the store does; and of what they are
-unpacked to, ids (int32), logits, hidden states and statistics (float32).
+model's (V = 49,152, a steep head and a long tail over frequent ids); 600 of payload `hidden`, d = 576, steps of a size that gives
+the bytes of real states at the default error. Beside it are raw memory maps, neither compressed nor with checksums: of the store's
+own arrays, unpacked by the same code, sample by sample as a data set of a map does, and again with all rows of a batch joined first
+and unpacked at once, as the store does; and of what they are unpacked to, ids (int32), logits, hidden states and statistics
+(float32).
 
 All sides do the same final work, the trainer's: a DataLoader takes samples in random order, 32 a batch, and joins them into the
 tensors that a training step gets (`teacher_columns`), in this process or in 1 or 2 workers that hand them over in shared memory.
@@ -30,14 +31,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from switchkd.pipelines.stored_teacher import teacher_columns
-from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore, layout
-from switchkd.stores.codec import ranks_by_frequency
+from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter, TeacherStore, layout
+from switchkd.stores.codec import HiddenSteps, ranks_by_frequency
 from switchkd.stores.part import read_whole
 from switchkd.stores.payload import empty_payload
 
 SAMPLES = {"topk": 2000, "hidden": 600}
 PART, TOP_K, WIDTH, VOCAB_ROWS = 250, 128, 576, 49_152
 REPEATS, BATCH = 5, 32
+SPREAD, STEP = 2.0, 0.054  # of a state, and its quantisation step: 7.3 bits a feature, as SmolLM2's states have at 0.02
 
 Read = Callable[[Sequence[int]], Payload]
 
@@ -59,8 +61,8 @@ def make_topk(random: np.random.Generator, positions: int) -> Payload:
 
 
 def make_hidden(random: np.random.Generator, positions: int) -> Payload:
-    """Draw states that float16 holds exactly, and statistics."""
-    states = random.normal(scale=2, size=(positions, WIDTH)).astype(np.float16).astype(np.float32)
+    """Draw states and statistics."""
+    states = random.normal(scale=SPREAD, size=(positions, WIDTH)).astype(np.float32)
     return Payload(make_topk(random, positions).stats, hidden=states)
 
 
@@ -69,12 +71,15 @@ def write_store(path: Path, counts: np.ndarray, payload: Payload) -> None:
     topk = payload.ids is not None
     manifest = Manifest(
         payload="topk" if topk else "hidden", top_k=TOP_K * topk, fine=0.004 * topk, coarse=0.125 * topk,
-        hidden_dtype="" if topk else "float16", hidden_width=0 if topk else WIDTH, vocab_rows=VOCAB_ROWS, samples=len(counts),
+        hidden_dtype="" if topk else "steps", hidden_width=0 if topk else WIDTH, vocab_rows=VOCAB_ROWS, samples=len(counts),
         part_size=PART, teacher={}, tokenizer="", template={"name": ""}, image_processor="", image_tokens=0, max_length=0,
-        max_image_pixels=0, data="", statuses={"0": "ok"}, written_by={},
+        max_image_pixels=0, data="", statuses={"0": "ok"}, written_by={}, hidden_error=0.0 if topk else 0.02,
+        stats_dtype=layout.STATS_DTYPE,
     )  # fmt: skip
     frequent = payload.ids if topk else np.arange(VOCAB_ROWS)[None]
-    writer = StoreWriter(path, manifest, lambda: ranks_by_frequency(frequent[:1000], VOCAB_ROWS))
+    steps = None if topk else HiddenSteps(np.full(WIDTH, STEP, np.float32), np.zeros(WIDTH, np.float32))
+    tables = StoreTables(ranks_by_frequency(frequent[:1000], VOCAB_ROWS), steps)
+    writer = StoreWriter(path, manifest, lambda: tables)
     begin = 0
     for part in range(manifest.part_count):
         mine = counts[part * PART : (part + 1) * PART]

@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.codecs.numcodecs import PCodec
 from zarr.storage import MemoryStore
 
-from switchkd.losses import dbild_loss
+from switchkd.losses import bild_loss, dbild_loss, kl_loss
 from switchkd.losses.lm_head import float32_logits
-from switchkd.losses.selection import kneedle
+from switchkd.losses.selection import knee_of_sorted, kneedle
 from switchkd.losses.signals import TAIL_POLICIES, DenseSignal, HiddenSignal, SparseSignal, TeacherSignal
 from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
 from switchkd.pipelines.capture.tables import column_spread, tables_of
@@ -61,6 +62,11 @@ NEAR, FAR = "noise 0.07", "noise 0.38"
 RANK = 288
 QUANTISATIONS = {"small": (0.006, 0.1875), "default": (0.004, 0.125), "exact": (0.0023, 0.125)}
 HIDDEN_ERRORS = (0.01, 0.02, 0.04, 0.1)
+OTHER_LOSSES = {
+    "fkl": partial(kl_loss, direction="forward"),
+    "rkl": partial(kl_loss, direction="reverse"),
+    "bild-rkl": bild_loss,
+}
 TOPK_ARRAYS = (layout.GAP, layout.HEIGHT, layout.BOTTOM, layout.ORDER)
 UNTIMED = (0.0, 0.0)
 
@@ -229,13 +235,12 @@ class Bench:
         found = Payload.concatenate(pieces)
         return found if top_k else Payload(found.stats, hidden=found.hidden)
 
-    def gradients_of(self, signal: TeacherSignal, window: int | None = None) -> dict[str, Tensor]:
-        """Return the gradient of DBiLD with respect to each student's logits, [P, N]."""
+    def gradients_of(self, signal: TeacherSignal, loss: Callable[..., Tensor] = dbild_loss) -> dict[str, Tensor]:
+        """Return the gradient of a loss with respect to each student's logits, [P, N]."""
         found = {}
         for name, student in self.students.items():
             logits = student.clone().requires_grad_()
-            loss = dbild_loss(logits, signal, window=window, reduction="sum")
-            (found[name],) = torch.autograd.grad(loss, logits)
+            (found[name],) = torch.autograd.grad(loss(logits, signal, reduction="sum"), logits)
         return found
 
     def effect(
@@ -243,13 +248,13 @@ class Bench:
         name: str,
         signal: TeacherSignal,
         knee: str = "",
-        window: int | None = None,
+        loss: Callable[..., Tensor] = dbild_loss,
         live: dict[str, Tensor] | None = None,
         note: str = "",
     ) -> Effect:
-        """Compare gradients with the live ones, or with those of another reference."""
+        """Compare gradients with the live ones of DBiLD, or with `live`, those of another loss or reference."""
         errors, each = {}, {}
-        for student, found in self.gradients_of(signal, window).items():
+        for student, found in self.gradients_of(signal, loss).items():
             exact = (live or self.gradients)[student]
             errors[student] = float((found - exact).norm() / exact.norm())
             each[student] = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
@@ -417,6 +422,18 @@ def polynomial_row(bench: Bench, top_k: int, exact: int, powers: tuple[float, ..
     )
 
 
+@dataclass(frozen=True)
+class WithKnee(SparseSignal):
+    """Top-k logits whose knee in the window is not their own but `exact`, [T] int64; for the measurement alone."""
+
+    exact: Tensor | None = None
+
+    def leading_ids(self, rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """See `TeacherSignal.leading_ids`."""
+        assert self.exact is not None
+        return self.ids[:, : int(self.exact.max())], self.exact
+
+
 def order_effects(bench: Bench, window: int) -> list[Effect]:
     """Measure DBiLD with a window from top-128 logits: exact values, and quantised ones in three orders."""
     payload, (fine, coarse) = bench.payload(128, bench.measured), QUANTISATIONS["default"]
@@ -432,10 +449,36 @@ def order_effects(bench: Bench, window: int) -> list[Effect]:
         "quantised, with the code": (ids, logits),
         "quantised, without the code": (unordered, logits),
     }
-    live = bench.gradients_of(bench.exact, window)
+    loss = partial(dbild_loss, window=window)
+    live = bench.gradients_of(bench.exact, loss)
+    signals = {name: sparse(bench, *row, stats) for name, row in rows.items()}
+    knee = knee_of_sorted(signals["exact values"].logits, window)
+    signals["quantised, with the code, exact knee"] = WithKnee(**vars(signals["quantised, with the code"]), exact=knee)
+    return [bench.effect(f"window {window}: {name}", signal, loss=loss, live=live) for name, signal in signals.items()]
+
+
+def other_effects(bench: Bench) -> list[Effect]:
+    """Measure the other objectives from the default payloads."""
+    fine, coarse = QUANTISATIONS["default"]
+    payload = bench.payload(128, bench.measured)
+    kept = {
+        "payload": "both",
+        "top_k": 128,
+        "fine": fine,
+        "coarse": coarse,
+        "hidden_dtype": "steps",
+        "hidden_error": 0.02,
+    }
+    stored = Stored(payload, bench, **kept)
+    top, states = (TeacherStore(stored.store.path, payload=kind).part_payload(0) for kind in ("topk", "hidden"))
+    signals = {
+        "topk, k = 128": sparse(bench, top.ids, top.logits, top.stats),
+        "hidden, steps 0.02": HiddenSignal(torch.from_numpy(states.hidden[bench.some]), bench.teacher.head),
+    }
     return [
-        bench.effect(f"window {window}: {name}", sparse(bench, *row, stats), window=window, live=live)
-        for name, row in rows.items()
+        bench.effect(f"{name}: {kind}", signal, loss=loss, live=bench.gradients_of(bench.exact, loss))
+        for name, loss in OTHER_LOSSES.items()
+        for kind, signal in signals.items()
     ]
 
 
@@ -604,6 +647,12 @@ own error.
 DBiLD with a window, against the live teacher with the same window; k = 128, default steps, tail `student`. {order_bytes(bench)}
 
 {effects_table([each for window in (128, 64) for each in order_effects(bench, window)], "top-128 logits")}
+
+## Other objectives
+
+Default payloads, against the live teacher with the same objective; tail `student`, k = 8 in BiLD.
+
+{effects_table(other_effects(bench), "objective and payload")}
 
 ## A teacher in half precision
 
