@@ -1,12 +1,18 @@
 """The documents as a whole: the site builds without a warning, shows every page, fetches nothing; generated pages are current."""
 
+import html
+import json
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import yaml
 from docs_pages import ROOT, build_site
+
+from switchkd.pipelines.stored_teacher import TOPK_GRADIENT_ERROR
 
 DOCS = ROOT / "docs"
 MADE_AT_BUILD = {"store-format.md"}  # docs/site/hooks.py adds stores/README.md under this name
@@ -32,6 +38,34 @@ def test_the_page_of_commands_is_current():
     code = "import runpy; print(runpy.run_path('docs/site/commands.py')['page'](), end='')"
     made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert made == (DOCS / "commands.md").read_text(encoding="utf-8"), "docs/commands.md is old: run `make commands`"
+
+
+def test_warnings_name_the_gradient_error_of_the_table():
+    """The figure in warnings about payload topk is that of the default topk in docs/payloads-table.md, for two students."""
+    lines = (DOCS / "payloads-table.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    (heads,) = [row for row in cells if row[:2] == ["payload", "knee"]]
+    (found,) = [dict(zip(heads, row, strict=True)) for row in cells if row[:2] == ["topk, k = 128, default steps", ""]]
+    errors = sorted(round(float(found[student].rstrip("%"))) for student in ("noise 0.07", "noise 0.38"))
+    assert "{} to {} %".format(*errors) == TOPK_GRADIENT_ERROR
+
+
+def test_the_figure_of_the_gradient_shows_what_its_script_computes():
+    computed = asdict(runpy.run_path(str(DOCS / "site/gradient_figure.py"))["curve"]())
+    picture = (DOCS / "gradient.svg").read_text(encoding="utf-8")
+    (description,) = re.findall(r"<dc:description>(.*?)</dc:description>", picture, re.DOTALL)
+    shown = json.loads(html.unescape(description))
+    assert shown.keys() == computed.keys()
+    for name, values in computed.items():
+        assert shown[name] == pytest.approx(values, abs=1e-9), f"{name}: run `python docs/site/gradient_figure.py`"
+
+
+def test_the_figure_of_the_gradient_is_the_same_when_drawn_again(tmp_path):
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib: extra `viz`")
+    script = runpy.run_path(str(DOCS / "site/gradient_figure.py"))
+    for name in ("one.svg", "two.svg"):
+        script["draw"](script["curve"](), tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
 @pytest.fixture(scope="module")
