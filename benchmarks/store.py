@@ -35,7 +35,7 @@ from zarr.storage import MemoryStore
 
 from switchkd.losses import bild_loss, dbild_loss, kl_loss
 from switchkd.losses.lm_head import float32_logits
-from switchkd.losses.selection import knee_of_sorted, kneedle
+from switchkd.losses.selection import knee_of_sorted, kneedle, leading_entries
 from switchkd.losses.signals import TAIL_POLICIES, DenseSignal, HiddenSignal, SparseSignal, TeacherSignal
 from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
 from switchkd.pipelines.capture.tables import column_spread, tables_of
@@ -434,8 +434,11 @@ class WithKnee(SparseSignal):
         return self.ids[:, : int(self.exact.max())], self.exact
 
 
-def order_effects(bench: Bench, window: int) -> list[Effect]:
-    """Measure DBiLD with a window from top-128 logits: exact values, and quantised ones in three orders."""
+EXACT, CODED = "exact values", "quantised, with the code"
+
+
+def order_signals(bench: Bench) -> dict[str, SparseSignal]:
+    """Return the signals of top-128 logits: exact values, and quantised ones in three orders."""
     payload, (fine, coarse) = bench.payload(128, bench.measured), QUANTISATIONS["default"]
     stats = round_stats(payload.stats)
     logsumexp = stats[:, layout.STAT_COLUMNS.index("logsumexp")]
@@ -444,17 +447,38 @@ def order_effects(bench: Bench, window: int) -> list[Effect]:
     ids, logits = decode_topk(codes, logsumexp, id_of_rank, fine, coarse)
     unordered, _ = decode_topk(codes._replace(order=None), logsumexp, id_of_rank, fine, coarse)
     rows = {
-        "exact values": (payload.ids, payload.logits),
+        EXACT: (payload.ids, payload.logits),
         "quantised, live order": (payload.ids, logits),
-        "quantised, with the code": (ids, logits),
+        CODED: (ids, logits),
         "quantised, without the code": (unordered, logits),
     }
+    return {name: sparse(bench, *row, stats) for name, row in rows.items()}
+
+
+def order_effects(bench: Bench, window: int) -> list[Effect]:
+    """Measure DBiLD with a window from each of `order_signals`, and with the knee that exact values have in the window."""
     loss = partial(dbild_loss, window=window)
-    live = bench.gradients_of(bench.exact, loss)
-    signals = {name: sparse(bench, *row, stats) for name, row in rows.items()}
-    knee = knee_of_sorted(signals["exact values"].logits, window)
-    signals["quantised, with the code, exact knee"] = WithKnee(**vars(signals["quantised, with the code"]), exact=knee)
+    live, signals = bench.gradients_of(bench.exact, loss), order_signals(bench)
+    knee = knee_of_sorted(signals[EXACT].logits, window)
+    signals[f"{CODED}, exact knee"] = WithKnee(**vars(signals[CODED]), exact=knee)
     return [bench.effect(f"window {window}: {name}", signal, loss=loss, live=live) for name, signal in signals.items()]
+
+
+def window_facts(bench: Bench, window: int) -> str:
+    """Say how often quantisation moves the knee of a window, and which share of the student-led ids is not stored."""
+    signals = order_signals(bench)
+    true, found = (knee_of_sorted(signals[name].logits, window) for name in (EXACT, CODED))
+    kept = torch.zeros(bench.live.shape, dtype=torch.bool).scatter_(-1, signals[EXACT].ids, True)
+    absent = {}
+    for name, student in bench.students.items():
+        ids, k = leading_entries(student, window)
+        leading = torch.arange(ids.shape[-1]) < k.unsqueeze(-1)
+        absent[name] = float((leading & ~kept.gather(-1, ids)).sum() / leading.sum())
+    shares = ", ".join(f"{name}: {share:.1%}" for name, share in absent.items())
+    return (
+        f"In a window of {window} the teacher's knee has a mean of {true.double().mean():.0f}, and quantisation moves it in "
+        f"{(true != found).double().mean():.0%} of the positions. Student-led ids whose teacher logit is not stored: {shares}."
+    )
 
 
 def other_effects(bench: Bench) -> list[Effect]:
@@ -645,6 +669,7 @@ own error.
 ## The order of equal levels
 
 DBiLD with a window, against the live teacher with the same window; k = 128, default steps, tail `student`. {order_bytes(bench)}
+{window_facts(bench, 128)}
 
 {effects_table([each for window in (128, 64) for each in order_effects(bench, window)], "top-128 logits")}
 
