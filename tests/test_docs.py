@@ -12,7 +12,7 @@ import pytest
 import yaml
 from docs_pages import ROOT, build_site
 
-from switchkd.pipelines.stored_teacher import TOPK_GRADIENT_ERROR
+from switchkd.pipelines.stored_teacher import TOPK_GRADIENT_ERROR, WINDOW_GRADIENT_ERROR
 
 DOCS = ROOT / "docs"
 MADE_AT_BUILD = {"store-format.md"}  # docs/site/hooks.py adds stores/README.md under this name
@@ -48,6 +48,9 @@ def test_warnings_name_the_gradient_error_of_the_table():
     (found,) = [dict(zip(heads, row, strict=True)) for row in cells if row[:2] == ["topk, k = 128, default steps", ""]]
     errors = sorted(round(float(found[student].rstrip("%"))) for student in ("noise 0.07", "noise 0.38"))
     assert "{} to {} %".format(*errors) == TOPK_GRADIENT_ERROR
+    (windowed,) = [row for row in cells if row[0] == "window 128: quantised, with the code"]
+    errors = sorted(round(float(cell.rstrip("%"))) for cell in windowed[1:6])
+    assert f"{errors[0]} to {errors[-1]} %" == WINDOW_GRADIENT_ERROR
 
 
 def test_the_figure_of_the_gradient_shows_what_its_script_computes():

@@ -48,7 +48,7 @@ def cache_teacher(options: CacheOptions, tell: Callable[[str], None] = lambda li
     manifest = worker.manifest
     tell(f"payload: {manifest.describe_all()}")
     if manifest.payload == "topk" and (caution := topk_caution(manifest)):
-        tell(f"warning: {caution}; cache --payload both or hidden, or train with --window")
+        tell(f"warning: {caution}; cache --payload both or hidden")
     # With Ray, the first actor to start creates the store, since this process may have no device for the teacher.
     new = options.engine == "ray" and not open_storage(options.out).exists()
     missing = list(range(manifest.part_count)) if new else worker.writer.missing_parts(options.shard)

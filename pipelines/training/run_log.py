@@ -31,7 +31,7 @@ def tell_plan(
     if inputs.teacher_signal is not None:
         log.info("teacher's signal: %s", inputs.teacher_signal)
     if inputs.caution is not None:
-        log.warning("%s; train from hidden states, or with --window", inputs.caution)
+        log.warning("%s; train from hidden states", inputs.caution)
     said = ", ".join(f"{name} {value}" for name, value in to_plain(options).items() if value not in (None, {}))
     log.info(
         "options (in %s): %s",

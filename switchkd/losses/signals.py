@@ -188,8 +188,9 @@ class HiddenSignal:
 class SparseSignal:
     """Signal that holds the teacher's K largest logits and statistics over all N rows, as in a `topk` payload.
 
-    Results are exact where K is sufficient: K = N, a window ≤ K, or KL terms inside the top K. Otherwise they follow the tail
-    policy `tail`. With policies that do not use the student's logits, the teacher-led set of full-vocabulary DBiLD is cut at K.
+    Results are exact where K = N. Otherwise logits outside the top K follow the tail policy `tail`; with a window ≤ K, the
+    teacher-led set is exact, but student-led ids may lie outside. With policies that do not use the student's logits, the
+    teacher-led set of full-vocabulary DBiLD is cut at K.
     """
 
     ids: Tensor  # [T, K] int64, in the teacher's descending order
