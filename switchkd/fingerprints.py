@@ -93,16 +93,53 @@ def hash_weights(
         component → hash over its tensors' names, dtypes, shapes and bytes (independent of their distribution over files).
 
     Raises:
-        CheckpointError: no safetensors file, or one that is cut short.
+        CheckpointError: see `weight_files`; or a file that is cut short.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors weights; other weight formats are not read")
+    files = weight_files(folder, components)
     tensors: dict[str, list[tuple[str, str]]] = {component: [] for component in components}
     for path in files:
         for name, entry, digest in _tensor_hashes(path, components):
             tensors[component_of(name)].append((name, f"{entry['dtype']} {entry['shape']} {digest}"))
     return {component: hash_json(sorted(found)) for component, found in tensors.items()}
+
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(folder: str | Path, components: tuple[str, ...] = ("vision", "projector", "language")) -> list[Path]:
+    """Return the safetensors files of a checkpoint's weights, in order of their names: those that transformers loads.
+
+    That is `model.safetensors`, else the files that `model.safetensors.index.json` names. A folder may hold others, such as an
+    adapter or the weights in a second format, which are not the model's.
+
+    Args:
+        components: of an index, only files with tensors of these are returned; others may be absent.
+
+    Raises:
+        CheckpointError: neither file, an index that is damaged, or a file that it names and that is missing.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}: other weight formats, or names, are not read"
+        )
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({file for name, file in named.items() if component_of(name) in components})
+        strange = [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} does not say where weights are: {error!r}; copy it again") from None
+    if strange or not files:
+        raise CheckpointError(f"{index} names {strange[0] if strange else 'no file'}: not a checkpoint's safetensors")
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX_FILE} names, the first is {missing[0]}; "
+            "copy it again"
+        )
+    return [folder / file for file in files]
 
 
 def component_of(tensor_name: str) -> str:

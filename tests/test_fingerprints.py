@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoImageProcessor, LlavaConfig, LlavaForConditionalGen
 
 from switchkd.errors import CheckpointError
 from switchkd.fingerprints import (
+    INDEX_FILE,
     component_of,
     digest_sample,
     hash_config,
@@ -20,6 +22,8 @@ from switchkd.fingerprints import (
     hash_tokenizer,
     hash_weights,
 )
+from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.vlm import load_lm_head, load_model
 
 COMPONENTS = ("vision", "projector", "language")
 
@@ -30,8 +34,10 @@ def tensors(teacher):
 
 
 def save_by_component(folder, tensors, components=COMPONENTS):
-    """Write one file per component, as a checkpoint whose vision shard can be left out."""
+    """Write an index and one file per component, as a checkpoint whose vision shard can be left out."""
     folder.mkdir(exist_ok=True)
+    index = {name: f"{component_of(name)}.safetensors" for name in tensors}
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": index}))
     for component in components:
         part = {name: tensor for name, tensor in tensors.items() if component_of(name) == component}
         save_file(part, folder / f"{component}.safetensors")
@@ -50,8 +56,8 @@ def test_hash_weights_does_not_depend_on_sharding(teacher, tmp_path):
 def test_hash_weights_does_not_depend_on_file_names_or_metadata(teacher, tensors, tmp_path):
     save_by_component(tmp_path, tensors)
     assert hash_weights(tmp_path) == hash_weights(teacher)
-    save_file(tensors, tmp_path / "vision.safetensors", metadata={"note": "another"})
-    for name in ("projector", "language"):
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"note": "another"})
+    for name in COMPONENTS:
         (tmp_path / f"{name}.safetensors").unlink()
     assert hash_weights(tmp_path) == hash_weights(teacher)
 
@@ -97,7 +103,10 @@ def test_vision_need_not_be_there_unless_asked_for(teacher, tensors, tmp_path):
     whole = hash_weights(teacher)
     found = hash_weights(tmp_path, ("projector", "language"))
     assert found == {component: whole[component] for component in ("projector", "language")}
-    assert hash_weights(tmp_path)["vision"] != whole["vision"]
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 of the 3 files that model\.safetensors\.index\.json names, .* vision"
+    ):
+        hash_weights(tmp_path)
 
 
 def cut(path, byte_count):
@@ -146,7 +155,56 @@ def test_no_safetensors(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError) as caught:
         hash_weights(tmp_path)
-    assert str(caught.value) == f"{tmp_path} holds no .safetensors weights; other weight formats are not read"
+    assert str(caught.value) == (
+        f"{tmp_path} holds no model.safetensors and no model.safetensors.index.json: other weight formats, or names, are not read"
+    )
+
+
+@pytest.mark.parametrize("sharded", (False, True))
+@pytest.mark.parametrize(
+    "other", ("consolidated.safetensors", "adapter_model.safetensors", "a.safetensors", "model-fp16.safetensors")
+)
+def test_other_weights_in_the_folder_are_not_the_models(teacher, tensors, tmp_path, sharded, other):
+    """Identity, LM head and model are read from the same files, whatever lies beside them."""
+    folder = shutil.copytree(teacher, tmp_path / "ckpt")
+    if sharded:
+        (folder / "model.safetensors").unlink()
+        LlavaForConditionalGeneration.from_pretrained(teacher).save_pretrained(folder, max_shard_size="20KB")
+        assert (folder / INDEX_FILE).is_file()
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, folder / other)
+    assert hash_weights(folder) == hash_weights(teacher)
+    opened = open_checkpoint(folder)
+    head = load_lm_head(opened, "float32")
+    assert torch.equal(head, load_lm_head(open_checkpoint(teacher), "float32"))
+    assert torch.equal(head, load_model(opened).lm_head.weight)
+
+
+def test_a_single_file_comes_before_an_index_as_in_transformers(teacher, tensors, tmp_path):
+    folder = shutil.copytree(teacher, tmp_path / "ckpt")
+    save_by_component(folder, {name: tensor * 2 for name, tensor in tensors.items()})
+    assert hash_weights(folder) == hash_weights(teacher)
+    assert torch.equal(
+        load_model(open_checkpoint(folder)).lm_head.weight, load_model(open_checkpoint(teacher)).lm_head.weight
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "does not say where weights are"),
+        ("[]", "does not say where weights are"),
+        ('{"weight_map": []}', "does not say where weights are"),
+        ('{"weight_map": {}}', "names no file"),
+        ('{"weight_map": {"a": 3}}', "does not say where weights are"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', r"names \.\./x\.safetensors: not a checkpoint's"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', r"names pytorch_model\.bin: not a checkpoint's"),
+        ("[" * 100_000, "does not say where weights are"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, content, message):
+    (tmp_path / INDEX_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        hash_weights(tmp_path)
 
 
 @pytest.mark.parametrize(

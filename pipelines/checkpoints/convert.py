@@ -15,7 +15,8 @@ from transformers import AutoImageProcessor, LlavaConfig, LlavaForConditionalGen
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from switchkd.errors import CheckpointError, ConfigError
-from switchkd.models.checkpoint import PIL_BACKEND, as_checkpoint_error, open_checkpoint, processor_in_mode
+from switchkd.fingerprints import INDEX_FILE, SINGLE_FILE, weight_files
+from switchkd.models.checkpoint import PIL_BACKEND, as_checkpoint_error, open_checkpoint, processor_in_mode, token_rows
 from switchkd.models.layouts import RECOMPUTED, config_from_hf, config_to_hf, from_hf, layout_of, to_hf
 from switchkd.models.projectors import model_class
 from switchkd.models.vlm import load_model
@@ -145,9 +146,9 @@ def _read_other(options: ConvertOptions, found: dict[str, Any], layout: str) -> 
     model.config.dtype = model.dtype
     parts = _Parts(model, tokenizer, processor, from_tower, dropped)
     rows = config.text_config.vocab_size
-    if len(tokenizer) > rows:  # <image> needs its own row, whose value is never used
+    if token_rows(tokenizer) > rows:  # <image> needs its own row, whose value is never used
         torch.manual_seed(0)
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        model.resize_token_embeddings(token_rows(tokenizer), pad_to_multiple_of=64)
         parts.new_rows = model.config.text_config.vocab_size - rows
     return parts
 
@@ -185,7 +186,8 @@ def _translated(source: Path, layout: str, config: LlavaConfig) -> tuple[dict[st
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a checkpoint: from its safetensors files, or else from its pickles, restricted to plain tensors."""
-    if files := sorted(folder.glob("*.safetensors")):
+    named = [name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()]
+    if files := weight_files(folder) if named else sorted(folder.glob("*.safetensors")):
         for file in files:
             with as_checkpoint_error(folder), safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  not a dict

@@ -23,6 +23,7 @@ from switchkd.models.checkpoint import (
     open_checkpoint,
     probe_vision,
     processor_in_mode,
+    token_rows,
 )
 from switchkd.models.projectors import SwitchLlavaConfig, image_token_count, model_class
 from switchkd.pipelines.checkpoints.options import InitOptions
@@ -67,7 +68,7 @@ def init_student(options: InitOptions) -> InitSummary:
     processor = processor_in_mode(processor, options.image_mode, vision.image_size, options.vision)
 
     torch.manual_seed(options.seed)  # for rows that a new <image> token adds to the embedding
-    language = _load_language(options, len(tokenizer))
+    language = _load_language(options, token_rows(tokenizer))
     tower = load_tower(options.vision, vision)
     torch.manual_seed(options.seed)  # for the projector, independent of earlier random draws
     model = assemble(config, tower, language)

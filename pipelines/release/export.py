@@ -15,7 +15,7 @@ from switchkd.data.chat_template_export import chat_template_source
 from switchkd.data.encoding import pad_id_of
 from switchkd.data.templates import ConversationFormat
 from switchkd.errors import ConfigError, DataError, RunError
-from switchkd.fingerprints import hash_json, hash_weights
+from switchkd.fingerprints import hash_json, hash_weights, weight_files
 from switchkd.models.checkpoint import Checkpoint, open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import stop_ids_of
@@ -102,7 +102,7 @@ def _name_as_published(folder: Path) -> None:
         head, tower, rest = name.partition("vision_tower.")
         return f"{head}{tower}vision_model.{rest}" if tower and not rest.startswith("vision_model.") else name
 
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         save_file({longer(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.is_file():

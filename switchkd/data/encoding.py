@@ -21,7 +21,7 @@ from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
 from switchkd.errors import CheckpointError, DataError
 from switchkd.fingerprints import SampleDigest, digest_sample
-from switchkd.models.checkpoint import Checkpoint
+from switchkd.models.checkpoint import Checkpoint, token_rows
 from switchkd.positions import IGNORED
 from switchkd.settings import MAX_IMAGE_PIXELS
 
@@ -76,10 +76,10 @@ class SampleEncoder:
             raise DataError(
                 f"no image folder {images}: --images takes the folder that the data file's paths start from"
             )
-        if checkpoint.image_token_id >= len(checkpoint.tokenizer):
+        if checkpoint.image_token_id >= token_rows(checkpoint.tokenizer):
             raise CheckpointError(
-                f"{checkpoint.path}: image token id {checkpoint.image_token_id} is not in the tokenizer "
-                f"({len(checkpoint.tokenizer)} entries)"
+                f"{checkpoint.path}: image token id {checkpoint.image_token_id} is not in the tokenizer, whose largest id is "
+                f"{token_rows(checkpoint.tokenizer) - 1}"
             )
         self.tokenizer = checkpoint.tokenizer
         self.image_processor = checkpoint.image_processor

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,14 @@ from switchkd.settings import ImageMode
 CONFIGS = {kind.model_type: kind for kind in (LlavaConfig, SwitchLlavaConfig)}
 
 
+def token_rows(tokenizer: Any) -> int:
+    """Return the number of embedding rows that a tokenizer's ids need: the largest id + 1.
+
+    Ids may have holes, which `len(tokenizer)` does not count: its last tokens would then lie outside.
+    """
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder, opened but not loaded: config, tokenizer, image processor and the sizes that must be compatible."""
@@ -38,9 +47,13 @@ class Checkpoint:
 
     @property
     def vocab_rows(self) -> int:
-        """N: rows in use, the tokenizer's length; a model's embedding may be padded beyond it."""
-        rows: int = min(len(self.tokenizer), self.config.text_config.vocab_size)
+        """N: rows in use, see `token_rows`; a model's embedding may be padded beyond it."""
+        rows: int = min(self._token_rows, self.config.text_config.vocab_size)
         return rows
+
+    @cached_property
+    def _token_rows(self) -> int:
+        return token_rows(self.tokenizer)
 
     @property
     def image_token_id(self) -> int:

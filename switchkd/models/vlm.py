@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from switchkd.errors import CheckpointError
+from switchkd.fingerprints import weight_files
 from switchkd.models.checkpoint import Checkpoint, as_checkpoint_error, blank_image
 from switchkd.models.projectors import (
     SwitchLlavaConfig,
@@ -80,7 +81,7 @@ def load_lm_head(checkpoint: Checkpoint, dtype: str) -> Tensor:
     """
     endings = ("lm_head.weight",) + (("embed_tokens.weight",) if checkpoint.config.tie_word_embeddings else ())
     for ending in endings:
-        for file in sorted(checkpoint.path.glob("*.safetensors")):
+        for file in weight_files(checkpoint.path, ("language",)):
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  not a dict
                     if name.endswith(ending):

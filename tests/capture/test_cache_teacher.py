@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from switchkd.data.encoding import SampleEncoder, collate
 from switchkd.data.samples import BadSample, SampleFile
@@ -112,6 +114,26 @@ def test_a_bfloat16_teacher_is_stored_with_float32_logits(options, monkeypatch):
         assert payload.stat("knee").tolist() == kneedle(logits).tolist()
         np.testing.assert_allclose(payload.logits, logits.gather(-1, torch.from_numpy(payload.ids).long()), atol=1e-3)
     assert max((logits.bfloat16() - logits).abs().max() for logits in exact) > 3e-3  # otherwise the test shows nothing
+
+
+@pytest.mark.parametrize("payload", ("topk", "hidden"))
+def test_ids_with_holes_are_rows_in_use(options, tmp_path, payload):
+    """The tokenizer has 15 entries, and its largest id is 24: the rows of its last tokens are the teacher's, too."""
+    ids = [*range(4), *range(14, 25)]
+    words = Tokenizer(models.WordLevel(dict(zip(tiny.WORDS, ids, strict=True)), unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "extra_special_tokens": ["<image>"]}
+    holed = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    assert (len(holed), max(holed.get_vocab().values())) == (15, 24)
+    teacher = tiny.checkpoint(tmp_path / "holed", 3, rows=32, words_of=holed)
+    options = replace(options, teacher=teacher, payload=payload, k=25)
+    cache_teacher(options)
+    store = TeacherStore(options.out)
+    assert store.manifest.vocab_rows == 25
+    live = live_logits(options, 5)[:, :25]
+    np.testing.assert_allclose(store[5].payload.stat("logsumexp"), live.logsumexp(-1), atol=1e-3)
+    if payload == "topk":
+        assert (np.sort(store[5].payload.ids) == np.arange(25)).all()
 
 
 def test_both_payloads_side_by_side(options):

@@ -239,7 +239,7 @@ def place(tokenizers, tmp_path_factory):
     (folder / "data.json").write_text(json.dumps(every[:14]))
     (folder / "held_out.json").write_text(json.dumps(every[14:]))
     common = {"teacher": models["teacher"], "data": folder / "data.json", "images": folder / "images"}
-    cache_teacher(CacheOptions(out=folder / "s.zarr", template="qa", payload="both", **common))
+    cache_teacher(CacheOptions(out=folder / "s.zarr", template="qa", payload="both", hidden_dtype="float16", **common))
     return TrainOptions(
         student=models["student"],
         teacher=models["teacher"],
