@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.images import decode_image, extension_mismatch, image_bytes_of
 from switchkd.data.samples import BadSample, Sample, SampleFile, Status
+from switchkd.errors import ReadFailure
+from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.progress import Progress
 from switchkd.settings import MAX_IMAGE_PIXELS
 
@@ -84,6 +86,8 @@ class SampleInspector:
             decode_image(data, sample.image, self.max_image_pixels)
         except BadSample as bad:
             raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
+        except ReadFailure as failure:
+            raise ReadFailure(f"row {sample.index}: {failure}") from failure
         return extension_mismatch(data, sample.image)
 
 
@@ -101,11 +105,15 @@ class _Chunks(Dataset[list[Finding]]):
         return [self.inspector.inspect(self.samples[row]) for row in rows]
 
 
-def survey(samples: SampleFile, inspector: SampleInspector, workers: int = 0) -> Survey:
+def survey(samples: SampleFile, inspector: SampleInspector, workers: int = 0, limit: SkipLimit | None = None) -> Survey:
     """Inspect every sample of a data file, in `workers` processes (0: in this one).
 
+    Args:
+        limit: counts the samples that cannot be used, and stops the survey at the first one too many; None inspects all.
+
     Raises:
-        DataError: the data file has images and no folder was given to an encoder.
+        DataError: the data file has images and no folder was given to an encoder, or more samples are skipped than `limit` allows.
+        ReadFailure: an image could not be read now, or memory ran out; names the row.
     """
     loader: DataLoader[Any] = DataLoader(_Chunks(samples, inspector), batch_size=None, num_workers=workers)
     status = np.zeros(len(samples), np.uint8)
@@ -118,6 +126,8 @@ def survey(samples: SampleFile, inspector: SampleInspector, workers: int = 0) ->
             status[row], tokens[row], positions[row] = found.status, found.tokens, found.positions
             if found.status is not Status.OK:
                 details[row] = found.detail
+                if limit is not None:
+                    limit.add({found.status.label: 1}, seen=found.detail)
             if found.note:
                 notes.setdefault(found.note, []).append(row)
     return Survey(status, tokens, positions, details, notes)

@@ -9,10 +9,12 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from switchkd.models.block_attention import uses_block_attention
+from switchkd.pipelines.preflight.skip_limit import allowed_skips
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import RECORD, to_plain
 from switchkd.pipelines.training.cost_model import CostModel, count_parameters
 from switchkd.pipelines.training.inputs import TrainingInputs
+from switchkd.settings import MAX_SKIPPED
 
 SHARDED = {"ddp": None, "fsdp": "all", "zero3": "student"}  # which of the models each profile shards
 log = logging.getLogger(__name__)
@@ -49,6 +51,12 @@ def tell_plan(
     if unused:
         log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
     log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")
+    if (count := samples.skipped.total()) > allowed_skips(len(samples.samples), MAX_SKIPPED):
+        log.warning(
+            "warning: %s of %s samples (%.1f %%) do not train, since they could not be used. `switchkd data check` says why; "
+            "`switchkd cache-teacher --retry-skipped` adds those whose images can now be read to the store",
+            f"{count:,}", f"{len(samples.samples):,}", 100 * count / len(samples.samples),
+        )  # fmt: skip
     if samples.store is not None:
         log.info("store: %s", samples.store.path)
     log.info(

@@ -19,7 +19,7 @@ from switchkd.data.chat_template import TemplateNotInvertible
 from switchkd.data.images import decode_image, image_bytes_of
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
-from switchkd.errors import CheckpointError, DataError
+from switchkd.errors import CheckpointError, DataError, ReadFailure
 from switchkd.fingerprints import SampleDigest, digest_sample
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.positions import IGNORED
@@ -104,6 +104,7 @@ class SampleEncoder:
 
         Raises:
             BadSample: names the row and the reason.
+            ReadFailure: the image could not be read now, or memory ran out; names the row.
         """
         sample.require_ok()
         with _naming(sample):
@@ -202,11 +203,17 @@ class SampleEncoder:
 
 @contextmanager
 def _naming(sample: Sample) -> Iterator[None]:
-    """Add the row number to the message of a BadSample."""
+    """Add the row number to the message of a BadSample, of a ReadFailure, and of a lack of memory."""
     try:
         yield
     except BadSample as bad:
         raise BadSample(bad.status, f"row {sample.index}: {bad.detail}", bad.tokens) from None
+    except ReadFailure as failure:
+        raise ReadFailure(f"row {sample.index}: {failure}") from failure
+    except MemoryError as error:
+        raise ReadFailure(
+            f"row {sample.index}: out of memory while it was prepared; use fewer --workers, or leave out this row"
+        ) from error
 
 
 def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from switchkd.data.files import read_file
 from switchkd.data.samples import BadSample, Sample, Status
-from switchkd.errors import DataError
+from switchkd.errors import DataError, ReadFailure
+from switchkd.printable import printable
 from switchkd.settings import MAX_IMAGE_PIXELS
 
 # 64 million pixels: above any photograph of the usual data sets, far below a decompression bomb.
@@ -38,19 +40,15 @@ def read_image_bytes(folder: Path, relative: str) -> bytes:
 
     Raises:
         BadSample: the path leaves the folder, or there is no such file.
+        ReadFailure: the file, which may be sound, could not be read now; see `files.read_file`.
     """
     path = PurePosixPath(relative.replace("\\", "/"))
     base = PurePosixPath(folder.absolute().as_posix())
     if path.is_relative_to(base):
         path = path.relative_to(base)
     if path.is_absolute() or ".." in path.parts or Path(relative).drive:
-        raise BadSample(Status.IMAGE_OUTSIDE_FOLDER, f"{relative!r} leaves the image folder")
-    try:
-        return (folder / path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise BadSample(Status.IMAGE_MISSING, f"no image {folder / path}") from None
-    except (OSError, ValueError) as error:
-        raise BadSample(Status.IMAGE_UNREADABLE, f"{relative!r}: {error}") from None
+        raise BadSample(Status.IMAGE_OUTSIDE_FOLDER, f"{printable(repr(relative), 200)} leaves the image folder")
+    return read_file(folder, str(path))
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -58,7 +56,9 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> 
 
     Raises:
         BadSample: more than `max_pixels`, checked before decoding, or not an image, or cut short.
+        ReadFailure: out of memory.
     """
+    name = printable(name, 200)
     try:
         # Pillow's own limit first warns and then raises; the check below is stricter, and its error names the sample.
         with warnings.catch_warnings():
@@ -74,8 +74,14 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> 
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(Status.IMAGE_TOO_LARGE, f"{name!r}: {error}") from None
+    except MemoryError:
+        raise ReadFailure(f"{name!r} could not be decoded: out of memory; use fewer --workers") from None
     # Pillow's decoders raise many kinds of errors on broken input; none of them may stop a run over thousands of images.
     except Exception as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # Pillow's own errors about the content have no number
+            raise ReadFailure(f"{name!r} could not be decoded: {error}; run the same command again") from error
         raise BadSample(Status.IMAGE_UNREADABLE, f"{name!r}: {error}") from None
 
 

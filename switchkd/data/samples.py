@@ -153,10 +153,14 @@ class SampleFile:
         named: NDArray[np.bool_] = np.asarray(self._table.data.column("image").is_valid())
         return named
 
+    def rows_in_folder(self) -> NDArray[np.int64]:
+        """Return the numbers of the rows that name an image in an image folder, in order."""
+        embedded = np.asarray(self._table.data.column("embedded"))
+        return np.flatnonzero(self.has_image() & ~embedded)
+
     def needs_folder(self) -> bool:
         """Return whether a row names an image that lies in an image folder."""
-        embedded = np.asarray(self._table.data.column("embedded"))
-        return bool((self.has_image() & ~embedded).any())
+        return len(self.rows_in_folder()) > 0
 
 
 def read_row(row: Any, index: int) -> Sample:

@@ -103,7 +103,8 @@ def test_missing_file_folder_and_file_as_folder(folder, relative):
 def test_a_name_that_no_file_can_have(folder, relative):
     status, detail = read_error(folder, relative)
     assert status is Status.IMAGE_UNREADABLE
-    assert detail.startswith(repr(relative))
+    assert detail.startswith(repr(relative)[:190])
+    assert len(detail) < 300
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(50)])

@@ -53,6 +53,7 @@ def cached(request, place, teacher, tmp_path_factory):
         template="qa",
         max_length=defects.MAX_LENGTH,
         part_size=7,
+        max_skipped=1,
         workers=request.param,
     )
     return cache_teacher(options), TeacherStore.open(out)
@@ -82,6 +83,7 @@ def test_training_skips_the_same_rows_with_and_without_a_store(cached, objective
         template="qa",
         max_length=defects.MAX_LENGTH,
         batch_size=4,
+        max_skipped=1,
     )
     done = train(options)
     assert done.skipped == SKIPPED
