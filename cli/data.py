@@ -87,6 +87,12 @@ def format_check(check: "DataCheck") -> list[str]:
             f"  {note:<28}{len(rows):>10,}  {_rows(np.array(rows))}"
             for note, rows in sorted(check.survey.notes.items())
         ]
+    if check.survey.conversions:
+        out += ["", "images converted to RGB"]
+        out += [
+            f"  {kind:<44}{len(rows):>10,}  {_rows(np.array(rows))}"
+            for kind, rows in sorted(check.survey.conversions.items())
+        ]
     if not check.images_read:
         out += ["", "images were not read: pass --images"]
     return [*out, "", *histogram(check.lengths, check.unit, check.limit)]

@@ -127,7 +127,7 @@ def test_a_lack_of_memory_stops_with_the_row(options, monkeypatch):
     def processed(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("switchkd.data.encoding.decode_image", processed)
+    monkeypatch.setattr("switchkd.data.encoding.decode", processed)
     with pytest.raises(ReadFailure, match="row 0: out of memory"):
         cache_teacher(options)
 
