@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from switchkd.data.oddities import warnings_about
 from switchkd.data.samples import BadSample
 from switchkd.pipelines.capture.backends.open import check_available
 from switchkd.pipelines.capture.options import CacheOptions
@@ -53,6 +54,8 @@ def cache_teacher(options: CacheOptions, tell: Callable[[str], None] = lambda li
     tell(f"payload: {manifest.describe_all()}")
     if manifest.payload == "topk" and (caution := topk_caution(manifest)):
         tell(f"warning: {caution}; cache --payload both or hidden, or train with --window")
+    for line in warnings_about(worker.samples.notes()):
+        tell(f"warning: {line}")
     # With Ray, the first actor to start creates the store, since this process may have no device for the teacher.
     new = options.engine == "ray" and not open_storage(options.out).exists()
     missing = list(range(manifest.part_count)) if new else worker.writer.missing_parts(options.shard)

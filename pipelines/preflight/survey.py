@@ -77,7 +77,7 @@ class SampleInspector:
             notes, conversions = self._of_image(sample)
         except BadSample as bad:
             return Finding(bad.status, bad.detail, bad.tokens or tokens, positions)
-        return Finding(Status.OK, "", tokens, positions, notes, conversions)
+        return Finding(Status.OK, "", tokens, positions, (*sample.notes, *notes), conversions)
 
     def _of_image(self, sample: Sample) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Decode the image, and return (notes, conversions) about it. Raises BadSample."""

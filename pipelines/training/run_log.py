@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from switchkd.data.oddities import warnings_about
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.pipelines.preflight.skip_limit import allowed_skips
 from switchkd.pipelines.progress import Progress
@@ -57,6 +58,8 @@ def tell_plan(
             "`switchkd cache-teacher --retry-skipped` adds those whose images can now be read to the store",
             f"{count:,}", f"{len(samples.samples):,}", 100 * count / len(samples.samples),
         )  # fmt: skip
+    for line in warnings_about(samples.samples.notes()):
+        log.warning("warning: %s", line)
     if samples.store is not None:
         log.info("store: %s", samples.store.path)
     log.info(

@@ -123,14 +123,20 @@ class SampleEncoder:
         sample.require_ok()
         ids, supervised = self.tokenize(self._segments(sample))
         if not supervised[1:].any():
-            raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
+            reason = (
+                "every answer has weight 0"
+                if len(sample.unsupervised) == len(sample.turns)
+                else "the answers are empty"
+            )
+            raise BadSample(Status.NOTHING_SUPERVISED, reason)
         return ids, supervised
 
     def _segments(self, sample: Sample) -> list[tuple[str, bool]]:
         try:
-            return self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
+            segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
         except TemplateNotInvertible as error:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
+        return without_answers(segments, sample) if sample.unsupervised else segments
 
     def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
         """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
@@ -205,6 +211,19 @@ class SampleEncoder:
         if found.nbytes <= PIXEL_CACHE_BYTES:
             self._pixel_cache[key] = found
         return found
+
+
+def without_answers(segments: list[tuple[str, bool]], sample: Sample) -> list[tuple[str, bool]]:
+    """Return a sample's segments with those answers not supervised that the row gives the weight 0.
+
+    Raises:
+        BadSample: the template does not write one supervised segment for every answer.
+    """
+    answers = [number for number, (_, is_supervised) in enumerate(segments) if is_supervised]
+    if len(answers) != len(sample.turns):
+        raise BadSample(Status.BAD_TURN, "weight 0 needs a template that writes every answer as one supervised segment")
+    dropped = {answers[turn] for turn in sample.unsupervised}
+    return [(text, is_supervised and number not in dropped) for number, (text, is_supervised) in enumerate(segments)]
 
 
 class _Pixels(NamedTuple):

@@ -49,7 +49,7 @@ def show(options):
 
 
 def stamps(options):
-    return {path.name: path.stat().st_ino for path in (options.out / "parts").iterdir()}
+    return {path.name: path.stat().st_ctime_ns for path in (options.out / "parts").iterdir()}
 
 
 @pytest.mark.parametrize(
