@@ -11,6 +11,8 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|#]")
+
 
 def printable(text: object, limit: int | None = None) -> str:
     r"""Return a text with its control characters escaped, as in "\x1b[31m"; tabs and line feeds stay.
@@ -26,3 +28,9 @@ def printable(text: object, limit: int | None = None) -> str:
 
 def _escape(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def markdown_text(text: object) -> str:
+    """Return a text on one line for Markdown: controls escaped, and nothing of it taken as a link, HTML, code or a cell."""
+    words = " ".join(printable(text).split())
+    return _MARKDOWN.sub(r"\\\g<0>", words)

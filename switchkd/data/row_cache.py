@@ -69,8 +69,8 @@ def cached_table(generate: Callable[[], Iterator[dict[str, Any]]], features: Any
 
 def _cannot_use(folder: Path, error: BaseException) -> str:
     return (
-        f"the cache of rows, {printable(folder)}, cannot be read or written: {printable(error)}. Make room or mend its permissions, "
-        "or set HF_DATASETS_CACHE to another folder"
+        f"the cache of rows, {printable(folder)}, cannot be read or written: {printable(error)}. Make room or mend its "
+        "permissions, or set HF_DATASETS_CACHE to another folder"
     )
 
 
