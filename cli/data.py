@@ -9,6 +9,7 @@ from switchkd.cli.common import PATH, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
 from switchkd.printable import printable
+from switchkd.settings import MAX_SKIPPED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,10 +74,13 @@ def format_check(check: "DataCheck") -> list[str]:
     import numpy as np
 
     from switchkd.data.samples import Status
+    from switchkd.pipelines.preflight.skip_limit import allowed_skips
 
     out = [f"{check.rows:,} rows", "", "rows that can be read"]
     out += [f"  {kind:<28}{count:>10,}" for kind, count in sorted(check.kinds.items())]
     out += ["", f"would be skipped: {check.skipped:,} ({check.skipped / check.rows:.2%})"]
+    if check.skipped > (allowed := allowed_skips(check.rows, MAX_SKIPPED)):
+        out.append(f"  more than --max-skipped {MAX_SKIPPED:g} allows ({allowed:,}): cache-teacher would stop")
     for status in Status:
         rows = np.flatnonzero(check.survey.status == status)
         if status is not Status.OK and len(rows):

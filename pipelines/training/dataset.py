@@ -32,7 +32,8 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         workers: processes for that inspection.
         teacher_encoder: encodes samples for the teacher, if its tokenizer or number of image tokens differs from the student's; the
             store's digests are then those of its encodings, and every sample has both.
-        max_skipped: without a store, the share of samples that may be unusable.
+        max_skipped: without a store, the share of samples that may be unusable. Below 1, an image folder is refused in which not
+            one of some images exists.
 
     Raises:
         StoreMismatch: the store has another number of samples.
@@ -51,9 +52,9 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
     ) -> None:
         self.samples, self.encoder, self.store = samples, encoder, store
         self.teacher_encoder = teacher_encoder
+        if max_skipped < 1:
+            check_folder(samples, encoder.images)
         if store is None:
-            if max_skipped < 1:
-                check_folder(samples, encoder.images)
             limit = SkipLimit(samples.path, len(samples), max_skipped)
             statuses = survey(samples, SampleInspector(encoder), workers, limit).status
         elif len(store) != len(samples):

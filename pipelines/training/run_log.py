@@ -31,6 +31,14 @@ def tell_plan(
     """Log the teacher's signal, the options, the models' parts and trainable parameters, the data, and the estimated memory."""
     options, samples = inputs.options, inputs.samples
     log.info("objective: %s%s", options.objective, " with the switch pathway" if options.switch else "")
+    if (count := samples.skipped.total()) > allowed_skips(len(samples.samples), MAX_SKIPPED):
+        log.warning(
+            "warning: %s of %s samples (%.1f %%) do not train, since they could not be used. `switchkd data check` says why; "
+            "`switchkd cache-teacher --retry-skipped` adds those whose images can now be read to the store",
+            f"{count:,}", f"{len(samples.samples):,}", 100 * count / len(samples.samples),
+        )  # fmt: skip
+    for line in warnings_about(samples.samples.notes()):
+        log.warning("warning: %s", line)
     if inputs.teacher_signal is not None:
         log.info("teacher's signal: %s", inputs.teacher_signal)
     if inputs.caution is not None:
@@ -52,14 +60,6 @@ def tell_plan(
     if unused:
         log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
     log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")
-    if (count := samples.skipped.total()) > allowed_skips(len(samples.samples), MAX_SKIPPED):
-        log.warning(
-            "warning: %s of %s samples (%.1f %%) do not train, since they could not be used. `switchkd data check` says why; "
-            "`switchkd cache-teacher --retry-skipped` adds those whose images can now be read to the store",
-            f"{count:,}", f"{len(samples.samples):,}", 100 * count / len(samples.samples),
-        )  # fmt: skip
-    for line in warnings_about(samples.samples.notes()):
-        log.warning("warning: %s", line)
     if samples.store is not None:
         log.info("store: %s", samples.store.path)
     log.info(

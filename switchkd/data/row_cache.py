@@ -80,4 +80,4 @@ def _is_whole(rows: Any) -> bool:
     if split is None or len(rows) != split.num_examples:
         return False
     sizes = [Path(file["filename"]).stat().st_size for file in rows.cache_files]
-    return sum(sizes) >= split.num_bytes
+    return bool(sum(sizes) >= split.num_bytes)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from switchkd.data.containers import ROWS_PER_BATCH, Container, JsonRows, open_container
+from switchkd.data.containers import ROWS_PER_BATCH, Container, open_container
+from switchkd.data.json_rows import JsonRows
 from switchkd.data.row_cache import cached_table
 from switchkd.data.rows import ROLES, Sample, read_row
 from switchkd.data.status import BadSample, Status
