@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from switchkd.cli.common import default_device, quiet_libraries
+from switchkd.cli.common import default_device, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.ablation.options import AblateOptions
 
@@ -28,7 +28,7 @@ def command(
         from switchkd.pipelines.ablation.recipe import shipped_recipes
 
         for name, title in shipped_recipes().items():
-            click.echo(f"{name:<14} {title}")
+            echo(f"{name:<14} {title}")
         return
     if recipe is None:
         raise click.UsageError("name a recipe, or pass --list to see those that come with switchkd")
@@ -48,6 +48,6 @@ def command(
             launch=(*shlex.split(launch), *program) if launch else (),
         )
     )
-    click.echo(done.table)
-    click.echo("\n".join(f"written: {path}" for path in done.files))
-    click.echo(f"{done.cells} cells, {done.done_before} of them were done before")
+    echo(done.table)
+    echo("\n".join(f"written: {path}" for path in done.files))
+    echo(f"{done.cells} cells, {done.done_before} of them were done before")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, default_device, quiet_libraries
+from switchkd.cli.common import PATH, default_device, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.reporting.options import AttendOptions
 
@@ -34,7 +34,7 @@ def command(images: tuple[Path, ...], questions: tuple[str, ...], device: str | 
     asked = tuple(zip(images, questions, strict=True))
     resolved = AttendOptions(asked=asked, device=device or default_device(), **options)
     for line in _format_report(resolved, attend(resolved)):
-        click.echo(line)
+        echo(line)
 
 
 def _format_report(options: AttendOptions, rows: Sequence["Row"]) -> Iterator[str]:

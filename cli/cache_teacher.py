@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import config_option, default_device, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, default_device, echo, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
 from switchkd.pipelines.capture.options import BATCH_SIZES, SCALE, CacheOptions
 
@@ -54,7 +54,7 @@ def command(
     ray = options["engine"] == "ray"
     which, source = resolve_shard(shard, {} if ray else os.environ)
     if not ray:
-        click.echo(f"worker {which[0]} of {which[1]} (from {source})", err=True)
+        echo(f"worker {which[0]} of {which[1]} (from {source})", err=True)
     resolved = CacheOptions(
         shard=which,
         # Initialising CUDA here would prevent vLLM's processes from forking.
@@ -66,8 +66,8 @@ def command(
     if dry_run:
         _print_plan(resolved, egress_price)
         return
-    done = cache_teacher(resolved, tell=lambda line: click.echo(line, err=True))
-    click.echo(
+    done = cache_teacher(resolved, tell=lambda line: echo(line, err=True))
+    echo(
         f"{done.store}: {done.parts_written} parts written, {done.parts_already_there} were there, "
         f"{done.parts_missing} left to other workers\n"
         f"cached now: {done.samples:,} samples, {done.positions:,} positions, "
@@ -108,11 +108,11 @@ def _print_plan(options: CacheOptions, egress_price: float) -> None:
         )
     rows["probe"] = f"{found.probed_samples} random samples with {options.backend}; nothing was written"
     for name, value in rows.items():
-        click.echo(f"{name:<11}{value}")
-    click.echo("size by payload:")
+        echo(f"{name:<11}{value}")
+    echo("size by payload:")
     for payload, bytes_per_position in found.payload_bytes.items():
-        click.echo(
+        echo(
             f"  {payload:<19}{found.store_bytes(payload) / 1e9:>12,.3f} GB{bytes_per_position:>9,.0f} bytes a position"
         )
     if found.free_bytes is not None and size > found.free_bytes:
-        click.echo("The store would not fit.", err=True)
+        echo("The store would not fit.", err=True)

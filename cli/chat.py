@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import default_device, quiet_libraries
+from switchkd.cli.common import default_device, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.release.options import ChatOptions
 
@@ -24,8 +24,8 @@ def command(question: str | None, device: str | None, **options: Any) -> None:
     chat = Chat(ChatOptions(device=device or default_device(), **options))
 
     def ask(words: str) -> None:
-        chat.ask(words, lambda piece: click.echo(piece, nl=False))
-        click.echo()
+        chat.ask(words, lambda piece: echo(piece, nl=False))
+        echo()
 
     if question is not None:
         ask(question)

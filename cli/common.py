@@ -8,6 +8,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from switchkd.printable import printable
+
 PATH = click.Path(path_type=Path)
 
 
@@ -69,10 +71,22 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     logger = logging.getLogger("switchkd")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+
+
+class _Formatter(logging.Formatter):
+    """Formats a line of the log with its control characters escaped: it may quote the data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def echo(text: object = "", *, nl: bool = True, err: bool = False) -> None:
+    """Print text of the data, of a model or of a file's name; see `printable`."""
+    click.echo(printable(text), nl=nl, err=err)
 
 
 def default_device() -> str:

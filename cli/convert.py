@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import PATH, quiet_libraries
+from switchkd.cli.common import PATH, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.checkpoints.options import ConvertOptions
 
@@ -22,9 +22,9 @@ def command(**options: Any) -> None:
     from switchkd.pipelines.checkpoints.convert import convert
 
     done = convert(ConvertOptions(**options))
-    click.echo(
+    echo(
         f"{done.target}: {done.layout} to {options['to']}, {done.tensors} tensors, {done.parameters:,} parameters; "
         f"{done.from_tower} tensors from the tower's folder, {done.new_rows} new rows for <image>"
     )
     if done.dropped:
-        click.echo(f"left out, since they are computed: {', '.join(done.dropped)}")
+        echo(f"left out, since they are computed: {', '.join(done.dropped)}")

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, quiet_libraries
+from switchkd.cli.common import PATH, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
+from switchkd.printable import printable
+from switchkd.settings import MAX_SKIPPED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +38,7 @@ def check(ctx: click.Context, /, strict: bool, data: Path, **options: Any) -> No
     from switchkd.pipelines.preflight.data_check import check_data
 
     found = check_data(CheckOptions(data=data, **options))
-    click.echo(f"{data}: " + "\n".join(format_check(found)))
+    echo(f"{data}: " + "\n".join(format_check(found)))
     if strict and found.skipped:
         ctx.exit(1)
 
@@ -57,12 +59,12 @@ def show(data: Path, plain: bool, **options: Any) -> None:
     in_colour = console.is_terminal and not console.no_color and not plain
     styles = {"prompt": "", "supervised": "bold green", "image": "cyan"}
     for sample in show_data(ShowOptions(data=data, **options)):
-        about = f"row {sample.row}, id {sample.id}, {sample.image or 'no image'}: "
+        about = printable(f"row {sample.row}, id {sample.id}, {sample.image or 'no image'}: ", 500)
         counts = f"{sample.tokens():,} tokens, {sample.tokens('image'):,} of the image, {sample.tokens('supervised'):,} supervised"
-        console.print(Text(about + (sample.problem or counts), "bold"))
+        console.print(Text(about + printable(sample.problem or counts), "bold"))
         text = Text()
         for span in sample.spans:
-            words = f"<image ×{span.tokens}>" if span.kind == "image" else span.text
+            words = f"<image ×{span.tokens}>" if span.kind == "image" else printable(span.text)
             text.append(words if in_colour or span.kind != "supervised" else f"[[{words}]]", styles[span.kind])
         console.print(text, end="\n\n" if sample.spans else "\n")
 
@@ -72,10 +74,13 @@ def format_check(check: "DataCheck") -> list[str]:
     import numpy as np
 
     from switchkd.data.samples import Status
+    from switchkd.pipelines.preflight.skip_limit import allowed_skips
 
     out = [f"{check.rows:,} rows", "", "rows that can be read"]
     out += [f"  {kind:<28}{count:>10,}" for kind, count in sorted(check.kinds.items())]
     out += ["", f"would be skipped: {check.skipped:,} ({check.skipped / check.rows:.2%})"]
+    if check.skipped > (allowed := allowed_skips(check.rows, MAX_SKIPPED)):
+        out.append(f"  more than --max-skipped {MAX_SKIPPED:g} allows ({allowed:,}): cache-teacher would stop")
     for status in Status:
         rows = np.flatnonzero(check.survey.status == status)
         if status is not Status.OK and len(rows):
@@ -86,6 +91,12 @@ def format_check(check: "DataCheck") -> list[str]:
         out += [
             f"  {note:<28}{len(rows):>10,}  {_rows(np.array(rows))}"
             for note, rows in sorted(check.survey.notes.items())
+        ]
+    if check.survey.conversions:
+        out += ["", "images converted to RGB"]
+        out += [
+            f"  {kind:<44}{len(rows):>10,}  {_rows(np.array(rows))}"
+            for kind, rows in sorted(check.survey.conversions.items())
         ]
     if not check.images_read:
         out += ["", "images were not read: pass --images"]

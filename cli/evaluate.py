@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import config_option, default_device, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, default_device, echo, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
 from switchkd.pipelines.evaluation.options import BENCHMARKS, AnswerOptions, BenchmarkOptions, EvalOptions
 from switchkd.pipelines.options import fields_of
@@ -19,7 +19,7 @@ def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) 
     if wanted:
         from switchkd.pipelines.evaluation.benchmarks.registry import describe
 
-        click.echo(describe())
+        echo(describe())
         ctx.exit()
 
 
@@ -80,12 +80,10 @@ def _exact_match(options: dict[str, Any]) -> None:
     from switchkd.pipelines.evaluation.exact_match import evaluate
 
     scores = evaluate(EvalOptions(**options))
-    click.echo(
-        f"exact match {scores.accuracy:.4f} over {scores.questions:,} questions; skipped: {lines_of(scores.skipped)}"
-    )
+    echo(f"exact match {scores.accuracy:.4f} over {scores.questions:,} questions; skipped: {lines_of(scores.skipped)}")
     for kind, share in scores.by_type.items():
-        click.echo(f"  {kind:<16} {share:.4f}")
-    click.echo(f"predictions: {scores.predictions}")
+        echo(f"  {kind:<16} {share:.4f}")
+    echo(f"predictions: {scores.predictions}")
 
 
 def _benchmarks(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
@@ -93,5 +91,5 @@ def _benchmarks(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
     from switchkd.pipelines.evaluation.benchmarks.scoreboard import TABLE
     from switchkd.pipelines.run_folder import SCORES
 
-    click.echo(run_benchmarks(BenchmarkOptions(tasks=tasks, **options)))
-    click.echo(f"scores: {options['output'] / SCORES}, {options['output'] / TABLE}")
+    echo(run_benchmarks(BenchmarkOptions(tasks=tasks, **options)))
+    echo(f"scores: {options['output'] / SCORES}, {options['output'] / TABLE}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import PATH, quiet_libraries
+from switchkd.cli.common import PATH, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.release.options import ExportOptions
 
@@ -23,4 +23,4 @@ def command(run: Path, out: Path, **options: Any) -> None:
     from switchkd.pipelines.release.export import export
 
     made = export(ExportOptions(run=run, out=out, **options))
-    click.echo(f"{made}: written" + (f", pushed to {options['push_to']}" if options["push_to"] else ""))
+    echo(f"{made}: written" + (f", pushed to {options['push_to']}" if options["push_to"] else ""))

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import config_option, quiet_libraries
+from switchkd.cli.common import config_option, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.checkpoints.options import InitOptions
 
@@ -22,7 +22,7 @@ def command(**options: Any) -> None:
 
     done = init_student(InitOptions(**options))
     parts = ", ".join(f"{name} {count:,}" for name, count in done.parameters.items())
-    click.echo(
+    echo(
         f"{done.out}: {sum(done.parameters.values()):,} parameters ({parts}); "
         f"an image becomes {done.image_tokens} tokens, <image> has id {done.image_token_id}"
     )

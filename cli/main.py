@@ -8,6 +8,7 @@ import click
 
 import switchkd
 from switchkd.errors import SwitchKDError, original_message
+from switchkd.printable import printable
 
 # name → (module of switchkd.cli, short help)
 COMMANDS = {
@@ -31,7 +32,7 @@ INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
 
 def _failure(message: str, exit_code: int) -> click.ClickException:
     """Return the message of an error for the user; the command line ends with its exit code."""
-    error = click.ClickException(message)
+    error = click.ClickException(printable(message))
     error.exit_code = exit_code  # type: ignore[misc]
     return error
 

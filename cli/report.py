@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from switchkd.cli.common import STORE, default_device, quiet_libraries
+from switchkd.cli.common import STORE, default_device, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.reporting.options import ReportOptions
 
@@ -35,7 +35,7 @@ def command(runs: tuple[str, ...], out: Path, samples: int, knees: int, device: 
         device=(device or default_device()) if knees else "cpu",
     )
     for line in _format_report(report(options)):
-        click.echo(line)
+        echo(line)
 
 
 def _labelled(text: str) -> tuple[str | None, Path | str]:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from switchkd.cli.common import config_option, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, echo, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, options_of
 from switchkd.pipelines.training.options import TrainOptions
 
@@ -38,7 +38,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     if not first:
         return
     losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in done.losses.items())
-    click.echo(
+    echo(
         f"{done.output}: {'was already trained for' if done.already_finished else 'trained for'} {done.steps} steps on "
         f"{done.samples:,} samples; skipped: {lines_of(done.skipped)}\nlast losses: {losses}"
     )

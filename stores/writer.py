@@ -90,6 +90,22 @@ class StoreWriter:
         """Whether a part has been committed."""
         return self._storage.has_part(part)
 
+    def remove_part(self, part: int) -> None:
+        """Make a committed part invisible and delete it, so that it can be written anew; nothing if another writer removed it.
+
+        Raises:
+            RunError: the storage cannot be written or reached.
+        """
+        try:
+            if self.has_part(part):
+                self._storage.remove_part(part)
+        except FileNotFoundError:  # another writer was first
+            return
+        except OSError as error:
+            raise RunError(
+                f"cannot remove part {part} of {self.path}: {error}; mend the folder and try again"
+            ) from error
+
     def write_part(self, part: int, arrays: PartArrays) -> bool:
         """Write and commit one part; returns False if another writer committed it first.
 

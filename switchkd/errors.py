@@ -8,7 +8,8 @@
     │   └── StoreError          teacher store
     │       └── StoreMismatch       store and run disagree: teacher, tokenizer, template, sample …
     └── RunError            the run itself failed                      exit code 1
-        └── NonFiniteLogits     logits of which no loss can be computed
+        ├── NonFiniteLogits     logits of which no loss can be computed
+        └── ReadFailure         data that may be sound could not be read now
 
 A message states what was expected, what was found, and what to do next.
 """
@@ -52,6 +53,13 @@ class RunError(SwitchKDError, RuntimeError):
 
 class NonFiniteLogits(RunError, ValueError):
     """Logits contain NaN or +inf, so no loss can be computed."""
+
+
+class ReadFailure(RunError):
+    """Data could not be read for a reason that lies outside the data: permission, disk, network, memory.
+
+    It says nothing about the data, so it stops the run and never becomes the status of a sample.
+    """
 
 
 def original_message(error: BaseException) -> str:

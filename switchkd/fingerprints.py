@@ -28,7 +28,7 @@ class SampleDigest(NamedTuple):
 
     input_ids: int
     supervised: int  # the mask
-    image: int  # the image file's bytes; 0 for text only
+    image: int  # the image file's bytes, and how they are decoded; 0 for text only
 
     def differing(self, other: "SampleDigest") -> list[str]:
         """Return the names of the fields that differ, as used in error messages."""
@@ -36,17 +36,28 @@ class SampleDigest(NamedTuple):
         return [word for field, word in words.items() if getattr(self, field) != getattr(other, field)]
 
 
-def digest_sample(input_ids: NDArray[np.int32], supervised: NDArray[np.bool_], image: bytes | None) -> SampleDigest:
-    """Digest one encoded sample, 64 bits (BLAKE2b) per field."""
+# Of the BLAKE2b hash of images that versions of switchkd before `data.to_rgb` gave other pixels.
+_DECODED_OTHERWISE = b"switchkd rgb 2"
+
+
+def digest_sample(
+    input_ids: NDArray[np.int32], supervised: NDArray[np.bool_], image: bytes | None, decoded_otherwise: bool = False
+) -> SampleDigest:
+    """Digest one encoded sample, 64 bits (BLAKE2b) per field.
+
+    Args:
+        image: the image file's bytes. decoded_otherwise: whether earlier versions gave it other pixels; its digest is then another,
+            so that a store made by them does not fit, while stores of ordinary images do.
+    """
     return SampleDigest(
         _hash64(np.ascontiguousarray(input_ids, dtype="<i4").tobytes()),
         _hash64(np.packbits(supervised).tobytes() + len(supervised).to_bytes(8, "little")),
-        _hash64(image) if image is not None else 0,
+        _hash64(image, _DECODED_OTHERWISE if decoded_otherwise else b"") if image is not None else 0,
     )
 
 
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+def _hash64(data: bytes, person: bytes = b"") -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=person).digest(), "little")
 
 
 def hash_json(data: Any) -> str:

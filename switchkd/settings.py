@@ -21,6 +21,7 @@ ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoreLocation = Path | str  # a folder, or the URL of a prefix of an object store
 
 MAX_IMAGE_PIXELS = 1 << 26  # larger images are refused before decoding
+MAX_SKIPPED = 0.01  # share of a data file's samples; a run that skips more stops
 LDPV2_GRID = 12  # LDPv2's published output is 12×12 tokens
 
 

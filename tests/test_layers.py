@@ -29,6 +29,7 @@ FLOORS = {
     "switchkd/__init__.py": 0,
     "switchkd/errors.py": 0,
     "switchkd/positions.py": 1,
+    "switchkd/printable.py": 0,
     "switchkd/settings.py": 1,
     "switchkd/fingerprints.py": 2,
     "switchkd/losses": 2,

@@ -10,6 +10,7 @@ from typing import Any
 
 from switchkd.pipelines.ablation.recipe import AXES, Recipe
 from switchkd.pipelines.run_folder import write_atomically
+from switchkd.printable import markdown_text
 
 NONE = "–"
 
@@ -108,12 +109,16 @@ def write_report(workdir: Path, recipe: Recipe, results: list[Result], final: bo
 
 def markdown(axes: list[str], rows: list[Row], kinds: list[str]) -> str:
     """Return the table: accuracy as mean ± sample standard deviation over seeds, then each seed, then means by question type."""
-    head = [*axes, "accuracy", "each seed", *kinds, "questions", "training time"]
+    head = [*axes, "accuracy", "each seed", *map(markdown_text, kinds), "questions", "training time"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(axes) + " ---: |" * (len(head) - len(axes))]
     for row in rows:
         spread = "" if row.spread is None else f" ± {row.spread:.4f}"
         means = [row.mean_of(kind) for kind in kinds]
-        cells = [*row.labels, f"{row.mean:.4f}{spread}", ", ".join(f"{value:.4f}" for value in row.accuracies)]
+        cells = [
+            *map(markdown_text, row.labels),
+            f"{row.mean:.4f}{spread}",
+            ", ".join(f"{value:.4f}" for value in row.accuracies),
+        ]
         cells += [NONE if mean is None else f"{mean:.4f}" for mean in means]
         cells += [f"{_questions(row):,}", f"{_seconds(row):,.0f} s" if _seconds(row) else ""]
         lines.append("| " + " | ".join(cells) + " |")

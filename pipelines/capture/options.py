@@ -7,6 +7,7 @@ from switchkd.errors import ConfigError
 from switchkd.pipelines.options import option, options_class
 from switchkd.settings import (
     MAX_IMAGE_PIXELS,
+    MAX_SKIPPED,
     HiddenDtype,
     ImageMode,
     ModelDtype,
@@ -140,6 +141,19 @@ class CacheOptions:
         default=False,
         group=DATA,
         help="Stop at the first sample that cannot be used instead of recording a skip.",
+    )
+    max_skipped: float = option(
+        default=MAX_SKIPPED,
+        at_least=0,
+        at_most=1,
+        group=DATA,
+        help="Stop if more than this share of the data file's samples cannot be used (but 10 samples, or half of a small file, "
+        "are always allowed); 1 never stops.",
+    )
+    retry_skipped: bool = option(
+        default=False,
+        group=DATA,
+        help="Capture parts of the store anew where an image that was missing or unreadable can now be read.",
     )
     trust_remote_code: bool = option(default=False, group=TEACHER, help="Run code that comes with the checkpoint.")
 

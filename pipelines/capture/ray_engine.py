@@ -35,14 +35,14 @@ def require_ray() -> None:
 class CaptureActor:
     """One actor: it creates its worker with the first part, then captures the parts assigned to it."""
 
-    def __init__(self, options: CacheOptions, manifest: Manifest) -> None:
-        self.options, self.manifest = options, manifest
+    def __init__(self, options: CacheOptions, manifest: Manifest, anew: frozenset[int] = frozenset()) -> None:
+        self.options, self.manifest, self.anew = options, manifest, anew
 
     @cached_property
     def worker(self) -> CaptureWorker:
         """The worker, on the device that this actor uses."""
         check_available(self.options.backend, self.options.device)
-        return CaptureWorker(self.options, self.manifest)
+        return CaptureWorker(self.options, self.manifest, self.anew)
 
     def __call__(self, batch: dict[str, "NDArray[Any]"]) -> dict[str, "NDArray[Any]"]:
         """Capture a batch of parts; returns one JSON text per part, or one for the error, whose type Ray would not preserve."""
@@ -53,13 +53,17 @@ class CaptureActor:
         return {"done": np.array(texts, dtype=object)}
 
     def _capture(self, part: int) -> Iterator[PartDone]:
-        if self.worker.writer.has_part(part):  # by an actor that died before it could report it
+        if part not in self.anew and self.worker.writer.has_part(
+            part
+        ):  # by an actor that died before it could report it
             yield PartDone(part, written=False, samples=0, positions=0, skipped={}, written_bytes=0)
         else:
             yield from self.worker.write([part])
 
 
-def capture_with_ray(options: CacheOptions, manifest: Manifest, parts: Sequence[int]) -> Iterator[PartDone]:
+def capture_with_ray(
+    options: CacheOptions, manifest: Manifest, parts: Sequence[int], anew: frozenset[int] = frozenset()
+) -> Iterator[PartDone]:
     """Capture parts on a Ray cluster: the one that RAY_ADDRESS names or this process is in, else this machine.
 
     Yields:
@@ -82,7 +86,7 @@ def capture_with_ray(options: CacheOptions, manifest: Manifest, parts: Sequence[
     rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     done = rows.map_batches(
         CaptureActor,
-        fn_constructor_args=(options, manifest),
+        fn_constructor_args=(options, manifest, anew),
         batch_size=1,
         # One part in progress and one queued: an actor never idles, and little work is lost if it dies.
         compute=ActorPoolStrategy(size=min(actors, len(parts)), max_tasks_in_flight_per_actor=2),

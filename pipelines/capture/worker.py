@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.files import check_folder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, SampleFile, Status
 from switchkd.errors import RunError
@@ -23,11 +24,13 @@ from switchkd.pipelines.capture.backends.open import open_backend
 from switchkd.pipelines.capture.manifest import build_manifest, resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.tables import probe_tables
+from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.progress import Progress
 from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter
 from switchkd.stores.payload import empty_payload
 
 Encoded = EncodedSample | BadSample
+RETRY_ADVICE = " with --retry-skipped, which captures parts anew where an image was missing or unreadable"
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,16 @@ class CaptureWorker:
 
     Args:
         manifest: of the store, if it is available already; else it is built, which reads the teacher's weights once.
+        anew: committed parts that are to be replaced when they have been captured again.
 
     Raises:
         InputError: something given cannot be used.
     """
 
-    def __init__(self, options: CacheOptions, manifest: Manifest | None = None) -> None:
+    def __init__(
+        self, options: CacheOptions, manifest: Manifest | None = None, anew: frozenset[int] = frozenset()
+    ) -> None:
+        self.anew = anew
         self.options = options = resolve_payload(options)
         self.checkpoint = with_image_mode(
             open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode
@@ -65,6 +72,10 @@ class CaptureWorker:
             options.max_length,
             options.max_image_pixels,
         )
+        if options.max_skipped < 1:
+            check_folder(self.samples, options.images)
+        # Of the parts that this worker knows of: those committed before it began, and its own.
+        self.skip_limit = SkipLimit(options.data, len(self.samples), options.max_skipped)
         self.manifest = manifest or build_manifest(options, self.checkpoint, self.encoder, self.samples)
 
     @cached_property
@@ -96,10 +107,14 @@ class CaptureWorker:
 
         Raises:
             RunError: the teacher gave logits that are not finite, or disk or network failed; committed parts are whole.
+            ReadFailure: an image could not be read now, or memory ran out; names the row.
             BadSample: with `strict`, the first sample that cannot be used.
+            DataError: more samples are skipped than `max_skipped` allows.
         """
         for part, arrays in self._captured(parts, progress):
             before = self.writer.written_bytes
+            if part in self.anew:
+                self.writer.remove_part(part)
             written = self.writer.write_part(part, arrays)
             bad = arrays.status[arrays.status != Status.OK]
             if progress is not None:
@@ -135,6 +150,8 @@ class CaptureWorker:
             usable = [found for _, found in batch if isinstance(found, EncodedSample)]
             if self.options.strict and len(usable) < len(batch):
                 raise next(found for _, found in batch if isinstance(found, BadSample))
+            for bad in (found for _, found in batch if isinstance(found, BadSample)):
+                self.skip_limit.add({bad.status.label: 1}, seen=bad.detail, advice=RETRY_ADVICE)
             with self._name_failing_sample(batch):
                 started = self.backend.start(usable, self.manifest) if usable else None
             under_way.append((part, batch, started))

@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.images import decode_image, extension_mismatch, image_bytes_of
+from switchkd.data.images import check_enlarged, decode, extension_mismatch, image_bytes_of
 from switchkd.data.samples import BadSample, Sample, SampleFile, Status
+from switchkd.errors import ReadFailure
+from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.progress import Progress
 from switchkd.settings import MAX_IMAGE_PIXELS
 
 ROWS_PER_ITEM = 64  # rows that a worker process takes at a time
+THIN = 100  # ratio of sides above which an image is noted
 UNKNOWN = -1  # tokens or positions of a sample that could not be tokenized
 
 
@@ -28,7 +31,8 @@ class Finding:
     detail: str = ""  # why it cannot be used
     tokens: int = UNKNOWN  # image tokens included
     positions: int = UNKNOWN
-    note: str = ""  # unusual, but usable: "GIF behind .jpg"
+    notes: tuple[str, ...] = ()  # unusual, but usable: "GIF behind .jpg"
+    conversions: tuple[str, ...] = ()  # what makes its image RGB, see `data.to_rgb`
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Survey:
     positions: NDArray[np.int64]  # [n]
     details: dict[int, str] = field(default_factory=dict)  # row → why it cannot be used
     notes: dict[str, list[int]] = field(default_factory=dict)  # note → rows
+    conversions: dict[str, list[int]] = field(default_factory=dict)  # kind of conversion to RGB → rows
 
     def skipped(self) -> Counter[str]:
         """Return how many samples cannot be used, by reason."""
@@ -69,22 +74,29 @@ class SampleInspector:
             if self.encoder is not None:
                 encoded = self.encoder.encode(sample, pixels=False)
                 tokens, positions = len(encoded.input_ids), encoded.positions
-            note = self._image_note(sample)
+            notes, conversions = self._of_image(sample)
         except BadSample as bad:
             return Finding(bad.status, bad.detail, bad.tokens or tokens, positions)
-        return Finding(Status.OK, "", tokens, positions, note)
+        return Finding(Status.OK, "", tokens, positions, (*sample.notes, *notes), conversions)
 
-    def _image_note(self, sample: Sample) -> str:
-        """Decode the image, and return a note if its format differs from its file name. Raises BadSample."""
+    def _of_image(self, sample: Sample) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Decode the image, and return (notes, conversions) about it. Raises BadSample."""
         if sample.image is None or (self.images is None and sample.embedded is None):
-            return ""
+            return (), ()
         try:
             data = image_bytes_of(sample, self.images)
             assert data is not None
-            decode_image(data, sample.image, self.max_image_pixels)
+            converted = decode(data, sample.image, self.max_image_pixels)
+            if self.encoder is not None:
+                check_enlarged(converted.image, self.encoder.image_processor, sample.image, self.max_image_pixels)
         except BadSample as bad:
             raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
-        return extension_mismatch(data, sample.image)
+        except ReadFailure as failure:
+            raise ReadFailure(f"row {sample.index}: {failure}") from failure
+        width, height = converted.image.size
+        thin = max(width, height) > THIN * min(width, height)
+        notes = (extension_mismatch(data, sample.image), f"image over {THIN} times as long as wide" if thin else "")
+        return tuple(filter(None, notes)), converted.conversions
 
 
 class _Chunks(Dataset[list[Finding]]):
@@ -101,11 +113,15 @@ class _Chunks(Dataset[list[Finding]]):
         return [self.inspector.inspect(self.samples[row]) for row in rows]
 
 
-def survey(samples: SampleFile, inspector: SampleInspector, workers: int = 0) -> Survey:
+def survey(samples: SampleFile, inspector: SampleInspector, workers: int = 0, limit: SkipLimit | None = None) -> Survey:
     """Inspect every sample of a data file, in `workers` processes (0: in this one).
 
+    Args:
+        limit: counts the samples that cannot be used, and stops the survey at the first one too many; None inspects all.
+
     Raises:
-        DataError: the data file has images and no folder was given to an encoder.
+        DataError: the data file has images and no folder was given to an encoder, or more samples are skipped than `limit` allows.
+        ReadFailure: an image could not be read now, or memory ran out; names the row.
     """
     loader: DataLoader[Any] = DataLoader(_Chunks(samples, inspector), batch_size=None, num_workers=workers)
     status = np.zeros(len(samples), np.uint8)
@@ -113,14 +129,19 @@ def survey(samples: SampleFile, inspector: SampleInspector, workers: int = 0) ->
     positions = np.full(len(samples), UNKNOWN, np.int64)
     details: dict[int, str] = {}
     notes: dict[str, list[int]] = {}
+    conversions: dict[str, list[int]] = {}
     with Progress("checking samples", len(samples), "samples") as progress:
         for row, found in enumerate(_each(loader, progress)):
             status[row], tokens[row], positions[row] = found.status, found.tokens, found.positions
             if found.status is not Status.OK:
                 details[row] = found.detail
-            if found.note:
-                notes.setdefault(found.note, []).append(row)
-    return Survey(status, tokens, positions, details, notes)
+                if limit is not None:
+                    limit.add({found.status.label: 1}, seen=found.detail)
+            for note in found.notes:
+                notes.setdefault(note, []).append(row)
+            for kind in found.conversions:
+                conversions.setdefault(kind, []).append(row)
+    return Survey(status, tokens, positions, details, notes, conversions)
 
 
 def _each(chunks: Any, progress: Progress) -> Iterator[Finding]:

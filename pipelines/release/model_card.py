@@ -1,5 +1,6 @@
 """The model card of an exported student: method, data, teacher store and scores, from records only."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import switchkd
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.pipelines.evaluation.benchmarks.scoreboard import TABLE
+from switchkd.printable import markdown_text, printable
 
 FRONT_MATTER = """---
 library_name: transformers
@@ -50,12 +52,12 @@ def model_card(
     """
     origin: dict[str, Any] = summary.get("made_from") or {}
     sections = [
-        FRONT_MATTER + f"\n# {name.rpartition('/')[2]}\n",
+        FRONT_MATTER + f"\n# {markdown_text(name.rpartition('/')[2])}\n",
         "A vision-language student trained with Switch-KD ([arXiv 2604.14629](https://arxiv.org/abs/2604.14629)) by "
         f"switchkd {switchkd.__version__}.\n",
         "## Use\n",
         ("`import switchkd` first: it registers this model's projector.\n\n" if _own_class(checkpoint) else "")
-        + USE.format(name=name),
+        + USE.format(name=_in_code(name)),
         "## Method\n",
         _rows(_method(record, summary)),
         "## Data\n",
@@ -75,7 +77,14 @@ def _own_class(checkpoint: Checkpoint) -> bool:
 
 
 def _rows(rows: dict[str, Any]) -> str:
-    return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return "| | |\n| --- | --- |\n" + "".join(
+        f"| {markdown_text(name)} | {markdown_text(value)} |\n" for name, value in rows.items()
+    )
+
+
+def _in_code(name: str) -> str:
+    """Return a name for a Python text in quotes, on one line."""
+    return json.dumps(printable(name), ensure_ascii=False)[1:-1]
 
 
 def _name(path: Any) -> str:
@@ -126,6 +135,6 @@ def _score_section(found: EvalScores) -> str:
     scores = found.scores
     rows = {"all": f"{scores['accuracy']:.4f}"} | {kind: f"{share:.4f}" for kind, share in scores["by_type"].items()}
     return (
-        f"Exact match on {_name(found.record['data'])}, {scores['questions']:,} questions, greedy, template "
-        f"{found.record['template']}:\n\n" + _rows(rows)
+        f"Exact match on {markdown_text(_name(found.record['data']))}, {scores['questions']:,} questions, greedy, template "
+        f"{markdown_text(found.record['template'])}:\n\n" + _rows(rows)
     )

@@ -29,6 +29,7 @@ from switchkd.models.checkpoint import Checkpoint, open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
 from switchkd.positions import predicting_rows
+from switchkd.printable import printable
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class AttentionProbe:
         Raises:
             BadSample: the image cannot be used.
         """
+        if not image.is_file():
+            raise BadSample(Status.IMAGE_MISSING, f"no image {printable(image)}")
         encoder = SampleEncoder(self.checkpoint, self._template, image.parent, max_length=1 << 20)
         if answer is None:
             answer = self._answer(encoder, image, question)

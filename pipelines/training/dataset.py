@@ -8,9 +8,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.files import check_folder
 from switchkd.data.samples import BadSample, SampleFile, Status
 from switchkd.errors import DataError, StoreMismatch
 from switchkd.fingerprints import SampleDigest
+from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.preflight.survey import SampleInspector, survey
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.training.collator import aligned_positions
@@ -30,10 +32,13 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         workers: processes for that inspection.
         teacher_encoder: encodes samples for the teacher, if its tokenizer or number of image tokens differs from the student's; the
             store's digests are then those of its encodings, and every sample has both.
+        max_skipped: without a store, the share of samples that may be unusable. Below 1, an image folder is refused in which not
+            one of some images exists.
 
     Raises:
         StoreMismatch: the store has another number of samples.
-        DataError: no usable sample.
+        DataError: no usable sample, or more unusable ones than `max_skipped` allows.
+        ReadFailure: an image could not be read now, or memory ran out; names the row.
     """
 
     def __init__(
@@ -43,11 +48,15 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         store: TeacherStore | None,
         workers: int = 0,
         teacher_encoder: SampleEncoder | None = None,
+        max_skipped: float = 1.0,
     ) -> None:
         self.samples, self.encoder, self.store = samples, encoder, store
         self.teacher_encoder = teacher_encoder
+        if max_skipped < 1:
+            check_folder(samples, encoder.images)
         if store is None:
-            statuses = survey(samples, SampleInspector(encoder), workers).status
+            limit = SkipLimit(samples.path, len(samples), max_skipped)
+            statuses = survey(samples, SampleInspector(encoder), workers, limit).status
         elif len(store) != len(samples):
             raise StoreMismatch(
                 f"{store.path} was made from {len(store)} samples, {samples.path} has {len(samples)}; "

@@ -87,7 +87,7 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     cross_tokenizer.check_vocab_map(options, teacher, payload)
     student = with_image_mode(student, _image_mode(options, teacher, store))
     encoder, other = _encoders(options, student, teacher, store)
-    samples = TrainingSamples(SampleFile(options.data), encoder, store, options.workers, other)
+    samples = TrainingSamples(SampleFile(options.data), encoder, store, options.workers, other, options.max_skipped)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
     vocabularies = cross_tokenizer.make_vocab_map(teacher, student, samples) if teacher and options.vocab_map else None

@@ -7,6 +7,7 @@ from switchkd.errors import ConfigError
 from switchkd.pipelines.options import option, options_class
 from switchkd.settings import (
     BASELINE_OBJECTIVES,
+    MAX_SKIPPED,
     ImageMode,
     NormalizeBy,
     ObjectiveName,
@@ -25,6 +26,7 @@ RESUMABLE_CHANGES = {
     "teacher_checkpointing",
     "packing",
     "log_every",
+    "max_skipped",
     "save_every",
     "workers",
     "output",
@@ -138,6 +140,13 @@ class TrainOptions:
         group=DATA,
         help="How images become square, for both models.",
         unset="the store's, without one the checkpoint's own",
+    )
+    max_skipped: float = option(
+        default=MAX_SKIPPED,
+        at_least=0,
+        at_most=1,
+        group=DATA,
+        help="Without a store: stop if more than this share of the samples cannot be used; see `cache-teacher`.",
     )
     max_length: int | None = option(
         default=None,

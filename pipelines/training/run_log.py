@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from switchkd.data.oddities import warnings_about
 from switchkd.models.block_attention import uses_block_attention
+from switchkd.pipelines.preflight.skip_limit import allowed_skips
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import RECORD, to_plain
 from switchkd.pipelines.training.cost_model import CostModel, count_parameters
 from switchkd.pipelines.training.inputs import TrainingInputs
+from switchkd.settings import MAX_SKIPPED
 
 SHARDED = {"ddp": None, "fsdp": "all", "zero3": "student"}  # which of the models each profile shards
 log = logging.getLogger(__name__)
@@ -28,6 +31,14 @@ def tell_plan(
     """Log the teacher's signal, the options, the models' parts and trainable parameters, the data, and the estimated memory."""
     options, samples = inputs.options, inputs.samples
     log.info("objective: %s%s", options.objective, " with the switch pathway" if options.switch else "")
+    if (count := samples.skipped.total()) > allowed_skips(len(samples.samples), MAX_SKIPPED):
+        log.warning(
+            "warning: %s of %s samples (%.1f %%) do not train, since they could not be used. `switchkd data check` says why; "
+            "`switchkd cache-teacher --retry-skipped` adds those whose images can now be read to the store",
+            f"{count:,}", f"{len(samples.samples):,}", 100 * count / len(samples.samples),
+        )  # fmt: skip
+    for line in warnings_about(samples.samples.notes()):
+        log.warning("warning: %s", line)
     if inputs.teacher_signal is not None:
         log.info("teacher's signal: %s", inputs.teacher_signal)
     if inputs.caution is not None:

@@ -3,17 +3,22 @@
 A container yields rows as plain data, in order; `samples.read_row` converts them to samples, independent of the kind of container.
 """
 
-import hashlib
-import json
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from switchkd.errors import DataError
+from switchkd.data.dataset_files import ENDINGS, data_files, identity_of
+from switchkd.data.json_rows import JsonRows
+from switchkd.data.row_cache import cache_folder, from_cache
+from switchkd.errors import DataError, ReadFailure
+from switchkd.printable import printable
 
 ROWS_PER_BATCH = 1000
-IMAGE_COLUMNS = ("image", "images")
+DOCUMENTED_COLUMNS = ("image", "images")
+# Other names in use are read as well, where a row has none of the above.
+IMAGE_COLUMNS = (*DOCUMENTED_COLUMNS, "img", "imgs", "image_path", "image_paths", "img_path", "image_file", "image_url")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,9 @@ class Container(Protocol):
     def image_bytes(self, index: int) -> bytes:
         """Return the image that row `index` holds."""
 
+    def advice(self) -> str:
+        """Return what to do if no row can be used, to end a message; "" if nothing is known."""
+
 
 def open_container(path: Path) -> Container:
     """Open a data file or folder.
@@ -46,48 +54,12 @@ def open_container(path: Path) -> Container:
     """
     if not path.exists():
         raise DataError(
-            f"no data file {path}: --data takes LLaVA-style JSON or JSON Lines, a .parquet or .arrow file, or a folder that "
-            "datasets saved"
+            f"no data file {printable(path)}: --data takes LLaVA-style JSON or JSON Lines, a .parquet or .arrow file, or a "
+            "folder that datasets saved"
         )
-    return DatasetRows(path) if path.is_dir() or path.suffix in (".parquet", ".arrow") else JsonRows(path)
-
-
-class JsonRows:
-    """A JSON list of rows, or one JSON object a line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        self.key = self.sha256[:40]
-
-    def rows(self) -> Iterator[Any]:
-        """Yield the rows. Raises DataError: not UTF-8, not JSON, not a list, an empty one."""
-        where = str(self.path)
-        try:
-            with self.path.open(encoding="utf-8-sig") as file:
-                start = file.read(64).lstrip()[:1]
-                file.seek(0)
-                if start == "{":
-                    for number, line in enumerate(file, 1):
-                        where = f"{self.path}, line {number},"
-                        if line.strip():
-                            yield json.loads(line)
-                    return
-                rows = json.load(file)
-        except UnicodeDecodeError as error:  # raised for a block of the file, so no line number is available
-            raise DataError(f"{self.path} is not UTF-8 text: {error}") from error
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where} is not JSON: {error}; expected a list of rows or one JSON object a line"
-            ) from error
-        if not isinstance(rows, list) or not rows:
-            raise DataError(f"{self.path} should hold a list with at least one row, found {type(rows).__name__}")
-        yield from rows
-
-    def image_bytes(self, index: int) -> bytes:
-        """Never called: JSON rows contain no image bytes."""
-        raise AssertionError(f"row {index} of {self.path} holds no image")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{printable(path)} is neither a file nor a folder: --data takes a file that can be read again")
+    return DatasetRows(path) if path.is_dir() or path.suffix.lower() in ENDINGS else JsonRows(path)
 
 
 class DatasetRows:
@@ -102,11 +74,21 @@ class DatasetRows:
 
         datasets.disable_progress_bars()
         self.path = path
-        files = _data_files(path)
+        files = data_files(path)
+        self.key = identity_of(files)
         try:
-            rows = _open_dataset(path, files)
-        except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
-            raise DataError(f"{path} cannot be read as a data set: {str(error).splitlines()[0]}") from error
+            rows = _open_dataset(path, files, self.key)
+        except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            cause = error.__cause__ or error  # `datasets` wraps what happens while it converts a file
+            if isinstance(cause, MemoryError) or (
+                isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)
+            ):
+                raise ReadFailure(
+                    f"{printable(path)} could not be read or converted: {cause!r}. Mend disk, network or permissions, or set "
+                    "HF_DATASETS_CACHE to another folder, and run the same command again"
+                ) from error
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{printable(path)} cannot be read as a data set: {printable(first_line, 300)}") from error
         for name in IMAGE_COLUMNS:
             if name in rows.features:
                 rows = rows.cast_column(name, _undecoded(rows.features[name]))
@@ -114,8 +96,6 @@ class DatasetRows:
             raise DataError(f"{path} holds no row")
         self._rows = rows
         self._images = rows.select_columns([name for name in IMAGE_COLUMNS if name in rows.features])
-        stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        self.key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:40]
 
     def rows(self) -> Iterator[Any]:
         """Yield the rows; an image whose bytes the data set holds is `Embedded`."""
@@ -133,27 +113,21 @@ class DatasetRows:
         data: bytes = value["bytes"] if isinstance(value, dict) else value
         return data
 
-
-def _data_files(path: Path) -> list[Path]:
-    """Return the files of a data set in order. Raises DataError if there are none, or if the folder holds splits."""
-    if path.is_file():
-        return [path]
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(child.name for child in path.iterdir() if (child / "state.json").is_file())
-        raise DataError(f"{path} holds the splits {', '.join(splits)}: pass one of them, as {path / splits[0]}")
-    for ending in ("*.arrow", "*.parquet"):
-        if found := sorted(path.glob(ending)):
-            return found
-    raise DataError(f"{path} is no data set: expected a folder that datasets saved, or one of .parquet or .arrow files")
+    def advice(self) -> str:
+        """Return nothing."""
+        return ""
 
 
-def _open_dataset(path: Path, files: list[Path]) -> Any:
+def _open_dataset(path: Path, files: list[Path], key: str) -> Any:
     import datasets
 
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path))
-    if files[0].suffix == ".parquet":
-        return datasets.Dataset.from_parquet([str(file) for file in files])
+    if files[0].suffix.lower() == ".parquet":
+        # `datasets` itself identifies a file by path and time, and would give the rows of another one with both in common.
+        cache = cache_folder(f"parquet-{key}")
+        names = [str(file) for file in files]
+        return from_cache(cache, lambda: datasets.Dataset.from_parquet(names, cache_dir=str(cache)))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
 

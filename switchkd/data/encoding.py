@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from switchkd.data.chat_template import TemplateNotInvertible
-from switchkd.data.images import decode_image, image_bytes_of
+from switchkd.data.images import check_enlarged, decode, image_bytes_of, was_decoded_otherwise
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
-from switchkd.errors import CheckpointError, DataError
+from switchkd.errors import CheckpointError, DataError, ReadFailure
 from switchkd.fingerprints import SampleDigest, digest_sample
 from switchkd.models.checkpoint import Checkpoint, token_rows
 from switchkd.positions import IGNORED
@@ -90,7 +90,7 @@ class SampleEncoder:
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
         self.with_starts = with_starts
-        self._pixel_cache: LRUCache[bytes, Tensor] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
+        self._pixel_cache: LRUCache[bytes, _Pixels] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cached pixels, which would be copied to every spawned DataLoader worker."""
@@ -104,28 +104,39 @@ class SampleEncoder:
 
         Raises:
             BadSample: names the row and the reason.
+            ReadFailure: the image could not be read now, or memory ran out; names the row.
         """
         sample.require_ok()
         with _naming(sample):
             ids, supervised = self.encode_text(sample)
             data = image_bytes_of(sample, self.images)
             image = self._pixels(data, sample.image) if data is not None and pixels else None
+            changed = False
+            if data is not None:
+                changed = was_decoded_otherwise(data, self.max_image_pixels) if image is None else image.changed
             starts = self.token_starts(self._segments(sample))[int(supervised[0]) :] if self.with_starts else None
-        return EncodedSample(ids, supervised, image, digest_sample(ids, supervised, data), starts=starts)
+        digest = digest_sample(ids, supervised, data, changed)
+        return EncodedSample(ids, supervised, None if image is None else image.pixels, digest, starts=starts)
 
     def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Encode one sample's text, including its image tokens: (input_ids [L], supervised [L]). Raises BadSample."""
         sample.require_ok()
         ids, supervised = self.tokenize(self._segments(sample))
         if not supervised[1:].any():
-            raise BadSample(Status.NOTHING_SUPERVISED, "the answers are empty")
+            reason = (
+                "every answer has weight 0"
+                if len(sample.unsupervised) == len(sample.turns)
+                else "the answers are empty"
+            )
+            raise BadSample(Status.NOTHING_SUPERVISED, reason)
         return ids, supervised
 
     def _segments(self, sample: Sample) -> list[tuple[str, bool]]:
         try:
-            return self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
+            segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
         except TemplateNotInvertible as error:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
+        return without_answers(segments, sample) if sample.unsupervised else segments
 
     def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
         """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
@@ -154,7 +165,7 @@ class SampleEncoder:
         ids, _ = self.tokenize(segments)
         if not len(ids):
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
-        return ids, None if image is None else self._pixels(image, name)
+        return ids, None if image is None else self._pixels(image, name).pixels
 
     def token_starts(self, segments: list[tuple[str, bool]]) -> NDArray[np.int64]:
         """Return where each supervised token begins, in order: the number of its segment · 2³² + characters of it before the token.
@@ -189,24 +200,57 @@ class SampleEncoder:
             raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}", len(ids))
         return np.array(ids, np.int32), np.array(supervised, np.bool_)
 
-    def _pixels(self, data: bytes, name: str | None) -> Tensor:
+    def _pixels(self, data: bytes, name: str | None) -> "_Pixels":
         key = hashlib.blake2b(data, digest_size=16).digest()
         if key in self._pixel_cache:
             return self._pixel_cache[key]
-        image = decode_image(data, str(name), self.max_image_pixels)
-        pixels: Tensor = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-        if pixels.nbytes <= PIXEL_CACHE_BYTES:
-            self._pixel_cache[key] = pixels
-        return pixels
+        converted = decode(data, str(name), self.max_image_pixels)
+        check_enlarged(converted.image, self.image_processor, str(name), self.max_image_pixels)
+        processed = self.image_processor(images=converted.image, return_tensors="pt")["pixel_values"][0]
+        found = _Pixels(processed, converted.changed)
+        if found.nbytes <= PIXEL_CACHE_BYTES:
+            self._pixel_cache[key] = found
+        return found
+
+
+def without_answers(segments: list[tuple[str, bool]], sample: Sample) -> list[tuple[str, bool]]:
+    """Return a sample's segments with those answers not supervised that the row gives the weight 0.
+
+    Raises:
+        BadSample: the template does not write one supervised segment for every answer.
+    """
+    answers = [number for number, (_, is_supervised) in enumerate(segments) if is_supervised]
+    if len(answers) != len(sample.turns):
+        raise BadSample(Status.BAD_TURN, "weight 0 needs a template that writes every answer as one supervised segment")
+    dropped = {answers[turn] for turn in sample.unsupervised}
+    return [(text, is_supervised and number not in dropped) for number, (text, is_supervised) in enumerate(segments)]
+
+
+class _Pixels(NamedTuple):
+    """A processed image."""
+
+    pixels: Tensor  # [3, H, W] float32
+    changed: bool  # see `Converted.changed`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels."""
+        return self.pixels.nbytes
 
 
 @contextmanager
 def _naming(sample: Sample) -> Iterator[None]:
-    """Add the row number to the message of a BadSample."""
+    """Add the row number to the message of a BadSample, of a ReadFailure, and of a lack of memory."""
     try:
         yield
     except BadSample as bad:
         raise BadSample(bad.status, f"row {sample.index}: {bad.detail}", bad.tokens) from None
+    except ReadFailure as failure:
+        raise ReadFailure(f"row {sample.index}: {failure}") from failure
+    except MemoryError as error:
+        raise ReadFailure(
+            f"row {sample.index}: out of memory while it was prepared; use fewer --workers, or leave out this row"
+        ) from error
 
 
 def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dict[str, Any]:

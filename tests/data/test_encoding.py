@@ -114,7 +114,7 @@ def test_pixels_can_be_left_out_and_the_digest_stays(make):
 def test_an_image_asked_about_twice_is_decoded_once(make, monkeypatch):
     encoder = make()
     first = encoder.encode(sample(image="0.png")).pixels
-    monkeypatch.setattr("switchkd.data.encoding.decode_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("switchkd.data.encoding.decode", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(encoder.encode(sample(("it ?", "red"), image="0.png")).pixels, first)
 
 

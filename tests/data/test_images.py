@@ -103,7 +103,8 @@ def test_missing_file_folder_and_file_as_folder(folder, relative):
 def test_a_name_that_no_file_can_have(folder, relative):
     status, detail = read_error(folder, relative)
     assert status is Status.IMAGE_UNREADABLE
-    assert detail.startswith(repr(relative))
+    assert detail.startswith(repr(relative)[:190])
+    assert len(detail) < 300
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(50)])
@@ -154,8 +155,9 @@ def test_the_limit_itself_is_allowed(folder):
     [
         ("RGB", (10, 20, 30), (10, 20, 30)),
         ("L", 77, (77, 77, 77)),
-        ("LA", (77, 5), (77, 77, 77)),
-        ("RGBA", (10, 20, 30, 0), (10, 20, 30)),  # alpha is dropped, not blended
+        ("LA", (77, 255), (77, 77, 77)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
         ("1", 1, (255, 255, 255)),
     ],
 )
@@ -164,11 +166,14 @@ def test_other_modes_become_rgb(mode, color, expected):
     assert (image.mode, image.getpixel((2, 1))) == ("RGB", expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": b"\x00\xff"}])
-def test_a_palette_becomes_rgb_without_a_warning(options):
+@pytest.mark.parametrize(
+    ("options", "clear"), [({}, ()), ({"transparency": 1}, (1,)), ({"transparency": b"\x00\xff"}, (0,))]
+)
+def test_a_palette_becomes_rgb_without_a_warning(options, clear):
     image = Image.new("P", (2, 1))
     image.putpalette([1, 2, 3, 40, 50, 60])
     image.putpixel((1, 0), 1)
     found = decode_image(file_bytes(image, "png", **options), "x.png")
     assert found.mode == "RGB"
-    np.testing.assert_array_equal(np.array(found), [[[1, 2, 3], [40, 50, 60]]])
+    expected = [[255, 255, 255] if i in clear else color for i, color in enumerate(([1, 2, 3], [40, 50, 60]))]
+    np.testing.assert_array_equal(np.array(found), [expected])

@@ -53,6 +53,7 @@ def cached(request, place, teacher, tmp_path_factory):
         template="qa",
         max_length=defects.MAX_LENGTH,
         part_size=7,
+        max_skipped=1,
         workers=request.param,
     )
     return cache_teacher(options), TeacherStore.open(out)
@@ -82,6 +83,7 @@ def test_training_skips_the_same_rows_with_and_without_a_store(cached, objective
         template="qa",
         max_length=defects.MAX_LENGTH,
         batch_size=4,
+        max_skipped=1,
     )
     done = train(options)
     assert done.skipped == SKIPPED
@@ -131,6 +133,7 @@ def test_the_command_tells_kinds_reasons_and_lengths(place, teacher):
         "  one image, several turns             1",
         "  text only, one turn                  2",
         "would be skipped: 11 (47.83%)",
+        "  more than --max-skipped 0.01 allows (10): cache-teacher would stop",
         "  image_missing                        2  rows 2, 3; row 2: no image",
         "  too_long                             2  rows 18, 19; row 18: 126 tokens, the limit is 64",
         "  roles_out_of_order                   2  rows 20, 21; row 20: turn 0 is from 'gpt'",
