@@ -37,7 +37,7 @@ class SampleDigest(NamedTuple):
 
 
 # Of the BLAKE2b hash of images that versions of switchkd before `data.to_rgb` gave other pixels.
-_DECODED_OTHERWISE = b"switchkd rgb 2"
+_DECODED_OTHERWISE = b"switchkd-rgb-2"
 
 
 def digest_sample(
