@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from switchkd.cli.common import quiet_libraries
+from switchkd.cli.common import echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.demo.options import DemoOptions
 
@@ -20,5 +20,5 @@ def command(workdir: Path, train_teacher: bool, seed: int) -> None:
     from switchkd.pipelines.demo.demo import demo
 
     done = demo(DemoOptions(workdir=workdir, train_teacher=train_teacher, seed=seed))
-    click.echo(done.table)
+    echo(done.table)
     click.echo(f"\nreport: {done.report}\npicture: {done.picture}\ntime: {done.seconds:,.0f} s")

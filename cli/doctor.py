@@ -2,7 +2,7 @@
 
 import click
 
-from switchkd.cli.common import quiet_libraries
+from switchkd.cli.common import echo, quiet_libraries
 
 
 @click.command("doctor")
@@ -21,7 +21,7 @@ def command(ctx: click.Context) -> None:
         mark, colour = marks[finding.verdict]
         click.echo(f"  {click.style(mark, fg=colour)}{finding.what}")
         if finding.advice:
-            click.echo(f"      {finding.advice}")
+            echo(f"      {finding.advice}")
         bad += finding.verdict == "bad"
     if bad:
         click.echo(f"{bad} broken")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, STORE, default_device, duration, lines_of, quiet_libraries
+from switchkd.cli.common import PATH, STORE, default_device, duration, echo, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, options_of
 from switchkd.pipelines.capture.options import AuditOptions
 
@@ -48,7 +48,7 @@ def info(path: "StoreLocation") -> None:
         "written by": ", ".join(f"{name} {value}" for name, value in manifest.written_by.items()),
     }
     for name, value in rows.items():
-        click.echo(f"{name:<12}{value}")
+        echo(f"{name:<12}{value}")
 
 
 @command.command("status")
@@ -71,9 +71,9 @@ def status(path: "StoreLocation") -> None:
     if found.missing and found.seconds_left is not None:
         rows["left"] = f"about {duration(found.seconds_left)} at that rate"
     for name, value in rows.items():
-        click.echo(f"{name:<12}{value}")
+        echo(f"{name:<12}{value}")
     for writer in found.writers:
-        click.echo(f"  {writer.name}  {writer.parts:,} parts, {writer.samples:,} samples, last {writer.last:%H:%M:%S}")
+        echo(f"  {writer.name}  {writer.parts:,} parts, {writer.samples:,} samples, last {writer.last:%H:%M:%S}")
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -103,14 +103,14 @@ def verify(ctx: click.Context, path: "StoreLocation") -> None:
         for part, findings in verify(store):
             bad += bool(findings)
             for finding in findings:
-                click.echo(f"part {part}: {finding.message}")
+                echo(f"part {part}: {finding.message}")
             progress.advance(1, positions=0 if findings else store.part_positions(part))
     missing = missing_parts(store)
     if missing:
-        click.echo(f"missing: {len(missing)} parts, the first is {missing[0]}; run cache-teacher again")
-    click.echo(f"{store.path}: {len(store.parts()) - bad} parts good, {bad} bad, {len(missing)} missing")
+        echo(f"missing: {len(missing)} parts, the first is {missing[0]}; run cache-teacher again")
+    echo(f"{store.path}: {len(store.parts()) - bad} parts good, {bad} bad, {len(missing)} missing")
     if bad:
-        click.echo("`switchkd store repair` drops the bad ones; cache-teacher then writes exactly these again")
+        echo("`switchkd store repair` drops the bad ones; cache-teacher then writes exactly these again")
     if bad or missing:
         ctx.exit(1)
 
@@ -125,7 +125,7 @@ def repair(path: "StoreLocation") -> None:
     store = TeacherStore.open(path)
     dropped = repair(store)
     names = ", ".join(map(str, dropped)) or "none"
-    click.echo(f"{store.path}: dropped parts: {names}" + ("; run cache-teacher again to write them" if dropped else ""))
+    echo(f"{store.path}: dropped parts: {names}" + ("; run cache-teacher again to write them" if dropped else ""))
 
 
 @command.command("audit", cls=GroupedCommand)
@@ -137,7 +137,7 @@ def audit(path: "StoreLocation", device: str | None, **options: Any) -> None:
     from switchkd.pipelines.capture.audit import audit
 
     for line in _format_audit(audit(AuditOptions(store=path, device=device or default_device(), **options))):
-        click.echo(line)
+        echo(line)
 
 
 @command.command("plot")
@@ -147,7 +147,7 @@ def plot(path: "StoreLocation", out: Path) -> None:
     """Draw a store: knee histogram, tail mass, bytes per part."""
     from switchkd.pipelines.reporting.store_plots import plot_store
 
-    click.echo(f"drawn: {plot_store(path, out)}")
+    echo(f"drawn: {plot_store(path, out)}")
 
 
 def _format_audit(report: "AuditReport") -> Iterator[str]:
