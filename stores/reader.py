@@ -1,7 +1,7 @@
 """Reads a store: random access by sample, from any process."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -319,11 +319,15 @@ def read_manifest(path: StoreLocation) -> Manifest:
     return Manifest.from_attributes(data, str(path))
 
 
-def pick_store(path: StoreLocation, wanted: dict[str, Any]) -> TeacherStore:
+def pick_store(
+    path: StoreLocation, wanted: dict[str, Any], preferred: Sequence[Callable[[TeacherStore], bool]] = ()
+) -> TeacherStore:
     """Open the store at `path`, or the one in that folder, or below that URL, whose manifest matches.
 
     Args:
         wanted: manifest field → value that the run needs.
+        preferred: what decides between several stores that match, the most important first: each leaves those for which it
+            holds, if there are any.
 
     Raises:
         StoreMismatch: the store does not match, none of them matches, or several do; lists what was found.
@@ -333,7 +337,13 @@ def pick_store(path: StoreLocation, wanted: dict[str, Any]) -> TeacherStore:
     fitting = [store for store, lines in mismatches.items() if not lines]
     if len(fitting) == 1:
         return TeacherStore(fitting[0])
-    if fitting:
+    stores = [TeacherStore(store) for store in fitting]
+    for holds in preferred:
+        stores = [store for store in stores if holds(store)] or stores
+    if len(stores) == 1:
+        return stores[0]
+    if stores:
+        fitting = [store.path for store in stores]
         raise StoreMismatch(f"{len(fitting)} stores in {path} fit, name one: " + ", ".join(map(str, fitting)))
     seen = "\n".join(f"{store}\n  " + "\n  ".join(lines) for store, lines in mismatches.items())
     raise StoreMismatch(f"no store fits this run:\n{seen}\nTrain with what the store was made with, or cache again")

@@ -1,6 +1,7 @@
 """The inputs of a training run: opened, and checked against each other, before a model is loaded."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,14 +81,15 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
         check_layers(student.config.text_config, str(options.student))
         if teacher is not None and (objective.switch or options.teacher_mode == "live"):
             check_layers(teacher.config.text_config, str(options.teacher))
-    store = _open_store(options, objective, teacher, student)
+    data = SampleFile(options.data)
+    store = _open_store(options, objective, teacher, student, data)
     payload = _payload(options, store, teacher)
     if store is not None and payload is not None:
         store = store.only(payload)
     cross_tokenizer.check_vocab_map(options, teacher, payload)
     student = with_image_mode(student, _image_mode(options, teacher, store))
     encoder, other = _encoders(options, student, teacher, store)
-    samples = TrainingSamples(SampleFile(options.data), encoder, store, options.workers, other, options.max_skipped)
+    samples = TrainingSamples(data, encoder, store, options.workers, other, options.max_skipped)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
     vocabularies = cross_tokenizer.make_vocab_map(teacher, student, samples) if teacher and options.vocab_map else None
@@ -129,8 +131,28 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
     return teacher
 
 
+def _preferences(
+    options: TrainOptions, teacher: Checkpoint | None, samples: SampleFile
+) -> list[Callable[[TeacherStore], bool]]:
+    """Return what decides between several stores that fit: this data file, completeness, and the payload that is read.
+
+    Without `--payload`, hidden states win over top-k logits where a teacher can read them, since they are nearer to it.
+    """
+    topk = options.payload == "topk" or (options.payload is None and teacher is None)
+    return [
+        lambda store: len(store) == len(samples),
+        lambda store: store.manifest.data == samples.fingerprint,
+        lambda store: len(store.parts()) == store.manifest.part_count,
+        lambda store: store.manifest.has_topk if topk else store.manifest.has_hidden,
+    ]
+
+
 def _open_store(
-    options: TrainOptions, objective: Objective, teacher: Checkpoint | None, student: Checkpoint
+    options: TrainOptions,
+    objective: Objective,
+    teacher: Checkpoint | None,
+    student: Checkpoint,
+    samples: SampleFile,
 ) -> TeacherStore | None:
     """Open the store that fits the run; every entry of its manifest is compared with what the run would use."""
     if not objective.needs_teacher or options.teacher_mode == "live":
@@ -153,7 +175,7 @@ def _open_store(
         wanted["template"] = load_template(options.template, teacher or student).as_dict()
     if options.max_length is not None:
         wanted["max_length"] = options.max_length
-    store = pick_store(options.cache, wanted)
+    store = pick_store(options.cache, wanted, _preferences(options, teacher, samples))
     store.check_complete()
     return store
 

@@ -1,18 +1,21 @@
 """Where the teacher's logits come from: told first, recorded, read alone, with the exact knees."""
 
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
+import tiny
 import training
 import yaml
 from training import history, logged
 
-from switchkd.errors import ConfigError
+from switchkd.errors import ConfigError, StoreMismatch
 from switchkd.losses.signals import HiddenSignal
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.stored_teacher import StoredHidden
+from switchkd.pipelines.training.inputs import open_inputs, resolve_options
 from switchkd.pipelines.training.train import train
 from switchkd.stores import TeacherStore, reader
 
@@ -26,6 +29,31 @@ def both(teacher, cached, tmp_path_factory):
     data, images = cached / "data.json", cached / "images"
     cache_teacher(CacheOptions(teacher=teacher, data=data, images=images, out=store, template="qa", k=6))
     return store
+
+
+def test_of_several_stores_the_one_of_this_data_and_of_the_exact_payload_is_read(
+    options, teacher, cached, both, tmp_path
+):
+    """Stores of other data, unfinished ones and approximate ones in the folder do not get in the way."""
+    folder = tmp_path / "stores"
+    shutil.copytree(cached / "stores/s.zarr", folder / "topk.zarr")
+    shutil.copytree(both, folder / "both.zarr")
+    unfinished = shutil.copytree(both, folder / "unfinished.zarr")
+    shutil.rmtree(unfinished / "parts/00000")
+    for name, count in (("short", 5), ("other", 12)):
+        other = tiny.data(tmp_path / name, tiny.rows(count, two_turns=(1,)))
+        made = CacheOptions(
+            teacher=teacher, data=other, images=other.parent / "images", out=folder / f"{name}.zarr", template="qa"
+        )
+        cache_teacher(made)
+    inputs = open_inputs(resolve_options(replace(options, cache=folder)))
+    assert inputs.store.path == folder / "both.zarr" and inputs.payload == "hidden"
+    without = replace(options, cache=folder, teacher=None, switch=False)
+    shutil.rmtree(folder / "both.zarr")
+    assert open_inputs(resolve_options(without)).store.path == folder / "topk.zarr"
+    shutil.copytree(folder / "topk.zarr", folder / "again.zarr")
+    with pytest.raises(StoreMismatch, match=r"2 stores in .* fit, name one: .*again\.zarr, .*topk\.zarr"):
+        open_inputs(resolve_options(without))
 
 
 def told(caplog):
