@@ -57,7 +57,8 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     known = {str(parameter.name) for parameter in ctx.command.params} | {"trainer"}
     if unknown := sorted(content.keys() - known):
         raise click.BadParameter(f"{path} has unknown options {', '.join(unknown)}")
-    ctx.obj = {"trainer": content.pop("trainer", {})}
+    trainer = content.pop("trainer", None)
+    ctx.obj = {"trainer": {} if trainer is None else trainer}
     ctx.default_map = content
 
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def training_arguments(options: TrainOptions, store: TeacherStore | None, samples: int) -> TrainingArguments:
-    """Translate the options; `trainer` entries go to transformers as they are. Raises ConfigError for an unknown one."""
+    """Translate the options; `trainer` entries go to transformers as they are. Raises ConfigError for a value it refuses."""
     assert options.global_batch is not None
     steps = options.steps or math.ceil(options.epochs * samples / options.global_batch)
     arguments: dict[str, Any] = {
@@ -44,8 +44,6 @@ def training_arguments(options: TrainOptions, store: TeacherStore | None, sample
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
-    if both := {"gradient_checkpointing", "activation_checkpointing"} & set(options.trainer):
-        raise ConfigError(f"trainer: {min(both)} is for other models: pass --student-checkpointing")
     arguments |= profile_arguments(options.profile, os.environ) | options.trainer
     if store is not None and not store.storage.survives_fork and arguments["dataloader_num_workers"]:
         arguments.setdefault("dataloader_multiprocessing_context", "spawn")

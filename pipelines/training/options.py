@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.options import option, options_class
+from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     BASELINE_OBJECTIVES,
     MAX_SKIPPED,
@@ -246,11 +247,14 @@ class TrainOptions:
     workers: int = option(default=0, at_least=0, group=SCALE, help="DataLoader processes.")
     trust_remote_code: bool = option(default=False, group=MODELS, help="Run code that comes with a checkpoint.")
     trainer: dict[str, Any] = option(
-        default={}, hidden=True, help="Further arguments of transformers.TrainingArguments; in a config file only."
+        default={},
+        hidden=True,
+        help="Further arguments of transformers.TrainingArguments, in a config file only.",
     )
 
     def __post_init__(self) -> None:
         check_objective(self.objective, self.switch, self.temperature, self.window, self.mean)
+        check_trainer_entries(self.trainer)
         self.as_parts()
         self._check_baseline()
         self._check_int8_teacher()

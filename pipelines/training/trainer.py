@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration
 from transformers.trainer_utils import seed_worker
 
-from switchkd.errors import ConfigError, RunError
+from switchkd.errors import RunError
 from switchkd.losses.baselines import Seen
 from switchkd.losses.cross_tokenizer import VocabMap, loss_over_vocabularies
 from switchkd.losses.fused import SwitchStates
@@ -102,8 +102,6 @@ class SwitchTrainer(CheckpointHooks):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load the micro-batches of this process; `StepBatches` divides the samples, so accelerate must not divide them again."""
         args, dataset = self.args, self.train_dataset
-        if args.train_sampling_strategy != "random":
-            raise ConfigError("samples are ordered by --group-by; leave train_sampling_strategy out")
         seed = args.seed if args.data_seed is None else args.data_seed
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         batches = StepBatches(

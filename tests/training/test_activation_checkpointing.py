@@ -109,6 +109,6 @@ def test_over_two_processes(options, hidden, tmp_path, profile):
 
 @pytest.mark.parametrize("name", ("gradient_checkpointing", "activation_checkpointing"))
 def test_transformers_own_switch_is_refused(options, name):
-    with pytest.raises(ConfigError, match=f"{name} is for other models: pass --student-checkpointing"):
+    with pytest.raises(ConfigError, match=f"{name} is refused: it is for other models: pass --student-checkpointing"):
         train(replace(options, trainer={name: True}))
     assert not options.output.exists()

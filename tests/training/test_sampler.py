@@ -155,7 +155,7 @@ def test_grouping_is_written_down_and_changes_the_run(options, tmp_path):
     assert history(tmp_path / "a") != history(tmp_path / "b")
     with pytest.raises(ConfigError, match="group_by: run 'modality-length', now 'length'"):
         train(replace(options, output=tmp_path / "a", group_by="length"))
-    with pytest.raises(ConfigError, match="leave train_sampling_strategy out"):
+    with pytest.raises(ConfigError, match="train_sampling_strategy is refused: use --group-by"):
         train(replace(options, output=tmp_path / "c", trainer={"train_sampling_strategy": "group_by_length"}))
 
 
