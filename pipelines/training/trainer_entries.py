@@ -1,4 +1,4 @@
-"""What a config file's `trainer:` may hold: each argument of transformers' `TrainingArguments` is allowed, or refused with a reason.
+"""What a config file's `trainer:` may hold: an argument of transformers' `TrainingArguments` is allowed, or refused with a reason.
 
 switchkd computes some arguments from its own options, and others do not apply to its loop: such an entry would change the run or be
 ignored, without a word. A test compares the two tables with the fields of the installed TrainingArguments.
@@ -30,7 +30,7 @@ REFUSED: dict[str, str] = {
     "weight_decay": "use --weight-decay",
     "max_grad_norm": "use --grad-clip",
     "bf16": "use --precision",
-    "fp16": "use --precision; float16 is not trained in",
+    "fp16": "use --precision: float16 is not trained in",
     "seed": "use --seed",
     "data_seed": "use --seed, on which the order of samples depends",
     "label_smoothing_factor": _LOSS,
