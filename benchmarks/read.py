@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from switchkd.pipelines.stored_teacher import teacher_columns
 from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter, TeacherStore, layout
+from switchkd.stores.check_manifest import TEACHER_FIELDS
 from switchkd.stores.codec import HiddenSteps, ranks_by_frequency
 from switchkd.stores.part import read_whole
 from switchkd.stores.payload import empty_payload
@@ -72,7 +73,8 @@ def write_store(path: Path, counts: np.ndarray, payload: Payload) -> None:
     manifest = Manifest(
         payload="topk" if topk else "hidden", top_k=TOP_K * topk, fine=0.004 * topk, coarse=0.125 * topk,
         hidden_dtype="" if topk else "steps", hidden_width=0 if topk else WIDTH, vocab_rows=VOCAB_ROWS, samples=len(counts),
-        part_size=PART, teacher={}, tokenizer="", template={"name": ""}, image_processor="", image_tokens=0, max_length=0,
+        part_size=PART, teacher=dict.fromkeys(TEACHER_FIELDS, ""), tokenizer="", template={"name": ""}, image_processor="",
+        image_tokens=0, max_length=1 << 20,
         max_image_pixels=0, data="", statuses={"0": "ok"}, written_by={}, hidden_error=0.0 if topk else 0.02,
         stats_dtype=layout.STATS_DTYPE,
     )  # fmt: skip

@@ -40,8 +40,9 @@ from switchkd.losses.signals import TAIL_POLICIES, DenseSignal, HiddenSignal, Sp
 from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
 from switchkd.pipelines.capture.tables import column_spread, tables_of
 from switchkd.stores import Manifest, PartArrays, Payload, StoreWriter, TeacherStore, layout
+from switchkd.stores.check_manifest import TEACHER_FIELDS
+from switchkd.stores.chunk_codecs import decode
 from switchkd.stores.codec import (
-    BLOCK,
     TopKCodes,
     decode_hidden,
     decode_topk,
@@ -51,6 +52,7 @@ from switchkd.stores.codec import (
     ranks_by_frequency,
     round_stats,
 )
+from switchkd.stores.layout import INT8_BLOCK
 from switchkd.stores.shards import Description, encode_shard
 from switchkd.stores.storage import paths
 from switchkd.stores.storage.paths import MARKER
@@ -125,8 +127,9 @@ class Stored:
             kept["stats_dtype"] = layout.STATS_DTYPE
         path, count = Path(self.folder.name) / "s.zarr", len(held)
         manifest = Manifest(
-            vocab_rows=len(bench.teacher.head), samples=self.REPEATS + 2, part_size=1, teacher={}, tokenizer="",
-            template={"name": ""}, image_processor="", image_tokens=0, max_length=0, max_image_pixels=0, data="",
+            vocab_rows=len(bench.teacher.head), samples=self.REPEATS + 2, part_size=1,
+            teacher=dict.fromkeys(TEACHER_FIELDS, ""), tokenizer="", template={"name": ""}, image_processor="", image_tokens=0,
+            max_length=1 << 20, max_image_pixels=0, data="",
             statuses={"0": "ok"}, written_by={}, **kept,
         )  # fmt: skip
         probe = bench.payload(kept["top_k"], bench.probe)
@@ -166,9 +169,7 @@ class Stored:
         index = np.frombuffer(shard[-about.index_bytes : -4], "<u8").reshape(-1, 2)
         pieces = []
         for offset, size in index.tolist():
-            value = shard[offset : offset + size]
-            for _, undo in reversed(about.steps):
-                value = undo(value)
+            value = decode(about.chain, shard[offset : offset + size], about.dtype, about.chunk_numbers)
             pieces.append(value.reshape(about.chunks))
         wide = len(pieces) // about.grid[0]
         rows = pieces if wide == 1 else [np.hstack(pieces[i : i + wide]) for i in range(0, len(pieces), wide)]
@@ -349,7 +350,7 @@ def states_rows(bench: Bench, name: str, found: Tensor, size: float) -> tuple[Ro
 def int8_rows(bench: Bench) -> tuple[Row, list[Effect]]:
     """Measure what format 1 could write: int8 with a float16 scale for every 32 features, which is now read only."""
     states = bench.states.numpy()
-    blocks = states.reshape(len(states), -1, BLOCK)
+    blocks = states.reshape(len(states), -1, INT8_BLOCK)
     largest = np.abs(blocks).max(-1) / 127
     scale = largest.astype(np.float16)
     scale = np.where(scale.astype(np.float32) < largest, np.nextafter(scale, np.float16(np.inf)), scale)
@@ -359,7 +360,7 @@ def int8_rows(bench: Bench) -> tuple[Row, list[Effect]]:
     compressed = {"serializer": PCodec(level=8), "compressors": [Crc32cCodec()]}
     size = shard_bytes(state, {"compressors": [ZstdCodec(level=3), Crc32cCodec()]})
     size += shard_bytes(scale, compressed) + shard_bytes(stats, compressed)
-    return states_rows(bench, f"hidden, int8 in blocks of {BLOCK}, format 1", found, size / len(states))
+    return states_rows(bench, f"hidden, int8 in blocks of {INT8_BLOCK}, format 1", found, size / len(states))
 
 
 def shard_bytes(values: NDArray, codecs: dict[str, object]) -> int:

@@ -68,6 +68,9 @@ class Commands(click.Group):
             raise _failure("interrupted; run the same command again to go on where it stopped", INTERRUPTED) from None
         except OSError as error:
             raise _failure(f"{error}; what was finished is safe, run the same command again to go on", 1) from error
+        except MemoryError as error:
+            advice = "free memory, or use fewer --workers, and run the same command again; what was finished is safe"
+            raise _failure(f"out of memory: {advice}", 1) from error
         except RuntimeError as error:
             raise _failure(_out_of_memory(error), 1) from error
 

@@ -98,34 +98,54 @@ def verify(ctx: click.Context, path: "StoreLocation") -> None:
     from switchkd.stores.verify import missing_parts, verify
 
     store = TeacherStore.open(path)
-    bad = 0
+    good = bad = unreadable = 0
     with Progress("verifying", len(store.parts()), "parts") as progress:
         for part, findings in verify(store):
-            bad += bool(findings)
             for finding in findings:
                 echo(f"part {part}: {finding.message}")
+            if not findings:
+                good += 1
+            elif findings[0].unreadable:
+                unreadable += 1
+            else:
+                bad += 1
             progress.advance(1, positions=0 if findings else store.part_positions(part))
     missing = missing_parts(store)
     if missing:
         echo(f"missing: {len(missing)} parts, the first is {missing[0]}; run cache-teacher again")
-    echo(f"{store.path}: {len(store.parts()) - bad} parts good, {bad} bad, {len(missing)} missing")
+    counts = f"{good} parts good, {bad} bad, {len(missing)} missing"
+    echo(f"{store.path}: {counts}" + (f", {unreadable} could not be read" if unreadable else ""))
     if bad:
         echo("`switchkd store repair` drops the bad ones; cache-teacher then writes exactly these again")
-    if bad or missing:
+    if unreadable:
+        echo("what could not be read may be sound: see to the cause and run `switchkd store verify` again")
+    if bad or missing or unreadable:
         ctx.exit(1)
 
 
 @command.command("repair")
 @click.argument("path", type=STORE)
-def repair(path: "StoreLocation") -> None:
-    """Drop bad parts, so that running cache-teacher again writes exactly these."""
+@click.pass_context
+def repair(ctx: click.Context, path: "StoreLocation") -> None:
+    """Drop parts that are bad at two looks, so that running cache-teacher again writes exactly these.
+
+    Parts that could not be read are left as they are; exit 1 then.
+    """
     from switchkd.stores import TeacherStore
     from switchkd.stores.verify import repair
 
     store = TeacherStore.open(path)
-    dropped = repair(store)
-    names = ", ".join(map(str, dropped)) or "none"
-    echo(f"{store.path}: dropped parts: {names}" + ("; run cache-teacher again to write them" if dropped else ""))
+    found = repair(store)
+    names = ", ".join(map(str, found.dropped)) or "none"
+    again = "; run cache-teacher again to write them" if found.dropped else ""
+    echo(f"{store.path}: dropped parts: {names}{again}")
+    if found.recovered:
+        kept = ", ".join(map(str, found.recovered))
+        echo(f"kept, bad at the first look and good at the second: {kept}; the disk or its connection may be failing")
+    for finding in found.unreadable:
+        echo(f"kept, part {finding.part}: {finding.message}")
+    if found.unreadable:
+        ctx.exit(1)
 
 
 @command.command("audit", cls=GroupedCommand)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchkd.stores.layout import HIDDEN_DTYPES, STAT_COLUMNS, rank_dtype
+from switchkd.stores.layout import HIDDEN_DTYPES, INT8_BLOCK, STAT_COLUMNS, rank_dtype
 from switchkd.stores.tie_order import apply_order, encode_order
 
 LARGEST_LEVEL = np.iinfo(np.uint16).max
@@ -267,9 +267,6 @@ def encode_hidden(states: NDArray[np.float32], dtype: str, steps: HiddenSteps | 
     return (rounded >> np.uint32(16)).astype(np.uint16)
 
 
-BLOCK = 32  # int8 states of version 1 share a scale per this many entries
-
-
 def decode_hidden(
     state: NDArray[Any],
     dtype: str,
@@ -297,7 +294,7 @@ def decode_hidden(
     else:
         assert scale is not None
         states[...] = state
-        states *= np.repeat(scale.astype(np.float32), BLOCK, axis=1)[:, : state.shape[1]]
+        states *= np.repeat(scale.astype(np.float32), INT8_BLOCK, axis=1)[:, : state.shape[1]]
     return states
 
 

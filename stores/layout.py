@@ -23,6 +23,7 @@ OFFSET, DIGEST, STATUS = "samples/offset", "samples/digest", "samples/status"
 GAP, HEIGHT, BOTTOM = "topk/gap", "topk/height", "topk/bottom"
 ORDER = "topk/order"  # since version 2
 STATE, SCALE = "hidden/state", "hidden/scale"  # scales: of int8 states, in version 1
+INT8_BLOCK = 32  # int8 states of version 1 share a scale per this many entries
 STEP, MEAN = "hidden/step", "hidden/mean"  # of the store, not of a part: [d] float32, for states stored as steps
 STATS = "stats"
 PAYLOADS: tuple[str, ...] = get_args(PayloadName)

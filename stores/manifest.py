@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from switchkd.errors import StoreError, StoreMismatch
 from switchkd.stores import layout
+from switchkd.stores.check_manifest import check_manifest
 from switchkd.stores.layout import FORMAT, VERSION, VERSIONS, digest_bytes
 
 
@@ -145,8 +146,15 @@ class Manifest:
         """Read a manifest; `where` names the store in errors.
 
         Raises:
-            StoreError: not a manifest, written by a newer format, or fields missing.
+            StoreError: not a manifest, written by a newer format, fields missing, or values that no store has.
         """
+        try:
+            return cls._checked(data, where)
+        except RecursionError:
+            raise StoreError(f"the manifest of {where} is nested too deep; restore its zarr.json") from None
+
+    @classmethod
+    def _checked(cls, data: Any, where: str) -> Self:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{where} is a Zarr group but not a teacher store (no {FORMAT!r} manifest)")
         if type(version := data.get("version")) is not int or version not in VERSIONS:
@@ -161,6 +169,12 @@ class Manifest:
             raise StoreError(
                 f"the manifest of {where} is not what was written: its checksum differs; restore its zarr.json"
             )
+        try:
+            check_manifest({name: data[name] for name in names} | {"version": version})
+        except ValueError as error:
+            raise StoreError(
+                f"the manifest of {where} is not that of a store: {error}; restore its zarr.json"
+            ) from error
         return cls(**{name: data[name] for name in names})
 
     def mismatches(self, wanted: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """Reads a store: random access by sample, from any process."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,19 +10,21 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
-from switchkd.errors import RunError, StoreError, StoreMismatch
+from switchkd.errors import StoreError, StoreMismatch
 from switchkd.settings import StoreLocation
 from switchkd.stores import layout
-from switchkd.stores.codec import HiddenSteps, TopKCodes, decode_hidden, decode_topk
+from switchkd.stores.checks import METADATA_BYTES, attribute
+from switchkd.stores.codec import TopKCodes, decode_hidden, decode_topk
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.part import DAMAGED_PART_ADVICE, Part, open_part, read_chunks, read_whole
 from switchkd.stores.payload import Payload, empty_payload
 from switchkd.stores.shards import Shard
 from switchkd.stores.storage import paths
+from switchkd.stores.storage.failures import unreadable
 from switchkd.stores.storage.open import open_storage
 from switchkd.stores.storage.paths import MARKER
+from switchkd.stores.tables import read_hidden_steps, read_rank_table
 
-_RECREATE = "it was damaged after writing: restore it, or delete the store and cache again"
 MIN_DECODE_POSITIONS = 256  # positions: below this number, the overhead of numpy calls exceeds the computation
 
 _Span = tuple[int, int, int]  # a part, and the begin and end of a run of its positions
@@ -56,7 +57,8 @@ class TeacherStore:
     Raises:
         StoreError: no store at `path`, a newer format, or damage. Damage is raised when it is read; the error names the file and
             the remedy.
-        RunError: an object store cannot be reached; may be raised by any access.
+        StoreUnreadable: a file could not be read now, or memory ran out; RunError: an object store cannot be reached. Both may be
+            raised by any access, and say nothing about the store.
     """
 
     def __init__(self, path: StoreLocation, cache_bytes: int = 256 << 20, payload: str | None = None) -> None:
@@ -67,8 +69,8 @@ class TeacherStore:
         self.read_payload = payload
         # What is read: the store's own description, with the requested payload alone.
         self._reading = self.manifest if payload is None else replace(self.manifest, payload=payload)
-        self.id_of_rank = self._read_rank_table()
-        self.hidden_steps = self._read_hidden_steps()
+        self.id_of_rank = read_rank_table(self.storage, self.manifest)
+        self.hidden_steps = read_hidden_steps(self.storage, self.manifest)
         self._ids = self.id_of_rank.astype(np.int32)  # the type that a payload has
         self._parts: dict[int, Part] = {}
         self._cache: LRUCache[_Key, _Chunks] = LRUCache(cache_bytes, getsizeof=_nbytes)
@@ -122,7 +124,12 @@ class TeacherStore:
         Raises:
             IndexError: no such sample. StoreError, RunError: see above.
         """
-        places = [self._locate(index) for index in indices]
+        try:
+            return self._payload([self._locate(index) for index in indices])
+        except MemoryError as error:
+            raise unreadable(self.path, error) from error
+
+    def _payload(self, places: Sequence[tuple[int, int]]) -> Payload:
         self.storage.map(self._part, {number for number, _ in places} - self._parts.keys())
         every = ((number, *self._parts[number].offset[row : row + 2].tolist()) for number, row in places)
         spans: list[_Span] = [(number, begin, end) for number, begin, end in every if begin < end]
@@ -144,8 +151,10 @@ class TeacherStore:
 
     def parts(self) -> list[int]:
         """Return the numbers of the committed parts."""
-        there = self.storage.parts()
-        return [part for part in range(self.manifest.part_count) if paths.part_name(part) in there]
+        numbers = (
+            int(name) for name in self.storage.parts() if name.isdecimal() and name == paths.part_name(int(name))
+        )
+        return sorted(part for part in numbers if part < self.manifest.part_count)
 
     def check_complete(self) -> None:
         """Raise StoreError unless every part is committed."""
@@ -175,9 +184,12 @@ class TeacherStore:
     def part_payload(self, part: int) -> Payload:
         """Return the payload of all positions of one part; not cached."""
         arrays = self._part(part).arrays
-        rows = dict(zip(arrays, read_whole(self.storage, list(arrays.values())), strict=True))
-        found = empty_payload(self._reading, self.part_positions(part))
-        self._unpack(rows, [part], found)
+        try:
+            rows = dict(zip(arrays, read_whole(self.storage, list(arrays.values())), strict=True))
+            found = empty_payload(self._reading, self.part_positions(part))
+            self._unpack(rows, [part], found)
+        except MemoryError as error:
+            raise unreadable(self.storage.uri_of(paths.part_key(part)), error) from error
         return found
 
     def part_positions(self, part: int) -> int:
@@ -257,39 +269,6 @@ class TeacherStore:
             scale = rows.get(layout.SCALE)
             decode_hidden(rows[layout.STATE], manifest.hidden_dtype, self.hidden_steps, scale, out.hidden)
 
-    def _read_table(self, name: str) -> NDArray[Any]:
-        """Read an array of the store that belongs to no part."""
-        try:
-            return self.storage.read_array(name)
-        except RunError:
-            raise
-        # Codecs report damaged bytes by different exceptions, and nothing else can fail here.
-        except Exception as error:
-            raise StoreError(f"{self.storage.uri_of(name)}: {error}; {_RECREATE}") from error
-
-    def _read_hidden_steps(self) -> HiddenSteps | None:
-        if self.manifest.hidden_dtype != "steps":
-            return None
-        step, mean = (self._read_table(name) for name in (layout.STEP, layout.MEAN))
-        for name, values, low in ((layout.STEP, step, 0.0), (layout.MEAN, mean, -np.inf)):
-            # A missing chunk reads as the fill value, NaN.
-            good = values.shape == (self.manifest.hidden_width,) and values.dtype == np.float32
-            if not (good and np.isfinite(values).all() and (values > low).all()):
-                raise StoreError(
-                    f"{self.path}, array {name}: not {self.manifest.hidden_width} finite float32 numbers"
-                    f"{' above 0' if low == 0 else ''}; {_RECREATE}"
-                )
-        return HiddenSteps(step, mean)
-
-    def _read_rank_table(self) -> NDArray[np.uint32]:
-        table: NDArray[np.uint32] = self._read_table(layout.ID_OF_RANK)
-        # A missing chunk reads as zeros without an error.
-        if not np.array_equal(np.sort(table), np.arange(self.manifest.vocab_rows)):
-            raise StoreError(
-                f"{self.path}, array {layout.ID_OF_RANK}: not each of {self.manifest.vocab_rows} ids once; {_RECREATE}"
-            )
-        return table
-
 
 def _nbytes(chunks: _Chunks) -> int:
     return sum(array.nbytes for array in chunks.values())
@@ -309,13 +288,17 @@ def read_manifest(path: StoreLocation) -> Manifest:
     """Read a store's manifest.
 
     Raises:
-        StoreError: no store at `path`, not a store, or a newer format. RunError: an object store cannot be reached.
+        StoreError: no store at `path`, not a store, or a newer format.
+        StoreUnreadable: it could not be read now. RunError: an object store cannot be reached.
     """
     try:
-        attributes = json.loads(open_storage(path).read(MARKER).decode())["attributes"]
-        data = attributes.get(layout.MANIFEST_KEY)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        data = attribute(open_storage(path).read(MARKER, METADATA_BYTES), layout.MANIFEST_KEY)
+    except StoreError:
+        raise
+    except (FileNotFoundError, ValueError) as error:
         raise StoreError(f"{path} is not a teacher store: {error}") from None
+    except MemoryError as error:
+        raise unreadable(path, error) from error
     return Manifest.from_attributes(data, str(path))
 
 

@@ -1,17 +1,17 @@
 """Computes the progress of a store (parts, writers, rate, remaining time) from the store alone, also while it is being written."""
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import pairwise
 from statistics import median
 
 from switchkd.errors import StoreError
 from switchkd.settings import StoreLocation
-from switchkd.stores import layout
 from switchkd.stores.manifest import Manifest
+from switchkd.stores.part import read_record
 from switchkd.stores.reader import TeacherStore
+from switchkd.stores.record import commit_of
 from switchkd.stores.storage import paths
 from switchkd.stores.storage.paths import MARKER
 
@@ -58,7 +58,7 @@ def status(path: StoreLocation) -> StoreStatus:
 
     Raises:
         StoreError: no store at `path`, or a damaged part.
-        RunError: an object store cannot be reached.
+        StoreUnreadable: a file could not be read now. RunError: an object store cannot be reached.
     """
     store = TeacherStore.open(path)
     done = store.parts()
@@ -97,16 +97,13 @@ class _Commit:
 
 
 def _commit(store: TeacherStore, part: int) -> _Commit:
-    key = f"{paths.part_key(part)}/{MARKER}"
+    record = read_record(store.storage, store.manifest, part)
     try:
-        entry = json.loads(store.storage.read(key))["attributes"][layout.PART_KEY]
-        written = entry["written"]
-        at = datetime.fromisoformat(written["at"]).astimezone(UTC)
-        return _Commit(str(written["by"]), at, int(entry["samples"]), int(entry["positions"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{store.storage.uri_of(key)} does not say who wrote the part ({error!r}): run `switchkd store verify`"
-        ) from error
+        by, at = commit_of(record)
+    except ValueError as error:
+        where = store.storage.uri_of(f"{paths.part_key(part)}/{MARKER}")
+        raise StoreError(f"{where} does not say who wrote the part ({error}): run `switchkd store verify`") from error
+    return _Commit(by, at, record["samples"], record["positions"])
 
 
 def _latest_stretch(commits: list[_Commit]) -> list[_Commit]:

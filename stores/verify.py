@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from switchkd.errors import StoreError
+from switchkd.errors import RunError, StoreError, StoreUnreadable
 from switchkd.stores import layout
 from switchkd.stores.codec import LARGEST_STEP_COUNT, STAT_STEPS, HiddenSteps
 from switchkd.stores.manifest import Manifest
@@ -16,6 +16,7 @@ from switchkd.stores.payload import Payload
 from switchkd.stores.reader import TeacherStore
 from switchkd.stores.storage import paths
 from switchkd.stores.storage.base import Storage
+from switchkd.stores.storage.failures import unreadable
 from switchkd.stores.storage.paths import MARKER
 
 
@@ -25,6 +26,17 @@ class Finding:
 
     part: int
     message: str
+    unreadable: bool = False  # the part could not be read, which says nothing about it
+    other_tables: bool = False  # the part was encoded with other tables than the store's
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What `repair` did."""
+
+    dropped: list[int]  # bad parts, removed
+    unreadable: list[Finding]  # parts that could not be read, left as they are
+    recovered: list[int]  # parts that were bad at the first look and good at the second, left as they are
 
 
 def verify(store: TeacherStore) -> Iterator[tuple[int, list[Finding]]]:
@@ -32,10 +44,14 @@ def verify(store: TeacherStore) -> Iterator[tuple[int, list[Finding]]]:
 
     Files: all listed files exist with their size and digest, and no others. Arrays: every chunk decodes (crc32c), shapes agree,
     offsets ascend. Statistics: finite, z_min ≤ k-th logit ≤ z_max, logsumexp ≥ z_max, tail ≤ logsumexp, 2 ≤ knee ≤ N, ids distinct.
-    Hidden states: finite, and not further from the mean than a writer encodes.
+    Hidden states: finite, and not further from the mean than a writer encodes. A part that could not be read has one finding that
+    says so.
+
+    Raises:
+        StoreUnreadable: the parts cannot be listed. RunError: an object store cannot be reached.
     """
     for part in store.parts():
-        yield part, [Finding(part, message) for message in _problems(store, part)]
+        yield part, _findings(store, part)
 
 
 def missing_parts(store: TeacherStore) -> list[int]:
@@ -43,45 +59,70 @@ def missing_parts(store: TeacherStore) -> list[int]:
     return sorted(set(range(store.manifest.part_count)) - set(store.parts()))
 
 
-def repair(store: TeacherStore) -> list[int]:
-    """Remove bad parts and return their numbers; running `cache-teacher` again then writes exactly these.
+def repair(store: TeacherStore) -> Repair:
+    """Remove bad parts; running `cache-teacher` again then writes exactly these.
 
-    A part is made invisible atomically before it is deleted, so that an interrupted repair leaves no incomplete part.
+    A part is removed only if it is bad at two looks, the second by a store opened anew, so that an error of a disk or a network
+    that passes costs nothing. A part that could not be read at either look is never removed. A part is made invisible atomically
+    before it is deleted, so that an interrupted repair leaves no incomplete part.
 
     Raises:
         StoreError: no part fits the store's tables, so the tables are what is wrong; nothing is removed.
+        StoreUnreadable: the store or its list of parts could not be read. RunError: an object store cannot be reached, or a part
+            could not be removed.
     """
-    parts = store.parts()
-    if parts and all(_has_other_tables(store, part) for part in parts):
+    first = list(verify(store))
+    judged = [findings for _, findings in first if not (findings and findings[0].unreadable)]
+    if judged and all(findings and findings[0].other_tables for findings in judged):
         raise StoreError(
             f"no part of {store.path} was encoded with its tables ({layout.ID_OF_RANK}, {layout.STEP}, {layout.MEAN}): these are "
             "not what was written; restore them. Nothing was removed"
         )
-    dropped = []
-    for part, findings in verify(store):
-        if findings:
-            store.storage.remove_part(part)
-            dropped.append(part)
-    return dropped
+    found = Repair([], [], [])
+    for part, findings in first:
+        if findings and not findings[0].unreadable:
+            findings = _findings(TeacherStore(store.path), part)
+            if not findings:
+                found.recovered.append(part)
+        if findings and findings[0].unreadable:
+            found.unreadable.extend(findings)
+        elif findings:
+            _remove(store, part)
+            found.dropped.append(part)
+    return found
 
 
-def _has_other_tables(store: TeacherStore, part: int) -> bool:
+def _remove(store: TeacherStore, part: int) -> None:
     try:
-        store.part_entry(part)
-    except OtherTables:
-        return True
-    except StoreError:
-        return False
-    return False
+        store.storage.remove_part(part)
+    except (OSError, MemoryError) as error:
+        where = store.storage.uri_of(paths.part_key(part))
+        raise RunError(
+            f"cannot remove {where}, which is damaged: {str(error) or 'not enough memory'}; mend the folder and run repair again"
+        ) from error
+
+
+def _findings(store: TeacherStore, part: int) -> list[Finding]:
+    """Return what is wrong with a part: damage, or that it could not be read."""
+    try:
+        return [Finding(part, message) for message in _problems(store, part)]
+    except OtherTables as error:
+        return [Finding(part, str(error), other_tables=True)]
+    except StoreUnreadable as error:
+        return [Finding(part, str(error), unreadable=True)]
+    except MemoryError as error:
+        where = store.storage.uri_of(paths.part_key(part))
+        return [Finding(part, str(unreadable(where, error)), unreadable=True)]
 
 
 def _problems(store: TeacherStore, part: int) -> Iterator[str]:
     try:
         entry = store.part_entry(part)
         yield from _file_problems(store.storage, paths.part_key(part), entry["files"])
-        yield from _table_problems(store, part)
         yield from _payload_problems(store.part_payload(part), store.manifest, store.hidden_steps)
-    except StoreError as error:
+    except OtherTables:
+        raise
+    except (StoreError, FileNotFoundError) as error:
         yield str(error)
 
 
@@ -91,16 +132,6 @@ def _file_problems(storage: Storage, part_key: str, listed: dict[str, dict[str, 
             yield f"{storage.uri_of(f'{part_key}/{name}')} is not what was written: its digest differs"
     for extra in sorted(storage.file_sizes(part_key).keys() - listed.keys() - {MARKER}):
         yield f"{storage.uri_of(f'{part_key}/{extra}')} does not belong to the part"
-
-
-def _table_problems(store: TeacherStore, part: int) -> Iterator[str]:
-    offset, status = store.part_offsets(part), store.part_statuses(part)
-    if offset[0] != 0 or (np.diff(offset) < 0).any():
-        yield "samples/offset does not rise from 0"
-    if ((np.diff(offset) > 0) & (status != 0)).any():
-        yield "a skipped sample has positions"
-    if unknown := sorted({int(code) for code in status} - {int(code) for code in store.manifest.statuses}):
-        yield f"samples/status holds unknown codes {unknown}"
 
 
 def _payload_problems(payload: Payload, manifest: Manifest, steps: HiddenSteps | None) -> Iterator[str]:

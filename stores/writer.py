@@ -26,7 +26,7 @@ from switchkd.stores.codec import HiddenSteps, encode_hidden, encode_topk, inver
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
 from switchkd.stores.reader import TeacherStore, read_manifest
-from switchkd.stores.shards import Description, encode_shard
+from switchkd.stores.shards import Description, checksums_of, encode_shard
 from switchkd.stores.storage import paths
 from switchkd.stores.storage.base import Files
 from switchkd.stores.storage.open import open_storage
@@ -123,10 +123,10 @@ class StoreWriter:
             with _interruptions_held():
                 files = self._part_files(part, data)
                 committed = self._storage.commit_part(part, files)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             done = self.manifest.part_count - len(self.missing_parts())
             raise RunError(
-                f"cannot write part {part} of {self.path}: {error}. The {done} parts written so far are whole; "
+                f"cannot write part {part} of {self.path}: {_reason(error)}. The {done} parts written so far are whole; "
                 "make room or mend the folder and run the same command again"
             ) from error
         self.written_bytes += sum(map(len, files.values())) if committed else 0
@@ -167,11 +167,13 @@ class StoreWriter:
         group[layout.DIGEST].attrs["columns"] = list(layout.DIGEST_COLUMNS)
         files = _contents(buffers)
         del files[MARKER]  # written last, since it contains the list of the other files
+        checksums: dict[str, dict[str, str]] = {}
         for name, values in data.items():
             about = Description.parse(name, files[f"{name}/{MARKER}"])
             shard = encode_shard(about, values)
             if shard is not None:
                 files[f"{name}/{about.file}"] = shard
+                checksums[f"{name}/{about.file}"] = {"crc32c": checksums_of(about, shard)}
         group.attrs[layout.PART_KEY] = {
             "part": part,
             "store": self.manifest.identity,
@@ -180,7 +182,7 @@ class StoreWriter:
             "positions": len(data[layout.STATS]),
             "written": {"by": paths.writer_prefix(), "at": layout.now()},
             "files": {
-                name: {"bytes": len(content), "blake2b": layout.digest_bytes(content)}
+                name: {"bytes": len(content), "blake2b": layout.digest_bytes(content)} | checksums.get(name, {})
                 for name, content in sorted(files.items())
             },
         }
@@ -200,8 +202,14 @@ class StoreWriter:
                 root.create_array(name, data=values, chunks=values.shape, fill_value=np.nan, **codecs)
         try:
             self._storage.commit_store(_contents(buffers))
+        except MemoryError as error:
+            raise RunError(f"cannot create {self.path}: {_reason(error)}; run the same command again") from error
         except OSError as error:
             raise StoreError(f"cannot create {self.path}: {error}") from error
+
+
+def _reason(error: OSError | MemoryError) -> str:
+    return str(error) if isinstance(error, OSError) else "not enough memory"
 
 
 def _contents(buffers: dict[str, Buffer]) -> Files:

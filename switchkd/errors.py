@@ -10,6 +10,7 @@
     └── RunError            the run itself failed                      exit code 1
         ├── NonFiniteLogits     logits of which no loss can be computed
         └── ReadFailure         data that may be sound could not be read now
+            └── StoreUnreadable     a teacher store, of which nothing says that it is damaged
 
 A message states what was expected, what was found, and what to do next.
 """
@@ -59,6 +60,13 @@ class ReadFailure(RunError):
     """Data could not be read for a reason that lies outside the data: permission, disk, network, memory.
 
     It says nothing about the data, so it stops the run and never becomes the status of a sample.
+    """
+
+
+class StoreUnreadable(ReadFailure):
+    """A teacher store could not be read now: I/O error, permission, too many open files, no memory.
+
+    Where StoreError says that something is damaged, and how to replace it, the advice here is to try again.
     """
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from switchkd.errors import ConfigError
 from switchkd.pipelines.reporting.figures import color, matplotlib_ready
 from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
@@ -44,8 +45,14 @@ def plot_store(path: StoreLocation, out: Path) -> Path:
     """Draw the knees, the tail's share of the probability and the bytes per part; returns `out`.
 
     Raises:
-        ConfigError: matplotlib is missing. StoreError: no store, or a damaged one.
+        ConfigError: matplotlib is missing, or `out` cannot be a file. StoreError: no store, or a damaged one.
     """
+    if not out.parent.is_dir():
+        raise ConfigError(
+            f"--out {out}: there is no folder {out.parent}; make it, or name a file in a folder that exists"
+        )
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file in it, as --out {out / 'store.png'}")
     with matplotlib_ready("store plot") as pyplot:
         store = TeacherStore.open(path)
         found = store_statistics(store)

@@ -4,9 +4,7 @@ No other module of `stores/` depends on the kind of storage. A key is a path ins
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
-
-from numpy.typing import NDArray
+from typing import Protocol, TypeVar
 
 from switchkd.settings import StoreLocation
 
@@ -22,8 +20,11 @@ class Storage(Protocol):
     """Storage of one store, which may not exist yet: a folder, or a prefix of an object store.
 
     Raises:
-        OSError: from a folder; FileNotFoundError from either.
-        RunError: an object store cannot be reached, or refuses the request; states the remedy.
+        FileNotFoundError: nothing at a key.
+        StoreError: what lies at a key is not a regular file of the store, or far larger than it may be.
+        StoreUnreadable: a folder could not be read now. RunError: an object store cannot be reached, or refuses the request. Both
+            state the remedy.
+        OSError: a folder could not be written.
     """
 
     survives_fork: bool  # if False, DataLoader workers must be spawned
@@ -41,8 +42,8 @@ class Storage(Protocol):
     def stores(self) -> list[StoreLocation]:
         """Return this path if it is a store, else the stores directly inside it, sorted."""
 
-    def read(self, key: str) -> bytes:
-        """Return the bytes of one file. Raises FileNotFoundError."""
+    def read(self, key: str, at_most: int | None = None) -> bytes:
+        """Return the bytes of one file. Raises FileNotFoundError; StoreError: it has more than `at_most` bytes."""
 
     def read_ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
         """Yield the byte ranges of one file after another; later files are read while the caller processes earlier ones.
@@ -54,13 +55,10 @@ class Storage(Protocol):
         """Return the size in bytes of every file below `key`, by its path relative to `key`."""
 
     def parts(self) -> set[str]:
-        """Return the names of the committed parts."""
+        """Return the names of the committed parts, those whose own zarr.json exists."""
 
     def has_part(self, part: int) -> bool:
         """Whether a part is committed."""
-
-    def read_array(self, key: str) -> NDArray[Any]:
-        """Return a whole Zarr array."""
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Return `function` of every item, in order; concurrently if that hides latency."""

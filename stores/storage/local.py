@@ -1,27 +1,29 @@
-"""Stores in a folder of a file system: data is written to a temporary folder, synced to disk and renamed."""
+"""Stores in a folder of a file system: data is written to a temporary folder, synced to disk and renamed.
 
+Files are opened only if they are regular files below the folder and no link leads to them. A failure of the system while reading is
+StoreUnreadable, and never taken for a missing or damaged file.
+"""
+
+import errno
 import os
-import shutil
-import uuid
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import zarr
-from numpy.typing import NDArray
 
 from switchkd.settings import StoreLocation
-from switchkd.stores.storage import paths
+from switchkd.stores.storage import paths, staging
 from switchkd.stores.storage.base import Files, R, Request, T
+from switchkd.stores.storage.failures import failure, not_regular, too_large
 from switchkd.stores.storage.paths import MARKER
 
 ONE_CALL = 1 << 26  # bytes read at once; some systems return less than requested from 2 GiB on
 
 AHEAD = 64  # files of a folder that are open at once
+# Without O_NONBLOCK, opening a pipe waits for its writer.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 class LocalStorage:
@@ -38,59 +40,100 @@ class LocalStorage:
 
     def exists(self) -> bool:
         """Whether there is a file or folder."""
-        return self.path.exists()
+        return _mode(self.path) is not None
 
     def stores(self) -> list[StoreLocation]:
         """Return this folder, or those in it that end in .zarr."""
-        if (self.path / MARKER).is_file():
+        if _has_marker(self.path):
             return [self.path]
-        return sorted(file.parent for file in self.path.glob(f"*.zarr/{MARKER}"))
+        with _reading(self.path):
+            try:
+                names = [name for name in os.listdir(self.path) if name.endswith(".zarr")]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(self.path / name for name in names if _has_marker(self.path / name))
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, at_most: int | None = None) -> bytes:
         """Return a file's bytes."""
-        return (self.path / key).read_bytes()
+        path = self.path / key
+        with _reading(path):
+            self._refuse_links(key)
+            handle = os.open(path, _FLAGS)
+            try:
+                size = os.fstat(handle).st_size
+                if at_most is not None and size > at_most:
+                    raise too_large(path, size, at_most)
+                # One byte more than its size, so that the end of the file is seen; a file may grow while it is read.
+                return _pread(handle, size + 1, 0)
+            finally:
+                os.close(handle)
 
     def read_ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
         """Open files ahead and prefetch their byte ranges; a range is shorter if its file ends before it does."""
         handles: deque[int] = deque()
         coming = (request for request in requests if request[1])
+        key = ""
         try:
-            for _, spans in requests:
+            for wanted, spans in requests:
                 if not spans:
                     yield []
                     continue
-                for key, ahead in islice(coming, AHEAD - len(handles)):
-                    # The path is built as a string, since joining `Path` objects takes longer than opening the file.
-                    handles.append(os.open(f"{self.path}/{key}", os.O_RDONLY))
-                    _expect(handles[-1], ahead)
-                handle = handles.popleft()
                 try:
-                    found = _read(handle, spans)
-                finally:
-                    os.close(handle)
+                    for key, ahead in islice(coming, AHEAD - len(handles)):
+                        # The path is built as a string, since joining `Path` objects takes longer than opening the file.
+                        handles.append(os.open(f"{self.path}/{key}", _FLAGS))
+                        _expect(handles[-1], ahead)
+                    key = wanted
+                    handle = handles.popleft()
+                    try:
+                        found = _read(handle, spans)
+                    finally:
+                        os.close(handle)
+                except FileNotFoundError:
+                    raise
+                except (OSError, MemoryError) as error:
+                    raise failure(self.path / key, error) from error
                 yield found
         finally:
             for handle in handles:
                 os.close(handle)
 
     def file_sizes(self, key: str = "") -> dict[str, int]:
-        """Return the size of every file below a folder."""
+        """Return the size of every regular file below a folder; links are not followed."""
         folder = self.path / key
-        files = (file for file in folder.rglob("*") if file.is_file())
-        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+        found: dict[str, int] = {}
+        pending = [""]
+        with _reading(folder):
+            while pending:
+                prefix = pending.pop()
+                try:
+                    entries = list(os.scandir(f"{folder}/{prefix}"))
+                except FileNotFoundError:  # it was removed meanwhile, as unfinished parts are
+                    continue
+                for entry in entries:
+                    name = f"{prefix}{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(f"{name}/")
+                    elif entry.is_file(follow_symlinks=False):
+                        try:
+                            found[name] = entry.stat(follow_symlinks=False).st_size
+                        except FileNotFoundError:
+                            continue
+        return found
 
     def parts(self) -> set[str]:
-        """Return the names in `parts/`."""
+        """Return the names in `parts/` whose folders have their zarr.json, the file that is written last."""
         folder = self.path / paths.PARTS
-        return {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+        with _reading(folder):
+            try:
+                names = os.listdir(folder)
+            except FileNotFoundError:
+                return set()
+        return {name for name in names if name != MARKER and _has_marker(folder / name)}
 
     def has_part(self, part: int) -> bool:
-        """Whether the part's folder exists."""
-        return paths.part_path(self.path, part).exists()
-
-    def read_array(self, key: str) -> NDArray[Any]:
-        """Read with zarr."""
-        return np.asarray(zarr.open_array(self.path / key, mode="r", zarr_format=3)[...])
+        """Whether the part's folder exists and has its zarr.json."""
+        return _has_marker(paths.part_path(self.path, part))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Process the items one by one."""
@@ -99,25 +142,85 @@ class LocalStorage:
     def commit_store(self, files: Files) -> bool:
         """Write to a folder next to the store's path, so that the rename stays on one file system."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _staged(self.path.parent, f".{self.path.name}.", files) as folder:
-            (folder / paths.WRITING).mkdir()
-            return _rename(folder, self.path)
+        with staging.staged(self.path.parent, f".{self.path.name}.", files) as folder:
+            os.mkdir(folder / paths.WRITING)
+            return staging.commit(folder, self.path, files)
 
     def commit_part(self, part: int, files: Files) -> bool:
         """Write into `.writing/` and rename."""
-        with _staged(self.path / paths.WRITING, "", files, paths.part_name(part)) as folder:
-            return _rename(folder, paths.part_path(self.path, part))
+        target = paths.part_path(self.path, part)
+        with staging.staged(self.path / paths.WRITING, "", files, paths.part_name(part)) as folder:
+            if staging.commit(folder, target, files):
+                return True
+            if _has_marker(target):
+                return False
+            # What is there is not a part: it is moved away, unless another writer has replaced it by a part meanwhile.
+            with self._moved_away(part) as moved:
+                if _has_marker(moved):
+                    staging.commit(moved, target, {})
+                    return False
+            return staging.commit(folder, target, files)
 
     def remove_part(self, part: int) -> None:
         """Make the part invisible by one rename, then delete it: an interrupted removal leaves no incomplete part."""
-        hidden = self.path / paths.WRITING / f"{paths.writer_prefix()}-{paths.part_name(part)}-dropped"
-        paths.part_path(self.path, part).rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        with self._moved_away(part):
+            pass
 
     def remove_stale(self) -> None:
         """Remove unfinished folders next to the store's path and in `.writing/`."""
-        _remove_stale(self.path.parent, f".{self.path.name}.")
-        _remove_stale(self.path / paths.WRITING, "")
+        staging.remove_stale(self.path.parent, f".{self.path.name}.")
+        staging.remove_stale(self.path / paths.WRITING, "")
+
+    @contextmanager
+    def _moved_away(self, part: int) -> Iterator[Path]:
+        """Rename a part's folder to one in `.writing/`, which is deleted at the end if it is still there."""
+        moved = self.path / paths.WRITING / staging.unfinished_name(f"{paths.part_name(part)}-dropped")
+        moved.parent.mkdir(exist_ok=True)
+        os.rename(paths.part_path(self.path, part), moved)
+        try:
+            yield moved
+        finally:
+            staging.delete(moved)
+
+    def _refuse_links(self, key: str) -> None:
+        """Raise StoreError unless `key` is a regular file and none of the folders on the way to it, inside the store, is a link."""
+        path = str(self.path)
+        if stat.S_ISREG(os.stat(path).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "it is a file and not a folder", path)
+        *folders, file = key.split("/")
+        for folder in folders:
+            path = f"{path}/{folder}"
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise not_regular(path)
+        if not stat.S_ISREG(os.lstat(f"{path}/{file}").st_mode):
+            raise not_regular(f"{path}/{file}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Convert an error of the system; see `failure`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, MemoryError) as error:
+        raise failure(getattr(error, "filename", None) or path, error) from error
+
+
+def _mode(path: Path) -> int | None:
+    """Return the kind of what lies at a path, following links; None if nothing does.
+
+    `Path.exists` and `Path.is_file` take every failure for an absent file, in newer versions of Python.
+    """
+    with _reading(path):
+        try:
+            return os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def _has_marker(folder: Path) -> bool:
+    return _mode(folder / MARKER) is not None
 
 
 def _together(spans: Sequence[tuple[int, int]]) -> bool:
@@ -135,71 +238,19 @@ def _expect(handle: int, spans: Sequence[tuple[int, int]]) -> None:
 def _read(handle: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
     """Return byte ranges of a file; contiguous ranges are read by one call."""
     if not _together(spans):
-        return [os.pread(handle, end - begin, begin) for begin, end in spans]
+        return [_pread(handle, end - begin, begin) for begin, end in spans]
     first, last = spans[0][0], spans[-1][1]
-    data = os.pread(handle, last - first, first)
+    data = _pread(handle, last - first, first)
     return [data[begin - first : end - first] for begin, end in spans]
 
 
-@contextmanager
-def _staged(place: Path, prefix: str, files: Files, name: str = "") -> Iterator[Path]:
-    """Write files to an unfinished folder whose name identifies its writer for `_remove_stale`; delete what is left at the end."""
-    words = [paths.writer_prefix(), name, uuid.uuid4().hex[:8]]
-    folder = place / (prefix + "-".join(filter(None, words)))
-    try:
-        for key, data in files.items():
-            file = folder / key
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_stale(place: Path, prefix: str) -> None:
-    """Delete the unfinished folders in `place` that dead processes of this machine created."""
-    begin = f"{prefix}{paths.host()}-"
-    for leftover in list(place.glob(f"{begin}*")):
-        process = leftover.name.removeprefix(begin).split("-")[0]
-        if process.isdecimal() and not _is_alive(int(process)):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _rename(source: Path, target: Path) -> bool:
-    """Sync a folder to disk and rename it to `target`; return False if the target already exists."""
-    _sync_folder(source)
-    committed = True
-    try:
-        source.rename(target)
-    except OSError:
-        if (
-            not target.exists()
-        ):  # a rename cannot replace a folder that is not empty, so if it exists, another writer was first
-            raise
-        committed = False
-    _sync(target.parent)
-    return committed
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync a folder's files and folders to disk, so that after a crash a renamed folder is never incomplete."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _pread(handle: int, size: int, begin: int) -> bytes:
+    """Return `size` bytes from `begin` on, less only at the file's end: a single call may return less before it."""
+    data = os.pread(handle, min(size, ONE_CALL), begin)
+    if len(data) == size or not data:
+        return data
+    pieces, done = [data], len(data)
+    while done < size and (data := os.pread(handle, min(size - done, ONE_CALL), begin + done)):
+        pieces.append(data)
+        done += len(data)
+    return b"".join(pieces)

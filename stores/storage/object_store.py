@@ -9,23 +9,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
-
-import numpy as np
-import zarr
-from numpy.typing import NDArray
+from typing import TypeVar
 
 from switchkd.errors import RunError, StoreError
 from switchkd.settings import StoreLocation
 from switchkd.stores.storage import paths
 from switchkd.stores.storage.base import Files, Request
+from switchkd.stores.storage.failures import too_large
 from switchkd.stores.storage.paths import MARKER
 
 try:
     import obstore
     from obstore.exceptions import AlreadyExistsError, BaseError
     from obstore.store import from_url
-    from zarr.storage import ObjectStore
 except ImportError:
     raise StoreError("a store at a URL needs obstore: pip install 'switchkd[s3]'") from None
 
@@ -75,10 +71,13 @@ class ObjectStorage:
         there = self.map(lambda name: self._has(f"{name}/{MARKER}"), names)
         return [self.uri_of(name) for name, is_store in zip(names, there, strict=True) if is_store]
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, at_most: int | None = None) -> bytes:
         """Return an object's bytes."""
         with self.reaching(key):
-            return bytes(obstore.get(self._store, key).bytes())
+            found = obstore.get(self._store, key)
+            if at_most is not None and found.meta["size"] > at_most:
+                raise too_large(self.uri_of(key), found.meta["size"], at_most)
+            return bytes(found.bytes())
 
     def read_ranges(self, requests: Sequence[Request]) -> Iterator[list[bytes]]:
         """Request several objects at once; close byte ranges of an object are merged into one request."""
@@ -100,12 +99,6 @@ class ObjectStorage:
     def has_part(self, part: int) -> bool:
         """Whether a part's marker exists."""
         return self._has(f"{paths.part_key(part)}/{MARKER}")
-
-    def read_array(self, key: str) -> NDArray[Any]:
-        """Read with zarr through obstore."""
-        with self.reaching(key):
-            store = ObjectStore(self._store, read_only=True)
-            return np.asarray(zarr.open_array(store, path=key, mode="r", zarr_format=3)[...])
 
     @contextmanager
     def reaching(self, key: str = "") -> Iterator[None]:

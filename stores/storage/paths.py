@@ -25,7 +25,7 @@ def part_path(store: Path, part: int) -> Path:
 
 
 def writer_prefix() -> str:
-    """Return HOST-PROCESS of this process: the name of the writer and the prefix of its unfinished folders."""
+    """Return HOST-PROCESS of this process: the name of the writer in the parts that it commits."""
     return f"{host()}-{os.getpid()}"
 
 

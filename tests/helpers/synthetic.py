@@ -31,7 +31,7 @@ def manifest(**changed) -> Manifest:
         "template": {"name": "qa", "system": ""},
         "image_processor": "i0",
         "image_tokens": 4,
-        "max_length": 64,
+        "max_length": 1024,
         "max_image_pixels": 1000,
         "data": "d0",
         "statuses": {"0": "ok", "1": "image_missing", "2": "too_long"},

@@ -10,7 +10,7 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from switchkd.errors import StoreError
+from switchkd.errors import StoreError, StoreUnreadable
 from switchkd.stores import layout
 from switchkd.stores.part import read_chunks
 from switchkd.stores.shards import Description, Shard, encode_shard
@@ -169,7 +169,8 @@ def test_a_disk_that_fails_is_told_of_the_right_array(tmp_path, monkeypatch):
         return pread(*arguments)
 
     monkeypatch.setattr(os, "pread", failing)
-    with pytest.raises(StoreError, match=f"^{re.escape(str(tmp_path / layout.STATS))}: .*Input/output error"):
+    where = re.escape(str(tmp_path / layout.STATS))
+    with pytest.raises(StoreUnreadable, match=f"^{where}.* could not be read: Input/output error"):
         read(tmp_path, wanted)
 
 

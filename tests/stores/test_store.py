@@ -393,7 +393,9 @@ def test_open_lists_several_stores(tmp_path):
 
 
 def test_pick_store_takes_the_one_that_fits(tmp_path):
-    folder = folder_of_stores(tmp_path, a={"tokenizer": "t1"}, b={"top_k": 8}, c={"teacher": {"config": "c9"}})
+    folder = folder_of_stores(
+        tmp_path, a={"tokenizer": "t1"}, b={"top_k": 8}, c={"teacher": synthetic.manifest().teacher | {"config": "c9"}}
+    )
     assert pick_store(folder, {"tokenizer": "t1"}).path == folder / "a.zarr"
     assert pick_store(folder, {"tokenizer": "t0", "top_k": 8}).path == folder / "b.zarr"
     assert pick_store(folder, {"teacher": {"config": "c9"}}).path == folder / "c.zarr"
