@@ -35,8 +35,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     return before
 
 
-def record(folder: Path, options: dict[str, Any], free: Collection[str] = (), later: Collection[str] = ()) -> None:
-    """Write the resolved options into a run's folder, or check them against those that it was started with.
+def check_record(
+    folder: Path, options: dict[str, Any], free: Collection[str] = (), later: Collection[str] = ()
+) -> None:
+    """Check resolved options against those that a run was started with, if it has a record.
 
     Args:
         folder: the run's output. options: name → YAML value. free: options that may differ when the run is resumed.
@@ -45,21 +47,56 @@ def record(folder: Path, options: dict[str, Any], free: Collection[str] = (), la
     Raises:
         ConfigError: the run was started with other options; names them.
     """
-    if before := read_record(folder):
-        known = [name for name in options if name not in free and (name in before or name not in later)]
-        names = [name for name in known if before.get(name) != options[name]]
-        if names:
-            lines = "\n  ".join(f"{name}: run {before.get(name)!r}, now {options[name]!r}" for name in names)
-            raise ConfigError(
-                f"{folder} was begun with other options:\n  {lines}\nRepeat those, or pass another --output"
-            )
+    before = read_record(folder)
+    if not before:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RECORD, yaml.safe_dump(options, sort_keys=False))
+    known = [name for name in options if name not in free and (name in before or name not in later)]
+    names = [name for name in known if before.get(name) != options[name]]
+    if names:
+        lines = "\n  ".join(f"{name}: run {before.get(name)!r}, now {options[name]!r}" for name in names)
+        raise ConfigError(f"{folder} was begun with other options:\n  {lines}\nRepeat those, or pass another --output")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: it exists either completely or not at all; several processes may write the same file."""
+def record(folder: Path, options: dict[str, Any], free: Collection[str] = (), later: Collection[str] = ()) -> None:
+    """Write the resolved options into a run's folder, or check them against those that it was started with.
+
+    Arguments and errors are those of `check_record`.
+    """
+    check_record(folder, options, free, later)
+    if not read_record(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RECORD, yaml.safe_dump(options, sort_keys=False))
+
+
+def write_atomically(path: Path, content: str | bytes, durable: bool = False) -> None:
+    """Write a file atomically: it exists either completely or not at all; several processes may write the same file.
+
+    Args:
+        durable: also after a crash of the machine, and not before everything that was synced earlier.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.rename(path)
+    try:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            sync(unfinished)
+        unfinished.rename(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder with everything below it is on the disk. Raises OSError."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -7,10 +7,11 @@
     │   ├── ConfigError         option or recipe
     │   └── StoreError          teacher store
     │       └── StoreMismatch       store and run disagree: teacher, tokenizer, template, sample …
-    └── RunError            the run itself failed                      exit code 1
-        ├── NonFiniteLogits     logits of which no loss can be computed
-        └── ReadFailure         data that may be sound could not be read now
-            └── StoreUnreadable     a teacher store, of which nothing says that it is damaged
+    ├── RunError            the run itself failed                      exit code 1
+    │   ├── NonFiniteLogits     logits of which no loss can be computed
+    │   └── ReadFailure         data that may be sound could not be read now
+    │       └── StoreUnreadable     a teacher store, of which nothing says that it is damaged
+    └── Stopped             a signal asked the run to end, and it did  exit code 143
 
 A message states what was expected, what was found, and what to do next.
 """
@@ -68,6 +69,12 @@ class StoreUnreadable(ReadFailure):
 
     Where StoreError says that something is damaged, and how to replace it, the advice here is to try again.
     """
+
+
+class Stopped(SwitchKDError):
+    """A scheduler's signal ended the run; what was done is saved, and the same command goes on."""
+
+    exit_code = 143  # 128 + SIGTERM, the shell's convention
 
 
 def original_message(error: BaseException) -> str:

@@ -51,6 +51,7 @@ FLOORS = {
     "pipelines/evaluation/benchmarks": 6,
     "pipelines/capture/backends": 5,
     "pipelines/capture": 6,
+    "pipelines/training/lifecycle": 5,
     "pipelines/training": 6,
     "pipelines/release": 7,
     "pipelines/reporting": 7,

@@ -10,7 +10,7 @@ import yaml
 
 from switchkd.errors import DataError
 from switchkd.pipelines.run_folder import RECORD, SCORES, SUMMARY
-from switchkd.pipelines.training.checkpointing import last_checkpoint
+from switchkd.pipelines.training.lifecycle.sealed import last_checkpoint
 from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.storage.open import open_storage

@@ -3,30 +3,41 @@
 import logging
 import math
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.run_folder import read_record
+from switchkd.pipelines.training.lifecycle.sealed import has_begun
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import profile_arguments
 from switchkd.stores import TeacherStore
 
+TRIAL_STEPS = 100  # of a schedule that is tried before the number of samples is known
 log = logging.getLogger(__name__)
 
 
-def training_arguments(options: TrainOptions, store: TeacherStore | None, samples: int) -> TrainingArguments:
-    """Translate the options; `trainer` entries go to transformers as they are. Raises ConfigError for a value it refuses."""
-    assert options.global_batch is not None
-    steps = options.steps or math.ceil(options.epochs * samples / options.global_batch)
+def training_arguments(options: TrainOptions) -> TrainingArguments:
+    """Translate the options, without what depends on the data, see `fit_to_data`; `trainer` entries go to transformers.
+
+    All that the Trainer would make of them later is made once on trial: it must not fail after samples were read.
+
+    Raises:
+        ConfigError: transformers or torch refuses a value, or a package that it needs is missing.
+    """
     arguments: dict[str, Any] = {
         "output_dir": str(options.output),
         "per_device_train_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulation,
-        "max_steps": steps,
+        "max_steps": options.steps or TRIAL_STEPS,
         "learning_rate": options.lr,
         "warmup_steps": options.warmup,
         "lr_scheduler_type": options.schedule,
@@ -45,12 +56,9 @@ def training_arguments(options: TrainOptions, store: TeacherStore | None, sample
         "use_cpu": not torch.cuda.is_available(),
     }
     arguments |= profile_arguments(options.profile, os.environ) | options.trainer
-    if store is not None and not store.storage.survives_fork and arguments["dataloader_num_workers"]:
-        arguments.setdefault("dataloader_multiprocessing_context", "spawn")
-    try:
+    with _refusing("training arguments"):
         made = TrainingArguments(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training arguments: {error}") from error
+    _try_parts(made)
     if made.n_gpu > 1:
         log.warning(
             "using one of %d GPUs; for all: torchrun --nproc-per-node %d --no-python switchkd train …",
@@ -58,6 +66,70 @@ def training_arguments(options: TrainOptions, store: TeacherStore | None, sample
         )
         made._n_gpu = 1  # else transformers would copy the model to all of them in every step (DataParallel)
     return made
+
+
+def fit_to_data(arguments: TrainingArguments, options: TrainOptions, store: TeacherStore | None, samples: int) -> None:
+    """Set the number of steps over `samples` usable samples, and how loader processes begin. Raises ConfigError."""
+    assert options.global_batch is not None
+    arguments.max_steps = options.steps or math.ceil(options.epochs * samples / options.global_batch)
+    if store is not None and not store.storage.survives_fork and arguments.dataloader_num_workers:
+        arguments.dataloader_multiprocessing_context = arguments.dataloader_multiprocessing_context or "spawn"
+    _try_schedule(arguments)
+
+
+def _try_parts(arguments: TrainingArguments) -> None:
+    """Make, and throw away, what the Trainer makes of the arguments: optimizer, schedule, loader, loggers, compiler."""
+    with _refusing("trainer: dataloader_…"):
+        DataLoader(
+            [0],  # type: ignore[arg-type]
+            num_workers=arguments.dataloader_num_workers,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+        )
+    with _refusing("trainer: optim"):
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        if not settings.keys() & {"params", "model", "optimizer_dict"}:  # those are made for one model
+            kind([torch.nn.Parameter(torch.zeros(1, device=arguments.device))], **settings)
+    _try_schedule(arguments)
+    with _refusing("trainer: report_to"):
+        for logger in get_reporting_integration_callbacks(arguments.report_to):
+            logger()
+    if arguments.torch_compile:
+        with _refusing("trainer: torch_compile_…"):
+            torch.compile(
+                torch.nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode
+            )
+            torch._dynamo.lookup_backend(arguments.torch_compile_backend)
+
+
+def _try_schedule(arguments: TrainingArguments) -> None:
+    """Run through the learning rates of `max_steps` steps, as far as they say something about its arguments."""
+    name, given = str(arguments.lr_scheduler_type.value), arguments.lr_scheduler_kwargs
+    if given and name in ("constant", "constant_with_warmup"):
+        raise ConfigError(f"--schedule {name} takes no arguments, trainer: lr_scheduler_kwargs has {given}")
+    with _refusing(f"--schedule {name} with trainer: lr_scheduler_kwargs {given}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the schedule steps without its optimizer
+        schedule = get_scheduler(
+            name,
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate),
+            num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+            num_training_steps=arguments.max_steps,
+            scheduler_specific_kwargs=given,
+        )
+        for _ in range(min(arguments.max_steps, TRIAL_STEPS)):
+            schedule.step()
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Raise ConfigError for any error that a library raises for wrong arguments or a missing package."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{what}: {error or type(error).__name__}") from error
 
 
 def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
@@ -68,7 +140,7 @@ def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
     Raises:
         ConfigError: the global batch cannot be made of these processes and batch sizes, or is not that of the run.
     """
-    before = read_record(options.output)
+    before = read_record(options.output) if has_begun(options.output) else {}
     accumulation = options.accumulated(processes)
     asked = options.batch_size * accumulation * processes
     wanted = options.global_batch or int(before.get("global_batch") or asked)

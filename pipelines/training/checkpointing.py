@@ -6,13 +6,15 @@ model, so any number of processes can load it, replicated (DDP) or sharded (FSDP
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -25,11 +27,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from switchkd.errors import CheckpointError
+from switchkd.pipelines.run_folder import sync
 
 TENSORS = "optimizer.safetensors"
 PLAIN = "optimizer.json"
 ADAPTER = "switch_adapter.safetensors"  # saved beside the student's weights, never in the same file
-FINISHED = "trainer_state.json"  # the Trainer writes it last
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -53,12 +55,12 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into a model, sharded or not; every process calls it.
 
     Raises:
-        CheckpointError: the parameter names differ from the model's.
+        CheckpointError: the parameter names differ from the model's, or a file is damaged.
     """
     files = sorted(folder.glob("model*.safetensors")) + sorted(folder.glob(ADAPTER))
     found: set[str] = set()
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with _reading(file), safe_open(file, framework="pt") as tensors:
             found |= set(tensors.keys())
     expected = model.state_dict().keys()
     if missing := sorted(expected - found - _tied(model)):
@@ -68,7 +70,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     weights: dict[str, Any] = {}
     if _reads(model):
         for file in files:
-            weights |= load_file(file)
+            with _reading(file):
+                weights |= load_file(file)
     set_model_state_dict(model, weights, options=_loading(model))
 
 
@@ -93,11 +96,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sched
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore the optimizer, and return the scheduler's state. Raises CheckpointError if they are missing or damaged."""
-    try:
+    with _reading(folder):
         plain = json.loads((folder / PLAIN).read_text())
         tensors = load_file(folder / TENSORS) if _reads(model) else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot resume from {folder}: {error}") from error
     state: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in plain["state"].items()}
     for key, value in tensors.items():
         parameter, name = key.rsplit(".", 1)
@@ -108,6 +109,17 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     set_optimizer_state_dict(model, optimizer, whole, options=_loading(model))
     scheduler: dict[str, Any] = plain["scheduler"]
     return scheduler
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise CheckpointError for a file that cannot be read back; only checkpoints without digests come here unread."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot resume from {path}: {error}. Move this checkpoint away, and the same command goes on from the one before"
+        ) from error
 
 
 def _tied(model: Any) -> set[str]:
@@ -140,31 +152,22 @@ def save_rng(folder: Path, process: int) -> None:
     if torch.cuda.is_available():
         states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     save_file(states, folder / f"rng_{process}.safetensors")
+    for suffix in ("json", "safetensors"):  # the first process, perhaps on another host, cannot sync for this one
+        sync(folder / f"rng_{process}.{suffix}")
 
 
 def load_rng(folder: Path, process: int) -> None:
     """Restore what `save_rng` saved; a process without a file (the world size has changed) keeps its seed."""
     if not (folder / f"rng_{process}.json").is_file():
         return
-    plain = json.loads((folder / f"rng_{process}.json").read_text())
+    with _reading(folder):
+        plain = json.loads((folder / f"rng_{process}.json").read_text())
+        states = load_file(folder / f"rng_{process}.safetensors")
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(plain["numpy"]))
-    states = load_file(folder / f"rng_{process}.safetensors")
     torch.set_rng_state(states.pop("cpu"))
     for name, state in states.items():
         device = int(name.removeprefix("cuda."))
         if device < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, device)
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """Return the newest completely written checkpoint of a run; incomplete checkpoints are ignored."""
-    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((path / FINISHED).read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None

@@ -29,6 +29,7 @@ RESUMABLE_CHANGES = {
     "log_every",
     "max_skipped",
     "save_every",
+    "save_minutes",
     "workers",
     "output",
     "profile",
@@ -244,6 +245,13 @@ class TrainOptions:
         help="TFLOP/s that one device can do at this precision; MFU is reported relative to it.",
     )
     save_every: int = option(default=500, at_least=1, group=LOGGING, help="Steps between two checkpoints.")
+    save_minutes: float | None = option(
+        default=None,
+        above=0,
+        group=LOGGING,
+        help="Also save a checkpoint after the first step that ends this many minutes after the last one.",
+        unset="by steps alone",
+    )
     workers: int = option(default=0, at_least=0, group=SCALE, help="DataLoader processes.")
     trust_remote_code: bool = option(default=False, group=MODELS, help="Run code that comes with a checkpoint.")
     trainer: dict[str, Any] = option(

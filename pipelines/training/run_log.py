@@ -104,6 +104,10 @@ class RunReport(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.epoch = state.global_step * self.samples_per_step / self.samples  # for the Trainer, the run is one epoch
+        if state.global_step == state.max_steps:
+            control.should_log = (
+                True  # also the losses of a run, or of its end, that is shorter than the logging interval
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss_ce" in logs and state.is_world_process_zero:

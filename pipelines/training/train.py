@@ -1,23 +1,27 @@
 """Training: train a student on a data file with CE + λ1·Align + λ2·VSD, Align from a teacher store, VSD computed online."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
+import yaml
 from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from switchkd.data.encoding import pad_id_of
 from switchkd.errors import ConfigError
-from switchkd.pipelines.run_folder import SUMMARY, record, to_plain, write_atomically
-from switchkd.pipelines.training.arguments import training_arguments
-from switchkd.pipelines.training.checkpointing import last_checkpoint
+from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
+from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
 from switchkd.pipelines.training.collator import Collator, placeholder_sample
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
+from switchkd.pipelines.training.lifecycle.lock import one_run
+from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint, has_begun
+from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, stop_requests
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import require_checkpoint
@@ -27,6 +31,7 @@ from switchkd.pipelines.training.trainer import SwitchTrainer
 
 # Older versions cannot run Llava's LM head at selected rows only; capture needs 5.16 or newer.
 OLDEST_TRANSFORMERS = Version("5.22")
+SEALED = "checkpoints_have_digests"  # in the record of a run: a checkpoint without them is damaged, not old
 
 
 @dataclass(frozen=True)
@@ -46,28 +51,47 @@ def train(options: TrainOptions) -> TrainSummary:
 
     Raises:
         InputError: something given cannot be used, or store, teacher, student and data do not fit; before the first step.
+        Stopped: a signal ended the run, after a checkpoint if a step was done.
         StoreMismatch: during the run, a sample that is not the one that was cached.
         RunError: the run cannot go on, see `failures.report_last_checkpoint`.
     """
     _require_transformers()
     options = resolve_options(options)
     if (options.output / SUMMARY).is_file():
-        record(options.output, to_plain(options), RESUMABLE_CHANGES)
+        check_record(options.output, to_plain(options), RESUMABLE_CHANGES)
         return _finished(options)
-    inputs = open_inputs(options)
-    arguments = training_arguments(options, inputs.store, len(inputs.samples))
-    resume = last_checkpoint(options.output)
+    first = os.environ.get("RANK", "0") == "0"
+    with stop_requests() as request, one_run(options.output, first):
+        return _run(options, request)
+
+
+def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
+    """Check everything, then record the options, then train; the order lets a refused command be corrected."""
+    arguments = training_arguments(options)
+    run, begun = options.output, has_begun(options.output)
+    before = read_record(run) if begun else {}
+    if begun:
+        check_record(run, to_plain(options), RESUMABLE_CHANGES)
+    resume = agree_on_checkpoint(run, sealed=SEALED in before, device=arguments.device)
     if resume is not None:
         require_checkpoint(options.profile, resume, arguments.world_size)
+    inputs = open_inputs(options)
+    fit_to_data(arguments, options, inputs.store, len(inputs.samples))
     made_from = {"teacher_signal": inputs.teacher_signal}
-    record(options.output, to_plain(options) | made_from, RESUMABLE_CHANGES, later=made_from)
+    if begun:
+        check_record(run, made_from, later=made_from)
 
     models = set_up_models(inputs, arguments)
+    stopping = Stopping(request, options.save_minutes)
+    trainer = _make_trainer(inputs, models, arguments, stopping)
+    if not before and trainer.is_world_process_zero():
+        plain = yaml.safe_dump(to_plain(options) | made_from | ({} if begun else {SEALED: True}), sort_keys=False)
+        write_atomically(run / RECORD, plain, durable=True)
     tell_plan(inputs, arguments, models.cost_model, models.unused, resume)
-    trainer = _make_trainer(inputs, models, arguments)
-    with report_last_checkpoint(options.output):
+    with report_last_checkpoint(run):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return _finish(inputs, trainer)
+        stopping.require_end(run)
+        return _finish(inputs, trainer)
 
 
 def _require_transformers() -> None:
@@ -78,7 +102,9 @@ def _require_transformers() -> None:
         )
 
 
-def _make_trainer(inputs: TrainingInputs, models: TrainingModels, arguments: TrainingArguments) -> SwitchTrainer:
+def _make_trainer(
+    inputs: TrainingInputs, models: TrainingModels, arguments: TrainingArguments, stopping: Stopping
+) -> SwitchTrainer:
     options, student = inputs.options, inputs.student
     reads_otherwise = inputs.teacher if inputs.two_views else None
     collator = Collator(
@@ -107,6 +133,7 @@ def _make_trainer(inputs: TrainingInputs, models: TrainingModels, arguments: Tra
     trainer.remove_callback(PrinterCallback)
     assert options.global_batch is not None  # resolved
     trainer.add_callback(RunReport(len(inputs.samples), options.global_batch))
+    trainer.add_callback(stopping)
     return trainer
 
 
@@ -131,7 +158,11 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
     }
     if trainer.is_world_process_zero():
         plot_run(history, options.output)
-        write_atomically(options.output / SUMMARY, json.dumps(summary, indent=1))
+        # The summary says that the run is finished, so the student must be on the disk before it.
+        for path in options.output.iterdir():
+            if path.is_file():
+                sync(path)
+        write_atomically(options.output / SUMMARY, json.dumps(summary, indent=1), durable=True)
     return TrainSummary(options.output, summary["steps"], len(samples), summary["skipped"], summary["losses"], False)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration
-from transformers.trainer_utils import seed_worker
 
 from switchkd.errors import RunError
 from switchkd.losses.baselines import Seen
@@ -31,6 +30,7 @@ from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.stored_teacher import TeacherSource
 from switchkd.pipelines.training.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.cost_model import CostModel
+from switchkd.pipelines.training.lifecycle.stopping import begin_worker
 from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.sampler import StepBatches
 from switchkd.pipelines.training.student_parts import set_part_rates
@@ -121,7 +121,7 @@ class SwitchTrainer(CheckpointHooks):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            worker_init_fn=partial(begin_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -159,7 +159,8 @@ class SwitchTrainer(CheckpointHooks):
         """Return the micro-batches of one step and the divisor of the objective's mean; the Trainer counts positions only."""
         asked = time.perf_counter()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        logged = (self.state.global_step + 1) % self.state.logging_steps == 0
+        step = self.state.global_step + 1
+        logged = step % self.state.logging_steps == 0 or step == self.state.max_steps
         waited, read = time.perf_counter() - asked, [Batch.of(columns) for columns in batches]
         self.meter.step_begins(logged, waited, read)
         if self.objective.normalize_by != "position" and count is not None:

@@ -4,17 +4,22 @@ transformers calls these methods by name and may change them in any release. The
 names and signatures with those of the installed Trainer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer
 
+from switchkd.pipelines.run_folder import sync_tree
 from switchkd.pipelines.training import checkpointing
+from switchkd.pipelines.training.lifecycle import sealed
 
 # The private methods of `transformers.Trainer` that `CheckpointHooks` overrides, with their parameters.
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_save_checkpoint": ("model", "trial"),
+    "_get_output_dir": ("trial",),
     "_save": ("output_dir", "state_dict"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_save_optimizer_and_scheduler": ("output_dir",),
@@ -30,13 +35,38 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
     `processing_class` is a list: tokenizer and image processor, saved with every checkpoint.
     """
 
+    writing_into: Path | None = None  # the folder for the checkpoint that is being saved
+
     def require_finite(self) -> None:
         """Raise RunError if the state to be saved is not usable; subclasses define the check."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, unless the state to be saved is not usable."""
+        """Save a checkpoint, unless the state to be saved is not usable; see `lifecycle.sealed` for how it is committed."""
         self.require_finite()
-        super()._save_checkpoint(model, trial)
+        run, first = Path(self.args.output_dir), self.is_world_process_zero()
+        self.writing_into = run / sealed.UNFINISHED
+        try:
+            if first:
+                sealed.clear_unfinished(run)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            name = f"{sealed.PREFIX}{self.state.global_step}"
+            if self.is_deepspeed_enabled:
+                sync_tree(self.writing_into / name)  # every process writes shards
+            self.accelerator.wait_for_everyone()
+            if first:
+                sealed.commit(run, name, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()  # else one that ends now could take the first with it
+        except Exception:
+            if first:
+                sealed.clear_unfinished(run)  # what it holds of a full disk is needed
+            raise
+        finally:
+            self.writing_into = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where the checkpoint that is being saved is written; else the run's folder."""
+        return str(self.writing_into or super()._get_output_dir(trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student; every process calls it, the first one writes."""
@@ -57,7 +87,8 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
             state_dict = checkpointing.set_apart_adapter(Path(folder), state_dict)
         self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=finished)
         for processor in self.processing_class:
-            processor.save_pretrained(folder)
+            with _plain_failures(folder):
+                processor.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the student's weights; a missing or unknown name is an error (the stock Trainer only warns)."""
@@ -86,3 +117,14 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpointing.load_rng(Path(checkpoint), self.args.process_index)
+
+
+@contextmanager
+def _plain_failures(folder: str) -> Iterator[None]:
+    """Raise OSError for the bare Exception by which tokenizers reports that it cannot write."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"cannot write into {folder}: {error}") from error

@@ -40,13 +40,18 @@ def cached(teacher, tmp_path_factory):
 
 @pytest.fixture
 def options(teacher, student, cached, tmp_path):
+    return train_options(teacher, student, cached, tmp_path / "run")
+
+
+def train_options(teacher, student, cached, output):
+    """The options of the small run."""
     return TrainOptions(
         student=student,
         teacher=teacher,
         data=cached / "data.json",
         images=cached / "images",
         cache=cached / "stores",
-        output=tmp_path / "run",
+        output=output,
         steps=6,
         batch_size=4,
         lr=5e-3,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from training import two_processes
 
 from switchkd.errors import RunError
-from switchkd.pipelines.training import checkpointing
 from switchkd.pipelines.training.dataset import TrainingSamples
+from switchkd.pipelines.training.lifecycle import sealed
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.stores import reader
@@ -35,7 +35,7 @@ def at_step(monkeypatch, step, act):
 
 def assert_good(run, step):
     """The last checkpoint is that of `step`, and everything in it is finite."""
-    last = checkpointing.last_checkpoint(run)
+    last = sealed.last_checkpoint(run)
     assert last.name == f"checkpoint-{step}"
     for file in last.glob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values() if tensor.is_floating_point()), file
@@ -97,7 +97,7 @@ def test_a_loader_process_that_dies_stops_the_run(options, monkeypatch):
     main, read = os.getpid(), TrainingSamples.__getitem__
 
     def dying(self, item):
-        if os.getpid() != main and checkpointing.last_checkpoint(options.output) is not None:
+        if os.getpid() != main and sealed.last_checkpoint(options.output) is not None:
             os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
         return read(self, item)
 

@@ -77,7 +77,5 @@ def test_what_is_allowed_reaches_the_trainer(options):
 
     from switchkd.pipelines.training.arguments import training_arguments
 
-    made = training_arguments(
-        replace(options, global_batch=4, trainer={"adam_beta2": 0.9, "optim": "adamw_torch"}), None, 12
-    )
+    made = training_arguments(replace(options, trainer={"adam_beta2": 0.9, "optim": "adamw_torch"}))
     assert (made.adam_beta2, str(made.optim.value)) == (0.9, "adamw_torch")
