@@ -95,6 +95,8 @@ def _try_parts(arguments: TrainingArguments) -> None:
     with _refusing("trainer: report_to"):
         for logger in get_reporting_integration_callbacks(arguments.report_to):
             logger()
+    with _refusing("trainer: log_level"):
+        logging.Logger("trial").setLevel(arguments.get_process_log_level())
     if arguments.torch_compile:
         with _refusing("trainer: torch_compile_…"):
             torch.compile(
