@@ -13,7 +13,8 @@ HEAD = """# Every command and option
 
 Made from the commands themselves by `make commands`; a test compares the two. `--help` prints the same.
 
-Exit codes: 0 done, 2 wrong usage or input, 1 a failed run, 130 interrupted. Run the same command again after an interruption.
+Exit codes: 0 done, 2 wrong usage or input, 1 a failed run, 130 interrupted, 143 ended by a
+scheduler's signal. Run the same command again after an interruption.
 """
 
 
