@@ -22,8 +22,13 @@ def chat_template_source(template: ConversationFormat, eos: str | None) -> str:
     """
     if not isinstance(template, Template):
         return template.as_dict()["chat_template"]
-    user, assistant = _output(template.user, template, eos), _output(template.assistant, template, eos)
-    answer = _output(template.answer + template.after, template, eos)
+    # Spaces before an answer are the answer's, see `tokenization`: a generation prompt ends without them.
+    before, opening = template.user, template.assistant.rstrip(" ")
+    if not opening:
+        before = before.rstrip(" ")
+    spaces = (template.user + template.assistant)[len(before + opening) :]
+    user, assistant = _output(before, template, eos), _output(opening, template, eos)
+    answer = _output(spaces + template.answer + template.after, template, eos)
     return (
         f"{_output(template.system, template, eos)}{{%- for message in messages -%}}{_TEXT}"
         f"{{%- if message['role'] == 'user' -%}}{user}"

@@ -4,8 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +14,14 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.data.chat_template import TemplateNotInvertible
+from switchkd.data.chat_template import ChatTemplate, TemplateNotInvertible
 from switchkd.data.images import check_enlarged, decode, image_bytes_of, was_decoded_otherwise
 from switchkd.data.samples import BadSample, Sample, Status
-from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
-from switchkd.errors import CheckpointError, DataError, ReadFailure
+from switchkd.data.templates import ConversationFormat
+from switchkd.data.tokenization import ConversationTokenizer, Tokens, check_template
+from switchkd.errors import DataError, ReadFailure
 from switchkd.fingerprints import SampleDigest, digest_sample
-from switchkd.models.checkpoint import Checkpoint, token_rows
+from switchkd.models.checkpoint import Checkpoint
 from switchkd.positions import IGNORED
 from switchkd.settings import MAX_IMAGE_PIXELS
 
@@ -39,7 +39,7 @@ class EncodedSample:
     digest: SampleDigest
     teacher: "EncodedSample | None" = None  # the teacher's encoding, without pixels, where it differs
     starts: NDArray[np.int64] | None = (
-        None  # [P], where each position's token begins in the answers, see `token_starts`
+        None  # [P], where each position's token begins in the answers, see `Tokens.starts`
     )
 
     @property
@@ -56,11 +56,12 @@ class SampleEncoder:
         images: the image folder; may be None for text-only data.
         max_length: tokens, image tokens included; longer samples are refused, never cut.
         max_image_pixels: larger images are refused before they are decoded.
-        with_starts: whether to compute `EncodedSample.starts`, by which the positions of two tokenizers are aligned.
+        with_starts: whether to keep `EncodedSample.starts`, by which the positions of two tokenizers are aligned.
 
     Raises:
         DataError: the image folder does not exist.
-        CheckpointError: the image token is not in the vocabulary.
+        CheckpointError: the image token is no added token of the tokenizer.
+        ConfigError: template and tokenizer do not go together, see `tokenization.check_template`.
     """
 
     def __init__(
@@ -76,11 +77,6 @@ class SampleEncoder:
             raise DataError(
                 f"no image folder {images}: --images takes the folder that the data file's paths start from"
             )
-        if checkpoint.image_token_id >= token_rows(checkpoint.tokenizer):
-            raise CheckpointError(
-                f"{checkpoint.path}: image token id {checkpoint.image_token_id} is not in the tokenizer, whose largest id is "
-                f"{token_rows(checkpoint.tokenizer) - 1}"
-            )
         self.tokenizer = checkpoint.tokenizer
         self.image_processor = checkpoint.image_processor
         self.image_token_id = checkpoint.image_token_id
@@ -90,6 +86,10 @@ class SampleEncoder:
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
         self.with_starts = with_starts
+        self.words = ConversationTokenizer(
+            checkpoint.tokenizer, checkpoint.image_token_id, not isinstance(template, ChatTemplate)
+        )
+        check_template(self.words, template, self._image_text)
         self._pixel_cache: LRUCache[bytes, _Pixels] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,30 +108,37 @@ class SampleEncoder:
         """
         sample.require_ok()
         with _naming(sample):
-            ids, supervised = self.encode_text(sample)
+            tokens = self._tokens(sample)
             data = image_bytes_of(sample, self.images)
             image = self._pixels(data, sample.image) if data is not None and pixels else None
             changed = False
             if data is not None:
                 changed = was_decoded_otherwise(data, self.max_image_pixels) if image is None else image.changed
-            starts = self.token_starts(self._segments(sample))[int(supervised[0]) :] if self.with_starts else None
-        digest = digest_sample(ids, supervised, data, changed)
-        return EncodedSample(ids, supervised, None if image is None else image.pixels, digest, starts=starts)
+        # The first token of a text is predicted by none.
+        starts = tokens.starts[int(tokens.supervised[0]) :] if self.with_starts else None
+        digest = digest_sample(tokens.ids, tokens.supervised, data, changed)
+        found = None if image is None else image.pixels
+        return EncodedSample(tokens.ids, tokens.supervised, found, digest, starts=starts)
 
     def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Encode one sample's text, including its image tokens: (input_ids [L], supervised [L]). Raises BadSample."""
         sample.require_ok()
-        ids, supervised = self.tokenize(self._segments(sample))
-        if not supervised[1:].any():
+        tokens = self._tokens(sample)
+        return tokens.ids, tokens.supervised
+
+    def _tokens(self, sample: Sample) -> Tokens:
+        tokens = self.tokenize(self._segments(sample), has_image=sample.image is not None)
+        if not tokens.supervised[1:].any():
             reason = (
                 "every answer has weight 0"
                 if len(sample.unsupervised) == len(sample.turns)
                 else "the answers are empty"
             )
             raise BadSample(Status.NOTHING_SUPERVISED, reason)
-        return ids, supervised
+        return tokens
 
     def _segments(self, sample: Sample) -> list[tuple[str, bool]]:
+        self.words.require_no_control_tokens([text for turn in sample.turns for text in turn])
         try:
             segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
         except TemplateNotInvertible as error:
@@ -158,47 +165,31 @@ class SampleEncoder:
         Raises:
             BadSample: too long, no text, or an unusable image.
         """
+        *before, (question, _) = turns
+        self.words.require_no_control_tokens([*(text for turn in before for text in turn), question])
         try:
             segments = self.template.prompt(turns, image is not None, self.tokenizer.eos_token)
         except TemplateNotInvertible as error:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
-        ids, _ = self.tokenize(segments)
+        ids = self.words.prompt(segments, [] if image is None else [self._image_text])
+        self._require_fit(len(ids))
         if not len(ids):
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
         return ids, None if image is None else self._pixels(image, name).pixels
 
-    def token_starts(self, segments: list[tuple[str, bool]]) -> NDArray[np.int64]:
-        """Return where each supervised token begins, in order: the number of its segment · 2³² + characters of it before the token.
+    def tokenize(self, segments: list[tuple[str, bool]], has_image: bool) -> Tokens:
+        """Tokenize the segments of a conversation as one text, see `ConversationTokenizer`. Raises BadSample if too long."""
+        tokens = self.words(segments, [self._image_text] if has_image else [])
+        self._require_fit(len(tokens.ids))
+        return tokens
 
-        Equal numbers for two tokenizers mean that the preceding text is the same, except for the text that ends a segment.
-        """
-        found: list[int] = []
-        for number, text in enumerate(text for text, is_supervised in segments if is_supervised):
-            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            # A token begins where the one before it ends; its own offset may leave out a space.
-            found += [(number << 32) + end for end in [0, *(end for _, end in offsets)][: len(offsets)]]
-        return np.array(found, np.int64)
+    @property
+    def _image_text(self) -> str:
+        return self.words.image_token * self.image_tokens
 
-    def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Tokenize segments; returns (ids [L], supervised [L]). Raises BadSample if too long.
-
-        Adjacent segments with the same supervision are tokenized as one text, as inference engines tokenize a prompt as a whole:
-        the tokenizer may merge characters across segments.
-        """
-        ids: list[int] = []
-        supervised: list[bool] = []
-        for is_supervised, run in groupby(segments, key=itemgetter(1)):
-            text = "".join(text for text, _ in run)
-            for number, piece in enumerate(text.split(IMAGE_MARKER) if not is_supervised else [text]):
-                words = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
-                if self.image_token_id in words:  # no image feature would correspond to it
-                    raise BadSample(Status.MARKER_WITHOUT_IMAGE, "the text spells out the image token")
-                new = ([self.image_token_id] * self.image_tokens if number else []) + words
-                ids += new
-                supervised += [is_supervised] * len(new)
-        if len(ids) > self.max_length:
-            raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}", len(ids))
-        return np.array(ids, np.int32), np.array(supervised, np.bool_)
+    def _require_fit(self, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise BadSample(Status.TOO_LONG, f"{tokens} tokens, the limit is {self.max_length}", tokens)
 
     def _pixels(self, data: bytes, name: str | None) -> "_Pixels":
         key = hashlib.blake2b(data, digest_size=16).digest()
