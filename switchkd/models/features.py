@@ -102,10 +102,15 @@ def image_outputs(model: Any, media: Mapping[str, Tensor]) -> Any:
 
 def output_tensors(outputs: Any) -> list[Tensor]:
     """Return what the language model reads of `image_outputs`: the features of each image, and those that enter deeper layers."""
-    found: list[Tensor] = []
-    for value in (outputs.pooler_output, getattr(outputs, "deepstack_features", None)):
-        found += [value] if isinstance(value, Tensor) else list(value or ())
-    return found
+
+    def inside(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            for item in value or ():
+                yield from inside(item)
+
+    return list(inside([outputs.pooler_output, getattr(outputs, "deepstack_features", None)]))
 
 
 def type_ids(config: Any, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

@@ -287,7 +287,7 @@ CONFIGS: dict[str, tuple[dict, dict, dict]] = {
         {"projection_dim": WIDTH, "hidden_size": WIDTH},
     ),
     "mistral3": (
-        _text("mistral"),
+        _text("mistral", sliding_window=None),
         _tower("pixtral", hidden_size=32, intermediate_size=48, num_attention_heads=4, image_size=48, head_dim=8),
         {"spatial_merge_size": 2},
     ),
