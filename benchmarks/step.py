@@ -33,9 +33,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from switchkd.losses import dbild_loss
 from switchkd.losses.objective import Objective
+from switchkd.models.features import Features, capture_features
 from switchkd.models.prefix_cache import SharedPrefixCache
 from switchkd.models.switch import switch_states
-from switchkd.models.vlm import LlavaWithoutVision, capture_vision_features, freeze
+from switchkd.models.vlm import LlavaWithoutVision, freeze
 from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK, teacher_columns
 from switchkd.pipelines.training.trainer import SwitchTrainer
@@ -207,7 +208,7 @@ class Bench:
     def switched(
         self,
         teacher: LlavaForConditionalGeneration,
-        features: Tensor,
+        features: Features,
         rows: Tensor,
         prefix_cache: SharedPrefixCache | None = None,
     ) -> Tensor:
@@ -218,7 +219,7 @@ class Bench:
 
     def live(self, distance: Callable[[Tensor, Tensor], Tensor], switch: bool) -> Tensor:
         """The loss with the whole teacher run beside the student, whole logits of both."""
-        with capture_vision_features(self.student) as features:
+        with capture_features(self.student) as features:
             logits = self.student(**self.inputs()).logits  # [B, L, V]
         with torch.no_grad():
             of_teacher = self.teacher(**self.inputs()).logits
@@ -227,7 +228,7 @@ class Bench:
         if switch:
             on = self.batch["has_image"]
             everywhere = torch.ones_like(self.rows)
-            z = self.teacher.lm_head(self.switched(self.teacher, features[0], everywhere))
+            z = self.teacher.lm_head(self.switched(self.teacher, features, everywhere))
             z = z.view(int(on.sum()), -1, self.vocabulary)
             loss = loss + distance(z[self.rows[on]], of_teacher[on][self.rows[on]])
         return loss / self.rows.sum()
@@ -253,14 +254,14 @@ class Bench:
 
     def bare(self, switch: bool) -> Tensor:
         """Only what must run."""
-        with capture_vision_features(self.student) as features:
+        with capture_features(self.student) as features:
             logits = self.student(**self.inputs(), logits_to_keep=self.rows).logits
         with torch.no_grad():
             head = self.blind.lm_head.weight
             of_teacher = F.linear(self.batch["teacher_hidden"].to(head.dtype), head)
         loss = logits.sum() + of_teacher.sum()
         if switch:
-            loss = loss + self.blind.lm_head(self.switched(self.blind, features[0], self.rows, self.prefix_cache)).sum()
+            loss = loss + self.blind.lm_head(self.switched(self.blind, features, self.rows, self.prefix_cache)).sum()
         return loss / self.rows.sum()
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from switchkd.models.features import media_of
+
 
 class TextInputs(NamedTuple):
     """The inputs of a language model for a batch."""
@@ -25,7 +27,10 @@ class Batch:
     Attributes:
         input_ids, attention_mask, labels: [B, L] int64, as the student reads the samples; a label is -100 where not supervised.
         has_image: [B] bool.
-        pixel_values: [images, 3, H, W] float32; None in a text-only batch.
+        pixel_values: [images, 3, H, W] float32, or as the model's family has it; None in a text-only batch.
+        image_grid_thw, image_sizes, pixel_attention_mask, batch_num_images: what some families take beside the pixels, see
+            `switchkd.models.families.Family.media`.
+        teacher_media: the same images as the teacher's own processor makes them, by column; None if it reads the student's.
         packing: [R, N] int64, how samples share rows; None with one sample per row.
         teacher_input_ids, teacher_attention_mask, teacher_labels: [B, L_T] int64, if the teacher encodes samples differently.
         teacher_packing: [R, N_T] int64, with the same samples per row, if it encodes them differently.
@@ -42,6 +47,11 @@ class Batch:
     labels: Tensor
     has_image: Tensor
     pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    image_sizes: Tensor | None = None
+    pixel_attention_mask: Tensor | None = None
+    batch_num_images: Tensor | None = None
+    teacher_media: dict[str, Tensor] | None = None
     packing: Tensor | None = None
     teacher_input_ids: Tensor | None = None
     teacher_attention_mask: Tensor | None = None
@@ -60,6 +70,16 @@ class Batch:
     def of(cls, columns: Mapping[str, Any]) -> "Batch":
         """Read a dict of columns. Raises TypeError for an unknown column, and for a missing one."""
         return cls(**columns)
+
+    @property
+    def media(self) -> dict[str, Tensor]:
+        """The columns of the images that exist; empty in a text-only batch."""
+        return media_of(vars(self))
+
+    @property
+    def media_of_teacher(self) -> dict[str, Tensor]:
+        """The images as the teacher reads them."""
+        return self.media if self.teacher_media is None else self.teacher_media
 
     @property
     def teacher_inputs(self) -> TextInputs:

@@ -12,6 +12,7 @@ from switchkd.data.load_template import template_from_dict
 from switchkd.data.samples import SampleFile, Status
 from switchkd.errors import StoreMismatch
 from switchkd.fingerprints import SampleDigest
+from switchkd.losses.lm_head import IDENTITY, LogitMap
 from switchkd.losses.signals import HiddenSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import (
     Checkpoint,
@@ -87,15 +88,17 @@ class StoredHidden:
         head: the LM head's weight, [V, d].
         exact_knee: whether the stored knees are those of the exact logits, see `Manifest.has_exact_knee`; else they are found again
             on the logits of the stored states.
+        logit_map: what the teacher makes of its LM head's output.
     """
 
-    def __init__(self, head: Tensor, vocab_rows: int, exact_knee: bool) -> None:
-        self.head, self.exact_knee = head[:vocab_rows], exact_knee
+    def __init__(self, head: Tensor, vocab_rows: int, exact_knee: bool, logit_map: LogitMap = IDENTITY) -> None:
+        self.head, self.exact_knee, self.logit_map = head[:vocab_rows], exact_knee, logit_map
 
     def signal(self, batch: Batch) -> TeacherSignal:
         """See `TeacherSource.signal`."""
         assert batch.teacher_hidden is not None
-        return HiddenSignal(batch.teacher_hidden, self.head, batch.teacher_knee if self.exact_knee else None)
+        knee = batch.teacher_knee if self.exact_knee else None
+        return HiddenSignal(batch.teacher_hidden, self.head, knee, self.logit_map)
 
     def to(self, device: torch.device) -> None:
         """Move the LM head."""

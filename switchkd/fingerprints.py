@@ -153,11 +153,24 @@ def weight_files(folder: str | Path, components: tuple[str, ...] = ("vision", "p
     return [folder / file for file in files]
 
 
+# What names of tensors contain in transformers' families. Towers of the Qwen line hold modules of the projector, so it comes first.
+_OF_PROJECTOR = (
+    "multi_modal_projector",
+    "connector.",
+    "image_newline",
+    "visual.merger",
+    "visual.deepstack_merger_list",
+    "visual.post_layernorm",
+    "visual.downsample",
+)
+_OF_VISION = ("vision_tower", "visual.", "vision_model.")
+
+
 def component_of(tensor_name: str) -> str:
-    """Return which of a VLM's three components a checkpoint tensor belongs to: vision, projector or language."""
-    if "vision_tower" in tensor_name:
-        return "vision"
-    return "projector" if "multi_modal_projector" in tensor_name else "language"
+    """Return which of a VLM's three components a tensor or parameter belongs to, by its name: vision, projector or language."""
+    if any(word in tensor_name for word in _OF_PROJECTOR):
+        return "projector"
+    return "vision" if any(word in tensor_name for word in _OF_VISION) else "language"
 
 
 def _tensor_hashes(path: Path, components: tuple[str, ...]) -> Any:

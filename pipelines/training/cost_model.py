@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.losses.fused import CHUNK_LOGITS
-from switchkd.models.vlm import layers_of
+from switchkd.models.components import language_model_of, layers_of, tower_of
 from switchkd.pipelines.training.int8_teacher import stored_bytes
 from switchkd.pipelines.training.options import PARTS
 from switchkd.pipelines.training.student_parts import part_of
@@ -164,13 +164,13 @@ class CostModel:
                 frozen += stored_bytes(p) / (processes if sharded == "all" and id(p) in inside else 1)
         element = 2 if half else 4
         tokens, vision = rows * length, rows * self.vision_tokens
-        language = _Stack.of(self.student.model.language_model)
+        language = _Stack.of(language_model_of(self.student))
         kept = tokens * language.kept_bytes(element, self.language_trains, student_checkpointed)
         if self.vision_trains:
-            tower = _Stack.of(self.student.model.vision_tower)
+            tower = _Stack.of(tower_of(self.student))
             kept += vision * tower.kept_bytes(element, True, student_checkpointed)
         if self.switch is not None:
-            through, size = _Stack.of(self.switch.model.language_model), self.switch.lm_head.weight.element_size()
+            through, size = _Stack.of(language_model_of(self.switch)), self.switch.lm_head.weight.element_size()
             kept += tokens * through.kept_bytes(size, False, teacher_checkpointed)
         head = self.student.lm_head.weight
         chunk = min(CHUNK_LOGITS, tokens * len(head))
@@ -185,7 +185,7 @@ class CostModel:
         }
 
     def _vision(self, model: LlavaForConditionalGeneration, images: float) -> float:
-        stack = _Stack.of(model.model.vision_tower)
+        stack = _Stack.of(tower_of(model))
         return stack.forward_flops(images * self.vision_tokens, images * self.vision_tokens**2)
 
     def _projector(self, model: LlavaForConditionalGeneration, images: float) -> float:
@@ -193,7 +193,7 @@ class CostModel:
         return 2 * sum(linear) * images * self.vision_tokens
 
     def _language(self, model: LlavaForConditionalGeneration, tokens: float, pairs: float) -> float:
-        return _Stack.of(model.model.language_model).forward_flops(tokens, pairs)
+        return _Stack.of(language_model_of(model)).forward_flops(tokens, pairs)
 
     def _head(self, model: LlavaForConditionalGeneration, positions: float) -> float:
         weights: int = model.lm_head.weight.numel()

@@ -4,10 +4,11 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchkd.losses.selection import kneedle
 from switchkd.losses.signals import TeacherSignal
+from switchkd.models.features import Features
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.training.cost_model import CostModel, Work
 from switchkd.positions import count_positions
@@ -93,21 +94,18 @@ class StepMetrics:
             self._knees["student"].append(kneedle(mine, self.window))
             self._knees["teacher"].append(of_teacher)
 
-    def watch_projector(self, projector: nn.Module) -> None:
-        """Measure the gradient that the switch pathway passes back to the student's vision features.
+    def watched(self, features: Features) -> Features:
+        """Return the features for the teacher's projector, and measure the gradient that the switch pathway passes back to them.
 
-        The teacher's projector gets a view of the features, whose gradient is that of VSD alone; the student's own pathway reads
-        the features themselves. The cost is one norm.
+        They are views, whose gradient is that of VSD alone; the student reads the features themselves. The cost is one norm.
         """
-
-        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not (self.looking and inputs[0].requires_grad):
-                return None
-            seen = inputs[0].view_as(inputs[0])
-            seen.register_hook(self._add_square)  # type: ignore[no-untyped-call]
-            return (seen, *inputs[1:])
-
-        projector.register_forward_pre_hook(before)
+        if not self.looking:
+            return features
+        seen = {cut: value.view_as(value) for cut, value in features.items()}
+        for value in seen.values():
+            if value.requires_grad:
+                value.register_hook(self._add_square)  # type: ignore[no-untyped-call]
+        return seen
 
     def _add_square(self, gradient: Tensor) -> None:
         square = gradient.detach().float().square().sum().double()

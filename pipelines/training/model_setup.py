@@ -1,13 +1,16 @@
 """Loading of the models of a training run: the student, and as much of the teacher as the run needs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration, TrainingArguments
+from transformers import TrainingArguments
 
 from switchkd.errors import CheckpointError
 from switchkd.models.block_attention import enable_packing
 from switchkd.models.checkpoint import Checkpoint
+from switchkd.models.components import language_model_of, tower_of
+from switchkd.models.families import logit_map_of
 from switchkd.models.switch_adapter import SwitchAdapter
 from switchkd.models.vlm import (
     enable_activation_checkpointing,
@@ -32,9 +35,9 @@ from switchkd.pipelines.training.teacher_source import LiveTeacher
 class TrainingModels:
     """The models of a run on the CPU, frozen, checkpointed and, for the frozen ones, sharded as the options request."""
 
-    student: LlavaForConditionalGeneration  # float32
+    student: Any  # float32; of the class that transformers has for its checkpoint
     source: TeacherSource | None  # of the teacher's signals; None for an objective without a teacher
-    switch_teacher: LlavaForConditionalGeneration | None  # of the switch pathway; may be the live teacher
+    switch_teacher: Any | None  # of the switch pathway; may be the live teacher
     extra_terms: ExtraTerms | None  # of a baseline's objective
     cost_model: CostModel
     unused: list[str]  # number of vision-tower parameters that were frozen, since no gradient reaches them
@@ -56,13 +59,13 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         source, switch_teacher = _load_teacher(inputs)
     live = source.teacher if isinstance(source, LiveTeacher) else None
     if options.packing is not None:
-        enable_packing(student.model.language_model, str(options.student))
+        enable_packing(language_model_of(student), str(options.student))
         if (packed := switch_teacher or live) is not None:
-            enable_packing(packed.model.language_model, str(options.teacher))
+            enable_packing(language_model_of(packed), str(options.teacher))
     freeze_other_parts(student, inputs.parts)
     unused = freeze_unused_vision(student) if "vision" in inputs.parts else []
     if options.student_checkpointing:
-        enable_activation_checkpointing(student.model.vision_tower, student.model.language_model, dropout=True)
+        enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
     if options.switch_adapter is not None:
         assert teacher is not None
         student.switch_adapter = _make_switch_adapter(options, teacher, inputs.student)
@@ -90,7 +93,7 @@ def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
 
 def _load_teacher(
     inputs: TrainingInputs,
-) -> tuple[TeacherSource | None, LlavaForConditionalGeneration | None]:
+) -> tuple[TeacherSource | None, Any | None]:
     """Load only what the run needs of the teacher: (source of its signals, model of the switch pathway)."""
     options, teacher, store = inputs.options, inputs.teacher, inputs.store
     if not inputs.objective.needs_teacher:
@@ -101,7 +104,7 @@ def _load_teacher(
         whole = load_model(teacher, dtype=dtype)
         freeze(whole)
         if options.teacher_checkpointing:
-            enable_activation_checkpointing(whole.model.language_model)
+            enable_activation_checkpointing(language_model_of(whole))
         return LiveTeacher(whole, teacher.vocab_rows), whole if inputs.objective.switch else None
     switch = None
     if inputs.objective.switch:
@@ -109,14 +112,15 @@ def _load_teacher(
         switch = load_model(teacher, vision=False, dtype=dtype)
         freeze(switch)
         if options.teacher_dtype == INT8:
-            to_int8(switch.model.language_model)
+            to_int8(language_model_of(switch))
         if options.teacher_checkpointing:
-            enable_activation_checkpointing(switch.model.language_model)
+            enable_activation_checkpointing(language_model_of(switch))
     if inputs.payload == "topk":
         return StoredTopK(store.manifest.vocab_rows, options.tail), switch
     assert teacher is not None
     head = load_lm_head(teacher, dtype) if switch is None else switch.lm_head.weight
-    return StoredHidden(head, store.manifest.vocab_rows, store.manifest.has_exact_knee), switch
+    logit_map = logit_map_of(teacher.config, teacher.path)
+    return StoredHidden(head, store.manifest.vocab_rows, store.manifest.has_exact_knee, logit_map), switch
 
 
 def _make_switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:

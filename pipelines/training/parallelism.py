@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import LlavaForConditionalGeneration, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from switchkd.errors import ConfigError
-from switchkd.models.vlm import layers_of
+from switchkd.models.components import language_model_of, layers_of, tower_layers_of
 
 PROFILES = {
     "ddp": "every process holds whole models; gradients are averaged",
@@ -106,14 +106,15 @@ def fit_fsdp(arguments: TrainingArguments, model: nn.Module) -> None:
         arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
-def shard_frozen(teacher: LlavaForConditionalGeneration) -> None:
+def shard_frozen(teacher: Any) -> None:
     """Shard the layers of a frozen teacher over all processes; each is gathered when it runs, and dropped again.
 
     Embedding, projector and LM head are not sharded: the losses read them outside of the model's forward.
     """
-    tower, language = teacher.model.vision_tower, teacher.model.language_model
-    for layer in layers_of(language) + ([] if tower is None else layers_of(tower)):
-        fully_shard(layer)
+    language = language_model_of(teacher)
+    for layer in layers_of(language) + tower_layers_of(teacher):
+        if next(layer.parameters(), None) is not None:  # a hollow tower's layers have none
+            fully_shard(layer)
     # Sharding the enclosing model as well prefetches its layers. A vision tower is not sharded: transformers looks up
     # its hidden states by the name of its class, which sharding changes.
     sharded = {id(parameter) for layer in layers_of(language) for parameter in layer.parameters()}

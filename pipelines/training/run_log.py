@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from switchkd.data.oddities import warnings_about
 from switchkd.models.block_attention import uses_block_attention
+from switchkd.models.components import language_model_of
 from switchkd.pipelines.preflight.skip_limit import allowed_skips
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import RECORD, to_plain
@@ -78,7 +79,7 @@ def tell_plan(
         half=options.precision == "bfloat16",
         student_checkpointed=options.student_checkpointing,
         teacher_checkpointed=options.teacher_checkpointing,
-        masked=options.packing is not None and not uses_block_attention(cost_model.student.model.language_model),
+        masked=options.packing is not None and not uses_block_attention(language_model_of(cost_model.student)),
     )
     log.info(
         "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
+from switchkd.fingerprints import component_of
 from switchkd.losses.baselines import ADAPTERS
 
 
@@ -15,9 +16,7 @@ def part_of(name: str) -> str:
     """
     if f"{ADAPTERS}." in name:
         return "adapters"
-    if "vision_tower." in name:
-        return "vision"
-    return "projector" if "multi_modal_projector." in name or "switch_adapter." in name else "language"
+    return "projector" if "switch_adapter." in name else component_of(name)
 
 
 def freeze_other_parts(model: nn.Module, trained: Iterable[str]) -> None:

@@ -12,20 +12,27 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import LlavaForConditionalGeneration
 
 from switchkd.errors import RunError
 from switchkd.losses.baselines import Seen
 from switchkd.losses.cross_tokenizer import VocabMap, loss_over_vocabularies
 from switchkd.losses.fused import SwitchStates
-from switchkd.losses.lm_head import LMHead
 from switchkd.losses.objective import FusedLoss, LossTerms, Objective
 from switchkd.models.block_attention import uses_block_attention
-from switchkd.models.checkpoint import blank_image
-from switchkd.models.packing import into_rows, text_inputs
+from switchkd.models.components import language_model_of, lm_head_of, replace_lm_head
+from switchkd.models.features import (
+    Features,
+    capture_features,
+    image_outputs,
+    media_for,
+    output_tensors,
+    text_arguments,
+)
+from switchkd.models.packing import into_rows
 from switchkd.models.prefix_cache import SharedPrefixCache
 from switchkd.models.switch import switch_states
-from switchkd.models.vlm import capture_vision_features, replace_lm_head
+from switchkd.models.switch_adapter import adapt
+from switchkd.models.vlm import blank_media
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.stored_teacher import TeacherSource
 from switchkd.pipelines.training.baseline_terms import ExtraTerms
@@ -50,6 +57,7 @@ class SwitchTrainer(CheckpointHooks):
         part_rates: peak learning rates of parts of the student that have their own, see `stages.set_part_rates`.
         source: of the teacher's signal for Align and VSD; None for "sft".
         teacher: frozen, for the switch pathway; None if VSD is off.
+        sample_media: of any image, as the student's processor makes it, for text-only batches; a Llava takes a blank image.
         extra_terms: what a baseline's objective adds to CE and Align.
         vocab_map: for a teacher with another tokenizer; its source must provide whole rows of logits.
         group_by: which samples share a batch, see `EpochOrder`.
@@ -63,7 +71,8 @@ class SwitchTrainer(CheckpointHooks):
         *,
         objective: Objective,
         source: TeacherSource | None,
-        teacher: LlavaForConditionalGeneration | None,
+        teacher: Any | None,
+        sample_media: dict[str, Tensor] | None = None,
         extra_terms: ExtraTerms | None = None,
         vocab_map: VocabMap | None = None,
         part_rates: dict[str, float] | None = None,
@@ -79,16 +88,14 @@ class SwitchTrainer(CheckpointHooks):
             knees=objective.name.startswith("dbild"),
             window=objective.window,
             in_blocks=(
-                uses_block_attention(self.model.model.language_model),
-                teacher is not None and uses_block_attention(teacher.model.language_model),
+                uses_block_attention(language_model_of(self.model)),
+                teacher is not None and uses_block_attention(language_model_of(teacher)),
             ),
         )
-        if teacher is not None:
-            self.meter.watch_projector(teacher.model.multi_modal_projector)
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         # All processes gather sharded layers together, and their known prefixes may differ in length.
         self.prefix_cache = None if self.args.fsdp else SharedPrefixCache()
-        self.source, self.extra_terms = source, extra_terms
+        self.source, self.extra_terms, self.sample_media = source, extra_terms, sample_media
         self.vocab_map = None if vocab_map is None else vocab_map.to(self.args.device)
         self.group_by = group_by
         if source is not None:
@@ -192,7 +199,7 @@ class SwitchTrainer(CheckpointHooks):
         """
         student = self.accelerator.unwrap_model(model)
         rows = predicting_rows(batch.labels)
-        pixels, source, extra = batch.pixel_values, batch.packing, self.extra_terms
+        source, extra, media = batch.packing, self.extra_terms, media_for(student, batch.media)
         kept = rows if extra is None else extra.kept_rows(student, batch, rows)
         found: list[LossTerms] = []
 
@@ -203,13 +210,13 @@ class SwitchTrainer(CheckpointHooks):
             return total if extra is None else extra.add_to(total, student, batch, states, kept, seen)
 
         with (
-            capture_vision_features(student) as features,
+            capture_features(student) as features,
             nullcontext(Seen()) if extra is None else extra.watch(student) as seen,
             replace_lm_head(student, loss_of_states),
         ):
             total = model(
-                **text_inputs(batch.input_ids, batch.attention_mask, source),
-                pixel_values=None if pixels is None else pixels.to(student.dtype),
+                **text_arguments(student, batch.input_ids, batch.attention_mask, batch.labels, media, source),
+                **media,
                 # Samples come row by row, so positions are in the same order in rows and one sample a line.
                 logits_to_keep=kept if source is None else into_rows(kept, source),
                 use_cache=False,
@@ -217,9 +224,10 @@ class SwitchTrainer(CheckpointHooks):
         return FusedLoss(total, found[0])
 
     def _loss_of_states(
-        self, student: Any, states: Tensor, features: list[Tensor], batch: Batch, rows: Tensor
+        self, student: Any, states: Tensor, features: Features, batch: Batch, rows: Tensor
     ) -> FusedLoss:
         """The objective at the student's final hidden states, [P, d]; `features` holds V_S(x) if there is an image."""
+        head = lm_head_of(student)
         has_image = batch.has_image
         switch = None
         if self.objective.switch and features:
@@ -228,17 +236,19 @@ class SwitchTrainer(CheckpointHooks):
             read_rows = predicting_rows(read.labels)
             through = switch_states(
                 self.teacher,
-                _adapted(student, features[0]),
+                self.meter.watched(adapt(student, features)),
                 read.input_ids[has_image],
                 read.attention_mask[has_image],
                 read_rows[has_image],
                 batch.switch_packing,
                 self.prefix_cache,
+                media=batch.media_of_teacher,
+                labels=read.labels[has_image],
             )
             if self.prefix_cache is not None and batch.switch_packing is None:
-                self.meter.leave_out(len(features[0]), read.input_ids.shape[1], self.prefix_cache.length)
+                self.meter.leave_out(int(has_image.sum()), read.input_ids.shape[1], self.prefix_cache.length)
             on_image = has_image.repeat_interleave(read_rows.sum(-1))
-            switch = SwitchStates(through, LMHead(self.teacher.lm_head.weight), on_image)
+            switch = SwitchStates(through, lm_head_of(self.teacher), on_image)
         weights = self.objective.weights(batch.labels)
         if self.vocab_map is not None:
             assert self.source is not None and batch.partner is not None and batch.teacher_labels is not None
@@ -246,7 +256,7 @@ class SwitchTrainer(CheckpointHooks):
                 self.objective,
                 self.vocab_map,
                 states,
-                LMHead(student.lm_head.weight),
+                head,
                 targets(batch.labels),
                 self.source.signal(batch),
                 batch.partner,
@@ -256,7 +266,7 @@ class SwitchTrainer(CheckpointHooks):
             )
         return self.objective.fused(
             states,
-            LMHead(student.lm_head.weight),
+            head,
             targets(batch.labels),
             None if self.source is None else self.source.signal(batch),
             switch,
@@ -273,10 +283,11 @@ class SwitchTrainer(CheckpointHooks):
         would otherwise depend on the number of processes.
         """
         student = self.accelerator.unwrap_model(model)
-        blank = blank_image(student.config).to(self.args.device, student.dtype)
-        with capture_vision_features(student) as features:
-            projected: Tensor = student.model.get_image_features(pixel_values=blank).pooler_output[0]
-        return projected.sum() + _adapted(student, features[0]).sum()
+        media = blank_media(student.config) if self.sample_media is None else self.sample_media
+        with capture_features(student) as features:
+            outputs = image_outputs(student, media)
+        seen = [*output_tensors(outputs), *adapt(student, features).values()]
+        return torch.stack([each.sum() for each in seen]).sum()
 
     def _record(self, terms: LossTerms, count: Tensor, positions: Tensor) -> None:
         sums = [torch.zeros_like(terms.ce) if term is None else term.detach() for term in terms]
@@ -330,10 +341,3 @@ class SwitchTrainer(CheckpointHooks):
         if self.extra_terms is not None and not _internal_call:
             self.extra_terms.detach(self.accelerator.unwrap_model(self.model))
         super().save_model(output_dir, _internal_call)
-
-
-def _adapted(student: Any, features: Tensor) -> Tensor:
-    """Return V_S(x) as input of the teacher's projector: mapped by the student's switch adapter if it has one."""
-    adapter = getattr(student, "switch_adapter", None)
-    adapted: Tensor = features if adapter is None else adapter(features)
-    return adapted

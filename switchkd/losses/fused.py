@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchkd.losses.lm_head import LMHead
+from switchkd.losses.lm_head import IDENTITY, LMHead, LogitMap
 
 # Logits of a chunk, 80 MiB in float32: 138 positions of a Qwen vocabulary, enough for efficient matrix products and few reads of
 # the LM heads; small compared with the LM head itself.
@@ -47,7 +47,7 @@ class Block(NamedTuple):
 
     rows: slice  # of the T positions
     in_chunk: slice  # the same positions, relative to the start of the chunk
-    logits: Tensor  # [c, V], float32 or float64
+    logits: Tensor  # [c, V], float32 or float64; before a loss reads them, the products of which `LMHead.logit_map` makes logits
     switch: Tensor | None  # z_switch at the block's positions of image samples, [c', V_T]; None if there is none
 
 
@@ -92,6 +92,7 @@ def loss_in_chunks(
         switch=switch,
         positions=chunk_positions or max(1, CHUNK_LOGITS // len(head.weight)),
         dtype=torch.get_autocast_dtype(autocast) if autocast else hidden.dtype,
+        maps=(head.logit_map, IDENTITY if switch is None else switch.head.logit_map),
         with_gradients=torch.is_grad_enabled(),
     )
     with torch.autocast(hidden.device.type, enabled=False):
@@ -108,6 +109,7 @@ class _Work:
     switch: SwitchStates | None
     positions: int  # in a chunk, at most
     dtype: torch.dtype  # of the student's matrix products
+    maps: tuple[LogitMap, LogitMap]  # of the student's products to its logits, and of the switch pathway's
     with_gradients: bool
 
     def images_before(self, count: int) -> list[int]:
@@ -134,9 +136,9 @@ class _InChunks(torch.autograd.Function):
             rows = slice(start, min(start + step, len(hidden)))
             switch_rows = slice(before[rows.start], before[rows.stop])
             states = hidden[rows].to(work.dtype)
-            logits, switch = head.logits(states), None
+            logits, switch = head.product(states), None
             if switch_hidden is not None and work.switch is not None and switch_rows.stop > switch_rows.start:
-                switch = work.switch.head.logits(switch_hidden[switch_rows])
+                switch = work.switch.head.product(switch_hidden[switch_rows])
             loss_of_block = work.open_chunk(rows)
             for first in range(rows.start, rows.stop, block_rows):
                 last = min(first + block_rows, rows.stop)
@@ -147,7 +149,7 @@ class _InChunks(torch.autograd.Function):
                     logits[first - start : last - start],
                     switch[of_switch] if switch is not None and of_switch.stop > of_switch.start else None,
                 )
-                loss, of_parts = _replace_by_gradients(loss_of_block, block, any(wanted))
+                loss, of_parts = _replace_by_gradients(loss_of_block, block, work.maps, any(wanted))
                 total, parts = (loss, of_parts) if total is None or parts is None else (total + loss, parts + of_parts)
             if any(wanted):
                 sums.add(rows, states, head.weight, logits)
@@ -178,19 +180,27 @@ class _InChunks(torch.autograd.Function):
         return (*gradients, None)
 
 
-def _replace_by_gradients(loss_of_block: LossOfBlock, block: Block, with_gradients: bool) -> tuple[Tensor, Tensor]:
-    """Return a block's (loss, terms), and overwrite the block's logits with the loss's gradients."""
+def _replace_by_gradients(
+    loss_of_block: LossOfBlock, block: Block, maps: tuple[LogitMap, LogitMap], with_gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """Return a block's (loss, terms), and overwrite the products that are its logits before `maps` with the loss's gradients."""
     if not with_gradients:
-        return loss_of_block(block)
+        return loss_of_block(_mapped(block, maps))
     places = [z for z in (block.logits, block.switch) if z is not None]
     inputs = [z.detach().requires_grad_() for z in places]
     block = block._replace(logits=inputs[0], switch=inputs[1] if len(inputs) > 1 else None)
     with torch.enable_grad():
-        loss, parts = loss_of_block(block)
+        loss, parts = loss_of_block(_mapped(block, maps))
         found = torch.autograd.grad(loss, inputs, allow_unused=True)
     for place, gradient in zip(places, found, strict=True):
         place.copy_(gradient) if gradient is not None else place.zero_()
     return loss.detach(), parts.detach()
+
+
+def _mapped(block: Block, maps: tuple[LogitMap, LogitMap]) -> Block:
+    """Return a block of products as a block of logits."""
+    switch = None if block.switch is None else maps[1](block.switch)
+    return block._replace(logits=maps[0](block.logits), switch=switch)
 
 
 class _Gradients:

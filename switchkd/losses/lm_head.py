@@ -5,6 +5,7 @@ although each of them is off by 0.015 on average (docs/method.md). So a half-pre
 but accumulates and returns float32.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,45 @@ HALF = (torch.bfloat16, torch.float16)
 RAISED_ROWS = 512
 
 
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model computes of the LM head's product x: softcap · tanh(scale · x / softcap), or scale · x without a soft-cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the product is the logits."""
+        return self.scale == 1.0 and self.softcap is None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """Map [T, V] → [T, V], differentiable."""
+        scaled = product if self.scale == 1.0 else product * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+
+IDENTITY = LogitMap()
+
+
 class LMHead(NamedTuple):
-    """The last linear layer of a language model."""
+    """The last linear layer of a language model, and what the model makes of its output."""
 
     weight: Tensor  # [V, d]
     bias: Tensor | None = None  # [V]
+    logit_map: LogitMap = IDENTITY
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, d] → [T, V], float32, or float64 for a float64 head; see `float32_logits`."""
+        return self.logit_map(self.product(hidden))
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """[T, d] → [T, V], what `logit_map` maps to the logits."""
         return float32_logits(hidden, self.weight, self.bias)
+
+    def rows(self, count: int) -> "LMHead":
+        """Return the head of the first `count` vocabulary rows."""
+        return self._replace(weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
 
 
 def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from switchkd.losses.lm_head import float32_logits
+from switchkd.losses.lm_head import IDENTITY, LogitMap, float32_logits
 from switchkd.losses.selection import entries_up_to, knee_of_sorted, leading_entries, top_of_rows
 from switchkd.settings import TailPolicy
 
@@ -150,6 +150,7 @@ class HiddenSignal:
     knee: Tensor | None = (
         None  # [T] int64, over all N rows, of the exact logits; None: found on the logits computed here
     )
+    logit_map: LogitMap = IDENTITY  # what the model makes of the LM head's product
 
     @property
     def vocab_rows(self) -> int:
@@ -175,12 +176,13 @@ class HiddenSignal:
 
     def select(self, keep: Tensor) -> "HiddenSignal":
         """See `TeacherSignal.select`."""
-        return HiddenSignal(self.hidden[keep], self.head, None if self.knee is None else self.knee[keep])
+        knee = None if self.knee is None else self.knee[keep]
+        return HiddenSignal(self.hidden[keep], self.head, knee, self.logit_map)
 
     def slice_rows(self, rows: slice) -> DenseSignal:
         """See `TeacherSignal.slice_rows`."""
         with torch.no_grad():
-            logits = float32_logits(self.hidden[rows], self.head)
+            logits = self.logit_map(float32_logits(self.hidden[rows], self.head))
         return DenseSignal(logits, None if self.knee is None else self.knee[rows])
 
 

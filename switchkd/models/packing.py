@@ -77,6 +77,23 @@ def layout(rows: Sequence[Sequence[int]], lengths: Sequence[int], width: int) ->
     return source
 
 
+def in_order(source: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return a layout with the samples of a batch in order, row by row, and no longer rows: `source` itself if it is one.
+
+    A model that puts image features into rows by itself takes them in the order of the rows.
+    """
+    width = attention_mask.shape[1]
+    is_text = into_rows(attention_mask, source).bool()
+    if bool((source[is_text].diff() > 0).all()):
+        return source
+    lengths, rows, room = attention_mask.sum(-1).tolist(), [[]], source.shape[1]
+    for sample, length in enumerate(lengths):
+        if sum(lengths[other] for other in rows[-1]) + length > room:
+            rows.append([])
+        rows[-1].append(sample)
+    return layout(rows, lengths, width).to(source.device)
+
+
 def into_rows(batch: Tensor, source: Tensor) -> Tensor:
     """Lay out [B, L, …] in rows: [R, N, …]."""
     return batch.flatten(0, 1)[source]

@@ -1,20 +1,28 @@
 """The switch pathway (paper, section 3.1, eq. 5): the student's vision features through the teacher's projector and LLM."""
 
-from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from collections.abc import Mapping
+from typing import Any
 
-from switchkd.models.packing import into_rows, out_of_rows, positions_in_rows
+from torch import Tensor
+
+from switchkd.models.components import language_model_of, projector_modules_of
+from switchkd.models.families import family_of
+from switchkd.models.features import Features, final_states, image_outputs, replay_features, states_at
+from switchkd.models.packing import in_order, into_rows, out_of_rows, positions_in_rows
 from switchkd.models.prefix_cache import SharedPrefixCache
 
 
 def switch_states(
-    teacher: LlavaForConditionalGeneration,
-    features: Tensor,
+    teacher: Any,
+    features: Features | Tensor,
     input_ids: Tensor,
     attention_mask: Tensor,
     rows: Tensor,
     packing: Tensor | None = None,
     prefix_cache: SharedPrefixCache | None = None,
+    *,
+    media: Mapping[str, Tensor] | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Return the final hidden states behind z_switch = L_T(P_T(V_S(x)), text) at the requested rows.
 
@@ -23,11 +31,14 @@ def switch_states(
 
     Args:
         teacher: the frozen teacher; its vision tower is not used and need not exist.
-        features: V_S(x), [B, n, d_v]; carries a graph.
+        features: V_S(x) by cut, of the student's `capture_features`; carries a graph. A Llava takes its tensor [B, n, d_v], too.
         input_ids: [B, L]; per sample, as many image tokens as the projector outputs. attention_mask: [B, L].
         rows: [B, L] bool, the rows that predict supervised tokens (`positions.predicting_rows`).
         packing: layout of the samples in rows, see `packing.layout`; None gives each sample its own row.
-        prefix_cache: keys and values of the shared prefix. With None or packed rows, all text runs in every batch, with gradient.
+        prefix_cache: keys and values of the shared prefix. With None, packed rows, or a family whose positions or masks do not
+            allow it, all text runs in every batch, with gradient.
+        media: of the same images as the teacher's processor makes it, which says how they are laid out; a Llava needs none.
+        labels: [B, L], for families whose type ids depend on them.
 
     Returns:
         [P, d], in row-major order of `rows`; the teacher's LM head maps them to z_switch.
@@ -35,14 +46,46 @@ def switch_states(
     Raises:
         ValueError: the number of image tokens is not that of the projected features.
     """
+    if family_of(teacher.config).is_llava:
+        return _llava(teacher, features, input_ids, attention_mask, rows, packing, prefix_cache)
+    assert not isinstance(features, Tensor)
+    with replay_features(teacher, features):
+        outputs = image_outputs(teacher, media or {})
+    if packing is not None:
+        packing = in_order(packing, attention_mask)
+    start, cache = 0, {}
+    if prefix_cache is not None and packing is None and family_of(teacher.config).keeps_prefix:
+        is_image = input_ids == teacher.config.image_token_id
+        embeds = teacher.get_input_embeddings()(input_ids)
+        start, cache = prefix_cache.before(
+            language_model_of(teacher), embeds, input_ids, is_image | rows | (attention_mask == 0)
+        )
+    states = final_states(
+        teacher, input_ids, attention_mask, labels, media or {}, packing, outputs=outputs, start=start, **cache
+    )
+    return states_at(states, packing, rows[:, start:])
+
+
+def _llava(
+    teacher: Any,
+    features: Features | Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    rows: Tensor,
+    packing: Tensor | None,
+    prefix_cache: SharedPrefixCache | None,
+) -> Tensor:
+    """See `switch_states`. The tower need not exist, and images may come in any order of the rows."""
     embeds = teacher.get_input_embeddings()(input_ids)
     is_image = input_ids == teacher.config.image_token_id
-    image_embeds = teacher.model.multi_modal_projector(features.to(embeds.dtype))  # P_T(V_S(x)), [B, tokens, d]
+    ((cut, projector),) = projector_modules_of(teacher).items()
+    entering = features if isinstance(features, Tensor) else features[cut]
+    image_embeds = projector(entering.to(embeds.dtype))  # P_T(V_S(x)), [B, tokens, d]
     if int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
         raise ValueError(f"{int(is_image.sum())} image tokens for projected features of {tuple(image_embeds.shape)}")
     # Under autocast, embeddings stay in float32 and the projector outputs bfloat16.
     embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(embeds.dtype))
-    language = teacher.model.language_model
+    language = language_model_of(teacher)
     if packing is not None:
         states = language(
             inputs_embeds=into_rows(embeds, packing),

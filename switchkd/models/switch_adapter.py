@@ -9,6 +9,7 @@ grid differs from the features of a tower with the teacher's resolution.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,43 @@ class SwitchAdapter(nn.Module):
         grid = F.interpolate(grid, (target, target), mode="bilinear", align_corners=False, antialias=target < side)
         tokens: Tensor = (grid + self.local(grid)).flatten(2).mT
         return tokens[:, target * target - self.count :]
+
+
+class CutAdapters(nn.Module):
+    """A map for each cut at which two towers of one family have other widths, token by token; other cuts pass unchanged.
+
+    Args:
+        kind: see `SwitchAdapter`. student, teacher: cut → width of each side.
+    """
+
+    def __init__(self, kind: str, student: Mapping[str, int], teacher: Mapping[str, int]) -> None:
+        super().__init__()
+        self.maps = nn.ModuleDict(
+            {
+                _key(cut): SwitchAdapter(kind, (1, width), (1, teacher[cut]))
+                for cut, width in student.items()
+                if width != teacher[cut]
+            }
+        )
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Map V_S(x) to a replacement for V_T(x), each [..., d]."""
+        return {
+            cut: self.maps[_key(cut)](value) if _key(cut) in self.maps else value for cut, value in features.items()
+        }
+
+
+def _key(cut: str) -> str:
+    return cut.replace(".", "-")  # names of modules have no dots
+
+
+def adapt(student: nn.Module, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return V_S(x) as inputs of the teacher's projector: mapped by the student's switch adapter if it has one."""
+    adapter = getattr(student, "switch_adapter", None)
+    if isinstance(adapter, CutAdapters):
+        adapted: dict[str, Tensor] = adapter(features)
+        return adapted
+    return {cut: value if adapter is None else adapter(value) for cut, value in features.items()}
 
 
 def grid_side(count: int) -> int:

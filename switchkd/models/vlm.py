@@ -1,26 +1,29 @@
 """Loads VLMs and runs their components: vision tower V, projector P, language model L (paper, section 3.1).
 
-Every VLM here is an ordinary `transformers.LlavaForConditionalGeneration` checkpoint, or one whose projector is LDPv2
+Every VLM here is an ordinary checkpoint of one of transformers' families (`families.py`), or a Llava whose projector is LDPv2
 (`projectors.py`). This module loads one, whole or without its vision tower.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from switchkd.errors import CheckpointError
 from switchkd.fingerprints import weight_files
 from switchkd.models.checkpoint import Checkpoint, as_checkpoint_error, blank_image
+from switchkd.models.components import layers_of, tower_of
+from switchkd.models.families import family_of
+from switchkd.models.features import capture_features, final_states, image_outputs, media_of, output_tensors
+from switchkd.models.hollow import load_hollow
 from switchkd.models.projectors import (
     SwitchLlavaConfig,
     SwitchLlavaForConditionalGeneration,
-    model_class,
     register_weight_names,
 )
 from switchkd.positions import predicting_rows
@@ -42,31 +45,42 @@ class SwitchLlavaWithoutVision(LlavaWithoutVision, SwitchLlavaForConditionalGene
     config_class = SwitchLlavaConfig
 
 
-for _kind in (LlavaWithoutVision, SwitchLlavaWithoutVision):
+WITHOUT_VISION: dict[type[Any], type[Any]] = {
+    LlavaForConditionalGeneration: LlavaWithoutVision,
+    SwitchLlavaForConditionalGeneration: SwitchLlavaWithoutVision,
+}
+for _kind in WITHOUT_VISION.values():
     register_weight_names(_kind)
 
 
-def load_model(
-    checkpoint: Checkpoint, *, vision: bool = True, dtype: str | torch.dtype = "auto"
-) -> LlavaForConditionalGeneration:
+def load_model(checkpoint: Checkpoint, *, vision: bool = True, dtype: str | torch.dtype = "auto") -> Any:
     """Load a checkpoint's weights on the CPU, in evaluation mode; safetensors only.
 
     Args:
-        vision: if False, the vision tower is left out. dtype: "auto" keeps the checkpoint's, else "float32", "bfloat16", …
+        vision: if False, the vision tower is left out: a Llava has none, another model a hollow one (`hollow.py`).
+        dtype: "auto" keeps the checkpoint's, else "float32", "bfloat16", …
+
+    Returns:
+        A model of the class that transformers has for the checkpoint's config.
 
     Raises:
         CheckpointError: weights missing, of another shape, or not safetensors.
     """
-    kind = model_class(checkpoint.config)
-    if not vision:
-        kind = LlavaWithoutVision if kind is LlavaForConditionalGeneration else SwitchLlavaWithoutVision
+    config = checkpoint.config
+    kind = AutoModelForImageTextToText._model_mapping[type(config)]
     with as_checkpoint_error(checkpoint.path):
-        model, report = kind.from_pretrained(
-            checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
+        if vision or family_of(config).is_llava:
+            kind = kind if vision else WITHOUT_VISION[kind]
+            model, report = kind.from_pretrained(
+                checkpoint.path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
+            )
+        else:
+            wanted = checkpoint.resolve_dtype(dtype) if isinstance(dtype, str) else dtype
+            model, report = load_hollow(kind, config, checkpoint.path, wanted)
     if missing := sorted(set(report["missing_keys"]) - {"lm_head.weight"}):
         raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} weights, the first is {missing[0]}")
-    if "lm_head.weight" in report["missing_keys"] and not model.config.tie_word_embeddings:
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if "lm_head.weight" in report["missing_keys"] and not tied:
         raise CheckpointError(
             f"{checkpoint.path} lacks lm_head.weight, and its config does not tie it to the embedding"
         )
@@ -95,11 +109,6 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model's towers (members of module lists), the unit of sharding, gathering and checkpointing."""
-    return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
-
-
 def enable_activation_checkpointing(*towers: nn.Module | None, dropout: bool = False) -> None:
     """Recompute the activations of each layer in the backward pass instead of keeping them; results are the same.
 
@@ -113,16 +122,21 @@ def enable_activation_checkpointing(*towers: nn.Module | None, dropout: bool = F
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout)
 
 
-def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:
-    """Freeze the vision parameters that receive no gradient, and return their names.
+def freeze_unused_vision(model: Any, media: Mapping[str, Tensor] | None = None) -> list[str]:
+    """Freeze the parameters of the vision tower that receive no gradient, and return their names.
 
     If the feature layer is not the last, the later layers, the final norm and the pooling head are unused; a trainable parameter
-    without a gradient makes DistributedDataParallel fail. One backward pass over a blank image finds them.
+    without a gradient makes DistributedDataParallel fail. One backward pass over an image finds them.
+
+    Args:
+        media: of any image, as the checkpoint's processor makes it; a Llava takes a blank image by default.
     """
-    tower = model.model.vision_tower
+    tower = tower_of(model)
+    assert tower is not None
     reached = [p for p in tower.parameters() if p.requires_grad]
-    features = vision_features(model, blank_image(model.config).to(tower.device, tower.dtype))
-    gradients = torch.autograd.grad(features.float().sum(), reached, allow_unused=True)
+    outputs = image_outputs(model, blank_media(model.config) if media is None else media)
+    seen = sum((features.float().sum() for features in output_tensors(outputs)), torch.zeros((), device=model.device))
+    gradients = torch.autograd.grad(seen, reached, allow_unused=True)
     unused = {id(p) for p, g in zip(reached, gradients, strict=True) if g is None}
     names = [name for name, p in tower.named_parameters() if id(p) in unused]
     for parameter in tower.parameters():
@@ -131,14 +145,21 @@ def freeze_unused_vision(model: LlavaForConditionalGeneration) -> list[str]:
     return names
 
 
-def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Return V(x), the features that enter the projector: [B, 3, H, W] → [B, n, d_v]."""
-    with capture_vision_features(model) as captured:
-        model.model.get_image_features(pixel_values=pixels)
-    return captured[0]
+def blank_media(config: Any) -> dict[str, Tensor]:
+    """Return the media of a blank image for a Llava, see `checkpoint.blank_image`."""
+    assert family_of(config).is_llava, "other families take the media of an image that their processor made"
+    return {"pixel_values": blank_image(config)}
 
 
-def states_at_positions(model: LlavaForConditionalGeneration, batch: Mapping[str, Tensor]) -> Tensor:
+def vision_features(model: Any, pixels: Tensor) -> Tensor:
+    """Return V(x) of a Llava, the features that enter the projector: [B, 3, H, W] → [B, n, d_v]."""
+    with capture_features(model) as captured:
+        image_outputs(model, {"pixel_values": pixels})
+    (features,) = captured.values()
+    return features
+
+
+def states_at_positions(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Run a VLM over a batch, and return its final hidden states at the rows that predict supervised tokens.
 
     The caller decides whether a graph is recorded (`torch.no_grad`, `torch.inference_mode`).
@@ -149,45 +170,5 @@ def states_at_positions(model: LlavaForConditionalGeneration, batch: Mapping[str
     Returns:
         [P, d] on the model's device, after the final norm, in row-major order of `positions.predicting_rows`.
     """
-    rows = predicting_rows(batch["labels"]).to(model.device)
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    if "pixel_values" in batch:
-        inputs["pixel_values"] = batch["pixel_values"].to(model.device, model.dtype)
-    states: Tensor = model.model(**inputs, use_cache=False).last_hidden_state[rows]
-    return states
-
-
-@contextmanager
-def capture_vision_features(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Capture V(x), with graph, of every image batch that `model` processes inside the block.
-
-    A hook records the projector's input as the model's own forward pass computed it, so the choice of layer, CLS handling and any
-    wrapper (DistributedDataParallel, FSDP) are unaffected.
-    """
-    captured: list[Tensor] = []
-    projector = model.get_submodule("model.multi_modal_projector")
-    # A compiled model has a graph break here and in `replace_lm_head`: both access state outside the model.
-    hook = projector.register_forward_pre_hook(torch.compiler.disable(lambda _, inputs: captured.append(inputs[0])))
-    try:
-        yield captured
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def replace_lm_head(model: nn.Module, head: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the LM head's computation inside the block: `model` passes final hidden states to `head`, whose result is its logits.
-
-    The LM head is still called as a module, inside the forward pass of any wrapper of the model. So its parameters are gathered as
-    usual (FSDP, DeepSpeed ZeRO-3), and their gradient comes from a graph that the wrapper tracks (DistributedDataParallel).
-    """
-    module = model.get_submodule("lm_head")
-    before = module.__dict__.get("forward")
-    module.forward = torch.compiler.disable(head)
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before  # type: ignore[method-assign]
+    ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+    return final_states(model, ids, mask, labels, media_of(batch))[predicting_rows(labels)]

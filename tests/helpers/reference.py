@@ -162,3 +162,8 @@ def attention_within_samples(query: Tensor, key: Tensor, value: Tensor, samples:
                 scores = torch.stack([query[r, h, n] @ k for k in keys]) / math.sqrt(width)
                 out.append(sum(w * v for w, v in zip(scores.softmax(0), values, strict=True)))
     return torch.stack(out).view(rows, -1, heads, width)
+
+
+def capped(row: list[float], scale: float, softcap: float | None) -> list[float]:
+    """One position's logits from the LM head's product, number by number."""
+    return [scale * x if softcap is None else softcap * math.tanh(scale * x / softcap) for x in row]

@@ -10,8 +10,9 @@ from switchkd.data.templates import TEMPLATES
 from switchkd.losses.objective import Objective
 from switchkd.losses.signals import DenseSignal
 from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.features import capture_features
 from switchkd.models.switch import switch_states
-from switchkd.models.vlm import capture_vision_features, freeze, freeze_unused_vision, load_model
+from switchkd.models.vlm import freeze, freeze_unused_vision, load_model
 from switchkd.positions import predicting_rows, targets
 
 TEXT_ONLY = 1  # the row without an image
@@ -39,7 +40,7 @@ def parts_of(batch, teacher, student_model, objective):
     opened = open_checkpoint(teacher)
     blind = freeze(load_model(opened, vision=False))
     rows = predicting_rows(batch["labels"])
-    with capture_vision_features(student_model) as features:
+    with capture_features(student_model) as features:
         logits = student_model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -48,7 +49,7 @@ def parts_of(batch, teacher, student_model, objective):
         ).logits
     on = batch["has_image"]
     switch = blind.lm_head(
-        switch_states(blind, features[0], batch["input_ids"][on], batch["attention_mask"][on], rows[on])
+        switch_states(blind, features, batch["input_ids"][on], batch["attention_mask"][on], rows[on])
     )
     signal = DenseSignal(teacher_logits(load_model(opened), batch))
     parts = objective.terms(logits, targets(batch["labels"]), signal, switch, on.repeat_interleave(rows.sum(-1)))
@@ -126,12 +127,10 @@ def test_z_switch_is_the_teacher_run_on_the_students_features(batch, teacher, st
     hybrid.model.vision_tower = student_model.model.vision_tower
     rows, on = predicting_rows(batch["labels"]), batch["has_image"]
     expected = teacher_logits(hybrid, batch)[on.repeat_interleave(rows.sum(-1))]
-    with capture_vision_features(student_model) as features:
+    with capture_features(student_model) as features:
         student_model.model.get_image_features(pixel_values=batch["pixel_values"])
     blind = load_model(opened, vision=False)
-    found = blind.lm_head(
-        switch_states(blind, features[0], batch["input_ids"][on], batch["attention_mask"][on], rows[on])
-    )
+    found = blind.lm_head(switch_states(blind, features, batch["input_ids"][on], batch["attention_mask"][on], rows[on]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -13,14 +13,10 @@ from switchkd.losses.lm_head import LMHead
 from switchkd.losses.objective import Objective
 from switchkd.losses.signals import HiddenSignal
 from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.components import replace_lm_head
+from switchkd.models.features import capture_features
 from switchkd.models.switch import switch_states
-from switchkd.models.vlm import (
-    capture_vision_features,
-    enable_activation_checkpointing,
-    freeze,
-    load_model,
-    replace_lm_head,
-)
+from switchkd.models.vlm import enable_activation_checkpointing, freeze, load_model
 from switchkd.pipelines.training.cost_model import CostModel, Work, count_parameters
 from switchkd.pipelines.training.student_parts import freeze_other_parts
 from switchkd.positions import predicting_rows, targets
@@ -58,12 +54,12 @@ def step(student, teacher, switch=True):
     def loss(states):
         through = None
         if switch:
-            hidden = switch_states(teacher, features[0], ids, mask, rows)
+            hidden = switch_states(teacher, features, ids, mask, rows)
             through = SwitchStates(hidden, LMHead(teacher.lm_head.weight), torch.ones(count, dtype=torch.bool))
         head = LMHead(student.lm_head.weight)
         return Objective(switch=switch).fused(states, head, targets(labels), signal, through).total
 
-    with capture_vision_features(student) as features, replace_lm_head(student, loss):
+    with capture_features(student) as features, replace_lm_head(student, loss):
         total = student(
             input_ids=ids, attention_mask=mask, pixel_values=pixels, logits_to_keep=rows, use_cache=False
         ).logits

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from switchkd.data.encoding import EncodedSample, collate, pad_id_of
-from switchkd.losses.lm_head import LMHead
 from switchkd.models.checkpoint import Checkpoint
+from switchkd.models.components import lm_head_of
 from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.backends.packed_rows import pack, unpack
@@ -36,6 +36,5 @@ class TransformersBackend(Backend):
             RunError: logits of a sample are not finite.
         """
         states = states_at_positions(self.model, collate(samples, self.pad_id))  # [P, d]
-        head = LMHead(self.model.lm_head.weight, self.model.lm_head.bias)
-        packed = pack(states, head.logits, manifest.vocab_rows, manifest.top_k, manifest.has_hidden)
+        packed = pack(states, lm_head_of(self.model).logits, manifest.vocab_rows, manifest.top_k, manifest.has_hidden)
         return unpack(packed, manifest.top_k).split([sample.positions for sample in samples])
