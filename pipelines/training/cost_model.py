@@ -4,14 +4,15 @@ It runs no model, so the figures are available before the first step. docs/train
 memory with what one step keeps, and the FLOPs with torch's own count.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
-from transformers import LlavaForConditionalGeneration
+from torch import Tensor, nn
 
+from switchkd.fingerprints import component_of
 from switchkd.losses.fused import CHUNK_LOGITS
-from switchkd.models.components import language_model_of, layers_of, tower_of
+from switchkd.models.components import language_model_of, layers_of, tower_layers_of, tower_of
 from switchkd.pipelines.training.int8_teacher import stored_bytes
 from switchkd.pipelines.training.options import PARTS
 from switchkd.pipelines.training.student_parts import part_of
@@ -42,17 +43,31 @@ class _Stack:
     convolved: int  # weights of a patch embedding
 
     @classmethod
-    def of(cls, module: nn.Module) -> "_Stack":
+    def of(cls, module: Any) -> "_Stack":
+        """Return the sizes of a language model."""
+        return cls._of(module, len(layers_of(module)), list(module.modules()))
+
+    @classmethod
+    def of_tower(cls, model: Any) -> "_Stack":
+        """Return the sizes of a model's vision tower, without what belongs to its projector."""
+        tower = tower_of(model)
+        own = [module for name, module in model.named_modules() if component_of(f"{name}.") == "vision"]
+        return cls._of(tower, len(tower_layers_of(model)), own)
+
+    @classmethod
+    def _of(cls, module: Any, layers: int, inside: list[nn.Module]) -> "_Stack":
         config: Any = module.config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = getattr(config, "embed_dim", config.hidden_size)  # Qwen2-VL's tower calls its width embed_dim
+        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        head = getattr(config, "head_dim", None) or width // heads
         return cls(
-            layers=len(layers_of(module)),
-            width=config.hidden_size,
-            inner=config.intermediate_size,
+            layers=layers,
+            width=width,
+            inner=getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio),
             gated=any(name.endswith("gate_proj") for name, _ in module.named_modules()),
-            attention=config.num_attention_heads * head,
-            weights=sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)),
-            convolved=sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Conv2d)),
+            attention=heads * head,
+            weights=sum(m.weight.numel() for m in inside if isinstance(m, nn.Linear)),
+            convolved=sum(m.weight.numel() for m in inside if isinstance(m, nn.Conv2d | nn.Conv3d)),
         )
 
     def forward_flops(self, tokens: float, pairs: float) -> float:
@@ -87,6 +102,29 @@ class Work(NamedTuple):
     image_pairs: float = 0  # I·L²
     positions: float = 0
     image_positions: float = 0
+    # Of families whose images become other numbers of patches; 0 for Llava, where both follow from `images`.
+    patches: float = 0  # inside the vision tower
+    patch_pairs: float = 0
+    placeholders: float = 0  # image tokens
+
+
+def patches_of(config: Any, media: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (patches inside the vision tower, pairs of patches that attend to each other) of a batch's media, scalars, int64.
+
+    Tiles of zeros are padding. Pairs are those of full attention within an image or tile; a tower with windows has fewer.
+    """
+    if (grid := media.get("image_grid_thw")) is not None:
+        counts = grid.prod(1)
+        return counts.sum(), counts.square().sum()
+    side = config.vision_config.patch_size
+    height, width = (side, side) if isinstance(side, int) else side
+    if config.vision_config.model_type == "pixtral":  # images of several sizes, padded to one
+        counts = (media["image_sizes"] // media["image_sizes"].new_tensor([height, width])).prod(1)
+        return counts.sum(), counts.square().sum()
+    tiles = media["pixel_values"].flatten(0, -4)  # [tiles, 3, H, W]
+    real = tiles.flatten(1).any(1).sum()
+    each = (tiles.shape[-2] // height) * (tiles.shape[-1] // width)
+    return real * each, real * each**2
 
 
 class CostModel:
@@ -97,14 +135,14 @@ class CostModel:
         switch: the teacher of the switch pathway; None if VSD is off.
         live: the teacher that runs whole in every step; None with a store. May be the same model as `switch`.
         stored_head: weights of the LM head that turns stored hidden states into logits; 0 without it.
-        vision_tokens: tokens per image inside the tower.
+        vision_tokens: tokens per image inside the tower; of a typical image where they depend on it.
     """
 
     def __init__(
         self,
-        student: LlavaForConditionalGeneration,
-        switch: LlavaForConditionalGeneration | None,
-        live: LlavaForConditionalGeneration | None,
+        student: Any,
+        switch: Any | None,
+        live: Any | None,
         stored_head: int,
         vision_tokens: int,
     ) -> None:
@@ -122,15 +160,15 @@ class CostModel:
         student = self.student
         language = self._language(student, work.tokens, work.pairs) + self._head(student, work.positions)
         total = (2 + self.language_trains) * language
-        total += (1 + self.projector_trains + self.vision_trains) * self._projector(student, work.images)
-        total += (1 + 2 * self.vision_trains) * self._vision(student, work.images)
+        total += (1 + self.projector_trains + self.vision_trains) * self._projector(student, work)
+        total += (1 + 2 * self.vision_trains) * self._vision(student, work)
         if self.switch is not None:
             total += 2 * self._language(self.switch, work.image_tokens, work.image_pairs)
             total += 2 * self._head(self.switch, work.image_positions)
-            total += 2 * self._projector(self.switch, work.images)
+            total += 2 * self._projector(self.switch, work)
         if self.live is not None:
             total += self._language(self.live, work.tokens, work.pairs) + self._head(self.live, work.positions)
-            total += self._projector(self.live, work.images) + self._vision(self.live, work.images)
+            total += self._projector(self.live, work) + self._vision(self.live, work)
         return total + 2 * self.stored_head * work.positions
 
     def memory(
@@ -167,7 +205,7 @@ class CostModel:
         language = _Stack.of(language_model_of(self.student))
         kept = tokens * language.kept_bytes(element, self.language_trains, student_checkpointed)
         if self.vision_trains:
-            tower = _Stack.of(tower_of(self.student))
+            tower = _Stack.of_tower(self.student)
             kept += vision * tower.kept_bytes(element, True, student_checkpointed)
         if self.switch is not None:
             through, size = _Stack.of(language_model_of(self.switch)), self.switch.lm_head.weight.element_size()
@@ -184,17 +222,21 @@ class CostModel:
             "loss": 4.0 * LOSS_TENSORS * chunk + 4 * head.numel() * head.requires_grad,
         }
 
-    def _vision(self, model: LlavaForConditionalGeneration, images: float) -> float:
-        stack = _Stack.of(tower_of(model))
-        return stack.forward_flops(images * self.vision_tokens, images * self.vision_tokens**2)
+    def _vision(self, model: Any, work: Work) -> float:
+        fixed = work.images * self.vision_tokens, work.images * self.vision_tokens**2
+        return _Stack.of_tower(model).forward_flops(*((work.patches, work.patch_pairs) if work.patches else fixed))
 
-    def _projector(self, model: LlavaForConditionalGeneration, images: float) -> float:
-        linear = [m.weight.numel() for m in model.model.multi_modal_projector.modules() if isinstance(m, nn.Linear)]
-        return 2 * sum(linear) * images * self.vision_tokens
+    def _projector(self, model: Any, work: Work) -> float:
+        linear = [
+            module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and component_of(f"{name}.") == "projector"
+        ]
+        return 2 * sum(linear) * (work.placeholders or work.images * self.vision_tokens)
 
-    def _language(self, model: LlavaForConditionalGeneration, tokens: float, pairs: float) -> float:
+    def _language(self, model: Any, tokens: float, pairs: float) -> float:
         return _Stack.of(language_model_of(model)).forward_flops(tokens, pairs)
 
-    def _head(self, model: LlavaForConditionalGeneration, positions: float) -> float:
+    def _head(self, model: Any, positions: float) -> float:
         weights: int = model.lm_head.weight.numel()
         return 2 * weights * positions

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import SampleFile
@@ -12,8 +14,8 @@ from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
-from switchkd.models.block_attention import check_layers
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
+from switchkd.models.packing_probe import check_packing
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.arguments import resolve_batches
@@ -38,6 +40,8 @@ class TrainingInputs:
     samples: TrainingSamples
     vocabularies: VocabMap | None  # with `--vocab-map`
     two_views: bool  # whether the teacher encodes samples differently from the student
+    media: dict[str, Tensor] | None = None  # of one image, as the student's processor makes it; None for a Llava
+    teacher_media: dict[str, Tensor] | None = None  # of the same image, as the teacher's makes it
 
     @property
     def teacher_signal(self) -> str | None:
@@ -78,9 +82,9 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     student = open_checkpoint(options.student, options.trust_remote_code)
     teacher = _open_teacher(options, objective, student)
     if options.packing is not None:
-        check_layers(student.config.text_config, str(options.student))
+        check_packing(student.config, str(options.student))
         if teacher is not None and (objective.switch or options.teacher_mode == "live"):
-            check_layers(teacher.config.text_config, str(options.teacher))
+            check_packing(teacher.config, str(options.teacher))
     data = SampleFile(options.data)
     store = _open_store(options, objective, teacher, student, data)
     payload = _payload(options, store, teacher)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from switchkd.losses.selection import kneedle
 from switchkd.losses.signals import TeacherSignal
+from switchkd.models.families import family_of
 from switchkd.models.features import Features
 from switchkd.pipelines.batch import Batch
-from switchkd.pipelines.training.cost_model import CostModel, Work
+from switchkd.pipelines.training.cost_model import CostModel, Work, patches_of
 from switchkd.positions import count_positions
 
 KNEE_POSITIONS = 32  # positions of a batch whose knees are measured, in steps that are logged
@@ -43,7 +44,8 @@ class StepMetrics:
         self._since = time.perf_counter()
         self._waited = self._store = self._samples = self._tokens = self._pairs = 0.0
         self._images = self._image_tokens = self._image_pairs = 0.0
-        # Tokens without padding, positions, positions with an image, pairs of tokens of a sample: student's and switch pathway's.
+        # Tokens without padding, positions, positions with an image, pairs of tokens of a sample: student's and switch pathway's;
+        # patches, their pairs, and image tokens, where they depend on the image.
         self._on_device: Tensor | None = None
         self._knees: dict[str, list[Tensor]] = {"teacher": [], "student": []}
         self._vsd_square: Tensor | None = None
@@ -64,7 +66,7 @@ class StepMetrics:
         self._tokens += rows * length
         self._pairs += rows * length**2
         self._images += images
-        alone = images, read.input_ids.shape[1]
+        alone = int(batch.has_image.sum()), read.input_ids.shape[1]
         rows, length = alone if batch.switch_packing is None else batch.switch_packing.shape
         self._image_tokens += rows * length
         self._image_pairs += rows * length**2
@@ -73,8 +75,15 @@ class StepMetrics:
         read_lengths = read.attention_mask.sum(-1)
         shown = batch.has_image
         counts = lengths, positions, positions[shown], lengths**2, read_lengths[shown] ** 2
-        found = torch.stack([count.sum() for count in counts]).double()
+        found = torch.stack([*(count.sum() for count in counts), *self._vision(batch)]).double()
         self._on_device = found if self._on_device is None else self._on_device + found
+
+    def _vision(self, batch: Batch) -> list[Tensor]:
+        """Return patches, their pairs and image tokens of a batch; zeros where they follow from the number of images."""
+        config = None if self.cost_model is None else self.cost_model.student.config
+        if config is None or family_of(config).is_llava or not batch.media:
+            return [batch.input_ids.new_zeros(())] * 3
+        return [*patches_of(config, batch.media), (batch.input_ids == config.image_token_id).sum()]
 
     def leave_out(self, images: int, length: int, known: int) -> None:
         """Subtract from the switch pathway's counts the tokens that did not run: the first `known` of `length` of each row."""
@@ -120,7 +129,7 @@ class StepMetrics:
         """
         seconds = time.perf_counter() - self._since
         device = accelerator.device
-        on_device = torch.zeros(5, dtype=torch.float64) if self._on_device is None else self._on_device
+        on_device = torch.zeros(8, dtype=torch.float64) if self._on_device is None else self._on_device
         square = torch.zeros((), dtype=torch.float64) if self._vsd_square is None else self._vsd_square
         plain = [self._samples, self._tokens, self._pairs, self._images, self._image_tokens, self._image_pairs]
         sums = [
@@ -144,6 +153,9 @@ class StepMetrics:
             shown,
             own_pairs,
             own_image_pairs,
+            patches,
+            patch_pairs,
+            placeholders,
             square_sum,
         ) = reduced
         pairs = own_pairs if self.in_blocks[0] else pairs
@@ -158,7 +170,8 @@ class StepMetrics:
             "store_read_seconds": store / processes,
         }
         if self.cost_model is not None:
-            work = Work(tokens, pairs, images, image_tokens, image_pairs, positions, shown)
+            in_text = tokens, pairs, images, image_tokens, image_pairs, positions, shown
+            work = Work(*in_text, patches, patch_pairs, placeholders)
             per_second = self.cost_model.flops(work) / seconds
             found["tflops_per_second"] = per_second / 1e12
             if peak_flops is not None:

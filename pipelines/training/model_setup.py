@@ -7,11 +7,12 @@ import torch
 from transformers import TrainingArguments
 
 from switchkd.errors import CheckpointError
-from switchkd.models.block_attention import enable_packing
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import language_model_of, tower_of
-from switchkd.models.families import logit_map_of
-from switchkd.models.switch_adapter import SwitchAdapter
+from switchkd.models.families import family_of, logit_map_of
+from switchkd.models.fit import probe_cuts
+from switchkd.models.packing_probe import enable_packing_in
+from switchkd.models.switch_adapter import CutAdapters, SwitchAdapter
 from switchkd.models.vlm import (
     enable_activation_checkpointing,
     freeze,
@@ -21,7 +22,7 @@ from switchkd.models.vlm import (
 )
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK, TeacherSource
 from switchkd.pipelines.training.baseline_terms import ExtraTerms, make_extra_terms
-from switchkd.pipelines.training.cost_model import CostModel
+from switchkd.pipelines.training.cost_model import CostModel, patches_of
 from switchkd.pipelines.training.inputs import TrainingInputs
 from switchkd.pipelines.training.int8_teacher import NAME as INT8
 from switchkd.pipelines.training.int8_teacher import to_int8
@@ -59,16 +60,16 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         source, switch_teacher = _load_teacher(inputs)
     live = source.teacher if isinstance(source, LiveTeacher) else None
     if options.packing is not None:
-        enable_packing(language_model_of(student), str(options.student))
+        enable_packing_in(student, str(options.student), inputs.media)
         if (packed := switch_teacher or live) is not None:
-            enable_packing(language_model_of(packed), str(options.teacher))
+            enable_packing_in(packed, str(options.teacher), inputs.teacher_media)
     freeze_other_parts(student, inputs.parts)
-    unused = freeze_unused_vision(student) if "vision" in inputs.parts else []
+    unused = freeze_unused_vision(student, inputs.media) if "vision" in inputs.parts else []
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
     if options.switch_adapter is not None:
         assert teacher is not None
-        student.switch_adapter = _make_switch_adapter(options, teacher, inputs.student)
+        student.switch_adapter = _make_switch_adapter(inputs, teacher)
     extra_terms = None
     if inputs.objective.baseline:
         assert isinstance(source, LiveTeacher)
@@ -79,7 +80,10 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
             shard_frozen(whole)
     stored_head = source.head.numel() if isinstance(source, StoredHidden) else 0
-    cost_model = CostModel(student, switch_teacher, live, stored_head, inputs.student.feature_tokens)
+    vision_tokens = inputs.student.feature_tokens
+    if inputs.media is not None:
+        vision_tokens = int(patches_of(student.config, inputs.media)[0])
+    cost_model = CostModel(student, switch_teacher, live, stored_head, vision_tokens)
     return TrainingModels(student, source, switch_teacher, extra_terms, cost_model, unused)
 
 
@@ -123,9 +127,14 @@ def _load_teacher(
     return StoredHidden(head, store.manifest.vocab_rows, store.manifest.has_exact_knee, logit_map), switch
 
 
-def _make_switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:
+def _make_switch_adapter(inputs: TrainingInputs, teacher: Checkpoint) -> SwitchAdapter | CutAdapters:
     """Create the requested switch adapter. Raises CheckpointError if it cannot map features to the teacher's number of them."""
+    options, student = inputs.options, inputs.student
     torch.manual_seed(options.seed)
+    if not family_of(student.config).is_llava:
+        assert inputs.media is not None and inputs.teacher_media is not None
+        sides = (student.config, inputs.media), (teacher.config, inputs.teacher_media)
+        return CutAdapters(str(options.switch_adapter), *(probe_cuts(*side).widths for side in sides))
     shapes = [(side.feature_tokens, side.feature_width) for side in (student, teacher)]
     try:
         return SwitchAdapter(str(options.switch_adapter), *shapes)

@@ -30,6 +30,9 @@ class LogitMap:
         """Whether the product is the logits."""
         return self.scale == 1.0 and self.softcap is None
 
+    def __str__(self) -> str:
+        return f"scale {self.scale:g}, soft-cap {'none' if self.softcap is None else format(self.softcap, 'g')}"
+
     def __call__(self, product: Tensor) -> Tensor:
         """Map [T, V] → [T, V], differentiable."""
         scaled = product if self.scale == 1.0 else product * self.scale

@@ -70,13 +70,18 @@ def uses_block_attention(language: Any) -> bool:
     return bool(language.config._attn_implementation == NAME)
 
 
-def _is_plain(config: Any) -> bool:
+def is_plain(config: Any) -> bool:
     """Return whether every layer is full causal attention, computed by torch's fused attention."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
     windows = ("sliding_window", "attention_chunk_size")
     return config._attn_implementation == "sdpa" and all(getattr(config, name, None) is None for name in windows)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the relative change of a state that rounding explains in a model of this dtype."""
+    return HALF_TOLERANCE if dtype.itemsize == 2 else TOLERANCE
 
 
 def check_layers(config: Any, name: str) -> None:
@@ -116,10 +121,8 @@ def enable_packing(language: Any, name: str) -> None:
     samples = [torch.randn(1, n, weight.shape[1], generator=generator).to(weight) * weight.std() for n in PROBE]
     with torch.no_grad():
         alone = [language(inputs_embeds=sample, use_cache=False).last_hidden_state for sample in samples]
-        before, tolerance = language.config._attn_implementation, TOLERANCE
-        if weight.dtype.itemsize == 2:
-            tolerance = HALF_TOLERANCE
-        for way in (NAME, before) if _is_plain(language.config) else (before,):
+        before, tolerance = language.config._attn_implementation, tolerance_of(weight.dtype)
+        for way in (NAME, before) if is_plain(language.config) else (before,):
             language.set_attn_implementation(way)
             change = _influence(language, samples, alone)
             if change <= tolerance:

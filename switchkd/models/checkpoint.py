@@ -1,7 +1,7 @@
 """Opens model folders without loading weights, and checks that a teacher and a student are compatible."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,11 +10,13 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
+from switchkd.models.families import family_of, logit_map_of
+from switchkd.models.fit import check_cuts
 from switchkd.models.projectors import (
     SwitchLlavaConfig,
     image_token_count,
@@ -37,12 +39,12 @@ class Checkpoint:
     """A model folder, opened but not loaded: config, tokenizer, image processor and the sizes that must be compatible."""
 
     path: Path
-    config: LlavaConfig
+    config: Any  # of a family of `families.FAMILIES`
     tokenizer: Any
     image_processor: Any
-    image_tokens: int  # tokens per image
-    feature_tokens: int  # n, features that enter the projector; more than image_tokens if it pools them
-    feature_width: int  # d_v, their width
+    image_tokens: int  # tokens per image; 0 where they depend on the image, in every family but Llava
+    feature_tokens: int  # n, features that enter the projector; more than image_tokens if it pools them; 0 likewise
+    feature_width: int  # d_v, their width; 0 likewise
     trust_remote_code: bool = False
 
     @property
@@ -70,31 +72,37 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkpoint:
-    """Open a Llava checkpoint folder without loading weights.
+    """Open a checkpoint folder of any family without loading weights.
 
     Raises:
-        CheckpointError: no such folder, not a Llava, no fast tokenizer, no image processor.
+        CheckpointError: no such folder, a model of no family here, logits that depend on the program that computes them, no fast
+            tokenizer, no image processor.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"no checkpoint at {folder}: expected a folder with a config.json")
     with as_checkpoint_error(folder):
-        config = LlavaConfig.get_config_dict(folder)[0]
-        kind = CONFIGS.get(config.get("model_type", ""))
-        if kind is None or "mm_projector_type" in config:  # original LLaVA's model type is also "llava"
+        saved = LlavaConfig.get_config_dict(folder)[0]
+        if (
+            "mm_projector_type" in saved or saved.get("model_type") == "tinyllava"
+        ):  # original LLaVA's model type is also "llava"
             raise CheckpointError(
-                f"{folder} is a {config.get('model_type')!r} model; expected a LlavaForConditionalGeneration "
-                f"(model_type {' or '.join(CONFIGS)}). `switchkd convert` makes one of TinyLLaVA's and original LLaVA's"
+                f"{folder} is a {saved.get('model_type')!r} model in the layout of TinyLLaVA or original LLaVA; expected "
+                "a checkpoint as transformers saves it: `switchkd convert` makes one"
             )
-        llava = kind.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        family = family_of(config, folder)
+        logit_map_of(config, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **PIL_BACKEND)
-        feature_tokens, feature_width = probe_vision(llava)
-        image_tokens = image_token_count(llava, feature_tokens)
+        image_tokens = feature_tokens = feature_width = 0
+        if family.is_llava:
+            feature_tokens, feature_width = probe_vision(config)
+            image_tokens = image_token_count(config, feature_tokens)
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
     return Checkpoint(
-        folder, llava, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
+        folder, config, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
     )
 
 
@@ -103,7 +111,12 @@ IMAGE_MODES: tuple[str, ...] = get_args(ImageMode)
 
 def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:
     """Return the checkpoint with its image processor in another image mode; see `processor_in_mode`."""
-    side = checkpoint.config.vision_config.image_size
+    if mode != "own" and not family_of(checkpoint.config).is_llava:
+        raise ConfigError(
+            f"--image-mode {mode} makes images square for a Llava; {checkpoint.path} is a {checkpoint.config.model_type}, whose "
+            "processor keeps their shape: pass --image-mode own"
+        )
+    side = getattr(checkpoint.config.vision_config, "image_size", 0)
     processor = processor_in_mode(checkpoint.image_processor, mode, side, checkpoint.path)
     return checkpoint if mode == "own" else replace(checkpoint, image_processor=processor)
 
@@ -146,13 +159,17 @@ def processor_in_mode(processor: Any, mode: str, side: int, path: Path) -> Any:
 
 
 def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, str]:
-    """Return the hashes that identify a teacher: config, and each component's weights.
+    """Return the hashes that identify a teacher: config, and each component's weights; and what it makes of its LM head's output.
+
+    The latter, "logit_map", is there only where the logits are not the LM head's product.
 
     Args:
         vision: if False, the vision tower's weights are not read, and its hash is left out.
     """
     components = ("vision", "projector", "language") if vision else ("projector", "language")
-    return {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
+    logit_map = logit_map_of(checkpoint.config, checkpoint.path)
+    found = {} if logit_map.is_identity else {"logit_map": str(logit_map)}
+    return found | {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
 
 
 # torchvision may be missing or broken, and its pixels differ from Pillow's in the last bits, so the Pillow backend is always used.
@@ -194,6 +211,7 @@ def check_compatible(
     adapter: bool = False,
     one_text: bool = False,
     vocab_map: bool = False,
+    media: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Check that a student can learn from a teacher.
 
@@ -204,6 +222,8 @@ def check_compatible(
         adapter: whether a switch adapter maps the features, so that their width and number may differ.
         one_text: whether both read the same ids, image tokens included, even without the switch pathway.
         vocab_map: whether a vocabulary map is used, so that the tokenizers may differ.
+        media: of one image, as the teacher's and the student's processor make it; needed for the switch pathway of other families
+            than Llava.
 
     Raises:
         CheckpointError: names both values of the first property that does not match.
@@ -218,6 +238,15 @@ def check_compatible(
         raise CheckpointError(
             f"the image token ids differ ({teacher.image_token_id} and {student.image_token_id}): {sides}"
         )
+    if family_of(student.config, student.path).teaches_only:
+        raise CheckpointError(
+            f"{student.path} is a {student.config.model_type}, which only teaches here: {sides}. Take a dense model as the student"
+        )
+    if switch and not all(family_of(side.config).is_llava for side in (teacher, student)):
+        assert media is not None
+        ends = [(side.path, side.config, image) for side, image in zip((teacher, student), media, strict=True)]
+        check_cuts(ends[0], ends[1], adapter)
+        return
     switch = switch and not adapter
     advice = "--switch-adapter linear, or --no-switch" if switch else "another teacher"
     if (switch or one_text) and teacher.image_tokens != student.image_tokens:

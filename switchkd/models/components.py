@@ -62,8 +62,12 @@ def projector_modules_of(model: Any) -> dict[str, nn.Module]:
 
 
 def lm_head_of(model: Any) -> LMHead:
-    """Return the LM head, and what the model makes of its output."""
-    return LMHead(model.lm_head.weight, model.lm_head.bias, logit_map_of(model.config))
+    """Return the LM head, and what the model makes of its output outside of a block of `replace_lm_head`."""
+    logit_map = model.__dict__.get(_KNOWN) or logit_map_of(model.config)
+    return LMHead(model.lm_head.weight, model.lm_head.bias, logit_map)
+
+
+_KNOWN = "_logit_map"  # attribute of a model whose config says nothing of its soft-cap for a while
 
 
 def tower_layers_of(model: Any) -> list[nn.Module]:
@@ -90,7 +94,7 @@ def replace_lm_head(model: Any, head: Callable[[Tensor], Tensor]) -> Iterator[No
     before = module.__dict__.get("forward")
     module.forward = torch.compiler.disable(head)
     try:
-        with _without_softcap(model.config):
+        with _without_softcap(model):
             yield
     finally:
         if before is None:
@@ -100,15 +104,17 @@ def replace_lm_head(model: Any, head: Callable[[Tensor], Tensor]) -> Iterator[No
 
 
 @contextmanager
-def _without_softcap(config: Any) -> Iterator[None]:
+def _without_softcap(model: Any) -> Iterator[None]:
     """Switch off the soft-cap that a class applies to what its LM head returns, read from the config in each forward pass."""
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     cap = getattr(text, "final_logit_softcapping", None)
     if cap is None:
         yield
         return
+    model.__dict__[_KNOWN] = logit_map_of(model.config)
     text.final_logit_softcapping = None
     try:
         yield
     finally:
+        del model.__dict__[_KNOWN]
         text.final_logit_softcapping = cap

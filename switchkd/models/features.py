@@ -102,15 +102,14 @@ def image_outputs(model: Any, media: Mapping[str, Tensor]) -> Any:
 
 def output_tensors(outputs: Any) -> list[Tensor]:
     """Return what the language model reads of `image_outputs`: the features of each image, and those that enter deeper layers."""
+    return tensors_in([outputs.pooler_output, getattr(outputs, "deepstack_features", None)])
 
-    def inside(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        else:
-            for item in value or ():
-                yield from inside(item)
 
-    return list(inside([outputs.pooler_output, getattr(outputs, "deepstack_features", None)]))
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a tensor, None, or a sequence of such."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value or () for tensor in tensors_in(item)]
 
 
 def type_ids(config: Any, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

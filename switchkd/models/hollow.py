@@ -72,7 +72,13 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_hollow(kind: type[Any], config: Any, folder: Any, dtype: str | torch.dtype) -> tuple[Any, dict[str, Any]]:
+def built_of(kind: type[Any], config: Any) -> Any:
+    """Build a model with random weights, as from_pretrained does: what `kind` drops in its constructor is never allocated."""
+    with torch.random.fork_rng(devices=[]), _without_report():
+        return kind.from_pretrained(None, config=config, state_dict={}, dtype=torch.float32).eval()
+
+
+def load_hollow(kind: Any, config: Any, folder: Any, dtype: str | torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Load a checkpoint's projector and language model into a hollow model: (model, report as from_pretrained gives it).
 
     Only files with weights of these components are opened, and only those weights are read; files of a tower may be absent. What
@@ -84,7 +90,7 @@ def load_hollow(kind: type[Any], config: Any, folder: Any, dtype: str | torch.dt
     Raises:
         CheckpointError: files are missing. OSError, ValueError: as from_pretrained raises them.
     """
-    opened = [safe_open(file, framework="pt") for file in weight_files(folder, READ)]
+    opened: list[Any] = [safe_open(file, framework="pt") for file in weight_files(folder, READ)]
     tensors = {
         name: file.get_slice(name)  # read when transformers places it
         for file in opened

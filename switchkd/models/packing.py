@@ -86,7 +86,8 @@ def in_order(source: Tensor, attention_mask: Tensor) -> Tensor:
     is_text = into_rows(attention_mask, source).bool()
     if bool((source[is_text].diff() > 0).all()):
         return source
-    lengths, rows, room = attention_mask.sum(-1).tolist(), [[]], source.shape[1]
+    lengths, room = attention_mask.sum(-1).tolist(), source.shape[1]
+    rows: list[list[int]] = [[]]
     for sample, length in enumerate(lengths):
         if sum(lengths[other] for other in rows[-1]) + length > room:
             rows.append([])

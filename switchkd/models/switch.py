@@ -53,7 +53,7 @@ def switch_states(
         outputs = image_outputs(teacher, media or {})
     if packing is not None:
         packing = in_order(packing, attention_mask)
-    start, cache = 0, {}
+    start, cache = 0, dict[str, Any]()
     if prefix_cache is not None and packing is None and family_of(teacher.config).keeps_prefix:
         is_image = input_ids == teacher.config.image_token_id
         embeds = teacher.get_input_embeddings()(input_ids)

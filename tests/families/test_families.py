@@ -8,6 +8,7 @@ import json
 import families as tiny
 import pytest
 import torch
+from family_batches import own_inputs, own_logits, text_of, with_room
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from switchkd.fingerprints import component_of
@@ -33,29 +34,6 @@ from switchkd.positions import predicting_rows, targets
 
 OTHERS = [family for family in tiny.FAMILIES if family != "llava"]
 CLOSE = {"rtol": 0, "atol": 1e-5}
-
-
-def own_inputs(family, columns):
-    """A batch as a user would pass it to the class."""
-    ids, labels = columns["input_ids"], columns["labels"]
-    image = ids == tiny.tokenizer(family).convert_tokens_to_ids(tiny.SPECIAL[family].image)
-    inputs = {name: value for name, value in columns.items() if name != "labels"}
-    if family.startswith("qwen") or family == "glm4v":
-        inputs["mm_token_type_ids"] = image.long()
-    if family == "gemma3":
-        inputs["token_type_ids"] = image.long()
-    if family.startswith("paligemma"):
-        inputs["token_type_ids"] = (labels != -100).long()
-    return inputs
-
-
-def own_logits(family, model, columns):
-    with torch.no_grad():
-        return model(**own_inputs(family, columns), use_cache=False).logits[predicting_rows(columns["labels"])]
-
-
-def text_of(columns):
-    return columns["input_ids"], columns["attention_mask"]
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -204,12 +182,6 @@ def packed(columns, order):
     """A layout of the two samples in one row."""
     lengths = columns["attention_mask"].sum(-1).tolist()
     return layout([order], lengths, columns["input_ids"].shape[1])
-
-
-def with_room(columns):
-    """A batch with a column of padding at its end."""
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return columns | {name: torch.nn.functional.pad(columns[name], (0, 1), value=value) for name, value in fill.items()}
 
 
 def test_packed_samples_are_as_alone_where_the_family_packs(case):

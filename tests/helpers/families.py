@@ -356,10 +356,9 @@ def media(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, generator=generator)
 
     if family in ("llava_next", "llava_onevision"):
-        return {
-            "pixel_values": random(2, 5, 3, SIDE, SIDE),
-            "image_sizes": torch.tensor([[30, 20], [12, 31]]),
-        }
+        pixels = random(2, 5, 3, SIDE, SIDE)
+        pixels[1, 3:] = 0  # the second image has three tiles
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[30, 20], [12, 31]])}
     if family.startswith("qwen") or family == "glm4v":
         grid = torch.tensor([[1, 6, 8], [1, 4, 10]])
         return {"pixel_values": random(int(grid.prod(1).sum()), 3 * 2 * PATCH**2), "image_grid_thw": grid}
@@ -372,6 +371,14 @@ def media(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
     if family == "mistral3":
         return {"pixel_values": random(2, 3, 24, 32), "image_sizes": torch.tensor([[24, 32], [16, 24]])}
     return {"pixel_values": random(2, 3, SIDE, SIDE)}
+
+
+def one_image(family: str, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The columns of the first of the two images of `media`."""
+    first = (
+        3 if family == "internvl" else int(columns["image_grid_thw"][0].prod()) if "image_grid_thw" in columns else 1
+    )
+    return {name: value[: first if name == "pixel_values" else 1] for name, value in columns.items()}
 
 
 def image_tokens(model, columns: dict[str, torch.Tensor]) -> list[int]:

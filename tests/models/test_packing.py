@@ -259,7 +259,7 @@ def test_a_packed_run_has_the_weights_of_an_unpacked_one(options, monkeypatch, t
     train(options)
     packed = replace(options, output=tmp_path / "packed", **changed)
     if changed["packing"] == 32:
-        monkeypatch.setattr(block_attention, "_is_plain", lambda config: False)  # masks
+        monkeypatch.setattr(block_attention, "is_plain", lambda config: False)  # masks
     train(packed)
     assert_equal_runs(options.output, packed.output)
     configs = [json.loads((run / "config.json").read_text()) for run in (options.output, packed.output)]

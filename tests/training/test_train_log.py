@@ -135,7 +135,7 @@ def test_the_estimate_of_a_packed_run_counts_rows_and_their_mask(options, monkey
     monkeypatch.setattr(SwitchTrainer, "train", stop)
     for packing, said, masked in ((30, "2 x 28 tokens", False), (4, "4 x 14 tokens", True)):
         if masked:
-            monkeypatch.setattr("switchkd.models.block_attention._is_plain", lambda config: False)
+            monkeypatch.setattr("switchkd.models.block_attention.is_plain", lambda config: False)
         with caplog.at_level("INFO", logger="switchkd"), pytest.raises(training.Stop):
             train(replace(options, packing=packing))
         told = " ".join(caplog.text.split()).partition("memory, estimated")[2]
@@ -146,7 +146,7 @@ def test_the_estimate_of_a_packed_run_counts_rows_and_their_mask(options, monkey
 @pytest.mark.parametrize("masked", (False, True))
 def test_the_flops_of_a_packed_step_are_those_of_its_rows(options, whole_batch, monkeypatch, masked):
     if masked:
-        monkeypatch.setattr("switchkd.models.block_attention._is_plain", lambda config: False)
+        monkeypatch.setattr("switchkd.models.block_attention.is_plain", lambda config: False)
     train(replace(options, steps=1, batch_size=12, packing=10_000))
     (entry,) = logged(options.output)
     batch, student, teacher = whole_batch
