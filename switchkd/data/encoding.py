@@ -1,9 +1,10 @@
 """Encodes samples as model inputs (token ids, supervised mask, pixels) and collates them into batches."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from switchkd.data.chat_template import ChatTemplate, TemplateNotInvertible
 from switchkd.data.images import check_enlarged, decode, image_bytes_of, was_decoded_otherwise
+from switchkd.data.media import Media, MediaReader, collate_media
 from switchkd.data.samples import BadSample, Sample, Status
-from switchkd.data.templates import ConversationFormat
+from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
 from switchkd.data.tokenization import ConversationTokenizer, Tokens, check_template
 from switchkd.errors import DataError, ReadFailure
 from switchkd.fingerprints import SampleDigest, digest_sample
-from switchkd.models.checkpoint import Checkpoint
+from switchkd.models.checkpoint import Checkpoint, blank_image
 from switchkd.positions import IGNORED
 from switchkd.settings import MAX_IMAGE_PIXELS
 
@@ -35,9 +37,13 @@ class EncodedSample:
 
     input_ids: NDArray[np.int32]  # [L], the image's tokens expanded
     supervised: NDArray[np.bool_]  # [L]
-    pixels: Tensor | None  # [3, H, W] float32
+    media: (
+        Mapping[str, Tensor] | None
+    )  # of its image, by column, see `data.media.Media`; a Llava's pixel_values is [1, 3, H, W]
     digest: SampleDigest
-    teacher: "EncodedSample | None" = None  # the teacher's encoding, without pixels, where it differs
+    teacher: "EncodedSample | None" = (
+        None  # the teacher's encoding where it differs; with media if its processor differs
+    )
     starts: NDArray[np.int64] | None = (
         None  # [P], where each position's token begins in the answers, see `Tokens.starts`
     )
@@ -46,6 +52,11 @@ class EncodedSample:
     def positions(self) -> int:
         """Number of supervised tokens."""
         return int(self.supervised[1:].sum())
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """A Llava's pixels, [3, H, W] float32; None for text only."""
+        return None if self.media is None else self.media["pixel_values"][0]
 
 
 class SampleEncoder:
@@ -78,9 +89,9 @@ class SampleEncoder:
                 f"no image folder {images}: --images takes the folder that the data file's paths start from"
             )
         self.tokenizer = checkpoint.tokenizer
-        self.image_processor = checkpoint.image_processor
+        self.config, self.reader = checkpoint.config, MediaReader(checkpoint)
         self.image_token_id = checkpoint.image_token_id
-        self.image_tokens = checkpoint.image_tokens
+        self.image_tokens = checkpoint.image_tokens  # a sample's; 0 where the image decides
         self.template = template
         self.images = images
         self.max_length = max_length
@@ -89,12 +100,12 @@ class SampleEncoder:
         self.words = ConversationTokenizer(
             checkpoint.tokenizer, checkpoint.image_token_id, not isinstance(template, ChatTemplate)
         )
-        check_template(self.words, template, self._image_text)
-        self._pixel_cache: LRUCache[bytes, _Pixels] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
+        check_template(self.words, template, self._text_of(self.reader.probe() if self.reader.is_variable else None))
+        self._media_cache: LRUCache[bytes, _Image] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cached pixels, which would be copied to every spawned DataLoader worker."""
-        return self.__dict__ | {"_pixel_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))}
+        return self.__dict__ | {"_media_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))}
 
     def encode(self, sample: Sample, pixels: bool = True) -> EncodedSample:
         """Encode one sample.
@@ -108,26 +119,37 @@ class SampleEncoder:
         """
         sample.require_ok()
         with _naming(sample):
-            tokens = self._tokens(sample)
+            # The text of a Llava's sample does not depend on the image, and is refused before that is read.
+            tokens = None if self.reader.is_variable else self._tokens(sample, None)
             data = image_bytes_of(sample, self.images)
-            image = self._pixels(data, sample.image) if data is not None and pixels else None
+            image = (
+                self._image(data, sample.image) if data is not None and (pixels or self.reader.is_variable) else None
+            )
+            tokens = tokens or self._tokens(sample, None if image is None else image.media)
             changed = False
             if data is not None:
                 changed = was_decoded_otherwise(data, self.max_image_pixels) if image is None else image.changed
         # The first token of a text is predicted by none.
         starts = tokens.starts[int(tokens.supervised[0]) :] if self.with_starts else None
         digest = digest_sample(tokens.ids, tokens.supervised, data, changed)
-        found = None if image is None else image.pixels
-        return EncodedSample(tokens.ids, tokens.supervised, found, digest, starts=starts)
+        media = image.media.columns if image is not None and pixels else None
+        return EncodedSample(tokens.ids, tokens.supervised, media, digest, starts=starts)
 
     def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Encode one sample's text, including its image tokens: (input_ids [L], supervised [L]). Raises BadSample."""
+        """Encode one sample's text: (input_ids [L], supervised [L]).
+
+        An image that is not read has the tokens of a made-up one where their number depends on the image.
+
+        Raises:
+            BadSample: the text cannot be used.
+        """
         sample.require_ok()
-        tokens = self._tokens(sample)
+        tokens = self._tokens(sample, None)
         return tokens.ids, tokens.supervised
 
-    def _tokens(self, sample: Sample) -> Tokens:
-        tokens = self.tokenize(self._segments(sample), has_image=sample.image is not None)
+    def _tokens(self, sample: Sample, media: Media | None) -> Tokens:
+        tokens = self.words(self._segments(sample), [] if sample.image is None else [self._text_of(media)])
+        self._require_fit(len(tokens.ids))
         if not tokens.supervised[1:].any():
             reason = (
                 "every answer has weight 0"
@@ -145,22 +167,17 @@ class SampleEncoder:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
         return without_answers(segments, sample) if sample.unsupervised else segments
 
-    def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
-        """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
+    def encode_prompt(self, sample: Sample, turn: int) -> "Prompt":
+        """Encode a sample up to where the answer of turn `turn` begins. Raises BadSample."""
         sample.require_ok()
         with _naming(sample):
             return self.encode_turns(sample.turns[: turn + 1], image_bytes_of(sample, self.images), str(sample.image))
 
-    def encode_turns(
-        self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str
-    ) -> tuple[NDArray[np.int32], Tensor | None]:
+    def encode_turns(self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str) -> "Prompt":
         """Encode turns up to where the last one's answer begins.
 
         Args:
             turns: (question, answer) pairs; the last answer is ignored. image: an image file's bytes. name: its name in errors.
-
-        Returns:
-            input_ids [L], and pixels [3, H, W] if there is an image.
 
         Raises:
             BadSample: too long, no text, or an unusable image.
@@ -171,37 +188,57 @@ class SampleEncoder:
             segments = self.template.prompt(turns, image is not None, self.tokenizer.eos_token)
         except TemplateNotInvertible as error:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
-        ids = self.words.prompt(segments, [] if image is None else [self._image_text])
+        media = None if image is None else self._image(image, name).media
+        ids = self.words.prompt(segments, [] if image is None else [self._text_of(media)])
         self._require_fit(len(ids))
         if not len(ids):
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
-        return ids, None if image is None else self._pixels(image, name).pixels
+        return Prompt(ids, None if media is None else media.columns)
 
-    def tokenize(self, segments: list[tuple[str, bool]], has_image: bool) -> Tokens:
-        """Tokenize the segments of a conversation as one text, see `ConversationTokenizer`. Raises BadSample if too long."""
-        tokens = self.words(segments, [self._image_text] if has_image else [])
-        self._require_fit(len(tokens.ids))
-        return tokens
+    def _text_of(self, media: Media | None) -> str:
+        """Return the text of an image; None is one that was not read."""
+        if media is None and self.reader.is_variable:
+            media = self._probe
+        image = self.words.image_token * self.image_tokens if media is None else media.texts[0]
+        return self.reader.text_of(image, isinstance(self.template, ChatTemplate))
 
     @property
-    def _image_text(self) -> str:
-        return self.words.image_token * self.image_tokens
+    def usual_image_tokens(self) -> int:
+        """Tokens of an image, for estimates of lengths; those of a made-up one where the image decides."""
+        return len(self.placeholder()[0]) if self.reader.is_variable else self.image_tokens
+
+    def placeholder(self) -> tuple[NDArray[np.int32], Mapping[str, Tensor]]:
+        """Return the ids [L] of an image without further text, and its media; a Llava's is blank, of others a made-up one."""
+        if not self.reader.is_variable:
+            ids = np.full(self.image_tokens, self.image_token_id, np.int32)
+            return ids, {"pixel_values": blank_image(self.config)}
+        return self.words([(IMAGE_MARKER, False)], [self._text_of(None)]).ids, self._probe.columns
+
+    @cached_property
+    def _probe(self) -> Media:
+        return self.reader.probe()
 
     def _require_fit(self, tokens: int) -> None:
         if tokens > self.max_length:
             raise BadSample(Status.TOO_LONG, f"{tokens} tokens, the limit is {self.max_length}", tokens)
 
-    def _pixels(self, data: bytes, name: str | None) -> "_Pixels":
+    def _image(self, data: bytes, name: str | None) -> "_Image":
         key = hashlib.blake2b(data, digest_size=16).digest()
-        if key in self._pixel_cache:
-            return self._pixel_cache[key]
+        if key in self._media_cache:
+            return self._media_cache[key]
         converted = decode(data, str(name), self.max_image_pixels)
-        check_enlarged(converted.image, self.image_processor, str(name), self.max_image_pixels)
-        processed = self.image_processor(images=converted.image, return_tensors="pt")["pixel_values"][0]
-        found = _Pixels(processed, converted.changed)
+        check_enlarged(converted.image, self.reader.image_processor, str(name), self.max_image_pixels)
+        found = _Image(self.reader.read([converted.image]), converted.changed)
         if found.nbytes <= PIXEL_CACHE_BYTES:
-            self._pixel_cache[key] = found
+            self._media_cache[key] = found
         return found
+
+
+class Prompt(NamedTuple):
+    """What stands before an answer, as a model reads it."""
+
+    ids: NDArray[np.int32]  # [L], the image's tokens expanded
+    media: Mapping[str, Tensor] | None  # as in `EncodedSample`
 
 
 def without_answers(segments: list[tuple[str, bool]], sample: Sample) -> list[tuple[str, bool]]:
@@ -217,16 +254,16 @@ def without_answers(segments: list[tuple[str, bool]], sample: Sample) -> list[tu
     return [(text, is_supervised and number not in dropped) for number, (text, is_supervised) in enumerate(segments)]
 
 
-class _Pixels(NamedTuple):
+class _Image(NamedTuple):
     """A processed image."""
 
-    pixels: Tensor  # [3, H, W] float32
+    media: Media
     changed: bool  # see `Converted.changed`
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pixels."""
-        return self.pixels.nbytes
+        """Bytes of the media."""
+        return self.media.nbytes
 
 
 @contextmanager
@@ -251,8 +288,8 @@ def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dic
         room: additional columns of padding after the longest sample.
 
     Returns:
-        input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and
-        pixel_values [number of images, 3, H, W] if there is an image.
+        input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and the media of the
+        images, see `media.collate_media`: of Llavas, pixel_values [number of images, 3, H, W].
     """
     length = max(len(sample.input_ids) for sample in samples) + room
     input_ids = torch.full((len(samples), length), pad_id)
@@ -264,11 +301,8 @@ def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dic
         attention_mask[row, : len(ids)] = 1
         labels[row, : len(ids)] = torch.where(torch.from_numpy(sample.supervised), ids, IGNORED)
     batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    batch["has_image"] = torch.tensor([sample.pixels is not None for sample in samples])
-    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-    if pixels:
-        batch["pixel_values"] = torch.stack(pixels)
-    return batch
+    batch["has_image"] = torch.tensor([sample.media is not None for sample in samples])
+    return batch | collate_media([sample.media for sample in samples if sample.media is not None])
 
 
 def pad_id_of(tokenizer: Any) -> int:

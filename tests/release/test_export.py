@@ -110,7 +110,7 @@ def test_plain_transformers_answers_the_same(run, exported, question, with_image
     checkpoint = open_checkpoint(run / "run")
     template = template_of(checkpoint)
     encoder = SampleEncoder(checkpoint, template, None, 2048)
-    ids, pixels = encoder.encode_turns([(question.strip(), "")], path.read_bytes() if with_image else None, "x")
+    ids, media = encoder.encode_turns([(question.strip(), "")], path.read_bytes() if with_image else None, "x")
 
     processor = AutoProcessor.from_pretrained(exported, backend="pil")
     inputs = processor.apply_chat_template(
@@ -119,7 +119,7 @@ def test_plain_transformers_answers_the_same(run, exported, question, with_image
     )  # fmt: skip
     assert inputs["input_ids"][0].tolist() == ids.tolist()
     if with_image:
-        assert torch.equal(inputs["pixel_values"][0], pixels)
+        assert torch.equal(inputs["pixel_values"], media["pixel_values"])
     model = AutoModelForImageTextToText.from_pretrained(exported).eval()
     generated = model.generate(**inputs, max_new_tokens=8)[0, len(ids) :].tolist()
 
@@ -127,7 +127,7 @@ def test_plain_transformers_answers_the_same(run, exported, question, with_image
     heard = answerer.model.generate(
         input_ids=torch.from_numpy(ids).long()[None],
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        **({} if pixels is None else {"pixel_values": pixels[None]}),
+        **(media or {}),
         do_sample=False, max_new_tokens=8, eos_token_id=answerer.stop_ids, pad_token_id=answerer.pad_id,
     )[0, len(ids) :].tolist()  # fmt: skip
     assert generated == heard
