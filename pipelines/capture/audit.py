@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from switchkd.data.encoding import EncodedSample, collate, pad_id_of
 from switchkd.data.samples import SampleFile
 from switchkd.fingerprints import hash_tokenizer
-from switchkd.losses.lm_head import float32_logits
+from switchkd.losses.lm_head import LMHead
 from switchkd.losses.signals import TeacherSignal
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
+from switchkd.models.components import lm_head_of
 from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.capture.fidelity import Fidelity, Student, compare, exact_signal, make_students
@@ -114,7 +114,7 @@ def audit(options: AuditOptions) -> AuditReport:
 
 def _gather(
     options: AuditOptions, store: TeacherStore, teacher: Checkpoint, student: Checkpoint | None, chosen: list[int]
-) -> tuple[_Positions, tuple[Tensor, Tensor | None]]:
+) -> tuple[_Positions, tuple[LMHead, LMHead | None]]:
     """Run the models over the chosen samples; returns what is compared, and the LM heads of teacher and student."""
     manifest, samples = store.manifest, SampleFile(options.data)
     encoder = encoder_of_store(manifest, teacher, options.images)
@@ -126,7 +126,8 @@ def _gather(
     live, alone, whole, of_student = [], [], [], []
     with Progress("auditing", passes * len(chosen), "samples") as progress:
         model: Any = freeze(load_model(teacher, dtype=dtype)).to(options.device)
-        head = model.lm_head.weight[: manifest.vocab_rows].clone()
+        head = lm_head_of(model).rows(manifest.vocab_rows)
+        head = head._replace(weight=head.weight.clone())
         for indices in batches:
             encoded.append([encode_as_cached(encoder, samples, store, index) for index in indices])
             live.append(_states(model, encoded[-1], teacher))
@@ -141,7 +142,7 @@ def _gather(
         student_head = None
         if student is not None:
             model = freeze(load_model(student, dtype="float32")).to(options.device)
-            student_head = model.lm_head.weight[: manifest.vocab_rows]
+            student_head = lm_head_of(model).rows(manifest.vocab_rows)
             for batch in encoded:
                 of_student.append(_states(model, batch, student))
                 progress.advance(len(batch), positions=len(of_student[-1]))
@@ -161,17 +162,18 @@ def _gather(
 
 
 def _compare(
-    options: AuditOptions, store: TeacherStore, found: _Positions, heads: tuple[Tensor, Tensor | None]
+    options: AuditOptions, store: TeacherStore, found: _Positions, heads: tuple[LMHead, LMHead | None]
 ) -> list[AuditRow]:
     head, student_head = heads
     exact = exact_signal(found.live, head)
     if found.student is not None and student_head is not None:
-        students = [Student(f"{options.student}", float32_logits(found.student, student_head), student_head)]
+        logits = student_head.logits(found.student)
+        students = [Student(f"{options.student}", logits, student_head.weight, student_head.logit_map)]
     else:
-        students = make_students(exact.logits, head, options.seed)
+        students = make_students(exact.logits, head.weight, options.seed)
     signals = dict(found.signals)
     if found.whole is not None:
-        signals[PRECISION] = exact_signal(found.whole, head.float())
+        signals[PRECISION] = exact_signal(found.whole, head._replace(weight=head.weight.float()))
     signals[CONTROL] = exact_signal(found.alone, head)
     rows = []
     with Progress("comparing", len(signals) * len(students), "rows") as progress:
@@ -189,11 +191,11 @@ def _some(positions: int, most: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _states(model: LlavaForConditionalGeneration, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:
+def _states(model: Any, batch: list[EncodedSample], checkpoint: Checkpoint) -> Tensor:
     return states_at_positions(model, collate(batch, pad_id_of(checkpoint.tokenizer)))
 
 
-def _sources(store: TeacherStore, head: Tensor, options: AuditOptions) -> dict[str, TeacherSource]:
+def _sources(store: TeacherStore, head: LMHead, options: AuditOptions) -> dict[str, TeacherSource]:
     """Return the sources of the store's payloads; the last one is that which training reads."""
     manifest = store.manifest
     sources: dict[str, TeacherSource] = {}
@@ -201,5 +203,7 @@ def _sources(store: TeacherStore, head: Tensor, options: AuditOptions) -> dict[s
         sources[f"topk, k = {manifest.top_k}, tail {options.tail}"] = StoredTopK(manifest.vocab_rows, options.tail)
     if manifest.has_hidden:
         how = f"steps {manifest.hidden_error:g}" if manifest.hidden_error else manifest.hidden_dtype
-        sources[f"hidden, {how}"] = StoredHidden(head, manifest.vocab_rows, manifest.has_exact_knee)
+        sources[f"hidden, {how}"] = StoredHidden(
+            head.weight, manifest.vocab_rows, manifest.has_exact_knee, head.logit_map
+        )
     return sources

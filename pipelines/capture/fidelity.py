@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchkd.losses import dbild_loss
-from switchkd.losses.lm_head import float32_logits
+from switchkd.losses.lm_head import IDENTITY, LMHead, LogitMap, float32_logits
 from switchkd.losses.selection import leading_entries
 from switchkd.losses.signals import DenseSignal, SparseSignal, TeacherSignal
 from switchkd.pipelines.capture.tables import column_spread
@@ -29,6 +29,7 @@ class Student:
     name: str
     logits: Tensor  # [P, N] float32
     head: Tensor  # [N, d], its LM head: carries a gradient of logits back to its final states
+    logit_map: LogitMap = IDENTITY  # what it makes of its LM head's output
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def compare(student: Student, exact: TeacherSignal, found: TeacherSignal) -> Fid
     """
     sums = _Sums()
     for rows in chunks(len(student.logits), student.logits.shape[-1]):
-        sums.add(student.logits[rows], student.head, exact.slice_rows(rows), found.slice_rows(rows))
+        slope = None if student.logit_map.is_identity else student.logit_map.slope(student.logits[rows])
+        sums.add(student.logits[rows], student.head, slope, exact.slice_rows(rows), found.slice_rows(rows))
     return sums.result()
 
 
@@ -130,7 +132,9 @@ class _Sums:
     def __post_init__(self) -> None:
         self.row_errors: list[Tensor] = [torch.zeros(0)]
 
-    def add(self, student: Tensor, head: Tensor, exact: TeacherSignal, found: TeacherSignal) -> None:
+    def add(
+        self, student: Tensor, head: Tensor, slope: Tensor | None, exact: TeacherSignal, found: TeacherSignal
+    ) -> None:
         live, rebuilt = (signal.rows(student).float() for signal in (exact, found))
         self.positions += len(live)
         self.kl += float(_kl(live, rebuilt).sum())
@@ -152,7 +156,8 @@ class _Sums:
         self.student_led += int(of_student.sum())
         self.student_led_stored += int((of_student & stored).sum())
         wanted, got = _gradient(student, exact), _gradient(student, found)
-        states = [float32_logits(g, head.T.contiguous()) for g in (wanted, got - wanted)]
+        at_head = [g if slope is None else g * slope for g in (wanted, got - wanted)]
+        states = [float32_logits(g, head.T.contiguous()) for g in at_head]
         self.squares = _plus(self.squares, wanted, states[0])
         self.differences = _plus(self.differences, got - wanted, states[1])
 
@@ -191,6 +196,6 @@ def _gradient(student: Tensor, signal: TeacherSignal) -> Tensor:
     return gradient
 
 
-def exact_signal(states: Tensor, head: Tensor) -> DenseSignal:
+def exact_signal(states: Tensor, head: LMHead) -> DenseSignal:
     """Return the signal of float32 logits of final states, [P, d], all in memory."""
-    return DenseSignal(float32_logits(states, head))
+    return DenseSignal(head.logits(states))

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from switchkd.errors import CheckpointError
 from switchkd.models.checkpoint import CONFIGS, as_checkpoint_error, open_checkpoint
+from switchkd.models.components import tower_of
 from switchkd.models.vlm import load_model
 
 IMAGE_TOKEN = "<image>"
@@ -38,7 +39,8 @@ def load_tower(folder: Path, config: Any) -> nn.Module:
     """
     with as_checkpoint_error(folder):
         if AutoConfig.from_pretrained(folder).model_type in CONFIGS:
-            whole: nn.Module = load_model(open_checkpoint(folder)).model.vision_tower
+            whole = tower_of(load_model(open_checkpoint(folder)))
+            assert whole is not None
             return whole
         kind = AutoModel._model_mapping[type(config)]  # for a folder with both towers, AutoModel would load the pair
         tower, report = kind.from_pretrained(

@@ -13,6 +13,7 @@ from switchkd.errors import ConfigError
 from switchkd.fingerprints import hash_tokenizer
 from switchkd.losses import kneedle
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
+from switchkd.models.components import lm_head_of
 from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.reporting.inputs import TrainRun
@@ -50,7 +51,7 @@ def knees_beside(run: TrainRun, store: TeacherStore, samples: int, device: str) 
             batch = [encode_as_cached(encoder, data, store, index) for index in indices]
             with torch.no_grad():
                 states = states_at_positions(model, collate(batch, pad_id_of(checkpoint.tokenizer)))
-                logits = model.lm_head(states)[:, : manifest.vocab_rows]
+                logits = lm_head_of(model).logits(states)[:, : manifest.vocab_rows]
             of_student.append(kneedle(logits.float()).cpu().numpy())
             of_teacher.append(store.payload(indices).stat("knee"))
             progress.advance(len(batch), positions=len(logits))

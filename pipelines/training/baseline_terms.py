@@ -29,6 +29,7 @@ from switchkd.losses.baselines import (
 )
 from switchkd.losses.lm_head import float32_logits
 from switchkd.losses.signals import TeacherSignal
+from switchkd.models.components import language_model_of
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.training.teacher_source import LiveTeacher
 
@@ -45,7 +46,7 @@ class BaselineTeacher(LiveTeacher):
     @torch.no_grad()
     def signal(self, batch: Batch) -> TeacherSignal:
         """See `TeacherSource.signal`; keeps the final states, visual tokens and attention that were computed on the way."""
-        language = self.teacher.model.language_model
+        language = language_model_of(self.teacher)
         hook = language.register_forward_hook(lambda _module, _inputs, output: self._keep(output[0]))
         try:
             with capture_visual_tokens(self.teacher, self.attention) as self.seen:

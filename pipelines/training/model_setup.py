@@ -51,10 +51,18 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         inputs: see `inputs.open_inputs`. arguments: determine whether the models are sharded.
 
     Raises:
-        CheckpointError: weights that are missing or do not fit, or features that an adapter cannot map.
+        CheckpointError: weights that are missing or do not fit, features that an adapter cannot map, or a baseline's objective with
+            models that are no Llava.
         ConfigError: a model cannot be packed or quantised as requested.
     """
     options, teacher = inputs.options, inputs.teacher
+    if inputs.objective.baseline and not all(
+        family_of(side.config).is_llava for side in (inputs.student, teacher) if side
+    ):
+        raise CheckpointError(
+            f"objective {inputs.objective.name} compares visual tokens and attention of two Llavas: {options.student} and "
+            f"{options.teacher} are not; take another objective"
+        )
     with loading_whole(arguments):
         student = load_model(inputs.student, dtype="float32")
         source, switch_teacher = _load_teacher(inputs)

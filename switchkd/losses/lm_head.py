@@ -38,6 +38,11 @@ class LogitMap:
         scaled = product if self.scale == 1.0 else product * self.scale
         return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
 
+    def slope(self, logits: Tensor) -> Tensor:
+        """Return the derivative of the logits z with respect to the product, [T, V]: scale · (1 - (z / softcap)²)."""
+        flat = torch.full_like(logits, self.scale)
+        return flat if self.softcap is None else flat * (1 - (logits / self.softcap).square())
+
 
 IDENTITY = LogitMap()
 

@@ -67,3 +67,11 @@ def test_a_selected_signal_keeps_its_map():
     signal = HiddenSignal(normal(1, 4, 5), normal(2, 7, 5), logit_map=MAPS[1])
     keep = torch.tensor([True, False, True, False])
     torch.testing.assert_close(signal.select(keep).rows(torch.zeros(2, 7)), signal.rows(torch.zeros(4, 7))[keep])
+
+
+@pytest.mark.parametrize("logit_map", MAPS)
+def test_the_slope_is_the_derivative_at_the_logits(logit_map):
+    product = normal(1, 3, 4).requires_grad_()
+    logits = logit_map(product)
+    (gradient,) = torch.autograd.grad(logits.sum(), product)
+    torch.testing.assert_close(logit_map.slope(logits.detach()), gradient)
