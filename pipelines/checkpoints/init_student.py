@@ -17,9 +17,9 @@ from transformers import (
 
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import component_of
+from switchkd.library_errors import as_checkpoint_error
 from switchkd.models.checkpoint import (
     PIL_BACKEND,
-    as_checkpoint_error,
     open_checkpoint,
     probe_vision,
     processor_in_mode,
@@ -105,10 +105,10 @@ def _config(options: InitOptions, vision: Any, text: Any, image_token: int) -> L
         else SwitchLlavaConfig(**settings, projector_grid=options.grid)
     )
     with as_checkpoint_error(options.vision):
-        features, _ = probe_vision(config)
+        features, _ = probe_vision(config, options.vision)
         has_class_token = features == (vision.image_size // vision.patch_size) ** 2 + 1
         config.vision_feature_select_strategy = options.strategy or ("default" if has_class_token else "full")
-        config.image_seq_length = image_token_count(config, probe_vision(config)[0])
+        config.image_seq_length = image_token_count(config, probe_vision(config, options.vision)[0])
     return config
 
 

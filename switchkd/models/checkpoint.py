@@ -1,8 +1,7 @@
 """Opens model folders without loading weights, and checks that a teacher and a student are compatible."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
+from switchkd.library_errors import as_checkpoint_error
+from switchkd.models.check_config import MAX_IMAGE_TOKENS, check_config, check_feature_layers, check_image_token
 from switchkd.models.projectors import (
     SwitchLlavaConfig,
     image_token_count,
@@ -73,26 +74,42 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     """Open a Llava checkpoint folder without loading weights.
 
     Raises:
-        CheckpointError: no such folder, not a Llava, no fast tokenizer, no image processor.
+        CheckpointError: no such folder, not a Llava, no fast tokenizer, no image processor, or a file that is damaged or of a kind
+            that does not fit the others.
+        ReadFailure: a file could not be read now.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"no checkpoint at {folder}: expected a folder with a config.json")
     with as_checkpoint_error(folder):
-        config = LlavaConfig.get_config_dict(folder)[0]
-        kind = CONFIGS.get(config.get("model_type", ""))
-        if kind is None or "mm_projector_type" in config:  # original LLaVA's model type is also "llava"
+        # Neither is read by transformers where it is not an object.
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = config.get("model_type") if isinstance(config, dict) else None
+        kind = CONFIGS.get(found) if isinstance(found, str) else None
+        if isinstance(config, dict) and (
+            kind is None or "mm_projector_type" in config
+        ):  # original LLaVA's model type is also "llava"
             raise CheckpointError(
-                f"{folder} is a {config.get('model_type')!r} model; expected a LlavaForConditionalGeneration "
+                f"{folder} is a {found!r} model; expected a LlavaForConditionalGeneration "
                 f"(model_type {' or '.join(CONFIGS)}). `switchkd convert` makes one of TinyLLaVA's and original LLaVA's"
             )
+        check_config(config, folder)
+        assert kind is not None
         llava = kind.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **PIL_BACKEND)
-        feature_tokens, feature_width = probe_vision(llava)
+        feature_tokens, feature_width = probe_vision(llava, folder)
         image_tokens = image_token_count(llava, feature_tokens)
-    if not getattr(tokenizer, "is_fast", False):
-        raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
+        if not 1 <= image_tokens <= MAX_IMAGE_TOKENS:
+            raise CheckpointError(
+                f"{folder}: an image would become {image_tokens:,} tokens, expected 1 to {MAX_IMAGE_TOKENS:,}: compare image_size "
+                "and patch_size of its vision_config with the tower's"
+            )
+        if not getattr(tokenizer, "is_fast", False):
+            raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
+        check_image_token(llava.image_token_id, tokenizer, folder)
+        tokenizer.encode("a", add_special_tokens=False)
+        hash_tokenizer(tokenizer)  # reads everything that is used of it later
     return Checkpoint(
         folder, llava, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
     )
@@ -159,12 +176,16 @@ def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, s
 PIL_BACKEND = {"backend": "pil"}
 
 
-def probe_vision(config: LlavaConfig) -> tuple[int, int]:
+def probe_vision(config: LlavaConfig, path: Path | str = "the model") -> tuple[int, int]:
     """Return (number, width) of the features that a Llava's vision tower passes to the projector, without its weights.
 
     The tower runs on the meta device, so the result is exact for any tower that transformers supports.
 
+    Args:
+        path: of the checkpoint, for the error.
+
     Raises:
+        CheckpointError: the feature layer does not exist.
         ValueError: the tower's input is not a plain image (SigLIP2 NaFlex).
     """
     with torch.device("meta"), torch.no_grad():
@@ -176,6 +197,7 @@ def probe_vision(config: LlavaConfig) -> tuple[int, int]:
             )
         states = tower(blank_image(config).to(tower.dtype), output_hidden_states=True).hidden_states
     layers = config.vision_feature_layer
+    check_feature_layers(layers, len(states), path)
     layers = [layers] if isinstance(layers, int) else layers
     tokens = states[layers[0]].shape[1] - (config.vision_feature_select_strategy == "default")
     return tokens, sum(states[layer].shape[-1] for layer in layers)
@@ -235,14 +257,3 @@ def check_compatible(
             f"the switch pathway feeds the student's vision features (width {student.feature_width}) to the teacher's "
             f"projector (width {teacher.feature_width}): {sides}. Choose a tower of the teacher's width, {advice}"
         )
-
-
-@contextmanager
-def as_checkpoint_error(folder: Path) -> Iterator[None]:
-    """Convert transformers' errors about a folder's content to a CheckpointError that names the folder."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot open checkpoint {folder}: {error}") from error
