@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from switchkd.data.bounded_render import RenderExceeded, RenderFailed, render
 from switchkd.data.templates import IMAGE_MARKER
 from switchkd.errors import ConfigError
+from switchkd.library_errors import as_checkpoint_error
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = [("Alpha what?", "Bravo."), ("Charlie who?", "Delta."), ("Echo when?", "Foxtrot.")]
@@ -22,6 +24,10 @@ _PROBE = [("Alpha what?", "Bravo."), ("Charlie who?", "Delta."), ("Echo when?", 
 
 class TemplateNotInvertible(ConfigError):
     """A conversation whose supervised mask cannot be derived from the template's output."""
+
+
+class TemplateExceeds(ConfigError):
+    """A chat template that takes more time or memory than any conversation needs."""
 
 
 @dataclass(frozen=True)
@@ -140,20 +146,19 @@ class ChatTemplate:
         return self._jinja(messages, prompt)[0]
 
     def _jinja(self, messages: list[dict[str, Any]], prompt: bool, spans: bool = False) -> tuple[str, list[Any]]:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        request = {
+            "conversations": [messages],
+            "chat_template": self.source,
+            "add_generation_prompt": prompt,
+            "return_assistant_tokens_mask": spans,
+            **self.special_tokens,
+        }
         try:
-            texts, found = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=spans,
-                **self.special_tokens,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            return render(request)
+        except RenderExceeded as error:
+            raise TemplateExceeds(f"the checkpoint's chat template: {error}; choose another --template") from error
+        except RenderFailed as error:
             raise TemplateNotInvertible(f"the template fails: {error}") from error
-        return texts[0], found[0] if spans else []
 
     def _with_markers(self, segments: list[tuple[str, bool]], has_image: bool) -> list[tuple[str, bool]]:
         """Replace the template's own image token by `IMAGE_MARKER`; the token must occur once if there is an image."""
@@ -174,7 +179,8 @@ def open_chat_template(
             tokens; the first of them after an answer ends it.
 
     Raises:
-        ConfigError: neither generation blocks nor prefix rendering finds the answers, or the text depends on the date.
+        ConfigError: neither generation blocks nor prefix rendering finds the answers, the text depends on the date, or the template
+            does not end.
     """
     if "strftime_now" in source:
         raise ConfigError(
@@ -228,7 +234,8 @@ def chat_template_of(folder: Path, tokenizer: Any) -> str:
     source = tokenizer.chat_template
     old = folder / "chat_template.json"  # where older processors saved the template
     if source is None and old.is_file():
-        source = json.loads(old.read_text(encoding="utf-8")).get("chat_template")
+        with as_checkpoint_error(old, "cannot read {}"):
+            source = json.loads(old.read_text(encoding="utf-8")).get("chat_template")
     if isinstance(source, dict):
         source = source.get("default")
     if not isinstance(source, str):

@@ -19,8 +19,10 @@ from switchkd.data.chat_template import TemplateNotInvertible
 from switchkd.data.images import check_enlarged, decode, image_bytes_of, was_decoded_otherwise
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
-from switchkd.errors import CheckpointError, DataError, ReadFailure
+from switchkd.errors import CheckpointError, ConfigError, DataError, ReadFailure, SwitchKDError
 from switchkd.fingerprints import SampleDigest, digest_sample
+from switchkd.library_errors import is_library_failure, is_out_of_memory, words_of
+from switchkd.models.check_processor import check_processor
 from switchkd.models.checkpoint import Checkpoint, token_rows
 from switchkd.positions import IGNORED
 from switchkd.settings import MAX_IMAGE_PIXELS
@@ -60,7 +62,7 @@ class SampleEncoder:
 
     Raises:
         DataError: the image folder does not exist.
-        CheckpointError: the image token is not in the vocabulary.
+        CheckpointError: the image token is not in the vocabulary, or the image processor's pixels do not fit the vision tower.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class SampleEncoder:
                 f"{checkpoint.path}: image token id {checkpoint.image_token_id} is not in the tokenizer, whose largest id is "
                 f"{token_rows(checkpoint.tokenizer) - 1}"
             )
+        check_processor(checkpoint)
+        self.path, self.embedding_rows = checkpoint.path, checkpoint.config.text_config.vocab_size
         self.tokenizer = checkpoint.tokenizer
         self.image_processor = checkpoint.image_processor
         self.image_token_id = checkpoint.image_token_id
@@ -105,9 +109,10 @@ class SampleEncoder:
         Raises:
             BadSample: names the row and the reason.
             ReadFailure: the image could not be read now, or memory ran out; names the row.
+            CheckpointError: the tokenizer, chat template or image processor fails on this sample; names both.
         """
         sample.require_ok()
-        with _naming(sample):
+        with _naming(sample, self.path):
             ids, supervised = self.encode_text(sample)
             data = image_bytes_of(sample, self.images)
             image = self._pixels(data, sample.image) if data is not None and pixels else None
@@ -141,7 +146,7 @@ class SampleEncoder:
     def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
         """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
         sample.require_ok()
-        with _naming(sample):
+        with _naming(sample, self.path):
             return self.encode_turns(sample.turns[: turn + 1], image_bytes_of(sample, self.images), str(sample.image))
 
     def encode_turns(
@@ -180,7 +185,9 @@ class SampleEncoder:
         return np.array(found, np.int64)
 
     def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Tokenize segments; returns (ids [L], supervised [L]). Raises BadSample if too long.
+        """Tokenize segments; returns (ids [L], supervised [L]).
+
+        Raises BadSample if too long, CheckpointError for a token without a row in the embedding.
 
         Adjacent segments with the same supervision are tokenized as one text, as inference engines tokenize a prompt as a whole:
         the tokenizer may merge characters across segments.
@@ -198,6 +205,11 @@ class SampleEncoder:
                 supervised += [is_supervised] * len(new)
         if len(ids) > self.max_length:
             raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}", len(ids))
+        if (largest := max(ids, default=0)) >= self.embedding_rows:
+            raise CheckpointError(
+                f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} of {self.path} has id {largest}, and the embedding has "
+                f"{self.embedding_rows} rows: take the tokenizer that belongs to the checkpoint"
+            )
         return np.array(ids, np.int32), np.array(supervised, np.bool_)
 
     def _pixels(self, data: bytes, name: str | None) -> "_Pixels":
@@ -239,17 +251,31 @@ class _Pixels(NamedTuple):
 
 
 @contextmanager
-def _naming(sample: Sample) -> Iterator[None]:
-    """Add the row number to the message of a BadSample, of a ReadFailure, and of a lack of memory."""
+def _naming(sample: Sample, checkpoint: Path) -> Iterator[None]:
+    """Name the row in every error about a sample: ours, a lack of memory, and whatever tokenizer and image processor raise."""
+    row = f"row {sample.index}"
     try:
         yield
     except BadSample as bad:
-        raise BadSample(bad.status, f"row {sample.index}: {bad.detail}", bad.tokens) from None
+        raise BadSample(bad.status, f"{row}: {bad.detail}", bad.tokens) from None
     except ReadFailure as failure:
-        raise ReadFailure(f"row {sample.index}: {failure}") from failure
-    except MemoryError as error:
-        raise ReadFailure(
-            f"row {sample.index}: out of memory while it was prepared; use fewer --workers, or leave out this row"
+        raise ReadFailure(f"{row}: {failure}") from failure
+    except ConfigError as failure:
+        raise ConfigError(f"{row}, {checkpoint}: {failure}") from failure
+    except CheckpointError as failure:
+        raise CheckpointError(f"{row}: {failure}") from failure
+    except SwitchKDError:
+        raise
+    except BaseException as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise ReadFailure(
+                f"{row}: out of memory while it was prepared; use fewer --workers, or leave out this row"
+            ) from error
+        if not is_library_failure(error):
+            raise
+        raise CheckpointError(
+            f"{row}: the tokenizer or image processor of {checkpoint} fails on it: {words_of(error)}; `switchkd data check "
+            "--model` lists the rows that are affected. Copy the checkpoint's files again, or leave out this row"
         ) from error
 
 
