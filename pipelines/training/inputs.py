@@ -14,6 +14,7 @@ from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
 from switchkd.models.block_attention import check_layers
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
+from switchkd.models.pair import check_pair
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.arguments import resolve_batches
@@ -87,8 +88,9 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     if store is not None and payload is not None:
         store = store.only(payload)
     cross_tokenizer.check_vocab_map(options, teacher, payload)
-    student = with_image_mode(student, _image_mode(options, teacher, store))
-    encoder, other = _encoders(options, student, teacher, store)
+    mode = _image_mode(options, teacher, store)
+    student = with_image_mode(student, mode)
+    encoder, other = _encoders(options, student, teacher, store, mode)
     samples = TrainingSamples(data, encoder, store, options.workers, other, options.max_skipped)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
@@ -109,6 +111,8 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
 
 def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoint) -> Checkpoint | None:
     if not objective.needs_teacher:
+        if options.stage == "pt" and options.teacher is not None:
+            check_pair(open_checkpoint(options.teacher, options.trust_remote_code), student)
         return None
     if options.teacher is None:
         if objective.switch:
@@ -218,7 +222,7 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
 
 
 def _encoders(
-    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
+    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None, mode: str
 ) -> tuple[SampleEncoder, SampleEncoder | None]:
     """Return the student's encoder, and the teacher's if it encodes samples differently.
 
@@ -226,6 +230,7 @@ def _encoders(
     """
     if teacher is None or not (options.vocab_map or teacher.image_tokens != student.image_tokens):
         return _encoder(options, student, store), None
+    teacher = with_image_mode(teacher, mode)
     longer = max(0, student.image_tokens - teacher.image_tokens)
     if options.vocab_map:
         longer = student.config.text_config.max_position_embeddings  # the model's limit; the tokenizer has none
