@@ -1,5 +1,6 @@
 """Reading a teacher store for training: encoding and checking samples as they were cached, and the signals of its payloads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -153,5 +154,21 @@ def encode_as_cached(encoder: SampleEncoder, samples: SampleFile, store: Teacher
     """Encode a sample. Raises StoreMismatch if it is not the one that was cached."""
     encoded = encoder.encode(samples[index])
     if changed := encoded.digest.differing(SampleDigest(*store.digest(index))):
-        raise StoreMismatch(f"row {index}: its {' and '.join(changed)} changed since {store.path} was made")
+        raise StoreMismatch(f"row {index}: its {changed_since(changed, store)}")
     return encoded
+
+
+def changed_since(changed: Sequence[str], store: TeacherStore) -> str:
+    """Return what changed about a sample since a store was made, in words, and what else may be the reason.
+
+    Args:
+        changed: see `SampleDigest.differing`.
+    """
+    otherwise = ""
+    if "image" in changed:
+        written_by = store.manifest.written_by.get("switchkd", "an unknown version")
+        otherwise = (
+            f" (the file's bytes, or the way of decoding it: images that are rotated, transparent or of 16 bits have other pixels "
+            f"than before switchkd turned, filled and scaled them; the store was written by {written_by})"
+        )
+    return f"{' and '.join(changed)} changed since {store.path} was made{otherwise}"

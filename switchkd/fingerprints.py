@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.errors import CheckpointError
+from switchkd.printable import printable
 
 # Keys of a config or processor that describe its origin, not what it computes.
 _NOT_IDENTITY = {
@@ -110,10 +112,11 @@ def hash_weights(
     tensors: dict[str, list[tuple[str, str]]] = {component: [] for component in components}
     for path in files:
         for name, entry, digest in _tensor_hashes(path, components):
-            tensors[component_of(name)].append((name, f"{entry['dtype']} {entry['shape']} {digest}"))
+            tensors[component_of(name)].append((name, f"{entry.get('dtype')} {entry['shape']} {digest}"))
     return {component: hash_json(sorted(found)) for component, found in tensors.items()}
 
 
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -178,16 +181,24 @@ def _tensor_hashes(path: Path, components: tuple[str, ...]) -> Any:
     with path.open("rb") as file:
         try:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_bytes))
+            header = json.loads(file.read(min(header_bytes, MAX_HEADER_BYTES)))
             header.pop("__metadata__", None)
-        except (struct.error, ValueError, MemoryError, OverflowError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
-        for name, entry in header.items():
+            spans = {name: (entry, *map(int, entry["data_offsets"])) for name, entry in header.items()}
+            size = os.fstat(file.fileno()).st_size - 8 - header_bytes
+            strange = [
+                name for name, (entry, begin, end) in spans.items() if not 0 <= begin <= end or "shape" not in entry
+            ]
+        except (
+            struct.error, ValueError, MemoryError, OverflowError, AttributeError, TypeError, KeyError, RecursionError,
+        ) as error:  # fmt: skip
+            raise CheckpointError(f"{path} is not a safetensors file: {error!r}; copy it again") from None
+        if strange:
+            raise CheckpointError(f"{path} is damaged at tensor {printable(strange[0], 100)}; copy it again")
+        for name, (entry, begin, end) in spans.items():
             if component_of(name) not in components:
                 continue
-            begin, end = entry["data_offsets"]
+            if end > size:
+                raise CheckpointError(f"{path} is cut short inside tensor {printable(name, 100)}; copy it again")
             file.seek(8 + header_bytes + begin)
             data = file.read(end - begin)
-            if len(data) != end - begin:
-                raise CheckpointError(f"{path} is cut short inside tensor {name}; copy it again")
             yield name, entry, hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -28,6 +28,7 @@ FORBIDDEN = {
 FLOORS = {
     "switchkd/__init__.py": 0,
     "switchkd/errors.py": 0,
+    "switchkd/library_errors.py": 1,
     "switchkd/positions.py": 1,
     "switchkd/printable.py": 0,
     "switchkd/settings.py": 1,

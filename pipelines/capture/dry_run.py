@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder
-from switchkd.data.samples import BadSample, SampleFile
-from switchkd.pipelines.capture.backends.base import Backend
+from switchkd.data.encoding import EncodedSample
+from switchkd.data.samples import BadSample
 from switchkd.pipelines.capture.backends.open import check_available
+from switchkd.pipelines.capture.failing_sample import capture_rows
 from switchkd.pipelines.capture.manifest import resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.tables import head_spread, tables_of
@@ -74,9 +74,7 @@ def plan(options: CacheOptions) -> Plan:
     samples, manifest = worker.samples, worker.manifest
     wanted = max(PROBE_SAMPLES, 2 * options.batch_size)
     chosen = np.random.default_rng(0).choice(len(samples), min(wanted, len(samples)), replace=False)
-    found, seconds = _probe(
-        worker.backend, worker.encoder, samples, sorted(chosen.tolist()), manifest, options.batch_size
-    )
+    found, seconds = _probe(worker, sorted(chosen.tolist()), options.batch_size)
     usable = [item[1] for item in found if not isinstance(item, BadSample)]
     positions_per_sample = sum(map(len, usable)) / len(found)
     requested = _with_payload(manifest, str(options.payload))
@@ -125,31 +123,28 @@ def _with_payload(both: Manifest, payload: str) -> Manifest:
 _Found = list[tuple[EncodedSample, Payload] | BadSample]
 
 
-def _probe(
-    backend: Backend,
-    encoder: SampleEncoder,
-    samples: SampleFile,
-    chosen: list[int],
-    manifest: Manifest,
-    batch_size: int,
-) -> tuple[_Found, float]:
+def _probe(worker: CaptureWorker, chosen: list[int], batch_size: int) -> tuple[_Found, float]:
     """Capture the chosen samples in batches of similar length; returns them and the seconds it took, encoding included."""
+
+    def capture(batch: list[tuple[int, EncodedSample]]) -> list[Payload]:
+        return capture_rows(worker.backend, worker.manifest, worker.checkpoint.path, batch)
+
     start = time.monotonic()
-    encoded: list[EncodedSample | BadSample] = []
+    encoded: list[tuple[int, EncodedSample]] = []
+    found: _Found = []
     for index in chosen:
         try:
-            encoded.append(encoder.encode(samples[index]))
+            encoded.append((index, worker.encoder.encode(worker.samples[index])))
         except BadSample as bad:
-            encoded.append(bad)
-    usable = sorted((item for item in encoded if isinstance(item, EncodedSample)), key=lambda item: len(item.input_ids))
+            found.append(bad)
+    usable = sorted(encoded, key=lambda pair: len(pair[1].input_ids))
     reading = time.monotonic() - start
-    found: _Found = [item for item in encoded if isinstance(item, BadSample)]
     if usable:
-        backend.capture(usable[:1], manifest)  # not timed: the first pass also allocates and compiles
+        capture(usable[:1])  # not timed: the first pass also allocates and compiles
     start = time.monotonic()
     for first in range(0, len(usable), batch_size):
         batch = usable[first : first + batch_size]
-        found += list(zip(batch, backend.capture(batch, manifest), strict=True))
+        found += list(zip((sample for _, sample in batch), capture(batch), strict=True))
     return found, reading + time.monotonic() - start
 
 

@@ -13,6 +13,7 @@ from switchkd.errors import CheckpointError
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.vlm import load_lm_head
 from switchkd.pipelines.capture.backends.base import Backend
+from switchkd.pipelines.capture.failing_sample import capture_rows
 from switchkd.stores import Manifest, Payload, StoreTables
 from switchkd.stores.codec import HiddenSteps, ranks_by_frequency, steps_of
 
@@ -31,18 +32,19 @@ def probe_tables(
     """Capture the first usable samples, and return the tables of a store of this manifest.
 
     Raises:
-        RunError: the teacher gave logits that are not finite. CheckpointError: see `head_spread` and `tables_of`.
+        RunError: the teacher fails on a sample, or gave logits that are not finite.
+        CheckpointError: see `head_spread` and `tables_of`.
     """
-    encoded: list[EncodedSample] = []
+    encoded: list[tuple[int, EncodedSample]] = []
     for sample in samples if manifest.has_topk or manifest.hidden_dtype == "steps" else ():
         try:
-            encoded.append(encoder.encode(sample))
+            encoded.append((sample.index, encoder.encode(sample)))
         except BadSample:
             continue
         if len(encoded) == PROBE_SAMPLES:
             break
     batches = (encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size))
-    probe = [payload for batch in batches for payload in backend.capture(batch, manifest)]
+    probe = [payload for batch in batches for payload in capture_rows(backend, manifest, checkpoint.path, batch)]
     return tables_of(probe, manifest, head_spread(checkpoint, manifest) if manifest.hidden_dtype == "steps" else None)
 
 

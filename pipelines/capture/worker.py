@@ -5,7 +5,7 @@ A worker may be this process, one of several started by Slurm, Kubernetes or tor
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,10 @@ from switchkd.data.encoding import EncodedSample, SampleEncoder
 from switchkd.data.files import check_folder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, SampleFile, Status
-from switchkd.errors import RunError
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
-from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
+from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.backends.open import open_backend
+from switchkd.pipelines.capture.failing_sample import naming_failing_sample
 from switchkd.pipelines.capture.manifest import build_manifest, resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.tables import probe_tables
@@ -166,22 +166,9 @@ class CaptureWorker:
         with self._name_failing_sample(batch):
             return part, batch, [] if started is None else self.backend.finish(started)
 
-    @contextmanager
-    def _name_failing_sample(self, batch: list[tuple[int, Encoded]]) -> Iterator[None]:
-        """If a batch fails, find the sample that caused it, and name its row in the error."""
-        try:
-            yield
-        except BackendFailed:
-            raise
-        except RunError as failure:
-            for index, found in batch:
-                if isinstance(found, BadSample):
-                    continue
-                try:
-                    self.backend.capture([found], self.manifest)
-                except RunError as error:
-                    raise RunError(f"row {index}: {error}; nothing of its part was stored") from failure
-            raise
+    def _name_failing_sample(self, batch: list[tuple[int, Encoded]]) -> AbstractContextManager[None]:
+        usable = [(index, found) for index, found in batch if isinstance(found, EncodedSample)]
+        return naming_failing_sample(self.backend, self.manifest, self.checkpoint.path, usable)
 
 
 class _Batches(Dataset[Any]):

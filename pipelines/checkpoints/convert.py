@@ -16,7 +16,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import INDEX_FILE, SINGLE_FILE, weight_files
-from switchkd.models.checkpoint import PIL_BACKEND, as_checkpoint_error, open_checkpoint, processor_in_mode, token_rows
+from switchkd.library_errors import as_checkpoint_error
+from switchkd.models.checkpoint import PIL_BACKEND, open_checkpoint, processor_in_mode, token_rows
 from switchkd.models.layouts import RECOMPUTED, config_from_hf, config_to_hf, from_hf, layout_of, to_hf
 from switchkd.models.projectors import model_class
 from switchkd.models.vlm import load_model

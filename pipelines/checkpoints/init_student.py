@@ -1,5 +1,6 @@
 """Assembly of a student from a vision tower, a language model and a newly initialised projector."""
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,16 @@ from transformers import (
 
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import component_of
+from switchkd.library_errors import as_checkpoint_error
 from switchkd.models.checkpoint import (
     PIL_BACKEND,
-    as_checkpoint_error,
+    Checkpoint,
     open_checkpoint,
     probe_vision,
     processor_in_mode,
     token_rows,
 )
+from switchkd.models.pair import check_pair
 from switchkd.models.projectors import SwitchLlavaConfig, image_token_count, model_class
 from switchkd.pipelines.checkpoints.options import InitOptions
 from switchkd.pipelines.checkpoints.parts import (
@@ -66,6 +69,8 @@ def init_student(options: InitOptions) -> InitSummary:
     tokenizer = tokenizer_with_image(options.language, options.tokenizer, remote)
     config = _config(options, vision, text, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     processor = processor_in_mode(processor, options.image_mode, vision.image_size, options.vision)
+    if options.teacher is not None:
+        _check_teacher(options, options.teacher, config, tokenizer, processor)
 
     torch.manual_seed(options.seed)  # for rows that a new <image> token adds to the embedding
     language = _load_language(options, token_rows(tokenizer))
@@ -105,11 +110,22 @@ def _config(options: InitOptions, vision: Any, text: Any, image_token: int) -> L
         else SwitchLlavaConfig(**settings, projector_grid=options.grid)
     )
     with as_checkpoint_error(options.vision):
-        features, _ = probe_vision(config)
+        features, _ = probe_vision(config, options.vision)
         has_class_token = features == (vision.image_size // vision.patch_size) ** 2 + 1
         config.vision_feature_select_strategy = options.strategy or ("default" if has_class_token else "full")
-        config.image_seq_length = image_token_count(config, probe_vision(config)[0])
+        config.image_seq_length = image_token_count(config, probe_vision(config, options.vision)[0])
     return config
+
+
+def _check_teacher(options: InitOptions, teacher: Path, config: LlavaConfig, tokenizer: Any, processor: Any) -> None:
+    """Compare the student that would be written with a teacher. Raises CheckpointError, which names the option to change."""
+    config = copy.deepcopy(config)
+    config.text_config.vocab_size = max(config.text_config.vocab_size, token_rows(tokenizer))
+    features, width = probe_vision(config, options.vision)
+    student = Checkpoint(
+        options.out, config, tokenizer, processor, image_token_count(config, features), features, width
+    )
+    check_pair(open_checkpoint(teacher, options.trust_remote_code), student)
 
 
 def _load_language(options: InitOptions, entries: int) -> Any:

@@ -17,6 +17,12 @@ class InitOptions:
     )
     language: Path = option(help="Folder of a causal language model (Qwen, Llama, SmolLM, …).")
     out: Path = option(help="The student; a new folder.")
+    teacher: Path | None = option(
+        default=None,
+        help="Checkpoint folder of the teacher of a later stage: check first that the student can learn from it with the switch "
+        "pathway.",
+        unset="no check",
+    )
     projector: Literal["mlp", "ldpv2"] = option(
         default="mlp",
         help="mlp: two layers with GELU, a token per feature. ldpv2: MobileVLM V2's, which pools to --grid² tokens.",

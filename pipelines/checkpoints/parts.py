@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from switchkd.errors import CheckpointError
-from switchkd.models.checkpoint import CONFIGS, as_checkpoint_error, open_checkpoint
+from switchkd.library_errors import as_checkpoint_error
+from switchkd.models.checkpoint import CONFIGS, open_checkpoint
 from switchkd.models.components import tower_of
 from switchkd.models.vlm import load_model
 

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchkd.data.encoding import SampleEncoder
+from switchkd.data.encoding import Prompt, SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Sample, SampleFile
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
-from switchkd.pipelines.evaluation.generation import GreedyGenerator, Prompt, encoded_batches, read_lines
+from switchkd.pipelines.evaluation.generation import GreedyGenerator, encoded_batches, read_lines
 from switchkd.pipelines.evaluation.options import RESUMABLE_CHANGES, EvalOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, SCORES, record, to_plain, write_atomically

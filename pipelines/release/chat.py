@@ -3,14 +3,14 @@
 import json
 from collections.abc import Callable
 
-from switchkd.data.encoding import SampleEncoder
+from switchkd.data.encoding import Prompt, SampleEncoder
 from switchkd.data.load_template import CHECKPOINT_TEMPLATE, load_template, template_from_dict
 from switchkd.data.samples import BadSample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
 from switchkd.errors import ConfigError, DataError
 from switchkd.models.checkpoint import Checkpoint, open_checkpoint
 from switchkd.models.vlm import load_model
-from switchkd.pipelines.evaluation.generation import GreedyGenerator, Prompt
+from switchkd.pipelines.evaluation.generation import GreedyGenerator
 from switchkd.pipelines.release.options import ChatOptions
 from switchkd.pipelines.run_folder import SUMMARY
 

@@ -4,12 +4,13 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
@@ -21,6 +22,8 @@ from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import profile_arguments
 from switchkd.stores import TeacherStore
 
+# Of entries of `trainer:` that are counts; every number is at least 0.
+_LEAST = {"torch_empty_cache_steps": 1, "dataloader_prefetch_factor": 1, "ddp_timeout": 1, "ddp_bucket_cap_mb": 1}
 TRIAL_STEPS = 100  # of a schedule that is tried before the number of samples is known
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         "use_cpu": not torch.cuda.is_available(),
     }
     arguments |= profile_arguments(options.profile, os.environ) | options.trainer
+    _check_types(options.trainer)
     with _refusing("training arguments"):
         made = TrainingArguments(**arguments)
     _try_parts(made)
@@ -66,6 +70,28 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         )
         made._n_gpu = 1  # else transformers would copy the model to all of them in every step (DataParallel)
     return made
+
+
+def _check_types(entries: Mapping[str, Any]) -> None:
+    """Compare the entries of `trainer:` with the types of TrainingArguments, which itself compares few of them.
+
+    Raises:
+        ConfigError: an entry of another type, or a number out of its bounds.
+    """
+    kinds = get_type_hints(TrainingArguments)
+    for name, value in entries.items():
+        try:
+            TypeAdapter(kinds.get(name, Any)).validate_python(value, strict=True)
+        except ValidationError:
+            raise ConfigError(f"trainer: {name} should be {_words(kinds[name])}, found {value!r}") from None
+        if type(value) in (int, float) and not (math.isfinite(value) and value >= _LEAST.get(name, 0)):
+            raise ConfigError(f"trainer: {name} should be at least {_LEAST.get(name, 0)} and finite, found {value!r}")
+
+
+def _words(kind: Any) -> str:
+    """Return a type as words: "str | list[str] | None"."""
+    text = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    return text.replace("typing.", "").replace("transformers.", "")
 
 
 def fit_to_data(arguments: TrainingArguments, options: TrainOptions, store: TeacherStore | None, samples: int) -> None:

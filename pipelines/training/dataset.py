@@ -15,6 +15,7 @@ from switchkd.fingerprints import SampleDigest
 from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.preflight.survey import SampleInspector, survey
 from switchkd.pipelines.progress import Progress
+from switchkd.pipelines.stored_teacher import changed_since
 from switchkd.pipelines.training.collator import aligned_positions, reads_own_media
 from switchkd.pipelines.training.sampler import EpochOrder
 from switchkd.stores import Payload, TeacherStore
@@ -95,8 +96,8 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         for encoded, index in items:
             if changed := (encoded.teacher or encoded).digest.differing(SampleDigest(*self.store.digest(index))):
                 raise StoreMismatch(
-                    f"row {index} (id {self.samples[index].id}) of {self.samples.path}: its {' and '.join(changed)} changed "
-                    f"since {self.store.path} was made; restore it, or cache again"
+                    f"row {index} (id {self.samples[index].id}) of {self.samples.path}: its "
+                    f"{changed_since(changed, self.store)}; restore it, or cache again"
                 )
         return payload
 
@@ -148,5 +149,5 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
                 f"{len(wrong)} samples of {self.samples.path} differ from what {self.store.path} was made from:\n  "
                 + "\n  ".join(wrong[:5])
                 + ("\n  …" if len(wrong) > 5 else "")
-                + "\nRestore the data file, or cache again"
+                + "\nRestore the data file, or cache again; images may also be decoded otherwise by this version of switchkd"
             )

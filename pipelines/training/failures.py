@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed import DistError
 
-from switchkd.errors import DataError, RunError, StoreError, StoreMismatch, original_message
+from switchkd.errors import CheckpointError, DataError, RunError, StoreError, StoreMismatch, original_message
 from switchkd.pipelines.training.lifecycle.sealed import last_checkpoint
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -24,7 +24,8 @@ def report_last_checkpoint(run: Path) -> Iterator[None]:
     """Add the last good checkpoint to the message of every error that can end training.
 
     Raises:
-        StoreMismatch, DataError: passed on, where a sample is not the one that was cached or checked.
+        StoreMismatch, DataError, CheckpointError: passed on, where a sample is not the one that was cached or checked, or where a
+            tokenizer or image processor fails on it.
         RunError: the store or an image folder cannot be read any more, a disk or memory is full, a loader process or another
             process of the run has died, the loss is not finite.
     """
@@ -33,7 +34,7 @@ def report_last_checkpoint(run: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         log.warning("the last good checkpoint: %s", _last(run))
         raise
-    except (StoreMismatch, DataError) as error:
+    except (StoreMismatch, DataError, CheckpointError) as error:
         raise type(error)(f"{original_message(error)}. {_advice(run)}") from error
     except RunError as error:
         raise RunError(f"{original_message(error)}\n{_advice(run)}") from error

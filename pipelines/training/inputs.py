@@ -18,6 +18,7 @@ from switchkd.losses.objective import Objective
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
 from switchkd.models.families import family_of
 from switchkd.models.packing_probe import check_packing
+from switchkd.models.pair import check_pair
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.arguments import resolve_batches
@@ -94,8 +95,9 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     if store is not None and payload is not None:
         store = store.only(payload)
     cross_tokenizer.check_vocab_map(options, teacher, payload)
-    student = with_image_mode(student, _image_mode(options, teacher, store))
-    encoder, other = _encoders(options, student, teacher, store)
+    mode = _image_mode(options, teacher, store)
+    student = with_image_mode(student, mode)
+    encoder, other = _encoders(options, student, teacher, store, mode)
     samples = TrainingSamples(data, encoder, store, options.workers, other, options.max_skipped)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
@@ -126,6 +128,8 @@ def _open_teacher(
     options: TrainOptions, objective: Objective, student: Checkpoint, media: dict[str, Tensor] | None
 ) -> Checkpoint | None:
     if not objective.needs_teacher:
+        if options.stage == "pt" and options.teacher is not None:
+            check_pair(open_checkpoint(options.teacher, options.trust_remote_code), student)
         return None
     if options.teacher is None:
         if objective.switch:
@@ -246,7 +250,7 @@ def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpo
 
 
 def _encoders(
-    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
+    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None, mode: str
 ) -> tuple[SampleEncoder, SampleEncoder | None]:
     """Return the student's encoder, and the teacher's if it encodes samples differently.
 
@@ -254,6 +258,7 @@ def _encoders(
     """
     if teacher is None or not (options.vocab_map or _reads_images_otherwise(teacher, student)):
         return _encoder(options, student, store), None
+    teacher = with_image_mode(teacher, mode)
     longer = max(0, student.image_tokens - teacher.image_tokens)
     if options.vocab_map:
         longer = student.config.text_config.max_position_embeddings  # the model's limit; the tokenizer has none

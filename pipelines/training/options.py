@@ -75,7 +75,10 @@ class TrainOptions:
     data: Path = option(group=FIRST, help="The data file that was cached.")
     output: Path = option(group=FIRST, help="The run: checkpoints, options, losses, the trained student.")
     teacher: Path | None = option(
-        default=None, group=FIRST, help="Checkpoint folder of the teacher; its vision tower is not read."
+        default=None,
+        group=FIRST,
+        help="Checkpoint folder of the teacher; its vision tower is not read. With --stage pt, that of the stage to come: it is "
+        "only compared with the student, before anything is trained.",
     )
     images: Path | None = option(default=None, group=DATA, help="Folder that the data file's image paths start from.")
     cache: StoreLocation | None = option(

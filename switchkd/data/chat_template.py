@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from switchkd.data.bounded_render import RenderExceeded, RenderFailed, render
 from switchkd.data.templates import IMAGE_MARKER
 from switchkd.errors import ConfigError
+from switchkd.library_errors import as_checkpoint_error
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "Xanswer{}X"  # an answer of letters only, in the place of a real one
@@ -23,6 +25,10 @@ _PROBE = [("Alpha what?", "Bravo."), ("Charlie who?", "Delta."), ("Echo when?", 
 
 class TemplateNotInvertible(ConfigError):
     """A conversation whose supervised mask cannot be derived from the template's output."""
+
+
+class TemplateExceeds(ConfigError):
+    """A chat template that takes more time or memory than any conversation needs."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +148,19 @@ class ChatTemplate:
 
     def _jinja(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """Render messages; returns the text and, of a template with generation blocks, their (begin, end) offsets."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        spans = bool(_GENERATION.search(self.source))
+        request = {
+            "conversations": [messages],
+            "chat_template": self.source,
+            "add_generation_prompt": False,
+            "return_assistant_tokens_mask": bool(_GENERATION.search(self.source)),
+            **self.special_tokens,
+        }
         try:
-            texts, found = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.source,
-                add_generation_prompt=False,
-                return_assistant_tokens_mask=spans,
-                **self.special_tokens,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            return render(request)
+        except RenderExceeded as error:
+            raise TemplateExceeds(f"the checkpoint's chat template: {error}; choose another --template") from error
+        except RenderFailed as error:
             raise TemplateNotInvertible(f"the template fails: {error}") from error
-        return texts[0], [(int(begin), int(end)) for begin, end in found[0]] if spans else []
 
     def _with_markers(self, segments: list[tuple[str, bool]], has_image: bool) -> list[tuple[str, bool]]:
         """Replace the template's own image token by `IMAGE_MARKER`; the token must occur once if there is an image."""
@@ -196,7 +200,8 @@ def open_chat_template(
             tokens; the first of them after an answer ends it.
 
     Raises:
-        ConfigError: neither generation blocks nor rendering twice finds the answers, or the text depends on the date.
+        ConfigError: neither generation blocks nor rendering twice finds the answers, the text depends on the date, or the
+            template does not end.
     """
     if "strftime_now" in source:
         raise ConfigError(
@@ -248,7 +253,8 @@ def chat_template_of(folder: Path, tokenizer: Any) -> str:
     source = tokenizer.chat_template
     old = folder / "chat_template.json"  # where older processors saved the template
     if source is None and old.is_file():
-        source = json.loads(old.read_text(encoding="utf-8")).get("chat_template")
+        with as_checkpoint_error(old, "cannot read {}"):
+            source = json.loads(old.read_text(encoding="utf-8")).get("chat_template")
     if isinstance(source, dict):
         source = source.get("default")
     if not isinstance(source, str):

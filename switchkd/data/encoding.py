@@ -21,8 +21,10 @@ from switchkd.data.media import Media, MediaReader, collate_media
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
 from switchkd.data.tokenization import ConversationTokenizer, Tokens, check_template
-from switchkd.errors import DataError, ReadFailure
+from switchkd.errors import CheckpointError, ConfigError, DataError, ReadFailure, SwitchKDError
 from switchkd.fingerprints import SampleDigest, digest_sample
+from switchkd.library_errors import is_library_failure, is_out_of_memory, words_of
+from switchkd.models.check_processor import check_processor
 from switchkd.models.checkpoint import Checkpoint, blank_image
 from switchkd.positions import IGNORED
 from switchkd.settings import MAX_IMAGE_PIXELS
@@ -71,7 +73,8 @@ class SampleEncoder:
 
     Raises:
         DataError: the image folder does not exist.
-        CheckpointError: the image token is no added token of the tokenizer.
+        CheckpointError: the image token is no added token of the tokenizer, or the image processor's pixels do not fit the vision
+            tower.
         ConfigError: template and tokenizer do not go together, see `tokenization.check_template`.
     """
 
@@ -88,6 +91,8 @@ class SampleEncoder:
             raise DataError(
                 f"no image folder {images}: --images takes the folder that the data file's paths start from"
             )
+        check_processor(checkpoint)
+        self.path, self.embedding_rows = checkpoint.path, checkpoint.config.text_config.vocab_size
         self.tokenizer = checkpoint.tokenizer
         self.config, self.reader = checkpoint.config, MediaReader(checkpoint)
         self.image_token_id = checkpoint.image_token_id
@@ -100,7 +105,10 @@ class SampleEncoder:
         self.words = ConversationTokenizer(
             checkpoint.tokenizer, checkpoint.image_token_id, not isinstance(template, ChatTemplate)
         )
-        check_template(self.words, template, self._text_of(self.reader.probe() if self.reader.is_variable else None))
+        try:
+            check_template(self.words, template, self._text_of(None))
+        except ConfigError as error:
+            raise ConfigError(f"{checkpoint.path}: {error}") from error
         self._media_cache: LRUCache[bytes, _Image] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,9 +124,10 @@ class SampleEncoder:
         Raises:
             BadSample: names the row and the reason.
             ReadFailure: the image could not be read now, or memory ran out; names the row.
+            CheckpointError: the tokenizer, chat template or image processor fails on this sample; names both.
         """
         sample.require_ok()
-        with _naming(sample):
+        with _naming(sample, self.path):
             # The text of a Llava's sample does not depend on the image, and is refused before that is read.
             tokens = None if self.reader.is_variable else self._tokens(sample, None)
             data = image_bytes_of(sample, self.images)
@@ -149,7 +158,7 @@ class SampleEncoder:
 
     def _tokens(self, sample: Sample, media: Media | None) -> Tokens:
         tokens = self.words(self._segments(sample), [] if sample.image is None else [self._text_of(media)])
-        self._require_fit(len(tokens.ids))
+        self._require_fit(tokens.ids)
         if not tokens.supervised[1:].any():
             reason = (
                 "every answer has weight 0"
@@ -170,7 +179,7 @@ class SampleEncoder:
     def encode_prompt(self, sample: Sample, turn: int) -> "Prompt":
         """Encode a sample up to where the answer of turn `turn` begins. Raises BadSample."""
         sample.require_ok()
-        with _naming(sample):
+        with _naming(sample, self.path):
             return self.encode_turns(sample.turns[: turn + 1], image_bytes_of(sample, self.images), str(sample.image))
 
     def encode_turns(self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str) -> "Prompt":
@@ -190,7 +199,7 @@ class SampleEncoder:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
         media = None if image is None else self._image(image, name).media
         ids = self.words.prompt(segments, [] if image is None else [self._text_of(media)])
-        self._require_fit(len(ids))
+        self._require_fit(ids)
         if not len(ids):
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
         return Prompt(ids, None if media is None else media.columns)
@@ -218,9 +227,14 @@ class SampleEncoder:
     def _probe(self) -> Media:
         return self.reader.probe()
 
-    def _require_fit(self, tokens: int) -> None:
-        if tokens > self.max_length:
-            raise BadSample(Status.TOO_LONG, f"{tokens} tokens, the limit is {self.max_length}", tokens)
+    def _require_fit(self, ids: NDArray[np.int32]) -> None:
+        if len(ids) > self.max_length:
+            raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}", len(ids))
+        if (largest := int(ids.max(initial=0))) >= self.embedding_rows:
+            raise CheckpointError(
+                f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} of {self.path} has id {largest}, and the embedding has "
+                f"{self.embedding_rows} rows: take the tokenizer that belongs to the checkpoint"
+            )
 
     def _image(self, data: bytes, name: str | None) -> "_Image":
         key = hashlib.blake2b(data, digest_size=16).digest()
@@ -267,17 +281,31 @@ class _Image(NamedTuple):
 
 
 @contextmanager
-def _naming(sample: Sample) -> Iterator[None]:
-    """Add the row number to the message of a BadSample, of a ReadFailure, and of a lack of memory."""
+def _naming(sample: Sample, checkpoint: Path) -> Iterator[None]:
+    """Name the row in every error about a sample: ours, a lack of memory, and whatever tokenizer and image processor raise."""
+    row = f"row {sample.index}"
     try:
         yield
     except BadSample as bad:
-        raise BadSample(bad.status, f"row {sample.index}: {bad.detail}", bad.tokens) from None
+        raise BadSample(bad.status, f"{row}: {bad.detail}", bad.tokens) from None
     except ReadFailure as failure:
-        raise ReadFailure(f"row {sample.index}: {failure}") from failure
-    except MemoryError as error:
-        raise ReadFailure(
-            f"row {sample.index}: out of memory while it was prepared; use fewer --workers, or leave out this row"
+        raise ReadFailure(f"{row}: {failure}") from failure
+    except ConfigError as failure:
+        raise ConfigError(f"{row}, {checkpoint}: {failure}") from failure
+    except CheckpointError as failure:
+        raise CheckpointError(f"{row}: {failure}") from failure
+    except SwitchKDError:
+        raise
+    except BaseException as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise ReadFailure(
+                f"{row}: out of memory while it was prepared; use fewer --workers, or leave out this row"
+            ) from error
+        if not is_library_failure(error):
+            raise
+        raise CheckpointError(
+            f"{row}: the tokenizer or image processor of {checkpoint} fails on it: {words_of(error)}; `switchkd data check "
+            "--model` lists the rows that are affected. Copy the checkpoint's files again, or leave out this row"
         ) from error
 
 

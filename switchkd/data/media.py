@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from switchkd.errors import CheckpointError
-from switchkd.models.checkpoint import Checkpoint, as_checkpoint_error
+from switchkd.library_errors import as_checkpoint_error
+from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.families import Family, family_of
 
 _PROBE_SIZE = (64, 48)  # of the image by which a processor is tried

@@ -3,8 +3,13 @@
 A bad row becomes a sample whose `Status` gives the reason, so that row numbers never shift and every skipped row is counted.
 """
 
+import base64
+import binascii
+import re
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from switchkd.data.containers import DOCUMENTED_COLUMNS, IMAGE_COLUMNS, Embedded
@@ -20,7 +25,7 @@ class Sample:
 
     index: int  # row number, from 0
     id: str
-    image: str | None  # path below the image folder; a name if the data set contains the image itself
+    image: str | None  # path below the image folder; a name if the data set contains the image itself; or a data URL
     turns: list[tuple[str, str]]  # (question, answer), image markers removed
     question_type: str
     status: Status
@@ -29,12 +34,18 @@ class Sample:
     notes: tuple[str, ...] = ()  # what is odd about the row, though it is used
     unsupervised: tuple[int, ...] = ()  # numbers of the answers that the row says are not to be trained on
 
+    def __post_init__(self) -> None:
+        if self.image is not None and self.image.startswith(DATA_URL):
+            object.__setattr__(self, "embedded", partial(bytes_of_data_url, self.image))
+
     def require_ok(self) -> None:
         """Raise BadSample if the row could not be read."""
         if self.status is not Status.OK:
             raise BadSample(self.status, f"row {self.index}: {self.detail}")
 
 
+DATA_URL = "data:"
+_BASE64_URL = re.compile(r"data:[^,;]{0,100}(?:;[^,;]{0,100})*;base64,", re.IGNORECASE)
 _IMAGE_PARTS = ("image", "image_url")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -122,8 +133,9 @@ def _image_of(row: dict[str, Any], conversation: list[Any], notes: list[str]) ->
         raise BadSample(Status.IMAGE_MISSING, f"image should be a path, found {type(image).__name__}")
     if isinstance(image, Embedded):
         return Embedded(_writable(image.name))
-    if image and image.startswith("data:"):
-        raise BadSample(Status.IMAGE_UNREADABLE, "the image is a data URL; keep it as a file or as bytes")
+    if image and image.startswith(DATA_URL):
+        bytes_of_data_url(image)  # now, so that a damaged one is a bad row like any other
+        return image
     if not image and (other := key_like_an_image(row)):
         raise BadSample(
             Status.IMAGE_MISSING,
@@ -144,24 +156,38 @@ def _without_nulls(value: Any, name: str, notes: list[str]) -> Any:
 
 
 def _paths_in_parts(turn: Any) -> Iterator[str]:
-    """Yield the image references in a turn's content parts: {"type": "image", "path": …} and its variants.
-
-    Raises:
-        BadSample: an image as bytes.
-    """
+    """Yield the image references in a turn's content parts: {"type": "image", "path": …} and its variants; bytes as a data URL."""
     content = turn.get("content") if isinstance(turn, dict) else None
     for part in content if isinstance(content, list) else ():
         if isinstance(part, dict) and part.get("type") in _IMAGE_PARTS:
             named = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None)
             if isinstance(named, dict):
                 named = named.get("url") or named.get("bytes") or named.get("path")
+            if named is None and isinstance(part.get("bytes"), bytes):
+                named = part["bytes"]
             if isinstance(named, bytes):
-                raise BadSample(
-                    Status.IMAGE_UNREADABLE,
-                    "a turn holds the image as bytes; keep it as a file, or in the column image",
-                )
+                named = f"data:;base64,{base64.b64encode(named).decode()}"
             if isinstance(named, str):
                 yield named
+
+
+def bytes_of_data_url(url: str) -> bytes:
+    """Return the bytes that a data URL holds in base64.
+
+    Raises:
+        BadSample: not base64, or damaged.
+    """
+    start = _BASE64_URL.match(url)
+    text = "".join(url[start.end() :].split()) if start else ""
+    try:
+        data = base64.b64decode(urllib.parse.unquote(text) if "%" in text else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadSample(Status.IMAGE_UNREADABLE, f"the image is a data URL that is damaged: {error}") from None
+    if not data:
+        raise BadSample(
+            Status.IMAGE_UNREADABLE, "the image is a data URL without base64 data; expected data:image/png;base64,…"
+        )
+    return data
 
 
 def _unsupervised(conversation: list[Any]) -> tuple[int, ...]:

@@ -154,5 +154,5 @@ def _arrow_table(container: Container) -> Any:
             }
 
     # Version of the row format above: increase it with any change, so that older Arrow files are not reused.
-    row_format = 3
+    row_format = 4
     return cached_table(generate, features, f"switchkd-{row_format}-{container.key}")

@@ -1,9 +1,9 @@
 """Opens model folders without loading weights, and checks that a teacher and a student are compatible."""
 
 import inspect
+import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
-from switchkd.models.families import family_of, logit_map_of
+from switchkd.library_errors import as_checkpoint_error
+from switchkd.models.check_config import MAX_IMAGE_TOKENS, check_config, check_feature_layers, check_image_token
+from switchkd.models.families import FAMILIES, family_of, logit_map_of
 from switchkd.models.fit import check_cuts
 from switchkd.models.projectors import (
     SwitchLlavaConfig,
@@ -77,20 +79,24 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
 
     Raises:
         CheckpointError: no such folder, a model of no family here, logits that depend on the program that computes them, no fast
-            tokenizer, no image processor.
+            tokenizer, no image processor, or a file that is damaged or of a kind that does not fit the others.
+        ReadFailure: a file could not be read now.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"no checkpoint at {folder}: expected a folder with a config.json")
     with as_checkpoint_error(folder):
-        saved = LlavaConfig.get_config_dict(folder)[0]
-        if (
-            "mm_projector_type" in saved or saved.get("model_type") == "tinyllava"
-        ):  # original LLaVA's model type is also "llava"
-            raise CheckpointError(
-                f"{folder} is a {saved.get('model_type')!r} model in the layout of TinyLLaVA or original LLaVA; expected "
-                "a checkpoint as transformers saves it: `switchkd convert` makes one"
+        # transformers reads nothing where it is not an object.
+        saved: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = saved.get("model_type") if isinstance(saved, dict) else None
+        if isinstance(saved, dict) and ("mm_projector_type" in saved or found == "tinyllava"):
+            raise CheckpointError(  # original LLaVA's model type is also "llava"
+                f"{folder} is a {found!r} model in the layout of TinyLLaVA or original LLaVA; expected a checkpoint as "
+                "transformers saves it: `switchkd convert` makes one"
             )
+        if isinstance(saved, dict) and not isinstance(found, str):
+            raise CheckpointError(f"{folder} is a {found!r} model; expected one of {', '.join(FAMILIES)}")
+        check_config(saved, folder, llava=found in CONFIGS)
         config = AutoConfig.from_pretrained(folder)
         family = family_of(config, folder)
         logit_map_of(config, folder)
@@ -98,10 +104,18 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **PIL_BACKEND)
         image_tokens = feature_tokens = feature_width = 0
         if family.is_llava:
-            feature_tokens, feature_width = probe_vision(config)
+            feature_tokens, feature_width = probe_vision(config, folder)
             image_tokens = image_token_count(config, feature_tokens)
-    if not getattr(tokenizer, "is_fast", False):
-        raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
+            if not 1 <= image_tokens <= MAX_IMAGE_TOKENS:
+                raise CheckpointError(
+                    f"{folder}: an image would become {image_tokens:,} tokens, expected 1 to {MAX_IMAGE_TOKENS:,}: compare "
+                    "image_size and patch_size of its vision_config with the tower's"
+                )
+        if not getattr(tokenizer, "is_fast", False):
+            raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
+        check_image_token(config.image_token_id, tokenizer, folder)
+        tokenizer.encode("a", add_special_tokens=False)
+        hash_tokenizer(tokenizer)  # reads everything that is used of it later
     return Checkpoint(
         folder, config, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
     )
@@ -205,12 +219,16 @@ def readers_of(checkpoint: Checkpoint) -> list[Any]:
 PIL_BACKEND = {"backend": "pil"}
 
 
-def probe_vision(config: LlavaConfig) -> tuple[int, int]:
+def probe_vision(config: LlavaConfig, path: Path | str = "the model") -> tuple[int, int]:
     """Return (number, width) of the features that a Llava's vision tower passes to the projector, without its weights.
 
     The tower runs on the meta device, so the result is exact for any tower that transformers supports.
 
+    Args:
+        path: of the checkpoint, for the error.
+
     Raises:
+        CheckpointError: the feature layer does not exist.
         ValueError: the tower's input is not a plain image (SigLIP2 NaFlex).
     """
     with torch.device("meta"), torch.no_grad():
@@ -222,6 +240,7 @@ def probe_vision(config: LlavaConfig) -> tuple[int, int]:
             )
         states = tower(blank_image(config).to(tower.dtype), output_hidden_states=True).hidden_states
     layers = config.vision_feature_layer
+    check_feature_layers(layers, len(states), path)
     layers = [layers] if isinstance(layers, int) else layers
     tokens = states[layers[0]].shape[1] - (config.vision_feature_select_strategy == "default")
     return tokens, sum(states[layer].shape[-1] for layer in layers)
@@ -293,14 +312,3 @@ def check_compatible(
             f"the switch pathway feeds the student's vision features (width {student.feature_width}) to the teacher's "
             f"projector (width {teacher.feature_width}): {sides}. Choose a tower of the teacher's width, {advice}"
         )
-
-
-@contextmanager
-def as_checkpoint_error(folder: Path) -> Iterator[None]:
-    """Convert transformers' errors about a folder's content to a CheckpointError that names the folder."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot open checkpoint {folder}: {error}") from error

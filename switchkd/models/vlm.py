@@ -4,8 +4,10 @@ Every VLM here is an ordinary checkpoint of one of transformers' families (`fami
 (`projectors.py`). This module loads one, whole or without its vision tower.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForCondi
 
 from switchkd.errors import CheckpointError
 from switchkd.fingerprints import weight_files
-from switchkd.models.checkpoint import Checkpoint, as_checkpoint_error, blank_image
+from switchkd.library_errors import as_checkpoint_error
+from switchkd.models.checkpoint import Checkpoint, blank_image
 from switchkd.models.components import layers_of, tower_of
 from switchkd.models.families import family_of
 from switchkd.models.features import capture_features, final_states, image_outputs, media_of, output_tensors
@@ -68,6 +71,7 @@ def load_model(checkpoint: Checkpoint, *, vision: bool = True, dtype: str | torc
     """
     config = checkpoint.config
     kind = AutoModelForImageTextToText._model_mapping[type(config)]
+    _require_enough_weights(checkpoint, vision)
     with as_checkpoint_error(checkpoint.path):
         if vision or family_of(config).is_llava:
             kind = kind if vision else WITHOUT_VISION[kind]
@@ -91,17 +95,59 @@ def load_lm_head(checkpoint: Checkpoint, dtype: str) -> Tensor:
     """Read only the LM head's weight, [V, d]; if it is tied, from the embedding.
 
     Raises:
-        CheckpointError: no such weight.
+        CheckpointError: no such weight, of another shape, or a damaged file.
     """
+    rows, width = checkpoint.config.text_config.vocab_size, checkpoint.config.text_config.hidden_size
     endings = ("lm_head.weight",) + (("embed_tokens.weight",) if checkpoint.config.tie_word_embeddings else ())
     for ending in endings:
-        for file in weight_files(checkpoint.path, ("language",)):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  not a dict
-                    if name.endswith(ending):
-                        head: Tensor = tensors.get_tensor(name).to(getattr(torch, dtype))
-                        return head
+        for name, tensors in _saved_tensors(checkpoint.path, ("language",)):
+            if name.endswith(ending):
+                head: Tensor = tensors.get_tensor(name).to(getattr(torch, dtype))
+                if head.shape != (rows, width):
+                    raise CheckpointError(
+                        f"{checkpoint.path}: {name} is {tuple(head.shape)}, its config says {(rows, width)}: copy the weights or "
+                        "the config again"
+                    )
+                return head
     raise CheckpointError(f"{checkpoint.path} holds no {' or '.join(endings)}")
+
+
+def _saved_tensors(folder: Path, components: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, open safetensors file that holds it) of a checkpoint's tensors; no bytes of them are read.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, or no safetensors file.
+    """
+    for file in weight_files(folder, components):
+        with as_checkpoint_error(folder, f"cannot read {file.name} of {{}}", "copy it again"):
+            opened = safe_open(file, framework="pt")
+        with opened as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a dict
+                yield name, tensors
+
+
+def _require_enough_weights(checkpoint: Checkpoint, vision: bool) -> None:
+    """Compare how many numbers the largest matrices of a config have with those in the weight files.
+
+    transformers makes new weights for those that are missing, so that a wrong number in a config could take all memory before the
+    missing ones are reported.
+
+    Raises:
+        CheckpointError: the config describes a model several times as large as its weights.
+    """
+    components = ("vision", "projector", "language") if vision else ("projector", "language")
+    held = sum(
+        math.prod(tensors.get_slice(name).get_shape()) for name, tensors in _saved_tensors(checkpoint.path, components)
+    )
+    text, tower = checkpoint.config.text_config, checkpoint.config.vision_config
+    described = text.vocab_size * text.hidden_size + text.num_hidden_layers * text.hidden_size * text.intermediate_size
+    if vision and family_of(checkpoint.config).is_llava:  # others have other names for these
+        described += tower.num_hidden_layers * tower.hidden_size * tower.intermediate_size
+    if described > 4 * held + (1 << 20):
+        raise CheckpointError(
+            f"{checkpoint.path}: its config.json describes a model of at least {described:,} weights, its safetensors files hold "
+            f"{held:,}: they do not belong together, or a file is missing. Copy both again"
+        )
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -241,8 +241,6 @@ def test_parts_that_cannot_be_used():
     assert status({"type": "text"})[0] is Status.BAD_TURN
     two = [{"type": "image", "image": name} for name in "ab"]
     assert status(*two) == (Status.SEVERAL_IMAGES, "2 images; a sample has at most one")
-    held = {"type": "image", "image": "data:image/png;base64,AAAA"}
-    assert status(held) == (Status.IMAGE_UNREADABLE, "the image is a data URL; keep it as a file or as bytes")
 
 
 def test_what_is_no_data_set(place, tmp_path):

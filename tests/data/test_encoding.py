@@ -27,6 +27,7 @@ def opened(teacher):
     """The tiny checkpoint, with ChatML's special tokens in its tokenizer."""
     checkpoint = open_checkpoint(teacher)
     checkpoint.tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    checkpoint.config.text_config.vocab_size += 2
     return checkpoint
 
 
@@ -180,6 +181,7 @@ def test_text_that_spells_out_the_image_token_is_refused(make, opened, question,
     """A checkpoint may name its image token otherwise than data files do; no feature would stand behind the token."""
     checkpoint = open_checkpoint(opened.path)
     checkpoint.tokenizer.add_tokens(["<|img|>"], special_tokens=True)
+    checkpoint.config.text_config.vocab_size += 1
     checkpoint.config.image_token_id = checkpoint.tokenizer.convert_tokens_to_ids("<|img|>")
     encoder = make(checkpoint=checkpoint)
     encoded = encoder.encode(sample(image="0.png"))

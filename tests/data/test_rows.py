@@ -7,8 +7,6 @@ import json
 import logging
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 import tiny
 
@@ -78,16 +76,6 @@ def test_an_image_under_an_unknown_key_is_refused_by_name(given, question):
 )  # fmt: skip
 def test_other_keys_are_ignored(more):
     assert read_row(row(**more), 0) == read_row(row(), 0)
-
-
-@pytest.mark.parametrize(
-    "value", [b"\x89PNG", {"bytes": b"\x89PNG", "path": None}, {"bytes": b"\x89PNG", "path": "a.png"}]
-)
-def test_bytes_in_a_message_are_refused_by_name(value, tmp_path):
-    sample = read_row(image_part(value), 0)
-    assert (sample.status, sample.detail[:31]) == (Status.IMAGE_UNREADABLE, "a turn holds the image as bytes")
-    parquet.write_table(pa.Table.from_pylist([image_part(value), image_part(None)]), tmp_path / "a.parquet")
-    assert SampleFile(tmp_path / "a.parquet").counts_by_status() == {Status.IMAGE_UNREADABLE: 1, Status.OK: 1}
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_verifying_calls_no_sound_part_bad(undisturbed, stride):
         )
 
 
-@strides(41)
+@strides(120)
 def test_repairing_removes_no_sound_part(tmp_path, undisturbed, stride):
     expected = files_of(undisturbed)
     path = tmp_path / "s.zarr"

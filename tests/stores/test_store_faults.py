@@ -281,7 +281,8 @@ def test_writers_killed_at_random_instants_end_in_the_undisturbed_store(tmp_path
     synthetic.assert_same_store(path, undisturbed)
 
 
-def test_fifty_kills_lose_nothing(tmp_path):
+@pytest.mark.parametrize("least", [8, pytest.param(50, marks=pytest.mark.faults)])
+def test_many_kills_lose_nothing(tmp_path, least):
     """The same command again and again, each time killed at another instant, now and then with two or three workers."""
     of = synthetic.manifest(samples=40, part_size=1)
     lengths = (0, 1, 3, 40)
@@ -289,7 +290,7 @@ def test_fifty_kills_lose_nothing(tmp_path):
     path = tmp_path / "s.zarr"
     instants = random.Random(5)
     kills = rounds = 0
-    while kills < 50:
+    while kills < least:
         workers = instants.choice((1, 1, 1, 2, 3))
         calls = [
             {"of": of, "shard": (index, workers), "die_at": instants.randint(1, 120), "lengths": lengths}

@@ -1,5 +1,6 @@
 """What can be checked is checked before a sample is read, and nothing is recorded before: a corrected command is not refused."""
 
+import math
 import os
 import sys
 from dataclasses import replace
@@ -12,12 +13,16 @@ from switchkd.errors import ConfigError, RunError, SwitchKDError
 from switchkd.pipelines.preflight import survey
 from switchkd.pipelines.training import inputs, model_setup
 from switchkd.pipelines.training import train as train_module
+from switchkd.pipelines.training.arguments import training_arguments
+from switchkd.pipelines.training.inputs import resolve_options
 from switchkd.pipelines.training.lifecycle import sealed
 from switchkd.pipelines.training.options import Schedule
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
+from switchkd.pipelines.training.trainer_entries import ALLOWED
 
 cached, options = training.cached, training.options
+TEXTS = ("optim_target_modules", "adam_epsilon")  # a text or a list of them; a whole number or a fraction
 
 
 @pytest.fixture
@@ -43,9 +48,9 @@ def untouched(monkeypatch):
         ({"trainer": {"optim": "adamw_8bit"}}, "trainer: optim: .*bitsandbytes"),
         ({"trainer": {"optim_args": "nonsense"}}, "trainer: optim: "),
         ({"trainer": {"adam_beta1": 2.0}}, "trainer: optim: Invalid beta"),
-        ({"trainer": {"adam_beta2": "much"}}, "trainer: optim|training arguments"),
+        ({"trainer": {"adam_beta2": "much"}}, "trainer: adam_beta2 should be float, found 'much'"),
         ({"trainer": {"lr_scheduler_kwargs": {"no_such": 1}}}, "--schedule cosine with .*no_such"),
-        ({"trainer": {"lr_scheduler_kwargs": [1]}}, "schedule cosine|training arguments"),
+        ({"trainer": {"lr_scheduler_kwargs": [1]}}, "trainer: lr_scheduler_kwargs should be .*found"),
         ({"trainer": {"lr_scheduler_kwargs": {"num_cycles": "x"}}}, "--schedule cosine with .*num_cycles"),
         (
             {"schedule": "constant", "trainer": {"lr_scheduler_kwargs": {"a": 1}}},
@@ -75,6 +80,40 @@ def test_wrong_arguments_of_the_trainer_are_refused_first(options, untouched, mo
     with pytest.raises(ConfigError, match=message):
         train(replace(options, **change))
     assert not options.output.exists()
+
+
+VALUES = [None, "x", "", -1, 0, 10**12, 0.5, math.nan, math.inf, True, False, [], [1], ["x"], {}, {"x": 1}]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_row_19_every_entry_with_every_kind_of_value(options, name):
+    """Refused by name before anything is opened, or of the entry's own type."""
+    taken = []
+    for value in VALUES:
+        try:
+            training_arguments(replace(resolve_options(options), trainer={name: value}))
+            taken.append(value)
+        except ConfigError as error:
+            told = str(error)
+            assert "trainer" in told or name in told or "training arguments" in told, told
+    assert len({type(value) for value in taken if value not in (None, "", [], {}, 0)}) <= 1 or name in TEXTS, taken
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"debug": True}, r"trainer: debug should be str | list\[.*\], found True"),
+        ({"torch_empty_cache_steps": 0}, "trainer: torch_empty_cache_steps should be at least 1 and finite, found 0"),
+        ({"adam_epsilon": math.nan}, "trainer: adam_epsilon should be at least 0 and finite, found nan"),
+        ({"full_determinism": "yes"}, "trainer: full_determinism should be bool, found 'yes'"),
+        ({"eval_strategy": "steps"}, "trainer: eval_strategy is refused: no evaluation runs while a student trains"),
+        ({"fsdp": "full_shard"}, "trainer: fsdp is refused: use --profile fsdp"),
+    ],
+)
+def test_row_19_an_entry_is_refused_before_anything_is_opened(options, untouched, entry, message):
+    with pytest.raises(ConfigError, match=message):
+        train(replace(options, data=options.output / "none.json", student=options.output / "none", trainer=entry))
 
 
 def test_every_schedule_trains_or_is_refused_first(options, untouched, monkeypatch):

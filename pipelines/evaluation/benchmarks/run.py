@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchkd.data.encoding import SampleEncoder
+from switchkd.data.encoding import Prompt, SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Status
 from switchkd.data.templates import IMAGE_MARKER
@@ -20,7 +20,7 @@ from switchkd.pipelines.evaluation.benchmarks.base import Benchmark, Question, f
 from switchkd.pipelines.evaluation.benchmarks.registry import parse_tasks
 from switchkd.pipelines.evaluation.benchmarks.results import Result, folder_name, score, write_result
 from switchkd.pipelines.evaluation.benchmarks.scoreboard import write_scoreboard
-from switchkd.pipelines.evaluation.generation import GreedyGenerator, Prompt, encoded_batches, read_lines
+from switchkd.pipelines.evaluation.generation import GreedyGenerator, encoded_batches, read_lines
 from switchkd.pipelines.evaluation.options import BenchmarkOptions
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, RECORD, record, write_atomically
