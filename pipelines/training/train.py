@@ -118,6 +118,7 @@ def _make_trainer(
         objective=inputs.objective,
         source=models.source,
         teacher=models.switch_teacher,
+        sample_media=inputs.media,
         extra_terms=models.extra_terms,
         vocab_map=inputs.vocabularies,
         group_by=options.group_by,

@@ -183,3 +183,21 @@ def test_patches_are_those_that_the_tower_sees(pair):
     assert 0 < int(pairs) <= int(patches) ** 2
     model = CostModel(student, None, None, 0, int(patches))
     assert model.memory(2, 40, processes=1, sharded=None, half=False)["activations"] > 0
+
+
+def test_in_bfloat16_it_is_close(pair, tmp_path):
+    """Autocast over a float32 student, and a hollow teacher whose weights are bfloat16."""
+    family, student, teacher, columns = pair
+    source = _Given(own_logits(family, teacher, columns))
+    if family != "llava":
+        hollow_out(teacher)
+    trainer = trainer_of(student, teacher, columns, tmp_path, source=source)
+    batch = columns | {"has_image": torch.ones(2, dtype=torch.bool)}
+    exact = trainer.compute_loss(student, batch).detach()
+    teacher.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = trainer.compute_loss(student, batch)
+        assert trainer._idle_vision(student).isfinite()
+    torch.testing.assert_close(loss.detach(), exact, rtol=1e-2, atol=0, check_dtype=False)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
