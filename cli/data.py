@@ -62,11 +62,19 @@ def show(data: Path, plain: bool, **options: Any) -> None:
         about = printable(f"row {sample.row}, id {sample.id}, {sample.image or 'no image'}: ", 500)
         counts = f"{sample.tokens():,} tokens, {sample.tokens('image'):,} of the image, {sample.tokens('supervised'):,} supervised"
         console.print(Text(about + printable(sample.problem or counts), "bold"))
-        text = Text()
+        text, tokens = Text(), Text("  ")
         for span in sample.spans:
+            marked = not in_colour and span.kind == "supervised"
             words = f"<image ×{span.tokens}>" if span.kind == "image" else printable(span.text)
-            text.append(words if in_colour or span.kind != "supervised" else f"[[{words}]]", styles[span.kind])
-        console.print(text, end="\n\n" if sample.spans else "\n")
+            pieces = [f"{id}:{printable(piece)}" for id, piece in zip(span.ids, span.pieces, strict=True)]
+            pieces = [f"{pieces[0]}×{span.tokens}"] if span.kind == "image" else pieces
+            for line, content in ((text, words), (tokens, " ".join(pieces))):
+                line.append(f"[[{content}]]" if marked else content, styles[span.kind])
+            tokens.append(" ")
+        console.print(text)
+        if sample.spans:
+            tokens.rstrip()
+            console.print(tokens, end="\n\n")
 
 
 def format_check(check: "DataCheck") -> list[str]:

@@ -1,26 +1,23 @@
 """Greedy decoding in batches, and the file of predictions, from which an interrupted evaluation resumes."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import GenerationConfig, LlavaForConditionalGeneration, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
-from switchkd.data.encoding import SampleEncoder, pad_id_of
+from switchkd.data.encoding import Prompt, SampleEncoder, pad_id_of
+from switchkd.data.media import collate_media
 from switchkd.data.samples import BadSample
 from switchkd.data.templates import ConversationFormat
+from switchkd.models.features import media_for, type_ids
 from switchkd.pipelines.run_folder import write_atomically
 
 T = TypeVar("T")
-
-# One prompt as model input: (input_ids [L], pixels [3, H, W] or None).
-Prompt = tuple[NDArray[np.int32], Tensor | None]
 
 
 class _Prompts(Dataset[Prompt | BadSample], Generic[T]):
@@ -63,7 +60,7 @@ class GreedyGenerator:
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: Any,
         encoder: SampleEncoder,
         template: ConversationFormat,
         max_new_tokens: int,
@@ -78,30 +75,32 @@ class GreedyGenerator:
     def answer(self, prompts: Sequence[Prompt | BadSample]) -> list[str | BadSample]:
         """Return the answer to each prompt; an entry that could not be encoded is returned unchanged."""
         results: list[str | BadSample] = [prompt if isinstance(prompt, BadSample) else "" for prompt in prompts]
-        rows = [(place, *prompt) for place, prompt in enumerate(prompts) if not isinstance(prompt, BadSample)]
+        rows = [(place, prompt) for place, prompt in enumerate(prompts) if not isinstance(prompt, BadSample)]
         if not rows:
             return results
-        length = max(len(ids) for _, ids, _ in rows)
+        length = max(len(prompt.ids) for _, prompt in rows)
         input_ids = torch.full((len(rows), length), self.pad_id)
         attention_mask = torch.zeros_like(input_ids)
-        for row, (_, ids, _) in enumerate(rows):  # padded on the left, since generation appends on the right
-            input_ids[row, length - len(ids) :] = torch.from_numpy(ids).long()
-            attention_mask[row, length - len(ids) :] = 1
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        pixels = [p for _, _, p in rows if p is not None]
-        if pixels:
-            inputs["pixel_values"] = torch.stack(pixels).to(self.model.dtype)
+        for row, (_, prompt) in enumerate(rows):  # padded on the left, since generation appends on the right
+            input_ids[row, length - len(prompt.ids) :] = torch.from_numpy(prompt.ids).long()
+            attention_mask[row, length - len(prompt.ids) :] = 1
+        media = collate_media([prompt.media for _, prompt in rows if prompt.media is not None])
         generated = self.model.generate(
-            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+            **self._inputs(input_ids, attention_mask, media),
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.stop_ids,
             pad_token_id=self.pad_id,
         )
-        for (place, _, _), ids in zip(rows, generated[:, length:].tolist(), strict=True):
+        for (place, _), ids in zip(rows, generated[:, length:].tolist(), strict=True):
             cut = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
             results[place] = self.tokenizer.decode(ids[:cut], skip_special_tokens=True).strip()
         return results
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the arguments of `generate`: the prompts, their type ids by the family's rule, and their images."""
+        text = {"input_ids": input_ids, "attention_mask": attention_mask} | type_ids(self.model.config, input_ids, None)
+        return {name: tensor.to(self.model.device) for name, tensor in text.items()} | media_for(self.model, media)
 
     @torch.inference_mode()
     def say(self, prompt: Prompt, heard: Callable[[str], None]) -> str:
@@ -110,11 +109,8 @@ class GreedyGenerator:
         Args:
             heard: is called with each piece of text; the pieces, joined and stripped, are the answer.
         """
-        ids, pixels = prompt
-        inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids).long()[None].to(self.model.device)}
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if pixels is not None:
-            inputs["pixel_values"] = pixels[None].to(self.model.device, self.model.dtype)
+        ids = torch.from_numpy(prompt.ids).long()[None]
+        inputs = self._inputs(ids, torch.ones_like(ids), prompt.media or {})
         pieces: list[str] = []
 
         def hear(piece: str) -> None:

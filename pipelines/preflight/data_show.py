@@ -20,7 +20,13 @@ class Span:
 
     text: str
     kind: str  # "prompt", "supervised" or "image"
-    tokens: int
+    ids: list[int]
+    pieces: list[str]  # the tokenizer's entry of each id, in which "▁" or "Ġ" is a space
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,9 @@ def show_data(options: ShowOptions) -> Iterator[ShownSample]:
 def _spans(encoder: SampleEncoder, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> list[Span]:
     kinds = np.where(ids == encoder.image_token_id, "image", np.where(supervised, "supervised", "prompt"))
     borders = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1), len(ids)]
-    return [
-        Span(encoder.tokenizer.decode(ids[begin:end], skip_special_tokens=False), str(kinds[begin]), int(end - begin))
-        for begin, end in pairwise(borders)
-    ]
+    spans = []
+    for begin, end in pairwise(borders):
+        shown: list[int] = ids[begin:end].tolist()
+        text = encoder.tokenizer.decode(shown, skip_special_tokens=False)
+        spans.append(Span(text, str(kinds[begin]), shown, encoder.tokenizer.convert_ids_to_tokens(shown)))
+    return spans

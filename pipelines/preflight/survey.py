@@ -88,7 +88,9 @@ class SampleInspector:
             assert data is not None
             converted = decode(data, sample.image, self.max_image_pixels)
             if self.encoder is not None:
-                check_enlarged(converted.image, self.encoder.image_processor, sample.image, self.max_image_pixels)
+                check_enlarged(
+                    converted.image, self.encoder.reader.image_processor, sample.image, self.max_image_pixels
+                )
         except BadSample as bad:
             raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
         except ReadFailure as failure:

@@ -13,10 +13,11 @@ from transformers import GenerationConfig, LlavaProcessor
 
 from switchkd.data.chat_template_export import chat_template_source
 from switchkd.data.encoding import pad_id_of
+from switchkd.data.media import MediaReader
 from switchkd.data.templates import ConversationFormat
 from switchkd.errors import ConfigError, DataError, RunError
 from switchkd.fingerprints import hash_json, hash_weights, weight_files
-from switchkd.models.checkpoint import Checkpoint, open_checkpoint
+from switchkd.models.checkpoint import Checkpoint, open_checkpoint, readers_of
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import stop_ids_of
 from switchkd.pipelines.release.chat import template_of
@@ -71,9 +72,14 @@ def _write_model(checkpoint: Checkpoint, template: ConversationFormat, folder: P
         do_sample=False, eos_token_id=stop_ids_of(template, tokenizer), pad_token_id=pad_id_of(tokenizer)
     )
     model.save_pretrained(folder)
-    _name_as_published(folder)
-    source = chat_template_source(template, tokenizer.eos_token)
+    reader = MediaReader(checkpoint)
+    source = chat_template_source(template, tokenizer.eos_token, reader.text_of(reader.marker, own_template=False))
     tokenizer.chat_template = source
+    if reader.is_variable:
+        for part in reversed(readers_of(checkpoint)):  # the tokenizer last, since it writes the chat template
+            part.save_pretrained(folder)
+        return
+    _name_as_published(folder)
     tokenizer.save_pretrained(folder)
     vision, strategy = checkpoint.config.vision_config, checkpoint.config.vision_feature_select_strategy
     patches = (vision.image_size // vision.patch_size) ** 2

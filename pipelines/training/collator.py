@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from switchkd.data.encoding import EncodedSample, collate
+from switchkd.data.encoding import EncodedSample, SampleEncoder, collate
 from switchkd.fingerprints import digest_sample
 from switchkd.losses.cross_tokenizer import align_positions
-from switchkd.models.checkpoint import Checkpoint, blank_image
+from switchkd.models.features import media_of
 from switchkd.models.packing import layout, pack_rows
 from switchkd.pipelines.stored_teacher import teacher_columns
 from switchkd.stores import Payload
@@ -50,7 +50,7 @@ class Collator:
 
     def __call__(self, items: Sequence[tuple[EncodedSample, int]]) -> dict[str, Any]:
         items = list(items)
-        if self.stand_in is not None and all(encoded.pixels is None for encoded, _ in items):
+        if self.stand_in is not None and all(encoded.media is None for encoded, _ in items):
             items.append((self.stand_in, _NOT_IN_THE_FILE))
         rows: list[list[int]] = []
         if self.row_tokens is not None:
@@ -63,6 +63,8 @@ class Collator:
         if views:
             read = collate(views, self.teacher_pad_id, room)
             batch |= {f"teacher_{name}": read[name] for name in TEACHER_READS}
+            if media := media_of(read):
+                batch["teacher_media"] = media
         if any(view.starts is not None for view in views):
             batch["partner"] = torch.from_numpy(aligned_positions(samples))
         if self.row_tokens is not None:
@@ -83,7 +85,7 @@ def _layouts(samples: Sequence[EncodedSample], per_row: Sequence[int], row_token
     read = [len((sample.teacher or sample).input_ids) for sample in samples]
     if any(sample.teacher is not None for sample in samples):
         found["teacher_packing"] = layout(rows, read, max(read) + 1)
-    shown = [length for length, sample in zip(read, samples, strict=True) if sample.pixels is not None]
+    shown = [length for length, sample in zip(read, samples, strict=True) if sample.media is not None]
     if shown:
         found["switch_packing"] = layout(pack_rows(shown, row_tokens), shown, max(read) + 1)
     return found
@@ -100,17 +102,23 @@ def aligned_positions(samples: Sequence[EncodedSample]) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def placeholder_sample(checkpoint: Checkpoint, teacher: Checkpoint | None = None) -> EncodedSample:
-    """Return a sample with a blank image and no position, so that a text-only batch runs the same layers as every other batch.
+def placeholder_sample(encoder: SampleEncoder, teacher: SampleEncoder | None = None) -> EncodedSample:
+    """Return a sample with a made-up image and no position, so that a text-only batch runs the same layers as every other batch.
 
     Where layers are sharded, all processes gather them together: a process without an image would deadlock with others that run
     the vision tower and the switch pathway. The sample adds nothing to any sum.
 
     Args:
-        teacher: the teacher's encoder, if it encodes samples differently; see `TrainingSamples`.
+        encoder: the student's. teacher: the teacher's, if it encodes samples differently; see `TrainingSamples`.
     """
-    ids = np.full(checkpoint.image_tokens, checkpoint.image_token_id, np.int32)
-    supervised = np.zeros(checkpoint.image_tokens, np.bool_)
-    view = None if teacher is None else replace(placeholder_sample(teacher), pixels=None)
-    digest = digest_sample(ids, supervised, None)
-    return EncodedSample(ids, supervised, blank_image(checkpoint.config)[0], digest, view)
+    ids, media = encoder.placeholder()
+    supervised = np.zeros(len(ids), np.bool_)
+    view = None if teacher is None else placeholder_sample(teacher)
+    if view is not None and not reads_own_media(encoder, teacher):
+        view = replace(view, media=None)
+    return EncodedSample(ids, supervised, media, digest_sample(ids, supervised, None), view)
+
+
+def reads_own_media(encoder: SampleEncoder, teacher: SampleEncoder | None) -> bool:
+    """Whether the teacher reads an image through its own processor; that of a Llava reads no pixels in training."""
+    return teacher is not None and (teacher.reader.is_variable or encoder.reader.is_variable)

@@ -15,7 +15,7 @@ from switchkd.fingerprints import SampleDigest
 from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.preflight.survey import SampleInspector, survey
 from switchkd.pipelines.progress import Progress
-from switchkd.pipelines.training.collator import aligned_positions
+from switchkd.pipelines.training.collator import aligned_positions, reads_own_media
 from switchkd.pipelines.training.sampler import EpochOrder
 from switchkd.stores import Payload, TeacherStore
 
@@ -78,7 +78,8 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         try:
             encoded = self.encoder.encode(sample)
             if self.teacher_encoder is not None:
-                encoded = replace(encoded, teacher=self.teacher_encoder.encode(sample, pixels=False))
+                own_media = reads_own_media(self.encoder, self.teacher_encoder)
+                encoded = replace(encoded, teacher=self.teacher_encoder.encode(sample, pixels=own_media))
         except BadSample as bad:
             raise DataError(f"{self.samples.path}, {bad}; it was usable when the run was prepared") from None
         return encoded, index
@@ -116,7 +117,8 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         Lengths are estimated from characters, so that no text need be tokenized before the first step.
         """
         has_image = self.samples.has_image()[self.usable]
-        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * self.encoder.image_tokens
+        image_tokens = self.encoder.usual_image_tokens
+        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * image_tokens
         return EpochOrder(grouping, seed, len(self), lengths, has_image, global_batch)
 
     def longest(self) -> int:

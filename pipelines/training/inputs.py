@@ -9,12 +9,14 @@ from torch import Tensor
 
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
+from switchkd.data.media import MediaReader
 from switchkd.data.samples import SampleFile
 from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
+from switchkd.models.families import family_of
 from switchkd.models.packing_probe import check_packing
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
@@ -80,7 +82,8 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     """
     objective = options.as_objective()
     student = open_checkpoint(options.student, options.trust_remote_code)
-    teacher = _open_teacher(options, objective, student)
+    media = _media_of_one_image(student)
+    teacher = _open_teacher(options, objective, student, media)
     if options.packing is not None:
         check_packing(student.config, str(options.student))
         if teacher is not None and (objective.switch or options.teacher_mode == "live"):
@@ -108,10 +111,20 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
         samples=samples,
         vocabularies=vocabularies,
         two_views=other is not None,
+        media=media,
+        teacher_media=None if teacher is None else _media_of_one_image(teacher),
     )
 
 
-def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoint) -> Checkpoint | None:
+def _media_of_one_image(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
+    """Return the media of a made-up image, as a checkpoint's processor makes it; None for a Llava."""
+    reader = MediaReader(checkpoint)
+    return reader.probe().columns if reader.is_variable else None
+
+
+def _open_teacher(
+    options: TrainOptions, objective: Objective, student: Checkpoint, media: dict[str, Tensor] | None
+) -> Checkpoint | None:
     if not objective.needs_teacher:
         return None
     if options.teacher is None:
@@ -122,11 +135,22 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
         return None
     teacher = open_checkpoint(options.teacher, options.trust_remote_code)
     adapter = options.switch_adapter is not None
+    seen = None
+    if objective.switch and (media is not None or not family_of(teacher.config).is_llava):
+        seen = (MediaReader(teacher).probe().columns, MediaReader(student).probe().columns)
     check_compatible(
-        teacher, student, objective.switch, adapter, one_text=objective.baseline, vocab_map=options.vocab_map
+        teacher,
+        student,
+        objective.switch,
+        adapter,
+        one_text=objective.baseline,
+        vocab_map=options.vocab_map,
+        media=seen,
     )
-    if options.teacher_mode == "live" and (
-        hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor)
+    if (
+        options.teacher_mode == "live"
+        and media is None
+        and (hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor))
     ):
         raise CheckpointError(
             f"--teacher-mode live shows both models the same pixels, but the image processors of {teacher.path} and "
@@ -228,12 +252,24 @@ def _encoders(
 
     The student's samples may be longer than the teacher's, if it has more tokens per image or a tokenizer that yields more tokens.
     """
-    if teacher is None or not (options.vocab_map or teacher.image_tokens != student.image_tokens):
+    if teacher is None or not (options.vocab_map or _reads_images_otherwise(teacher, student)):
         return _encoder(options, student, store), None
     longer = max(0, student.image_tokens - teacher.image_tokens)
     if options.vocab_map:
         longer = student.config.text_config.max_position_embeddings  # the model's limit; the tokenizer has none
     return _encoder(options, student, store, longer), _encoder(options, teacher, store)
+
+
+def _reads_images_otherwise(teacher: Checkpoint, student: Checkpoint) -> bool:
+    """Whether an image becomes other tokens, or other media, for the teacher; pixels alone do not count between two Llavas."""
+    if teacher.image_tokens != student.image_tokens:
+        return True
+    if all(family_of(side.config).is_llava for side in (teacher, student)):
+        return False
+    kinds = [
+        (family_of(side.config).model_type, hash_image_processor(side.image_processor)) for side in (teacher, student)
+    ]
+    return kinds[0] != kinds[1]
 
 
 def _encoder(

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from switchkd.data.encoding import pad_id_of
 from switchkd.errors import ConfigError
+from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
 from switchkd.pipelines.training.collator import Collator, placeholder_sample
@@ -106,10 +107,11 @@ def _make_trainer(
     inputs: TrainingInputs, models: TrainingModels, arguments: TrainingArguments, stopping: Stopping
 ) -> SwitchTrainer:
     options, student = inputs.options, inputs.student
-    reads_otherwise = inputs.teacher if inputs.two_views else None
     collator = Collator(
         pad_id_of(student.tokenizer),
-        None if options.profile == "ddp" else placeholder_sample(student, reads_otherwise),
+        None
+        if options.profile == "ddp"
+        else placeholder_sample(inputs.samples.encoder, inputs.samples.teacher_encoder),
         None if inputs.store is None else inputs.samples.payload,
         pad_id_of((inputs.teacher or student).tokenizer),
         options.packing,
@@ -121,6 +123,7 @@ def _make_trainer(
         sample_media=inputs.media,
         extra_terms=models.extra_terms,
         vocab_map=inputs.vocabularies,
+        sample_media=inputs.media,
         group_by=options.group_by,
         cost_model=models.cost_model,
         peak_tflops=options.peak_tflops,
@@ -129,7 +132,7 @@ def _make_trainer(
         args=arguments,
         train_dataset=inputs.samples,
         data_collator=collator,
-        processing_class=[student.tokenizer, student.image_processor],  # saved with every checkpoint, see SwitchTrainer
+        processing_class=readers_of(student),  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
     assert options.global_batch is not None  # resolved

@@ -32,7 +32,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
 class CheckpointHooks(Trainer):  # type: ignore[misc]
     """A Trainer whose checkpoints are whole, exact and free of pickles; DeepSpeed writes its own.
 
-    `processing_class` is a list: tokenizer and image processor, saved with every checkpoint.
+    `processing_class` is a list, saved with every checkpoint, see `checkpoint.readers_of`.
     """
 
     writing_into: Path | None = None  # the folder for the checkpoint that is being saved

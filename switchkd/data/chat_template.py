@@ -1,14 +1,14 @@
 """Uses a checkpoint's own chat template as a conversation format, with supervised masks by construction.
 
 A Jinja template defines the text of a conversation, but not which segments are the assistant's. Two methods find these without
-searching the text: `{% generation %}` blocks, if the template has them; otherwise prefix rendering, which needs the text rendered
-up to a question (with the generation prompt) and the text rendered up to its answer to be prefixes of the whole text. A template
-that supports neither is refused.
+searching the text: `{% generation %}` blocks, if the template has them; otherwise the conversation is rendered twice, with its own
+answers and with stand-ins, and the texts must differ in the answers alone. What the template writes around answers, such as an
+empty thinking block, is then known to be its own. A template that supports neither is refused.
 """
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from switchkd.data.templates import IMAGE_MARKER
 from switchkd.errors import ConfigError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STAND_IN = "Xanswer{}X"  # an answer of letters only, in the place of a real one
 _PROBE = [("Alpha what?", "Bravo."), ("Charlie who?", "Delta."), ("Echo when?", "Foxtrot.")]
 
 
@@ -49,39 +50,20 @@ class ChatTemplate:
         Raises:
             TemplateNotInvertible: the supervised segments cannot be determined.
         """
-        pairs = list(turns)
-        messages = self._messages(pairs, has_image)
-        whole, segments = self._segments(pairs, messages)
-        if not whole.startswith(self._text(messages[:-1], prompt=True)):
-            raise TemplateNotInvertible("the prompt before the last answer is no prefix of the whole conversation")
-        return self._with_markers(segments, has_image)
+        whole, spans = self._spans(list(turns), has_image)
+        return self._with_markers(_segments(whole, spans), has_image)
 
     def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
-        """Return the segments before the last turn's answer; see `Template.prompt`."""
-        pairs = list(turns)
-        messages = self._messages(pairs, has_image)[:-1]
-        text = self._text(messages, prompt=True)
-        # Earlier answers are segments of their own, as in training.
-        before, segments = self._segments(pairs[:-1], messages[:-1]) if messages[:-1] else ("", [])
-        if not text.startswith(before):
-            raise TemplateNotInvertible("earlier turns change when another follows")
-        return self._with_markers([*segments, (text[len(before) :], False)], has_image)
+        """Return the segments before the last turn's answer, as `render` gives them for a conversation that ends with it.
 
-    def _segments(
-        self, pairs: Sequence[tuple[str, str]], messages: list[dict[str, Any]]
-    ) -> tuple[str, list[tuple[str, bool]]]:
-        """Return the whole text of a conversation, and its segments (text, supervised)."""
-        whole, spans = self._spans(messages)
-        segments: list[tuple[str, bool]] = []
-        done = 0
-        if len(spans) != len(pairs):
-            raise TemplateNotInvertible(f"{len(pairs)} answers became {len(spans)} supervised spans")
-        for (begin, end), (_, answer) in zip(spans, pairs, strict=True):
-            if not whole[begin:end].lstrip().startswith(answer):
-                raise TemplateNotInvertible(f"the answer {answer!r} became {whole[begin:end]!r}")
-            segments += [(whole[done:begin], False), (whole[begin:end], True)]
-            done = end
-        return whole, [*segments, (whole[done:], False)]
+        What the template writes between its generation prompt and an answer, such as an empty thinking block, is part of the
+        prompt, since answers are trained behind it.
+        """
+        pairs = list(turns)
+        pairs[-1:] = [(question, _STAND_IN.format(len(pairs))) for question, _ in pairs[-1:]]
+        whole, spans = self._spans(pairs, has_image)
+        *earlier, (begin, _) = spans
+        return self._with_markers(_segments(whole[:begin], earlier), has_image)
 
     def answer_end(self, eos: str | None) -> str:
         """Return the text that ends an answer."""
@@ -111,49 +93,70 @@ class ChatTemplate:
             return [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]
         return (self.image_token + "\n" if image else "") + text
 
-    def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the whole text, and the (begin, end) offsets of the assistant's answers in it."""
+    def _spans(self, pairs: Sequence[tuple[str, str]], has_image: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Return the whole text of a conversation, and the (begin, end) offsets of the supervised text of each turn.
+
+        Generation blocks say where answers are. Without them, the conversation is rendered a second time with other answers:
+        where the two texts differ in the answers alone, the text around the answers is the template's, whatever it is.
+        """
+        whole, found = self._jinja(self._messages(pairs, has_image))
         if _GENERATION.search(self.source):
-            text, spans = self._jinja(messages, prompt=False, spans=True)
-            return text, [(int(begin), int(end)) for begin, end in spans]
-        whole = self._text(messages)
-        found = []
-        for number in range(0, len(messages), 2):
-            before = self._text(messages[: number + 1], prompt=True)
-            after = self._text(messages[: number + 2])
-            if not (whole.startswith(after) and after.startswith(before)):
+            if len(found) != len(pairs):
+                raise TemplateNotInvertible(f"{len(pairs)} answers became {len(found)} supervised spans")
+            for (begin, end), (_, answer) in zip(found, pairs, strict=True):
+                if not whole[begin:end].lstrip().startswith(answer.strip()):
+                    raise TemplateNotInvertible(f"the answer {answer!r} became {whole[begin:end]!r}")
+            return whole, found
+        around = self._around_answers([question for question, _ in pairs], has_image)
+        if not whole.startswith(around[0]):
+            raise TemplateNotInvertible("the text before the first answer depends on the answers")
+        spans, place = [], len(around[0])
+        for number, (_, answer) in enumerate(pairs):
+            after = around[number + 1]
+            is_last = number + 1 == len(pairs)
+            for said in _trimmed(answer):
+                rest = whole[place:]
+                if rest == said + after if is_last else rest.startswith(said + after):
+                    break
+            else:
                 raise TemplateNotInvertible(
-                    f"turn {number // 2} up to its answer is no prefix of the whole conversation"
+                    f"the answer {answer!r} is not written as it is, or changes the text around it: {whole[place:][:200]!r}"
                 )
-            said = after[len(before) :]
-            answer = messages[number + 1]["content"]
-            answer = answer[0]["text"] if self.parts else answer
-            lead, found_answer, tail = said.partition(answer) if answer else ("", "", said)
-            if lead.strip():
-                raise TemplateNotInvertible(f"{lead!r} stands between the generation prompt and the answer")
-            if not tail.startswith(self.end):
-                raise TemplateNotInvertible(f"an answer ends with {tail!r} instead of {self.end!r}")
-            found.append((len(before), len(before) + len(lead + found_answer + self.end)))
-        return whole, found
+            if not after.startswith(self.end):
+                raise TemplateNotInvertible(f"an answer ends with {after!r} instead of {self.end!r}")
+            spans.append((place, place + len(said) + len(self.end)))
+            place += len(said) + len(after)
+        return whole, spans
 
-    def _text(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        return self._jinja(messages, prompt)[0]
+    def _around_answers(self, questions: Sequence[str], has_image: bool) -> list[str]:
+        """Return what the template writes before, between and after the answers to n questions: n + 1 pieces."""
+        words = [_STAND_IN.format(number) for number in range(len(questions))]
+        text, _ = self._jinja(self._messages(list(zip(questions, words, strict=True)), has_image))
+        pieces = []
+        for word in words:
+            if text.count(word) != 1:
+                raise TemplateNotInvertible(f"an answer stands {text.count(word)} times in the text")
+            before, _, text = text.partition(word)
+            pieces.append(before)
+        return [*pieces, text]
 
-    def _jinja(self, messages: list[dict[str, Any]], prompt: bool, spans: bool = False) -> tuple[str, list[Any]]:
+    def _jinja(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """Render messages; returns the text and, of a template with generation blocks, their (begin, end) offsets."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        spans = bool(_GENERATION.search(self.source))
         try:
             texts, found = render_jinja_template(
                 conversations=[messages],
                 chat_template=self.source,
-                add_generation_prompt=prompt,
+                add_generation_prompt=False,
                 return_assistant_tokens_mask=spans,
                 **self.special_tokens,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise TemplateNotInvertible(f"the template fails: {error}") from error
-        return texts[0], found[0] if spans else []
+        return texts[0], [(int(begin), int(end)) for begin, end in found[0]] if spans else []
 
     def _with_markers(self, segments: list[tuple[str, bool]], has_image: bool) -> list[tuple[str, bool]]:
         """Replace the template's own image token by `IMAGE_MARKER`; the token must occur once if there is an image."""
@@ -162,6 +165,25 @@ class ChatTemplate:
         if count != has_image:
             raise TemplateNotInvertible(f"{int(has_image)} images became {count} image tokens {self.image_token!r}")
         return [segment for segment in marked if segment[0]]
+
+
+def _segments(whole: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """Divide a text into segments (text, supervised) at the borders of the supervised spans."""
+    segments: list[tuple[str, bool]] = []
+    done = 0
+    for begin, end in spans:
+        segments += [(whole[done:begin], False), (whole[begin:end], True)]
+        done = end
+    return [*segments, (whole[done:], False)]
+
+
+def _trimmed(answer: str) -> Iterator[str]:
+    """Yield an answer, then what is left of it if a template removes white space at its ends; the longest first."""
+    core = answer.strip()
+    before, after = (answer.partition(core)[0], answer.rpartition(core)[2]) if core else (answer, "")
+    for lead in range(len(before) + 1):
+        for trail in range(len(after), -1, -1):
+            yield before[lead:] + core + after[:trail]
 
 
 def open_chat_template(
@@ -174,7 +196,7 @@ def open_chat_template(
             tokens; the first of them after an answer ends it.
 
     Raises:
-        ConfigError: neither generation blocks nor prefix rendering finds the answers, or the text depends on the date.
+        ConfigError: neither generation blocks nor rendering twice finds the answers, or the text depends on the date.
     """
     if "strftime_now" in source:
         raise ConfigError(
@@ -194,7 +216,7 @@ def open_chat_template(
         return template
     raise ConfigError(
         "the checkpoint's chat template does not tell which words are the assistant's: it has no {% generation %} blocks that hold "
-        "the answers, and the beginnings of a conversation do not stay as they are when it goes on ("
+        "the answers, and does not write the answers as they are into a text that does not depend on them ("
         + "; ".join(reasons)
         + "); choose another --template"
     )
@@ -202,13 +224,11 @@ def open_chat_template(
 
 def _find_end(bare: ChatTemplate, ends: tuple[str, ...]) -> str:
     """Return the text after an answer through the first added token; without one, all of it but trailing whitespace."""
-    _, answer = _PROBE[0]
-    messages = bare._messages(_PROBE[:1], has_image=False)
     if _GENERATION.search(bare.source):
-        text, spans = bare._jinja(messages, prompt=False, spans=True)
-        tail = text[slice(*spans[0])].partition(answer)[2] if spans else ""
+        text, spans = bare._jinja(bare._messages(_PROBE[:1], has_image=False))
+        tail = text[slice(*spans[0])].partition(_PROBE[0][1])[2] if spans else ""
     else:
-        tail = bare._text(messages).rpartition(answer)[2]
+        tail = bare._around_answers([_PROBE[0][0]], has_image=False)[1]
     places = [tail.index(end) + len(end) for end in ends if end and end in tail]
     return tail[: min(places)] if places else tail.rstrip()
 

@@ -1,8 +1,9 @@
 """Exports a `Template` as a chat template, so that other programs build the same prompts as training."""
 
 import json
+from dataclasses import replace
 
-from switchkd.data.templates import ConversationFormat, Template
+from switchkd.data.templates import IMAGE_MARKER, ConversationFormat, Template
 
 # Content may be a text or a list of content parts; {text} becomes the texts in order.
 _TEXT = (
@@ -11,7 +12,7 @@ _TEXT = (
 )
 
 
-def chat_template_source(template: ConversationFormat, eos: str | None) -> str:
+def chat_template_source(template: ConversationFormat, eos: str | None, image: str = IMAGE_MARKER) -> str:
     """Return a format as Jinja source for transformers' chat templates.
 
     Images are content parts of type "image" in a user's message and are placed as the format defines. System messages are not
@@ -19,11 +20,18 @@ def chat_template_source(template: ConversationFormat, eos: str | None) -> str:
 
     Args:
         eos: the tokenizer's end token, written into the source where the format uses it.
+        image: what the source writes for an image, and the processor replaces.
     """
     if not isinstance(template, Template):
         return template.as_dict()["chat_template"]
-    user, assistant = _output(template.user, template, eos), _output(template.assistant, template, eos)
-    answer = _output(template.answer + template.after, template, eos)
+    template = replace(template, image=template.image.replace(IMAGE_MARKER, image))
+    # Spaces before an answer are the answer's, see `tokenization`: a generation prompt ends without them.
+    before, opening = template.user, template.assistant.rstrip(" ")
+    if not opening:
+        before = before.rstrip(" ")
+    spaces = (template.user + template.assistant)[len(before + opening) :]
+    user, assistant = _output(before, template, eos), _output(opening, template, eos)
+    answer = _output(spaces + template.answer + template.after, template, eos)
     return (
         f"{_output(template.system, template, eos)}{{%- for message in messages -%}}{_TEXT}"
         f"{{%- if message['role'] == 'user' -%}}{user}"

@@ -1,11 +1,11 @@
 """Encodes samples as model inputs (token ids, supervised mask, pixels) and collates them into batches."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter, itemgetter
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,15 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.data.chat_template import TemplateNotInvertible
+from switchkd.data.chat_template import ChatTemplate, TemplateNotInvertible
 from switchkd.data.images import check_enlarged, decode, image_bytes_of, was_decoded_otherwise
+from switchkd.data.media import Media, MediaReader, collate_media
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
-from switchkd.errors import CheckpointError, DataError, ReadFailure
+from switchkd.data.tokenization import ConversationTokenizer, Tokens, check_template
+from switchkd.errors import DataError, ReadFailure
 from switchkd.fingerprints import SampleDigest, digest_sample
-from switchkd.models.checkpoint import Checkpoint, token_rows
+from switchkd.models.checkpoint import Checkpoint, blank_image
 from switchkd.positions import IGNORED
 from switchkd.settings import MAX_IMAGE_PIXELS
 
@@ -35,17 +37,26 @@ class EncodedSample:
 
     input_ids: NDArray[np.int32]  # [L], the image's tokens expanded
     supervised: NDArray[np.bool_]  # [L]
-    pixels: Tensor | None  # [3, H, W] float32
+    media: (
+        Mapping[str, Tensor] | None
+    )  # of its image, by column, see `data.media.Media`; a Llava's pixel_values is [1, 3, H, W]
     digest: SampleDigest
-    teacher: "EncodedSample | None" = None  # the teacher's encoding, without pixels, where it differs
+    teacher: "EncodedSample | None" = (
+        None  # the teacher's encoding where it differs; with media if its processor differs
+    )
     starts: NDArray[np.int64] | None = (
-        None  # [P], where each position's token begins in the answers, see `token_starts`
+        None  # [P], where each position's token begins in the answers, see `Tokens.starts`
     )
 
     @property
     def positions(self) -> int:
         """Number of supervised tokens."""
         return int(self.supervised[1:].sum())
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """A Llava's pixels, [3, H, W] float32; None for text only."""
+        return None if self.media is None else self.media["pixel_values"][0]
 
 
 class SampleEncoder:
@@ -56,11 +67,12 @@ class SampleEncoder:
         images: the image folder; may be None for text-only data.
         max_length: tokens, image tokens included; longer samples are refused, never cut.
         max_image_pixels: larger images are refused before they are decoded.
-        with_starts: whether to compute `EncodedSample.starts`, by which the positions of two tokenizers are aligned.
+        with_starts: whether to keep `EncodedSample.starts`, by which the positions of two tokenizers are aligned.
 
     Raises:
         DataError: the image folder does not exist.
-        CheckpointError: the image token is not in the vocabulary.
+        CheckpointError: the image token is no added token of the tokenizer.
+        ConfigError: template and tokenizer do not go together, see `tokenization.check_template`.
     """
 
     def __init__(
@@ -76,25 +88,24 @@ class SampleEncoder:
             raise DataError(
                 f"no image folder {images}: --images takes the folder that the data file's paths start from"
             )
-        if checkpoint.image_token_id >= token_rows(checkpoint.tokenizer):
-            raise CheckpointError(
-                f"{checkpoint.path}: image token id {checkpoint.image_token_id} is not in the tokenizer, whose largest id is "
-                f"{token_rows(checkpoint.tokenizer) - 1}"
-            )
         self.tokenizer = checkpoint.tokenizer
-        self.image_processor = checkpoint.image_processor
+        self.config, self.reader = checkpoint.config, MediaReader(checkpoint)
         self.image_token_id = checkpoint.image_token_id
-        self.image_tokens = checkpoint.image_tokens
+        self.image_tokens = checkpoint.image_tokens  # a sample's; 0 where the image decides
         self.template = template
         self.images = images
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
         self.with_starts = with_starts
-        self._pixel_cache: LRUCache[bytes, _Pixels] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
+        self.words = ConversationTokenizer(
+            checkpoint.tokenizer, checkpoint.image_token_id, not isinstance(template, ChatTemplate)
+        )
+        check_template(self.words, template, self._text_of(self.reader.probe() if self.reader.is_variable else None))
+        self._media_cache: LRUCache[bytes, _Image] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cached pixels, which would be copied to every spawned DataLoader worker."""
-        return self.__dict__ | {"_pixel_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))}
+        return self.__dict__ | {"_media_cache": LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))}
 
     def encode(self, sample: Sample, pixels: bool = True) -> EncodedSample:
         """Encode one sample.
@@ -108,109 +119,126 @@ class SampleEncoder:
         """
         sample.require_ok()
         with _naming(sample):
-            ids, supervised = self.encode_text(sample)
+            # The text of a Llava's sample does not depend on the image, and is refused before that is read.
+            tokens = None if self.reader.is_variable else self._tokens(sample, None)
             data = image_bytes_of(sample, self.images)
-            image = self._pixels(data, sample.image) if data is not None and pixels else None
+            image = (
+                self._image(data, sample.image) if data is not None and (pixels or self.reader.is_variable) else None
+            )
+            tokens = tokens or self._tokens(sample, None if image is None else image.media)
             changed = False
             if data is not None:
                 changed = was_decoded_otherwise(data, self.max_image_pixels) if image is None else image.changed
-            starts = self.token_starts(self._segments(sample))[int(supervised[0]) :] if self.with_starts else None
-        digest = digest_sample(ids, supervised, data, changed)
-        return EncodedSample(ids, supervised, None if image is None else image.pixels, digest, starts=starts)
+        # The first token of a text is predicted by none.
+        starts = tokens.starts[int(tokens.supervised[0]) :] if self.with_starts else None
+        digest = digest_sample(tokens.ids, tokens.supervised, data, changed)
+        media = image.media.columns if image is not None and pixels else None
+        return EncodedSample(tokens.ids, tokens.supervised, media, digest, starts=starts)
 
     def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Encode one sample's text, including its image tokens: (input_ids [L], supervised [L]). Raises BadSample."""
+        """Encode one sample's text: (input_ids [L], supervised [L]).
+
+        An image that is not read has the tokens of a made-up one where their number depends on the image.
+
+        Raises:
+            BadSample: the text cannot be used.
+        """
         sample.require_ok()
-        ids, supervised = self.tokenize(self._segments(sample))
-        if not supervised[1:].any():
+        tokens = self._tokens(sample, None)
+        return tokens.ids, tokens.supervised
+
+    def _tokens(self, sample: Sample, media: Media | None) -> Tokens:
+        tokens = self.words(self._segments(sample), [] if sample.image is None else [self._text_of(media)])
+        self._require_fit(len(tokens.ids))
+        if not tokens.supervised[1:].any():
             reason = (
                 "every answer has weight 0"
                 if len(sample.unsupervised) == len(sample.turns)
                 else "the answers are empty"
             )
             raise BadSample(Status.NOTHING_SUPERVISED, reason)
-        return ids, supervised
+        return tokens
 
     def _segments(self, sample: Sample) -> list[tuple[str, bool]]:
+        self.words.require_no_control_tokens([text for turn in sample.turns for text in turn])
         try:
             segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
         except TemplateNotInvertible as error:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
         return without_answers(segments, sample) if sample.unsupervised else segments
 
-    def encode_prompt(self, sample: Sample, turn: int) -> tuple[NDArray[np.int32], Tensor | None]:
-        """Encode a sample up to where the answer of turn `turn` begins: (input_ids [L], pixels). Raises BadSample."""
+    def encode_prompt(self, sample: Sample, turn: int) -> "Prompt":
+        """Encode a sample up to where the answer of turn `turn` begins. Raises BadSample."""
         sample.require_ok()
         with _naming(sample):
             return self.encode_turns(sample.turns[: turn + 1], image_bytes_of(sample, self.images), str(sample.image))
 
-    def encode_turns(
-        self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str
-    ) -> tuple[NDArray[np.int32], Tensor | None]:
+    def encode_turns(self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str) -> "Prompt":
         """Encode turns up to where the last one's answer begins.
 
         Args:
             turns: (question, answer) pairs; the last answer is ignored. image: an image file's bytes. name: its name in errors.
 
-        Returns:
-            input_ids [L], and pixels [3, H, W] if there is an image.
-
         Raises:
             BadSample: too long, no text, or an unusable image.
         """
+        *before, (question, _) = turns
+        self.words.require_no_control_tokens([*(text for turn in before for text in turn), question])
         try:
             segments = self.template.prompt(turns, image is not None, self.tokenizer.eos_token)
         except TemplateNotInvertible as error:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
-        ids, _ = self.tokenize(segments)
+        media = None if image is None else self._image(image, name).media
+        ids = self.words.prompt(segments, [] if image is None else [self._text_of(media)])
+        self._require_fit(len(ids))
         if not len(ids):
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
-        return ids, None if image is None else self._pixels(image, name).pixels
+        return Prompt(ids, None if media is None else media.columns)
 
-    def token_starts(self, segments: list[tuple[str, bool]]) -> NDArray[np.int64]:
-        """Return where each supervised token begins, in order: the number of its segment · 2³² + characters of it before the token.
+    def _text_of(self, media: Media | None) -> str:
+        """Return the text of an image; None is one that was not read."""
+        if media is None and self.reader.is_variable:
+            media = self._probe
+        image = self.words.image_token * self.image_tokens if media is None else media.texts[0]
+        return self.reader.text_of(image, isinstance(self.template, ChatTemplate))
 
-        Equal numbers for two tokenizers mean that the preceding text is the same, except for the text that ends a segment.
-        """
-        found: list[int] = []
-        for number, text in enumerate(text for text, is_supervised in segments if is_supervised):
-            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            # A token begins where the one before it ends; its own offset may leave out a space.
-            found += [(number << 32) + end for end in [0, *(end for _, end in offsets)][: len(offsets)]]
-        return np.array(found, np.int64)
+    @property
+    def usual_image_tokens(self) -> int:
+        """Tokens of an image, for estimates of lengths; those of a made-up one where the image decides."""
+        return len(self.placeholder()[0]) if self.reader.is_variable else self.image_tokens
 
-    def tokenize(self, segments: list[tuple[str, bool]]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Tokenize segments; returns (ids [L], supervised [L]). Raises BadSample if too long.
+    def placeholder(self) -> tuple[NDArray[np.int32], Mapping[str, Tensor]]:
+        """Return the ids [L] of an image without further text, and its media; a Llava's is blank, of others a made-up one."""
+        if not self.reader.is_variable:
+            ids = np.full(self.image_tokens, self.image_token_id, np.int32)
+            return ids, {"pixel_values": blank_image(self.config)}
+        return self.words([(IMAGE_MARKER, False)], [self._text_of(None)]).ids, self._probe.columns
 
-        Adjacent segments with the same supervision are tokenized as one text, as inference engines tokenize a prompt as a whole:
-        the tokenizer may merge characters across segments.
-        """
-        ids: list[int] = []
-        supervised: list[bool] = []
-        for is_supervised, run in groupby(segments, key=itemgetter(1)):
-            text = "".join(text for text, _ in run)
-            for number, piece in enumerate(text.split(IMAGE_MARKER) if not is_supervised else [text]):
-                words = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
-                if self.image_token_id in words:  # no image feature would correspond to it
-                    raise BadSample(Status.MARKER_WITHOUT_IMAGE, "the text spells out the image token")
-                new = ([self.image_token_id] * self.image_tokens if number else []) + words
-                ids += new
-                supervised += [is_supervised] * len(new)
-        if len(ids) > self.max_length:
-            raise BadSample(Status.TOO_LONG, f"{len(ids)} tokens, the limit is {self.max_length}", len(ids))
-        return np.array(ids, np.int32), np.array(supervised, np.bool_)
+    @cached_property
+    def _probe(self) -> Media:
+        return self.reader.probe()
 
-    def _pixels(self, data: bytes, name: str | None) -> "_Pixels":
+    def _require_fit(self, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise BadSample(Status.TOO_LONG, f"{tokens} tokens, the limit is {self.max_length}", tokens)
+
+    def _image(self, data: bytes, name: str | None) -> "_Image":
         key = hashlib.blake2b(data, digest_size=16).digest()
-        if key in self._pixel_cache:
-            return self._pixel_cache[key]
+        if key in self._media_cache:
+            return self._media_cache[key]
         converted = decode(data, str(name), self.max_image_pixels)
-        check_enlarged(converted.image, self.image_processor, str(name), self.max_image_pixels)
-        processed = self.image_processor(images=converted.image, return_tensors="pt")["pixel_values"][0]
-        found = _Pixels(processed, converted.changed)
+        check_enlarged(converted.image, self.reader.image_processor, str(name), self.max_image_pixels)
+        found = _Image(self.reader.read([converted.image]), converted.changed)
         if found.nbytes <= PIXEL_CACHE_BYTES:
-            self._pixel_cache[key] = found
+            self._media_cache[key] = found
         return found
+
+
+class Prompt(NamedTuple):
+    """What stands before an answer, as a model reads it."""
+
+    ids: NDArray[np.int32]  # [L], the image's tokens expanded
+    media: Mapping[str, Tensor] | None  # as in `EncodedSample`
 
 
 def without_answers(segments: list[tuple[str, bool]], sample: Sample) -> list[tuple[str, bool]]:
@@ -226,16 +254,16 @@ def without_answers(segments: list[tuple[str, bool]], sample: Sample) -> list[tu
     return [(text, is_supervised and number not in dropped) for number, (text, is_supervised) in enumerate(segments)]
 
 
-class _Pixels(NamedTuple):
+class _Image(NamedTuple):
     """A processed image."""
 
-    pixels: Tensor  # [3, H, W] float32
+    media: Media
     changed: bool  # see `Converted.changed`
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pixels."""
-        return self.pixels.nbytes
+        """Bytes of the media."""
+        return self.media.nbytes
 
 
 @contextmanager
@@ -260,8 +288,8 @@ def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dic
         room: additional columns of padding after the longest sample.
 
     Returns:
-        input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and
-        pixel_values [number of images, 3, H, W] if there is an image.
+        input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and the media of the
+        images, see `media.collate_media`: of Llavas, pixel_values [number of images, 3, H, W].
     """
     length = max(len(sample.input_ids) for sample in samples) + room
     input_ids = torch.full((len(samples), length), pad_id)
@@ -273,11 +301,8 @@ def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dic
         attention_mask[row, : len(ids)] = 1
         labels[row, : len(ids)] = torch.where(torch.from_numpy(sample.supervised), ids, IGNORED)
     batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    batch["has_image"] = torch.tensor([sample.pixels is not None for sample in samples])
-    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-    if pixels:
-        batch["pixel_values"] = torch.stack(pixels)
-    return batch
+    batch["has_image"] = torch.tensor([sample.media is not None for sample in samples])
+    return batch | collate_media([sample.media for sample in samples if sample.media is not None])
 
 
 def pad_id_of(tokenizer: Any) -> int:

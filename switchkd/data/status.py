@@ -10,7 +10,7 @@ class Status(IntEnum):
 
     OK = 0
     NO_CONVERSATION = 1  # no list of turns, or an empty one
-    BAD_TURN = 2  # a turn without a role or without text
+    BAD_TURN = 2  # a turn without a role or without text, or that the template or the tokenizer cannot write as it is
     UNKNOWN_ROLE = 3
     ROLES_OUT_OF_ORDER = 4  # turns must alternate user, assistant, … and end with the assistant
     SEVERAL_IMAGES = 5

@@ -1,17 +1,15 @@
 """Conversation templates as data: they define the text of turns and which segments of it are supervised.
 
-The supervised mask is correct by construction: a conversation becomes segments, each supervised or not, and supervised and other
-text are tokenised separately. No search in the text is needed, so a pad token that equals the end token is harmless.
+The supervised mask is correct by construction: a conversation becomes segments, each supervised or not, whose characters are
+followed through tokenization (`tokenization.py`). No search in the text is needed, so a pad token that equals the end token is
+harmless.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from switchkd.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 IMAGE_MARKER = "<image>"
 

@@ -1,6 +1,7 @@
 """Opens model folders without loading weights, and checks that a teacher and a student are compatible."""
 
 import inspect
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -170,6 +171,34 @@ def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, s
     logit_map = logit_map_of(checkpoint.config, checkpoint.path)
     found = {} if logit_map.is_identity else {"logit_map": str(logit_map)}
     return found | {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
+
+
+# What a processor is made of beside tokenizer and image processor.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class ProcessorFiles:
+    """The files of a checkpoint's processor, which a student keeps; a Llava's processor is made anew at its export."""
+
+    folder: Path
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy them; the name is that of transformers' processors, beside which they are saved."""
+        for name in PROCESSOR_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, Path(folder) / name)
+
+
+def readers_of(checkpoint: Checkpoint) -> list[Any]:
+    """Return what reads text and images, each with `save_pretrained`: tokenizer, image processor, files of the processor."""
+    readers = [checkpoint.tokenizer, checkpoint.image_processor]
+    return readers if family_of(checkpoint.config).is_llava else [*readers, ProcessorFiles(checkpoint.path)]
 
 
 # torchvision may be missing or broken, and its pixels differ from Pillow's in the last bits, so the Pillow backend is always used.

@@ -79,9 +79,9 @@ def test_generation_blocks_are_the_mask():
     )
 
 
-def test_the_space_before_an_answer_is_the_models():
+def test_what_ends_an_answer_is_found():
     template = opened(VICUNA)
-    assert marked(template, TURNS[:1], False) == "USER: what color ? ASSISTANT:[[ red<eos>]]"
+    assert marked(template, TURNS[:1], False) == "USER: what color ? ASSISTANT: [[red<eos>]]"
     assert template.answer_end(None) == "<eos>"
 
 
@@ -90,10 +90,6 @@ REFUSED = {
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] if loop.last else m['content'][:3] }}<eos>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}",
         "does not tell which words are the assistant's",
-    ),
-    "no generation prompt": (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}",
-        "'assistant: ' stands between the generation prompt and the answer",
     ),
     "answers left out": (CHATML.replace("m['content']", "''"), "does not tell"),
     "answers twice": (CHATML.replace("m['content'] +", "m['content'] + m['content'] +"), "does not tell"),
@@ -193,8 +189,10 @@ def test_show_marks_what_is_supervised(with_chat, tmp_path):
     done = show(tmp_path, with_chat, "--template", "qa")
     assert done.exit_code == 0, done.output
     assert done.stdout == (
-        "row 0, id s0, 000.png: 11 tokens, 4 of the image, 2 supervised\n<image ×4>what color is it ?[[red <eos>]]\n\n"
-        "row 1, id t1, no image: 7 tokens, 0 of the image, 2 supervised\nwhat color is it ?[[blue <eos>]]\n\n"
+        "row 0, id s0, 000.png: 11 tokens, 4 of the image, 2 supervised\n<image ×4>what color is it ?[[red <eos>]]\n"
+        "  2:<image>×4 5:what 8:color 6:is 7:it 4:? [[10:red 1:<eos>]]\n\n"
+        "row 1, id t1, no image: 7 tokens, 0 of the image, 2 supervised\nwhat color is it ?[[blue <eos>]]\n"
+        "  5:what 8:color 6:is 7:it 4:? [[11:blue 1:<eos>]]\n\n"
         "row 2, id s2, no image: roles_out_of_order: row 2: the last turn is a question without an answer\n\n"
     )
     assert show(tmp_path, with_chat, "-n", "1", "--start", "1", "--template", "chat").stdout.startswith("row 1, id t1")

@@ -41,11 +41,11 @@ def greedy(options, index, turn):
     """Decode by hand: one forward pass a token, no cache, no padding."""
     opened = open_checkpoint(options.model)
     encoder = SampleEncoder(opened, TEMPLATES["qa"], options.images, 128)
-    ids, pixels = encoder.encode_prompt(SampleFile(options.data)[index], turn)
+    ids, media = encoder.encode_prompt(SampleFile(options.data)[index], turn)
     model, ids, out = load_model(opened), torch.from_numpy(ids).long().unsqueeze(0), []
     for _ in range(options.max_new_tokens):
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=None if pixels is None else pixels.unsqueeze(0)).logits
+            logits = model(input_ids=ids, **(media or {})).logits
         token = int(logits[0, -1].argmax())
         if token == 1:
             break

@@ -12,15 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training import assert_equal_runs, two_processes
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.data.encoding import SampleEncoder
-from switchkd.data.templates import TEMPLATES
+from switchkd.data.tokenization import ConversationTokenizer
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.losses.cross_tokenizer import VocabMap, align_positions, loss_over_vocabularies, map_vocabularies
 from switchkd.losses.fused import SwitchStates
 from switchkd.losses.lm_head import LMHead
 from switchkd.losses.objective import Objective
 from switchkd.losses.signals import DenseSignal, HiddenSignal
-from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.training.options import TrainOptions
@@ -105,14 +103,13 @@ def naive_partners(ours, theirs, text):
     return [prefixes[1].index(prefix) if prefix in prefixes[1] else -1 for prefix in prefixes[0]]
 
 
-def test_positions_are_aligned_by_the_text_before_them(tokenizers, teacher):
+def test_positions_are_aligned_by_the_text_before_them(tokenizers):
     text = "a red circle, and it is a blue shape"
     segments = [("what?", False), (text, True), ("what color?", False), ("blue", True)]
     starts = []
     for tokenizer in tokenizers:
-        encoder = SampleEncoder(open_checkpoint(teacher), TEMPLATES["qa"], None, 128)
-        encoder.tokenizer = tokenizer
-        starts.append(encoder.token_starts(segments))
+        words = ConversationTokenizer(tokenizer, tokenizer.convert_tokens_to_ids("<image>"), special=True)
+        starts.append(words(segments).starts)
     found = align_positions(*starts)
     first = naive_partners(*tokenizers, text)
     assert found[: len(first)].tolist() == first

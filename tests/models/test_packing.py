@@ -131,7 +131,11 @@ def awkward(encoded, student):
     """Also a blank image without a position, text without one, and text whose very first token is marked as supervised."""
     silent = made([5, 6, 7], [False, False, False])
     first = made([10, 5, 6, 11, 1], [True, False, False, True, True])
-    return [sample for sample, _ in encoded[0][:6]] + [silent, placeholder_sample(open_checkpoint(student)), first]
+    return [sample for sample, _ in encoded[0][:6]] + [
+        silent,
+        placeholder_sample(SampleEncoder(open_checkpoint(student), TEMPLATES["qa"], None, 64)),
+        first,
+    ]
 
 
 def terms_and_gradients(student, teacher, batch, source="live", blocks=False, **of_objective):

@@ -1,0 +1,185 @@
+"""Images as a model reads them: the checkpoint's own processor makes the pixels, and says what text stands for each image.
+
+A Llava has one pixel tensor and one number of tokens an image. In other families both depend on the image: tiles, dynamic
+resolution, row separators. Their processor of transformers knows; nothing of it is computed here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+
+from switchkd.errors import CheckpointError
+from switchkd.models.checkpoint import Checkpoint, as_checkpoint_error
+from switchkd.models.families import Family, family_of
+
+_PROBE_SIZE = (64, 48)  # of the image by which a processor is tried
+_CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")  # where its class is named
+_PARTS = {"image_processor", "video_processor", "feature_extractor", "tokenizer", "auto_map", "chat_template"}
+# Tokens that stand before and after an image in the text of a model, where the processor's own text does not hold them.
+_BORDERS = (
+    ("vision_start_token_id", "vision_end_token_id"),
+    ("image_start_token_id", "image_end_token_id"),
+)
+
+
+class Media(NamedTuple):
+    """The images of one sample."""
+
+    columns: dict[str, Tensor]  # by the names that the model takes, see `families.Family.media`
+    texts: list[
+        str
+    ]  # what stands for each image: image tokens, one for every row of features, and what is between them
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the columns."""
+        return sum(column.nbytes for column in self.columns.values())
+
+
+class MediaReader:
+    """Makes the media of images with a checkpoint's processor; cheap to copy into DataLoader workers.
+
+    Attributes:
+        marker: what the checkpoint's own chat template writes for an image, and the processor replaces.
+        borders: the text before and after an image in other templates.
+
+    Raises:
+        CheckpointError: the processor's files are missing or damaged, or it needs a package that is not installed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint.path
+        self.family: Family = family_of(checkpoint.config, checkpoint.path)
+        self.image_processor = checkpoint.image_processor
+        self.image_token = str(checkpoint.tokenizer.convert_ids_to_tokens(checkpoint.image_token_id))
+        self.image_tokens = checkpoint.image_tokens
+        self.marker, self.borders, self._processor = self.image_token, ("", ""), None
+        if not self.family.is_llava:
+            with as_checkpoint_error(checkpoint.path):
+                self._processor = _open_processor(checkpoint)
+                self._settings = self._processor._merge_kwargs(tokenizer_init_kwargs={})["images_kwargs"]
+            self.marker = str(self._processor.image_token)
+            self.borders = _borders_of(checkpoint)
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether the number of tokens depends on the image."""
+        return self._processor is not None
+
+    def read(self, images: Sequence[Image.Image]) -> Media:
+        """Return the media of a sample's images, which are RGB.
+
+        Raises:
+            CheckpointError: the processor gives columns that the model does not take.
+        """
+        if self._processor is None:
+            pixels = [self.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
+            return Media({"pixel_values": torch.cat(pixels)}, [self.image_token * self.image_tokens] * len(images))
+        features, texts = self._processor._process_images([list(images)], **self._settings)
+        columns = {name: _tensor(features[name]) for name in self.family.media if name in features}
+        if "pixel_values" not in columns:
+            raise CheckpointError(
+                f"{self.checkpoint}: its processor gives {', '.join(features)} for an image, and no pixel_values"
+            )
+        return Media(columns, list(texts))
+
+    def text_of(self, replacement: str, own_template: bool) -> str:
+        """Return the text of an image: the processor's, within `borders` unless the checkpoint's own template writes them."""
+        before, after = self.borders
+        return replacement if own_template else before + replacement + after
+
+    def probe(self) -> Media:
+        """Return the media of a made-up image, by which templates and pairs of models are checked.
+
+        Raises:
+            CheckpointError: the processor fails.
+        """
+        pixels = np.random.default_rng(0).integers(0, 256, (*_PROBE_SIZE[::-1], 3), np.uint8)
+        with as_checkpoint_error(self.checkpoint):
+            return self.read([Image.fromarray(pixels)])
+
+
+def collate_media(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the media of several samples into one batch; samples without an image have no columns.
+
+    Returns:
+        Each column concatenated along the first dimension, after its other dimensions were padded with zeros to the largest: tiles
+        of [images, tiles, 3, H, W], images of several sizes. Zeros are what the families' processors pad with.
+    """
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    return {name: torch.cat(_padded([sample[name] for sample in samples if name in sample])) for name in names}
+
+
+def _padded(columns: Sequence[Tensor]) -> list[Tensor]:
+    largest = torch.tensor([column.shape[1:] for column in columns]).amax(0).tolist()
+    if all(list(column.shape[1:]) == largest for column in columns):
+        return list(columns)
+    padded = []
+    for column in columns:
+        target = column.new_zeros(len(column), *largest)
+        target[tuple(slice(size) for size in column.shape)] = column
+        padded.append(target)
+    return padded
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, list | tuple) and value and not np.isscalar(value[0]):
+        return torch.stack([_tensor(item) for item in value])
+    return torch.as_tensor(np.asarray(value))
+
+
+def _borders_of(checkpoint: Checkpoint) -> tuple[str, str]:
+    for names in _BORDERS:
+        ids = [getattr(checkpoint.config, name, None) for name in names]
+        if all(isinstance(found, int) for found in ids):
+            before, after = checkpoint.tokenizer.convert_ids_to_tokens(ids)
+            return str(before), str(after)
+    return "", ""
+
+
+def _open_processor(checkpoint: Checkpoint) -> Any:
+    """Return a checkpoint's processor with its Pillow image processor, and without the one for videos, which needs torchvision."""
+    saved, name = _saved_processor(checkpoint)
+    kind = processor_class_from_name(name)
+    if kind is None:
+        raise CheckpointError(f"{checkpoint.path} names the processor {name}, which transformers does not have")
+
+    class ForImages(kind):  # type: ignore[valid-type,misc]
+        """The processor of a checkpoint without its parts for other media."""
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            """Accept a part that is left out."""
+            return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    parts: dict[str, Any] = {"image_processor": checkpoint.image_processor, "tokenizer": checkpoint.tokenizer}
+    parts |= {part: None for part in kind.get_attributes() if part not in parts}
+    settings = {key: value for key, value in saved.items() if key not in _PARTS | {"processor_class"}}
+    return ForImages(**parts, **settings)
+
+
+def _saved_processor(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
+    """Return the settings of a checkpoint's processor, and the name of its class."""
+    found: dict[str, Any] = {}
+    name = None
+    for file in _CONFIGS:
+        path = Path(checkpoint.path) / file
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            name = name or content.get("processor_class")
+            if file == _CONFIGS[0]:
+                found = content
+    name = name or PROCESSOR_MAPPING_NAMES.get(checkpoint.config.model_type)
+    if not isinstance(name, str):
+        raise CheckpointError(
+            f"{checkpoint.path} names no processor: {_CONFIGS[0]} is missing; copy it from the model's origin"
+        )
+    return found, name
