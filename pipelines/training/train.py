@@ -123,7 +123,6 @@ def _make_trainer(
         sample_media=inputs.media,
         extra_terms=models.extra_terms,
         vocab_map=inputs.vocabularies,
-        sample_media=inputs.media,
         group_by=options.group_by,
         cost_model=models.cost_model,
         peak_tflops=options.peak_tflops,
