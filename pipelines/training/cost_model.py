@@ -1,7 +1,7 @@
 """Cost model of a training run: parameters of each part, memory of a process, and FLOPs of its steps, computed from model sizes.
 
 It runs no model, so the figures are available before the first step. docs/training.md explains each term; a test compares the
-memory with what one step keeps, and the FLOPs with torch's own count.
+memory with what one step keeps, and the FLOPs with torch's own count. Linear attention (Qwen3.5) is counted as full attention.
 """
 
 from collections.abc import Mapping
@@ -230,7 +230,7 @@ class CostModel:
         linear = [
             module.weight.numel()
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and component_of(f"{name}.") == "projector"
+            if isinstance(module, nn.Linear | nn.Conv2d) and component_of(f"{name}.") == "projector"
         ]
         return 2 * sum(linear) * (work.placeholders or work.images * self.vision_tokens)
 

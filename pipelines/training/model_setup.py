@@ -1,5 +1,6 @@
 """Loading of the models of a training run: the student, and as much of the teacher as the run needs."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from switchkd.errors import CheckpointError
-from switchkd.models.checkpoint import Checkpoint
+from switchkd.models.checkpoint import Checkpoint, check_student
 from switchkd.models.components import language_model_of, tower_of
 from switchkd.models.families import family_of, logit_map_of
 from switchkd.models.fit import probe_cuts
@@ -30,6 +31,8 @@ from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import fit_fsdp, loading_whole, shard_frozen
 from switchkd.pipelines.training.student_parts import freeze_other_parts
 from switchkd.pipelines.training.teacher_source import LiveTeacher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
             f"objective {inputs.objective.name} compares visual tokens and attention of two Llavas: {options.student} and "
             f"{options.teacher} are not; take another objective"
         )
+    check_student(inputs.student)
+    if inputs.objective.switch and (note := family_of(inputs.student.config).switch_note):
+        log.warning("the switch pathway of a %s: %s", inputs.student.config.model_type, note)
     with loading_whole(arguments):
         student = load_model(inputs.student, dtype="float32")
         source, switch_teacher = _load_teacher(inputs)

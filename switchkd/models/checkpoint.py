@@ -286,10 +286,7 @@ def check_compatible(
         raise CheckpointError(
             f"the image token ids differ ({teacher.image_token_id} and {student.image_token_id}): {sides}"
         )
-    if family_of(student.config, student.path).teaches_only:
-        raise CheckpointError(
-            f"{student.path} is a {student.config.model_type}, which only teaches here: {sides}. Take a dense model as the student"
-        )
+    check_student(student)
     if switch and not all(family_of(side.config).is_llava for side in (teacher, student)):
         assert media is not None
         ends = [(side.path, side.config, image) for side, image in zip((teacher, student), media, strict=True)]
@@ -311,4 +308,12 @@ def check_compatible(
         raise CheckpointError(
             f"the switch pathway feeds the student's vision features (width {student.feature_width}) to the teacher's "
             f"projector (width {teacher.feature_width}): {sides}. Choose a tower of the teacher's width, {advice}"
+        )
+
+
+def check_student(student: Checkpoint) -> None:
+    """Refuse a model that can only be a teacher. Raises CheckpointError."""
+    if family_of(student.config, student.path).teaches_only:
+        raise CheckpointError(
+            f"{student.path} is a {student.config.model_type}, which only teaches here: take a dense model as the student"
         )

@@ -87,6 +87,8 @@ def check_cuts(
     kinds = [family_of(config, path).model_type for path, config, _ in (teacher, student)]
     of_teacher, of_student = (probe_cuts(config, media) for _, config, media in (teacher, student))
     theirs, mine = of_teacher.shapes, of_student.shapes
+    said = family_of(student[1]).switch_note
+    note = f" ({said})" if said else ""
     if set(theirs) != set(mine):
         raise CheckpointError(
             f"the switch pathway feeds vision features to a projector that reads them in other places: {sides}. A {kinds[0]} "
@@ -98,7 +100,7 @@ def check_cuts(
         if rows != own_rows:
             raise CheckpointError(
                 f"an image becomes {rows} vision features for the teacher and {own_rows} for the student (at {cut}): {sides}. "
-                "Choose models with the same patches and tiles, or pass --no-switch"
+                f"Choose models with the same patches and tiles, or pass --no-switch{note}"
             )
         if width != own_width and not adapter:
             raise CheckpointError(

@@ -52,6 +52,23 @@ def hollow_out(model: Any) -> None:
             del layer._parameters[name]
 
 
+@contextmanager
+def tower_bypassed(model: Any) -> Iterator[None]:
+    """Let the layers of a whole model's vision tower pass their input through inside the block, where its features are replaced."""
+    layers = tower_layers_of(model)
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _pass_through  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward  # type: ignore[method-assign]
+
+
 def is_hollow(model: Any) -> bool:
     """Whether `hollow_out` was applied."""
     return any("forward" in layer.__dict__ and layer.forward is _pass_through for layer in tower_layers_of(model))

@@ -8,6 +8,7 @@ from torch import Tensor
 from switchkd.models.components import language_model_of, projector_modules_of
 from switchkd.models.families import family_of
 from switchkd.models.features import Features, final_states, image_outputs, replay_features, states_at
+from switchkd.models.hollow import tower_bypassed
 from switchkd.models.packing import in_order, into_rows, out_of_rows, positions_in_rows
 from switchkd.models.prefix_cache import SharedPrefixCache
 
@@ -49,7 +50,7 @@ def switch_states(
     if family_of(teacher.config).is_llava:
         return _llava(teacher, features, input_ids, attention_mask, rows, packing, prefix_cache)
     assert not isinstance(features, Tensor)
-    with replay_features(teacher, features):
+    with tower_bypassed(teacher), replay_features(teacher, features):
         outputs = image_outputs(teacher, media or {})
     if packing is not None:
         packing = in_order(packing, attention_mask)

@@ -140,7 +140,8 @@ def _require_enough_weights(checkpoint: Checkpoint, vision: bool) -> None:
         math.prod(tensors.get_slice(name).get_shape()) for name, tensors in _saved_tensors(checkpoint.path, components)
     )
     text, tower = checkpoint.config.text_config, checkpoint.config.vision_config
-    described = text.vocab_size * text.hidden_size + text.num_hidden_layers * text.hidden_size * text.intermediate_size
+    query = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    described = text.hidden_size * (text.vocab_size + text.num_hidden_layers * (text.intermediate_size + query))
     if vision and family_of(checkpoint.config).is_llava:  # others have other names for these
         described += tower.num_hidden_layers * tower.hidden_size * tower.intermediate_size
     if described > 4 * held + (1 << 20):

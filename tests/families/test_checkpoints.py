@@ -129,7 +129,7 @@ def test_two_families_do_not_fit(tmp_path):
 
 def test_a_mixture_of_experts_teaches_only(tmp_path):
     teacher, student, media = pair(tmp_path, ("qwen3_vl_moe", "qwen3_vl_moe"))
-    with pytest.raises(CheckpointError, match="student is a qwen3_vl_moe, which only teaches here"):
+    with pytest.raises(CheckpointError, match=r"student is a qwen3_vl_moe, which only teaches here"):
         check_compatible(teacher, student, switch=True, media=media)
 
 

@@ -264,3 +264,38 @@ def test_text_only_batches(case):
             states = final_states(model, ids, mask, labels, {}, packing)
             logits = lm_head_of(model).logits(out_of_rows(states, packing, predicting_rows(labels)))
             torch.testing.assert_close(logits, wanted, **CLOSE)
+
+
+def two_images_a_sample(family, model):
+    """A batch of one sample that holds both images of `families.media`, with text between them."""
+    columns = tiny.media(family)
+    if family in ("smolvlm", "idefics3"):  # tiles by sample
+        columns = {name: value.flatten(0, 1)[None] for name, value in columns.items()}
+    if family == "llava_onevision":  # several images of a sample are not tiled
+        columns = columns | {"pixel_values": columns["pixel_values"][:, :1], "batch_num_images": torch.tensor([2])}
+    with torch.no_grad():
+        features = model.model.get_image_features(**columns, return_dict=True).pooler_output
+    counts = [len(states) for states in features]
+    image = model.config.image_token_id
+    ids = [1, 60]
+    for count in counts:
+        ids += [61, *[image] * count, 62]
+    ids = torch.tensor([[*ids, *range(63, 72)]])
+    labels = torch.full_like(ids, -100)
+    labels[:, -5:] = ids[:, -5:]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels} | columns
+
+
+def test_several_images_a_sample(case):
+    """States, and the switch pathway with equal towers."""
+    family, model, _ = case
+    columns = two_images_a_sample(family, model)
+    rows, wanted = predicting_rows(columns["labels"]), own_logits(family, model, columns)
+    with torch.no_grad():
+        with capture_features(model) as features:
+            states = states_at_positions(model, columns)
+        switched = switch_states(
+            model, features, *text_of(columns), rows, media=media_of(columns), labels=columns["labels"]
+        )
+    torch.testing.assert_close(switched, states, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lm_head_of(model).logits(states), wanted, **CLOSE)

@@ -183,3 +183,67 @@ def test_patches_are_those_that_the_tower_sees(pair):
     assert 0 < int(pairs) <= int(patches) ** 2
     model = CostModel(student, None, None, 0, int(patches))
     assert model.memory(2, 40, processes=1, sharded=None, half=False)["activations"] > 0
+
+
+def test_in_bfloat16_it_is_close(pair, tmp_path):
+    """Autocast over a float32 student, and a hollow teacher whose weights are bfloat16."""
+    family, student, teacher, columns = pair
+    source = _Given(own_logits(family, teacher, columns))
+    if family != "llava":
+        hollow_out(teacher)
+    trainer = trainer_of(student, teacher, columns, tmp_path, source=source)
+    batch = columns | {"has_image": torch.ones(2, dtype=torch.bool)}
+    exact = trainer.compute_loss(student, batch).detach()
+    teacher.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = trainer.compute_loss(student, batch)
+        assert trainer._idle_vision(student).isfinite()
+    torch.testing.assert_close(loss.detach(), exact, rtol=1e-2, atol=0, check_dtype=False)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
+def text_rows(count=1, length=9):
+    """Samples without an image, one column of padding at their end."""
+    ids = torch.randint(20, 90, (count, length + 1), generator=torch.Generator().manual_seed(5))
+    mask = (torch.arange(length + 1) < length).long().repeat(count, 1)
+    ids = ids * mask
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": torch.where((torch.arange(length + 1) > 3) & mask.bool(), ids, -100),
+    }
+
+
+def together(columns, text):
+    """One batch of both, padded to one length."""
+    width = max(columns["input_ids"].shape[1], text["input_ids"].shape[1])
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return columns | {
+        name: torch.cat(
+            [
+                torch.nn.functional.pad(part[name], (0, width - part[name].shape[1]), value=value)
+                for part in (columns, text)
+            ]
+        )
+        for name, value in fill.items()
+    }
+
+
+def test_samples_with_and_without_images_add_up(pair, tmp_path):
+    """A batch of both costs what two batches cost; packed rows, too."""
+    family, student, teacher, columns = pair
+    columns, text = with_room(columns), text_rows()
+    mixed = together(columns, text)
+    trainer = trainer_of(student, teacher, columns, tmp_path)
+
+    def total(part, images, **more):
+        batch = part | more | {"has_image": torch.arange(len(part["input_ids"])) < images}
+        return (trainer.compute_loss(student, batch) * predicting_rows(part["labels"]).sum()).detach()
+
+    wanted = total(columns, 2) + total(text, 0)
+    torch.testing.assert_close(total(mixed, 2), wanted, rtol=1e-5, atol=1e-4)
+    if family in PACKING:
+        lengths, width = mixed["attention_mask"].sum(-1).tolist(), mixed["input_ids"].shape[1]
+        rows = {"packing": layout([[0], [1, 2]], lengths, width), "switch_packing": layout([[1, 0]], lengths, width)}
+        torch.testing.assert_close(total(mixed, 2, **rows), wanted, rtol=1e-5, atol=1e-4)
