@@ -143,7 +143,7 @@ def test_reading(url, proxy, act, stride):
     assert act(url) == expected
 
 
-@strides(13)
+@strides(31)
 def test_verifying_and_repairing_keep_sound_parts(url, proxy, stride):
     synthetic.fill(url, MANIFEST, lengths=LENGTHS)
     before = objects(url)
