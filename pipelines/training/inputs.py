@@ -76,14 +76,14 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     """
     objective = options.as_objective()
     student = open_checkpoint(options.student, options.trust_remote_code)
-    teacher = _open_teacher(options, objective, student)
-    if options.packing is not None:
-        check_layers(student.config.text_config, str(options.student))
-        if teacher is not None and (objective.switch or options.teacher_mode == "live"):
-            check_layers(teacher.config.text_config, str(options.teacher))
+    teacher = _open_teacher(options, objective)
+    check_models(options, student, teacher)
     data = SampleFile(options.data)
     store = _open_store(options, objective, teacher, student, data)
-    payload = _payload(options, store, teacher)
+    payload = None
+    if store is not None:
+        top_k = store.manifest.top_k if store.manifest.has_topk else None
+        payload = choose_payload(options, str(store.path), top_k, store.manifest.has_hidden, teacher is not None)
     if store is not None and payload is not None:
         store = store.only(payload)
     cross_tokenizer.check_vocab_map(options, teacher, payload)
@@ -107,7 +107,34 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     )
 
 
-def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoint) -> Checkpoint | None:
+def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None) -> None:
+    """Check that a run's models fit each other and its options, by their configs and processors.
+
+    Args:
+        teacher: None where the run opens none.
+
+    Raises:
+        CheckpointError, ConfigError: they do not; names both sides.
+    """
+    objective, live = options.as_objective(), options.teacher_mode == "live"
+    if options.packing is not None:
+        check_layers(student.config.text_config, str(options.student))
+        if teacher is not None and (objective.switch or live):
+            check_layers(teacher.config.text_config, str(options.teacher))
+    if teacher is None:
+        return
+    adapter = options.switch_adapter is not None
+    check_compatible(
+        teacher, student, objective.switch, adapter, one_text=objective.baseline, vocab_map=options.vocab_map
+    )
+    if live and hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor):
+        raise CheckpointError(
+            f"--teacher-mode live shows both models the same pixels, but the image processors of {teacher.path} and "
+            f"{student.path} differ; cache the teacher instead"
+        )
+
+
+def _open_teacher(options: TrainOptions, objective: Objective) -> Checkpoint | None:
     if not objective.needs_teacher:
         return None
     if options.teacher is None:
@@ -116,19 +143,7 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
         if options.teacher_mode == "live":
             raise ConfigError("--teacher-mode live runs the teacher: pass --teacher")
         return None
-    teacher = open_checkpoint(options.teacher, options.trust_remote_code)
-    adapter = options.switch_adapter is not None
-    check_compatible(
-        teacher, student, objective.switch, adapter, one_text=objective.baseline, vocab_map=options.vocab_map
-    )
-    if options.teacher_mode == "live" and (
-        hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor)
-    ):
-        raise CheckpointError(
-            f"--teacher-mode live shows both models the same pixels, but the image processors of {teacher.path} and "
-            f"{student.path} differ; cache the teacher instead"
-        )
-    return teacher
+    return open_checkpoint(options.teacher, options.trust_remote_code)
 
 
 def _preferences(
@@ -197,22 +212,30 @@ def _image_mode(options: TrainOptions, teacher: Checkpoint | None, store: Teache
     return mode
 
 
-def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpoint | None) -> str | None:
-    """Choose which of a store's payloads to train from, "topk" or "hidden"; None without a store."""
-    if store is None:
-        return None
-    manifest = store.manifest
-    payload = options.payload or ("hidden" if manifest.has_hidden and teacher is not None else "topk")
-    there = {"topk": manifest.has_topk, "hidden": manifest.has_hidden}
-    if not there.get(payload):
-        advice = "pass --teacher, whose LM head turns its states into logits" if manifest.has_hidden else "cache again"
-        raise ConfigError(f"{store.path} holds payload {manifest.payload}, this run reads {payload}; {advice}")
-    if payload == "hidden" and teacher is None:
+def choose_payload(
+    options: TrainOptions, store: str, top_k: int | None, hidden: bool, with_teacher: bool = True
+) -> str:
+    """Choose which of a store's payloads to train from, "topk" or "hidden".
+
+    Args:
+        store: its name in messages. top_k: logits a position that it holds; None without payload topk.
+        hidden: whether it holds hidden states. with_teacher: whether the run opens the teacher, whose LM head reads them.
+
+    Raises:
+        ConfigError: it does not hold what the options ask for.
+    """
+    payload = options.payload or ("hidden" if hidden and with_teacher else "topk")
+    there = {"topk": top_k is not None, "hidden": hidden}
+    if not there[payload]:
+        advice = "pass --teacher, whose LM head turns its states into logits" if hidden else "cache again"
+        holds = " and ".join(name for name, here in there.items() if here)
+        raise ConfigError(f"{store} holds payload {holds}, this run reads {payload}; {advice}")
+    if payload == "hidden" and not with_teacher:
         raise ConfigError("payload hidden needs the teacher's LM head: pass --teacher")
-    if payload == "topk" and options.window is not None and options.window > manifest.top_k:
+    if payload == "topk" and options.window is not None and top_k is not None and options.window > top_k:
         raise ConfigError(
-            f"--window {options.window} looks beyond the {manifest.top_k} logits a position that {store.path} holds; "
-            f"pass --window {manifest.top_k} or cache with a larger --k"
+            f"--window {options.window} looks beyond the {top_k} logits a position that {store} holds; "
+            f"pass --window {top_k} or cache with a larger --k"
         )
     return payload
 

@@ -65,7 +65,7 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         enable_activation_checkpointing(student.model.vision_tower, student.model.language_model, dropout=True)
     if options.switch_adapter is not None:
         assert teacher is not None
-        student.switch_adapter = _make_switch_adapter(options, teacher, inputs.student)
+        student.switch_adapter = make_switch_adapter(options, teacher, inputs.student)
     extra_terms = None
     if inputs.objective.baseline:
         assert isinstance(source, LiveTeacher)
@@ -119,7 +119,7 @@ def _load_teacher(
     return StoredHidden(head, store.manifest.vocab_rows, store.manifest.has_exact_knee), switch
 
 
-def _make_switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:
+def make_switch_adapter(options: TrainOptions, teacher: Checkpoint, student: Checkpoint) -> SwitchAdapter:
     """Create the requested switch adapter. Raises CheckpointError if it cannot map features to the teacher's number of them."""
     torch.manual_seed(options.seed)
     shapes = [(side.feature_tokens, side.feature_width) for side in (student, teacher)]
