@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import load_template
 from switchkd.data.samples import Sample, SampleFile, Status
 from switchkd.errors import DataError
-from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.preflight.options import CheckOptions
 from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
 from switchkd.pipelines.run_folder import write_atomically
@@ -48,6 +45,11 @@ def check_data(options: CheckOptions) -> DataCheck:
     """
     samples = SampleFile(options.data)
     if options.model is not None:
+        # A check without a model needs no torch, whose import takes longer than many a check.
+        from switchkd.data.encoding import SampleEncoder
+        from switchkd.data.load_template import load_template
+        from switchkd.models.checkpoint import open_checkpoint
+
         checkpoint = open_checkpoint(options.model, options.trust_remote_code)
         if options.images is None and samples.needs_folder():
             raise DataError(f"{options.data} names images: pass --images, the folder that their paths start from")

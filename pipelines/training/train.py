@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from switchkd.data.encoding import pad_id_of
 from switchkd.errors import ConfigError
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
-from switchkd.pipelines.training.collator import Collator, placeholder_sample
+from switchkd.pipelines.training.collator import Collator, empty_sample, placeholder_sample
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
 from switchkd.pipelines.training.lifecycle.lock import one_run
@@ -77,7 +78,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
         require_checkpoint(options.profile, resume, arguments.world_size)
     inputs = open_inputs(options)
     fit_to_data(arguments, options, inputs.store, len(inputs.samples))
-    made_from = {"teacher_signal": inputs.teacher_signal}
+    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()}
     if begun:
         check_record(run, made_from, later=made_from)
 
@@ -113,6 +114,7 @@ def _make_trainer(
         None if inputs.store is None else inputs.samples.payload,
         pad_id_of((inputs.teacher or student).tokenizer),
         options.packing,
+        empty_sample(pad_id_of(student.tokenizer), inputs.two_views, options.vocab_map),
     )
     trainer = SwitchTrainer(
         objective=inputs.objective,
@@ -123,6 +125,7 @@ def _make_trainer(
         group_by=options.group_by,
         cost_model=models.cost_model,
         peak_tflops=options.peak_tflops,
+        left_out=inputs.samples.left_out,
         part_rates=options.part_rates(),
         model=models.student,
         args=arguments,
@@ -142,10 +145,12 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
     trainer.save_model()
     history = trainer.state.log_history
     last: dict[str, Any] = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
-    summary = {
+    left_out = Counter() if samples.left_out is None else samples.left_out.counts()
+    used = len(samples) - left_out.total()
+    summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
-        "samples": len(samples),
-        "skipped": dict(samples.skipped),
+        "samples": used,
+        "skipped": dict(samples.skipped + left_out),
         "losses": {name: value for name, value in last.items() if name.startswith("loss")},
         "history": history,
         "made_from": {
@@ -163,7 +168,7 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
             if path.is_file():
                 sync(path)
         write_atomically(options.output / SUMMARY, json.dumps(summary, indent=1), durable=True)
-    return TrainSummary(options.output, summary["steps"], len(samples), summary["skipped"], summary["losses"], False)
+    return TrainSummary(options.output, summary["steps"], used, summary["skipped"], summary["losses"], False)
 
 
 def _finished(options: TrainOptions) -> TrainSummary:
