@@ -10,12 +10,15 @@ from switchkd.settings import MAX_IMAGE_PIXELS
 class CheckOptions:
     """The options of `switchkd data check`."""
 
-    data: Path = option(hidden=True, help="The data file.")
+    data: Path = option(names="data", hidden=True, help="The data file.")
     images: Path | None = option(
-        default=None, help="Folder that the data file's image paths start from; each image is decoded."
+        names="images", default=None, help="Folder that the data file's image paths start from; each image is decoded."
     )
     model: Path | None = option(
-        default=None, help="Checkpoint folder: its tokenizer tells lengths.", unset="words are counted"
+        names="checkpoint",
+        default=None,
+        help="Checkpoint folder: its tokenizer tells lengths.",
+        unset="words are counted",
     )
     template: str = option(
         default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
@@ -31,8 +34,8 @@ class CheckOptions:
 class ShowOptions:
     """The options of `switchkd data show`."""
 
-    data: Path = option(hidden=True, help="The data file.")
-    model: Path = option(help="Checkpoint folder, for its tokenizer.")
+    data: Path = option(names="data", hidden=True, help="The data file.")
+    model: Path = option(names="checkpoint", help="Checkpoint folder, for its tokenizer.")
     template: str = option(
         default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
     )

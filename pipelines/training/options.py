@@ -71,14 +71,20 @@ class TrainOptions:
         ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
-    student: Path = option(group=FIRST, help="Checkpoint folder of the student (a Llava).")
-    data: Path = option(group=FIRST, help="The data file that was cached.")
+    student: Path = option(names="checkpoint", group=FIRST, help="Checkpoint folder of the student (a Llava).")
+    data: Path = option(names="data", group=FIRST, help="The data file that was cached.")
     output: Path = option(group=FIRST, help="The run: checkpoints, options, losses, the trained student.")
     teacher: Path | None = option(
-        default=None, group=FIRST, help="Checkpoint folder of the teacher; its vision tower is not read."
+        names="checkpoint",
+        default=None,
+        group=FIRST,
+        help="Checkpoint folder of the teacher; its vision tower is not read.",
     )
-    images: Path | None = option(default=None, group=DATA, help="Folder that the data file's image paths start from.")
+    images: Path | None = option(
+        names="images", default=None, group=DATA, help="Folder that the data file's image paths start from."
+    )
     cache: StoreLocation | None = option(
+        names="store",
         default=None,
         group=FIRST,
         help="A teacher store, or a folder of stores (or s3://…): the one that fits is taken.",

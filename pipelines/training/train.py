@@ -3,8 +3,6 @@
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -20,8 +18,9 @@ from switchkd.pipelines.training.arguments import fit_to_data, training_argument
 from switchkd.pipelines.training.collator import Collator, empty_sample, placeholder_sample
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
+from switchkd.pipelines.training.lifecycle.begun import TrainSummary, finished, has_begun
 from switchkd.pipelines.training.lifecycle.lock import one_run
-from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint, has_begun
+from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
 from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, stop_requests
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
@@ -35,18 +34,6 @@ OLDEST_TRANSFORMERS = Version("5.22")
 SEALED = "checkpoints_have_digests"  # in the record of a run: a checkpoint without them is damaged, not old
 
 
-@dataclass(frozen=True)
-class TrainSummary:
-    """The result of a run."""
-
-    output: Path
-    steps: int
-    samples: int  # usable
-    skipped: dict[str, int]  # by reason
-    losses: dict[str, float]  # mean over the last logged interval, nats per position
-    already_finished: bool
-
-
 def train(options: TrainOptions) -> TrainSummary:
     """Train a student, or resume an interrupted run; returns immediately if the run is finished.
 
@@ -58,9 +45,8 @@ def train(options: TrainOptions) -> TrainSummary:
     """
     _require_transformers()
     options = resolve_options(options)
-    if (options.output / SUMMARY).is_file():
-        check_record(options.output, to_plain(options), RESUMABLE_CHANGES)
-        return _finished(options)
+    if (done := finished(options)) is not None:
+        return done
     first = os.environ.get("RANK", "0") == "0"
     with stop_requests() as request, one_run(options.output, first):
         return _run(options, request)
@@ -169,10 +155,3 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
                 sync(path)
         write_atomically(options.output / SUMMARY, json.dumps(summary, indent=1), durable=True)
     return TrainSummary(options.output, summary["steps"], used, summary["skipped"], summary["losses"], False)
-
-
-def _finished(options: TrainOptions) -> TrainSummary:
-    found = json.loads((options.output / SUMMARY).read_text())
-    return TrainSummary(
-        options.output, found["steps"], found["samples"], found["skipped"], found["losses"], already_finished=True
-    )
