@@ -57,9 +57,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 def _finished(options: TrainOptions) -> "TrainSummary | None":
     """Return the result of a run that is finished; None if there is something to do."""
-    from switchkd.pipelines.training.lifecycle.batches import resolve_batches
+    from switchkd.pipelines.training.lifecycle.batches import as_begun, resolve_batches
     from switchkd.pipelines.training.lifecycle.begun import finished
 
     if not (options.output / SUMMARY).is_file():
         return None
-    return finished(resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1"))))
+    return finished(resolve_batches(as_begun(options), int(os.environ.get("WORLD_SIZE", "1"))))

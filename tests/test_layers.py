@@ -40,6 +40,7 @@ FLOORS = {
     "pipelines/__init__.py": 0,
     "pipelines/progress.py": 1,
     "pipelines/options.py": 1,
+    "pipelines/cores.py": 1,
     "pipelines/given.py": 2,
     "pipelines/run_folder.py": 2,
     "pipelines/doctor.py": 4,

@@ -24,9 +24,8 @@ from switchkd.pipelines.capture.options import DEFAULT_PAYLOAD, CacheOptions
 from switchkd.pipelines.capture.ray_engine import require_ray
 from switchkd.pipelines.training.arguments import training_arguments
 from switchkd.pipelines.training.cross_tokenizer import check_vocab_map
-from switchkd.pipelines.training.inputs import check_models, choose_payload
+from switchkd.pipelines.training.inputs import check_models, choose_payload, resolve_options
 from switchkd.pipelines.training.int8_teacher import check_int8
-from switchkd.pipelines.training.lifecycle.batches import resolve_batches
 from switchkd.pipelines.training.model_setup import make_switch_adapter
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import profile_arguments
@@ -94,7 +93,7 @@ def _check_training(options: TrainOptions, launch: Sequence[str]) -> None:
     # Where only the launcher knows the number, that batches fit is checked when it has started.
     alone = replace(options, global_batch=None, accumulation=1)
     if processes is not None:
-        alone = resolve_batches(options, processes)
+        alone = resolve_options(options, processes)
     if launch:
         profile_arguments(options.profile, {"LOCAL_RANK": "0"})
         alone = replace(alone, profile="ddp")  # sharding cannot be set up outside of those processes

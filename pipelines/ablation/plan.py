@@ -19,6 +19,7 @@ from switchkd.pipelines.ablation.recipe import DISTILLED, Cell, Recipe
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.run_folder import to_plain
+from switchkd.pipelines.training.inputs import precision_here
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.stages import with_stage
 
@@ -73,7 +74,7 @@ def plan_jobs(recipe: Recipe, options: AblateOptions) -> Iterator[Job]:
 def _job(recipe: Recipe, options: AblateOptions, cell: Cell | None, name: str, runs: list[Run], model: Path) -> Job:
     with naming(f"recipe {recipe.name}: evaluate"):
         evaluation = EvalOptions(**{"device": options.device, **recipe.evaluate}, model=model, output=Path())
-    digest = _digest(to_plain(evaluation))
+    digest = _digest(_named(evaluation))
     folder = options.workdir
     return Job(
         cell, name, tuple(runs), replace(evaluation, output=folder / "evals" / digest), folder / f"cells/{digest}.json"
@@ -112,7 +113,11 @@ def _run(
     cache: CacheOptions | None = None,
 ) -> Run:
     resolved = TrainOptions(**with_stage(stage, {**given, "student": start, "seed": seed, "output": Path()}))
-    digest = _digest({k: v for k, v in to_plain(resolved).items() if k not in RESUMABLE_CHANGES})
+    if resolved.precision is None:
+        resolved = replace(resolved, precision=precision_here())
+    # Names from before the default was chosen by the data stay the same.
+    named = to_plain(resolved) | {"group_by": resolved.group_by or "none"}
+    digest = _digest({k: v for k, v in named.items() if k not in RESUMABLE_CHANGES})
     resolved = replace(resolved, output=options.workdir / "runs" / f"{stage}-{digest}")
     return Run(f"stages: {stage}", resolved, cache, untrained, teacher)
 
@@ -122,7 +127,7 @@ def _cache_options(recipe: Recipe, options: AblateOptions, name: str, stage: str
     given = {name: stage_options[name] for name in ("data", "images", *ENCODING) if stage_options.get(name) is not None}
     with naming("cache"):
         made = CacheOptions(**{"device": options.device, **recipe.cache, **given}, teacher=teacher, out=Path("x.zarr"))
-    digest = _digest(to_plain(made))
+    digest = _digest(_named(made))
     return replace(made, out=options.workdir / "stores" / f"{name}-{stage}-{digest}.zarr")
 
 
@@ -140,6 +145,11 @@ def _teacher_runs(recipe: Recipe, options: AblateOptions, name: str) -> list[Run
         runs.append(replace(run, entry=f"teachers: {name}: train: {stage}"))
         start = runs[-1].options.output
     return runs
+
+
+def _named(options: CacheOptions | EvalOptions) -> dict[str, Any]:
+    """Return what names a store or an evaluation; the default number of workers is that of any machine."""
+    return to_plain(options) | {"workers": options.workers or 0}
 
 
 def _digest(content: dict[str, Any]) -> str:

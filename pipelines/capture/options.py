@@ -125,7 +125,13 @@ class CacheOptions:
     dtype: ModelDtype = option(
         default="auto", group=TEACHER, help="The dtype that the teacher runs in; auto is the checkpoint's own."
     )
-    workers: int = option(default=0, at_least=0, group=SCALE, help="Processes that read and decode images.")
+    workers: int | None = option(
+        default=None,
+        at_least=0,
+        group=SCALE,
+        help="Processes that read and decode images.",
+        unset="from the cores there are: 0 where a process with a model has fewer than 4, at most 8; 0 with vLLM and Ray",
+    )
     shard: tuple[int, int] = option(
         default=(0, 1),
         group=SCALE,

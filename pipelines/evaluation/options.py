@@ -30,7 +30,13 @@ class AnswerOptions:
         default=2048, at_least=2, group=GENERATION, help="Longer prompts are left out and counted; in tokens."
     )
     batch_size: int = option(default=64, at_least=1, group=SCALE, help="Prompts per forward pass.")
-    workers: int = option(default=0, at_least=0, group=SCALE, help="Processes that prepare images beside the model.")
+    workers: int | None = option(
+        default=None,
+        at_least=0,
+        group=SCALE,
+        help="Processes that prepare images beside the model.",
+        unset="from the cores there are: 0 of fewer than 4, at most 8",
+    )
     device: str = option(default="cpu", group=SCALE, help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
     dtype: ModelDtype = option(default="auto", group=SCALE, help="The dtype that the model runs in.")
     trust_remote_code: bool = option(default=False, group=GENERATION, help="Run code that comes with the checkpoint.")

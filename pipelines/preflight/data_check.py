@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from switchkd.data.samples import Sample, SampleFile, Status
 from switchkd.errors import DataError
+from switchkd.pipelines.cores import workers_alone
+from switchkd.pipelines.preflight.kept import BLOCK_ROWS
 from switchkd.pipelines.preflight.options import CheckOptions
 from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
 from switchkd.pipelines.run_folder import write_atomically
@@ -60,7 +62,10 @@ def check_data(options: CheckOptions) -> DataCheck:
         if options.images is not None and not options.images.is_dir():
             raise DataError(f"no image folder {options.images}")
         inspector = SampleInspector(None, options.images, options.max_image_pixels)
-    found = survey(samples, inspector, options.workers)
+    workers = options.workers
+    if workers is None:  # a few rows are inspected before processes have begun
+        workers = workers_alone() if len(samples) > BLOCK_ROWS else 0
+    found = survey(samples, inspector, workers)
     if options.report is not None:
         _write_report(options.report, samples, found)
     if options.model is not None:

@@ -25,7 +25,12 @@ class CheckOptions:
     )
     max_length: int = option(default=2048, at_least=2, help="In tokens with image tokens.")
     max_image_pixels: int = option(default=MAX_IMAGE_PIXELS, at_least=1, help="Larger images are skipped.")
-    workers: int = option(default=0, at_least=0, help="Processes that inspect samples.")
+    workers: int | None = option(
+        default=None,
+        at_least=0,
+        help="Processes that inspect samples.",
+        unset="from the cores there are: one each, at most 16; 0 for up to 1,024 rows",
+    )
     report: Path | None = option(default=None, help="Write a JSON line for each row that would be skipped.")
     trust_remote_code: bool = option(default=False, help="Run code that comes with a checkpoint.")
 

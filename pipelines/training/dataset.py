@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,13 @@ from switchkd.pipelines.preflight.survey import probe, survey
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.training.collator import aligned_positions
 from switchkd.pipelines.training.lifecycle.together import from_first_process
-from switchkd.pipelines.training.sampler import EpochOrder
+from switchkd.pipelines.training.sampler import POOL_BATCHES, EpochOrder, padding_share
 from switchkd.stores import Payload, TeacherStore
 
 # Data files of up to so many rows are inspected whole before the first step of a run without a store: within half a minute in one
 # process. The order of a larger file's samples does not depend on their images.
 SURVEYED_ROWS = 4096
+WORTH_GROUPING = 0.05  # share of the tokens that grouping saves
 # Typical for English. It is used only to add text to image tokens where lengths of samples are estimated and compared.
 CHARACTERS_PER_TOKEN = 4
 
@@ -142,6 +144,18 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
         has_image = self.samples.has_image()[self.usable]
         lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * self.encoder.image_tokens
         return EpochOrder(grouping, seed, len(self), lengths, has_image, global_batch)
+
+    def grouping(self, batch_size: int, global_batch: int, packing: int | None) -> Literal["none", "modality-length"]:
+        """Return the grouping that a run should have where none is asked for.
+
+        With few steps an epoch, batches of similar samples would be few different ones; with packing there is little padding.
+        """
+        if packing is not None or len(self) < POOL_BATCHES * global_batch:
+            return "none"
+        plain, grouped = (self.order(name, 0, global_batch) for name in ("none", "modality-length"))
+        assert grouped.lengths is not None
+        shares = [padding_share(order.epoch(0), grouped.lengths, batch_size) for order in (plain, grouped)]
+        return "modality-length" if shares[0] - shares[1] >= WORTH_GROUPING else "none"
 
     def longest(self) -> int:
         """Return the estimated length of the longest sample, in tokens, at most the encoder's limit."""

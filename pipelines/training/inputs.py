@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
 
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
@@ -14,11 +16,12 @@ from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
 from switchkd.models.block_attention import check_layers
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
+from switchkd.pipelines.cores import local_processes, workers_beside
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.int8_teacher import check_int8
-from switchkd.pipelines.training.lifecycle.batches import resolve_batches
+from switchkd.pipelines.training.lifecycle.batches import as_begun, resolve_batches
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
@@ -58,14 +61,32 @@ class TrainingInputs:
         return topk_caution(self.store.manifest, self.objective.window)
 
 
-def resolve_options(options: TrainOptions) -> TrainOptions:
-    """Check options against this machine and against the run that they resume, and return them with batch sizes as numbers.
+def resolve_options(options: TrainOptions, processes: int | None = None) -> TrainOptions:
+    """Check options against this machine and against the run that they resume.
+
+    Args:
+        processes: of the run; None: as many as torchrun started.
+
+    Returns:
+        The options with a precision, and with batch sizes and workers as numbers. `group_by` may still be None: it depends on
+        the data.
 
     Raises:
         ConfigError: a package that they need is missing, or the global batch differs from the run's.
     """
     check_int8(options)
-    return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
+    options = as_begun(options)
+    if options.precision is None:
+        options = replace(options, precision=precision_here())
+    if options.workers is None:
+        options = replace(options, workers=workers_beside(local_processes()))
+    return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes)
+
+
+def precision_here() -> Literal["float32", "bfloat16"]:
+    """Return the precision to train in on this machine: bfloat16 where the GPU computes in it, not by emulation."""
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
 
 
 def open_inputs(options: TrainOptions) -> TrainingInputs:
@@ -89,9 +110,12 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     cross_tokenizer.check_vocab_map(options, teacher, payload)
     student = with_image_mode(student, _image_mode(options, teacher, store))
     encoder, other = _encoders(options, student, teacher, store)
-    samples = TrainingSamples(data, encoder, store, options.workers, other, options.max_skipped)
+    samples = TrainingSamples(data, encoder, store, options.workers or 0, other, options.max_skipped)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
+    if options.group_by is None:
+        assert options.global_batch is not None  # resolved
+        options = replace(options, group_by=samples.grouping(options.batch_size, options.global_batch, options.packing))
     vocabularies = cross_tokenizer.make_vocab_map(teacher, student, samples) if teacher and options.vocab_map else None
     return TrainingInputs(
         options=options,

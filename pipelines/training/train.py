@@ -63,6 +63,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     if resume is not None:
         require_checkpoint(options.profile, resume, arguments.world_size)
     inputs = open_inputs(options)
+    options = inputs.options
     fit_to_data(arguments, options, inputs.store, len(inputs.samples))
     made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()}
     if begun:
@@ -108,7 +109,7 @@ def _make_trainer(
         teacher=models.switch_teacher,
         extra_terms=models.extra_terms,
         vocab_map=inputs.vocabularies,
-        group_by=options.group_by,
+        group_by=options.group_by or "none",
         cost_model=models.cost_model,
         peak_tflops=options.peak_tflops,
         left_out=inputs.samples.left_out,

@@ -1,4 +1,4 @@
-"""The number of samples in a step of a run: that of its options, or that of the run that is resumed."""
+"""Options that depend on the run that is resumed: what it chose, and the number of samples in a step."""
 
 import logging
 from dataclasses import replace
@@ -8,7 +8,16 @@ from switchkd.pipelines.run_folder import read_record
 from switchkd.pipelines.training.lifecycle.begun import has_begun
 from switchkd.pipelines.training.options import TrainOptions
 
+# Options that are chosen by what is there, if they are not given, and then stay those of the run.
+CHOSEN = ("precision", "group_by")
 log = logging.getLogger(__name__)
+
+
+def as_begun(options: TrainOptions) -> TrainOptions:
+    """Return the options with what a begun run chose for those that are not given."""
+    before = read_record(options.output) if has_begun(options.output) else {}
+    found = {name: before[name] for name in CHOSEN if getattr(options, name) is None and before.get(name) is not None}
+    return replace(options, **found)
 
 
 def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
