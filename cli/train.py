@@ -51,7 +51,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in done.losses.items())
     echo(
         f"{done.output}: {'was already trained for' if done.already_finished else 'trained for'} {done.steps} steps on "
-        f"{done.samples:,} samples; skipped: {lines_of(done.skipped)}\nlast losses: {losses}"
+        f"{done.samples:,} samples; skipped: {lines_of(done.skipped)}" + (f"\nlast losses: {losses}" if losses else "")
     )
 
 

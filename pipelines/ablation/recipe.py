@@ -209,7 +209,7 @@ def _variables(path: Path, content: Mapping[str, Any], settings: Mapping[str, st
     needed, values = content.get("variables", {}), dict(content.get("defaults", {}))
     for name, text in settings.items():
         if name not in needed and name not in values:
-            known = ", ".join([*needed, *values]) or "none"
+            known = ", ".join(dict.fromkeys([*needed, *values])) or "none"
             raise ConfigError(f"recipe {path} has no variable {name!r}; there are {known}")
         values[name] = yaml.safe_load(text)
     return values
