@@ -207,17 +207,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in opened.keys():  # noqa: SIM118  not a dict
                     yield name, opened.get_tensor(name)
         return
-    files = [(file, "") for file in sorted(folder.glob("pytorch_model*.bin"))]
-    if not files:
-        files = [(folder / part / "pytorch_model.bin", prefix) for part, prefix in PARTS_OF_FACTORY.items()]
-        if missing := [file for file, _ in files if not file.is_file()]:
-            beside = (
-                f"; of a TinyLLaVA Factory's parts it lacks {missing[0].relative_to(folder)}"
-                if len(missing) < 3
-                else ""
-            )
-            raise CheckpointError(f"{folder} holds no .safetensors weights and no pytorch_model*.bin{beside}")
-    for file, prefix in files:
+    for file, prefix in _pickles(folder):
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler may raise any error; anything except tensors is rejected
@@ -225,6 +215,18 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 f"{file} holds more than tensors, or is damaged: {str(error).splitlines()[0]}"
             ) from None
         yield from ((prefix + name, tensor) for name, tensor in content.items())
+
+
+def _pickles(folder: Path) -> list[tuple[Path, str]]:
+    """Return the pickles of a checkpoint, each with what its tensors' names lack. Raises CheckpointError if there are none."""
+    if whole := sorted(folder.glob("pytorch_model*.bin")):
+        return [(file, "") for file in whole]
+    parts = [(folder / part / "pytorch_model.bin", prefix) for part, prefix in PARTS_OF_FACTORY.items()]
+    if missing := [file for file, _ in parts if not file.is_file()]:
+        some = len(missing) < len(parts)
+        beside = f"; of TinyLLaVA Factory's parts it lacks {missing[0].relative_to(folder)}" if some else ""
+        raise CheckpointError(f"{folder} holds no .safetensors weights and no pytorch_model*.bin{beside}")
+    return parts
 
 
 def _require_same(
