@@ -35,7 +35,11 @@ def command(
     wrong = [text for text in settings if "=" not in text]
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} should be NAME=VALUE", param_hint="--set")
+    variables = dict(text.split("=", 1) for text in settings)
     quiet_libraries()
+    from switchkd.pipelines.ablation.recipe import read_recipe
+
+    read_recipe(recipe, variables, workdir)  # without torch: an error in it is told at once
     from switchkd.pipelines.ablation.ablate import ablate
 
     program = [sys.executable, "-c", "from switchkd.cli.main import main; main()"]
@@ -43,7 +47,7 @@ def command(
         AblateOptions(
             recipe=recipe,
             workdir=workdir,
-            settings=dict(text.split("=", 1) for text in settings),
+            settings=variables,
             device=device or default_device(),
             launch=(*shlex.split(launch), *program) if launch else (),
         )

@@ -1,6 +1,8 @@
 """Helpers of several commands: option types, the configuration file, and logging without the libraries' messages."""
 
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +69,14 @@ def quiet_libraries() -> None:
     # transformers imports torchao if it is installed, which logs every kernel that this machine cannot use.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+    else:  # its import takes half a second, and a command may not need it
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logger = logging.getLogger("switchkd")

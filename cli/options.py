@@ -1,13 +1,15 @@
 """Creation of click options from the fields of an options class, and grouped help."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import click
 
 from switchkd.cli.common import PATH, STORE
 from switchkd.pipelines import options as declared
+from switchkd.pipelines.given import require_given
 
 F = TypeVar("F", bound=Callable[..., Any])
 OTHER = "Other options"
@@ -43,7 +45,11 @@ def grouped(command: click.Command, ctx: click.Context) -> dict[str, list[click.
 
 
 def options_of(
-    kind: type, *, leave_out: Collection[str] = (), changes: Mapping[str, Mapping[str, Any]] | None = None
+    kind: type,
+    *,
+    leave_out: Collection[str] = (),
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    check_paths: bool = True,
 ) -> Callable[[F], F]:
     """Add an option for every field of an options class, in the order of the groups in which its fields first appear.
 
@@ -51,6 +57,7 @@ def options_of(
         kind: made by `pipelines.options.options_class`.
         leave_out: fields that this command does not offer.
         changes: settings of `click.option` that differ for this command, by field.
+        check_paths: whether the paths are checked before the command is called, which may import what takes seconds.
     """
     fields = {name: field for name, field in declared.fields_of(kind).items() if name not in leave_out}
     made = [
@@ -66,7 +73,15 @@ def options_of(
             command = decorate(command)
         return command
 
-    return add
+    def add_checked(command: F) -> F:
+        @wraps(command)
+        def checked(*values: Any, **named: Any) -> Any:
+            require_given(kind, named)
+            return command(*values, **named)
+
+        return add(cast(F, checked))
+
+    return add_checked if check_paths else add
 
 
 def _option(name: str, field: Any, changes: Mapping[str, Any]) -> tuple[str, Callable[[F], F]]:

@@ -149,14 +149,14 @@ def repair(ctx: click.Context, path: "StoreLocation") -> None:
 
 
 @command.command("audit", cls=GroupedCommand)
-@click.argument("path", type=STORE)
+@click.argument("store", type=STORE, metavar="PATH")
 @options_of(AuditOptions)
-def audit(path: "StoreLocation", device: str | None, **options: Any) -> None:
+def audit(store: "StoreLocation", device: str | None, **options: Any) -> None:
     """Run the teacher again on random samples and report the error of the store's payloads."""
     quiet_libraries()
     from switchkd.pipelines.capture.audit import audit
 
-    for line in _format_audit(audit(AuditOptions(store=path, device=device or default_device(), **options))):
+    for line in _format_audit(audit(AuditOptions(store=store, device=device or default_device(), **options))):
         echo(line)
 
 

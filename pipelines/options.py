@@ -15,7 +15,7 @@ import types
 import typing
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Any, Literal, TypeVar, cast, dataclass_transform
 
 import annotated_types
 import pydantic
@@ -26,6 +26,8 @@ from switchkd.errors import ConfigError, SwitchKDError
 
 T = TypeVar("T")
 REQUIRED: Any = ...
+# What must exist at a path before a command begins, see `given.py`.
+Named = Literal["checkpoint", "model folder", "data", "images", "image", "folder", "store"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Shown:
         metavar: placeholder of its value in the help.
         flag: the option's name if it is not the field's, or "-n, --name"; with `multiple` it may be given several times.
         hidden: whether the command line has no such option.
+        names: what must exist at its path; None for a path that is written, or that may be missing.
     """
 
     group: str = ""
@@ -46,6 +49,7 @@ class Shown:
     flag: str | None = None
     multiple: bool = False
     hidden: bool = False
+    names: Named | None = None
 
 
 def option(
@@ -61,15 +65,16 @@ def option(
     flag: str | None = None,
     multiple: bool = False,
     hidden: bool = False,
+    names: Named | None = None,
 ) -> Any:
     """Declare one option as the default of a dataclass field, in a class made by `options_class`.
 
     Args:
         default: of the field; without one it must be given. A dict, list or set is copied for every instance.
         help: one or two sentences. at_least, above, at_most: bounds of a number.
-        group, unset, metavar, flag, multiple, hidden: see `Shown`.
+        group, unset, metavar, flag, multiple, hidden, names: see `Shown`.
     """
-    shown = Shown(group, unset, metavar, flag, multiple, hidden)
+    shown = Shown(group, unset, metavar, flag, multiple, hidden, names)
     settings: dict[str, Any] = {"description": help, "ge": at_least, "gt": above, "le": at_most}
     settings["json_schema_extra"] = {"shown": cast(Any, shown)}
     if isinstance(default, dict | list | set):

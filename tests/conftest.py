@@ -10,6 +10,10 @@ import tiny
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="switchkd-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from switchkd.pipelines import cores
+
+cores.cores = lambda: 2  # as on a small machine: tests look into what happens in their own process
+
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):

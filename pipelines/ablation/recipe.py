@@ -22,18 +22,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from switchkd.errors import ConfigError
-from switchkd.losses.baselines import BASELINES
-from switchkd.losses.objective import OBJECTIVES
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.options import fields_of, value_of_option
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.stages import STAGES
+from switchkd.settings import BASELINE_OBJECTIVES, ObjectiveName
 
 SHIPPED = Path(__file__).parent / "recipes"
 AXES = ("student", "scheme", "objective", "switch", "teacher", "seed")
@@ -210,7 +209,7 @@ def _variables(path: Path, content: Mapping[str, Any], settings: Mapping[str, st
     needed, values = content.get("variables", {}), dict(content.get("defaults", {}))
     for name, text in settings.items():
         if name not in needed and name not in values:
-            known = ", ".join([*needed, *values]) or "none"
+            known = ", ".join(dict.fromkeys([*needed, *values])) or "none"
             raise ConfigError(f"recipe {path} has no variable {name!r}; there are {known}")
         values[name] = yaml.safe_load(text)
     return values
@@ -277,12 +276,12 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
     """Check one point of the matrix, and remove settings that have no effect."""
     where = f"recipe {path}: matrix"
     point["scheme"] = str(point["scheme"]).lower()
-    for axis, known in (("objective", OBJECTIVES), ("student", content.get("students", {}))):
+    for axis, known in (("objective", get_args(ObjectiveName)), ("student", content.get("students", {}))):
         if point[axis] not in known:
             raise ConfigError(f"{where} has no {axis} {point[axis]!r}; there are {', '.join(known)}")
     if not isinstance(point["switch"], bool) or isinstance(point["seed"], bool) or not isinstance(point["seed"], int):
         raise ConfigError(f"{where}: switch is true or false and seed a number, found {point}")
-    if point["objective"] in BASELINES:
+    if point["objective"] in BASELINE_OBJECTIVES:
         point["switch"] = False  # they have no switch pathway
     cell = Cell(**point)
     if unknown := [stage for stage in cell.stages if stage not in STAGES]:

@@ -38,12 +38,14 @@ class CacheOptions:
         ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
-    teacher: Path = option(group=FIRST, help="Checkpoint folder of the teacher (a Llava).")
-    data: Path = option(group=FIRST, help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow.")
+    teacher: Path = option(names="checkpoint", group=FIRST, help="Checkpoint folder of the teacher (a Llava).")
+    data: Path = option(names="data", group=FIRST, help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow.")
     out: StoreLocation = option(
         group=FIRST, help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued."
     )
-    images: Path | None = option(default=None, group=FIRST, help="Folder that the data file's image paths start from.")
+    images: Path | None = option(
+        names="images", default=None, group=FIRST, help="Folder that the data file's image paths start from."
+    )
     template: str = option(
         default="qwen2_base",
         group=DATA,
@@ -123,7 +125,13 @@ class CacheOptions:
     dtype: ModelDtype = option(
         default="auto", group=TEACHER, help="The dtype that the teacher runs in; auto is the checkpoint's own."
     )
-    workers: int = option(default=0, at_least=0, group=SCALE, help="Processes that read and decode images.")
+    workers: int | None = option(
+        default=None,
+        at_least=0,
+        group=SCALE,
+        help="Processes that read and decode images.",
+        unset="from the cores there are: 0 where a process with a model has fewer than 4, at most 8; 0 with vLLM and Ray",
+    )
     shard: tuple[int, int] = option(
         default=(0, 1),
         group=SCALE,
@@ -177,11 +185,14 @@ class CacheOptions:
 class AuditOptions:
     """The options of `switchkd store audit`."""
 
-    store: StoreLocation = option(hidden=True, help="The store.")
-    teacher: Path = option(help="Checkpoint folder of the teacher.")
-    data: Path = option(help="The data file that was cached.")
-    images: Path | None = option(default=None, help="Folder that the data file's image paths start from.")
+    store: StoreLocation = option(names="store", hidden=True, help="The store.")
+    teacher: Path = option(names="checkpoint", help="Checkpoint folder of the teacher.")
+    data: Path = option(names="data", help="The data file that was cached.")
+    images: Path | None = option(
+        names="images", default=None, help="Folder that the data file's image paths start from."
+    )
     student: Path | None = option(
+        names="checkpoint",
         default=None,
         help="Checkpoint folder of a student.",
         unset="the teacher's logits with noise, at three distances",

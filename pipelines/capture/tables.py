@@ -1,5 +1,6 @@
 """The tables of a new store, made from a probe of its first samples and from the teacher's LM head."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from switchkd.stores import Manifest, Payload, StoreTables
 from switchkd.stores.codec import HiddenSteps, ranks_by_frequency, steps_of
 
 PROBE_SAMPLES = 64  # the first usable samples: their top-k ids give the rank table, their states the mean
+log = logging.getLogger(__name__)
 _HEAD_ROWS = 1 << 14  # of the LM head that are raised to float64 at a time
 
 
@@ -35,6 +37,7 @@ def probe_tables(
         RunError: the teacher fails on a sample, or gave logits that are not finite.
         CheckpointError: see `head_spread` and `tables_of`.
     """
+    log.info("running the teacher over the first samples, for the tables of the store")
     encoded: list[tuple[int, EncodedSample]] = []
     for sample in samples if manifest.has_topk or manifest.hidden_dtype == "steps" else ():
         try:

@@ -24,6 +24,7 @@ from switchkd.pipelines.capture.failing_sample import naming_failing_sample
 from switchkd.pipelines.capture.manifest import build_manifest, resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.tables import probe_tables
+from switchkd.pipelines.cores import local_processes, workers_beside
 from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.progress import Progress
 from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter
@@ -144,7 +145,7 @@ class CaptureWorker:
     def _captured_batches(self, parts: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, Encoded]], list[Payload]]]:
         """Yield (part, batch, payloads of its usable samples) in order, with up to the backend's `ahead` batches started."""
         batches = _Batches(parts, self.manifest, self.encoder, self.samples, self.options.batch_size)
-        loader = DataLoader(batches, batch_size=None, num_workers=self.options.workers)
+        loader = DataLoader(batches, batch_size=None, num_workers=self._loaders())
         under_way: deque[tuple[int, list[tuple[int, Encoded]], Any]] = deque()
         for part, batch in loader:
             usable = [found for _, found in batch if isinstance(found, EncodedSample)]
@@ -159,6 +160,13 @@ class CaptureWorker:
                 yield self._finished(*under_way.popleft())
         while under_way:
             yield self._finished(*under_way.popleft())
+
+    def _loaders(self) -> int:
+        """Return how many processes read and decode images; vLLM and Ray share the machine in their own ways."""
+        if self.options.workers is not None:
+            return self.options.workers
+        alone = self.options.backend == "transformers" and self.options.engine == "local"
+        return workers_beside(local_processes()) if alone else 0
 
     def _finished(
         self, part: int, batch: list[tuple[int, Encoded]], started: Any

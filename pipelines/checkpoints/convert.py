@@ -17,9 +17,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import INDEX_FILE, SINGLE_FILE, weight_files
 from switchkd.library_errors import as_checkpoint_error
-from switchkd.models.checkpoint import PIL_BACKEND, open_checkpoint, processor_in_mode, token_rows
+from switchkd.models.checkpoint import PIL_BACKEND, open_checkpoint, probe_vision, processor_in_mode, token_rows
 from switchkd.models.layouts import RECOMPUTED, config_from_hf, config_to_hf, from_hf, layout_of, to_hf
-from switchkd.models.projectors import model_class
+from switchkd.models.projectors import image_token_count, model_class
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.checkpoints.options import ConvertOptions
 from switchkd.pipelines.checkpoints.parts import (
@@ -30,6 +30,12 @@ from switchkd.pipelines.checkpoints.parts import (
 )
 from switchkd.pipelines.run_folder import write_atomically
 
+# TinyLLaVA Factory keeps what was pre-trained in folders, one for each part: folder → what its tensors' names lack.
+PARTS_OF_FACTORY = {
+    "language_model": "language_model.",
+    "vision_tower": "vision_tower._vision_tower.",
+    "connector": "connector.",
+}
 TOWER, LANGUAGE = "vision_tower", "language_model"  # folders beside the weights in layouts that name their parts
 log = logging.getLogger(__name__)
 
@@ -121,6 +127,7 @@ def _read_other(options: ConvertOptions, found: dict[str, Any], layout: str) -> 
     with as_checkpoint_error(source):
         token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         config = config_to_hf(found, vision, token, options.strategy)
+        config.image_seq_length = image_token_count(config, probe_vision(config)[0])
     processor = _processor(source, tower_folder, found.get("image_aspect_ratio"), config.vision_config.image_size)
 
     tensors, dropped = _translated(source, layout, config)
@@ -194,17 +201,26 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in opened.keys():  # noqa: SIM118  not a dict
                     yield name, opened.get_tensor(name)
         return
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no .safetensors weights and no pytorch_model*.bin")
-    for file in files:
+    for file, prefix in _pickles(folder):
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # the unpickler may raise any error; anything except tensors is rejected
             raise CheckpointError(
                 f"{file} holds more than tensors, or is damaged: {str(error).splitlines()[0]}"
             ) from None
-        yield from content.items()
+        yield from ((prefix + name, tensor) for name, tensor in content.items())
+
+
+def _pickles(folder: Path) -> list[tuple[Path, str]]:
+    """Return the pickles of a checkpoint, each with what its tensors' names lack. Raises CheckpointError if there are none."""
+    if whole := sorted(folder.glob("pytorch_model*.bin")):
+        return [(file, "") for file in whole]
+    parts = [(folder / part / "pytorch_model.bin", prefix) for part, prefix in PARTS_OF_FACTORY.items()]
+    if missing := [file for file, _ in parts if not file.is_file()]:
+        some = len(missing) < len(parts)
+        beside = f"; of TinyLLaVA Factory's parts it lacks {missing[0].relative_to(folder)}" if some else ""
+        raise CheckpointError(f"{folder} holds no .safetensors weights and no pytorch_model*.bin{beside}")
+    return parts
 
 
 def _require_same(

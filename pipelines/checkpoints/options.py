@@ -12,12 +12,14 @@ class InitOptions:
     """The options of `switchkd init-student`."""
 
     vision: Path = option(
+        names="model folder",
         help="Folder of a vision tower (SigLIP, SigLIP2 of fixed resolution, CLIP), alone or with its text tower, or of a Llava "
-        "whose tower is taken."
+        "whose tower is taken.",
     )
-    language: Path = option(help="Folder of a causal language model (Qwen, Llama, SmolLM, …).")
+    language: Path = option(names="model folder", help="Folder of a causal language model (Qwen, Llama, SmolLM, …).")
     out: Path = option(help="The student; a new folder.")
     teacher: Path | None = option(
+        names="checkpoint",
         default=None,
         help="Checkpoint folder of the teacher of a later stage: check first that the student can learn from it with the switch "
         "pathway.",
@@ -29,6 +31,7 @@ class InitOptions:
     )
     grid: int = option(default=LDPV2_GRID, at_least=1, help="Side of ldpv2's grid of tokens.")
     tokenizer: Path | None = option(
+        names="model folder",
         default=None,
         help="Folder of the tokenizer to take, such as the teacher's; it must hold the LLM's with the same ids.",
         unset="the LLM's",
@@ -51,18 +54,19 @@ class InitOptions:
 class ConvertOptions:
     """The options of `switchkd convert`."""
 
-    source: Path = option(hidden=True, help="The checkpoint.")
+    source: Path = option(names="model folder", hidden=True, help="The checkpoint.")
     target: Path = option(hidden=True, help="A new folder.")
     to: Literal["hf", "tinyllava", "llava"] = option(
         default="hf",
         help="Layout of TARGET: transformers' and switchkd's, TinyLLaVA's and LLaVA-KD's, or original LLaVA's.",
     )
     vision: Path | None = option(
+        names="model folder",
         default=None,
         help="Folder of the vision tower, where SOURCE only names it.",
         unset="SOURCE/vision_tower, if it is there",
     )
-    tokenizer: Path | None = option(default=None, help="Folder of the tokenizer.", unset="SOURCE")
+    tokenizer: Path | None = option(names="model folder", default=None, help="Folder of the tokenizer.", unset="SOURCE")
     strategy: Literal["default", "full"] | None = option(
         default=None, help="default drops an image's first feature, full keeps all.", unset="what SOURCE says"
     )

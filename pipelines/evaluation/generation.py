@@ -15,6 +15,7 @@ from switchkd.data.media import collate_media
 from switchkd.data.samples import BadSample
 from switchkd.data.templates import ConversationFormat
 from switchkd.models.features import media_for, type_ids
+from switchkd.pipelines.cores import workers_beside
 from switchkd.pipelines.run_folder import write_atomically
 
 T = TypeVar("T")
@@ -35,13 +36,16 @@ class _Prompts(Dataset[Prompt | BadSample], Generic[T]):
 
 
 def encoded_batches(
-    items: Sequence[T], encode: Callable[[T], Prompt], batch_size: int, workers: int
+    items: Sequence[T], encode: Callable[[T], Prompt], batch_size: int, workers: int | None
 ) -> Iterator[tuple[Sequence[T], list[Prompt | BadSample]]]:
     """Yield batches of items in order, each item with its prompt, or with the reason why it cannot be used.
 
     Args:
-        encode: raises BadSample. workers: processes that encode ahead; 0 encodes in this process, when a batch is needed.
+        encode: raises BadSample. workers: processes that encode ahead; 0 encodes in this process, when a batch is needed; None
+            chooses by the cores there are.
     """
+    if workers is None:
+        workers = workers_beside(1)
     loader = DataLoader(_Prompts(items, encode), batch_size, num_workers=workers, collate_fn=list)
     for number, prompts in enumerate(loader):
         yield items[number * batch_size : (number + 1) * batch_size], prompts

@@ -30,7 +30,13 @@ class AnswerOptions:
         default=2048, at_least=2, group=GENERATION, help="Longer prompts are left out and counted; in tokens."
     )
     batch_size: int = option(default=64, at_least=1, group=SCALE, help="Prompts per forward pass.")
-    workers: int = option(default=0, at_least=0, group=SCALE, help="Processes that prepare images beside the model.")
+    workers: int | None = option(
+        default=None,
+        at_least=0,
+        group=SCALE,
+        help="Processes that prepare images beside the model.",
+        unset="from the cores there are: 0 of fewer than 4, at most 8",
+    )
     device: str = option(default="cpu", group=SCALE, help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
     dtype: ModelDtype = option(default="auto", group=SCALE, help="The dtype that the model runs in.")
     trust_remote_code: bool = option(default=False, group=GENERATION, help="Run code that comes with the checkpoint.")
@@ -40,13 +46,16 @@ class AnswerOptions:
 class EvalOptions(AnswerOptions):
     """The options of `switchkd eval --task exact-match`."""
 
-    model: Path = option(group=FIRST, help="Checkpoint folder.")
+    model: Path = option(names="checkpoint", group=FIRST, help="Checkpoint folder.")
     data: Path = option(
-        group=FIRST, help="exact-match: LLaVA-style JSON; every answer in it is a question to the model."
+        names="data", group=FIRST, help="exact-match: LLaVA-style JSON; every answer in it is a question to the model."
     )
     output: Path = option(group=FIRST, help="Folder for predictions and scores.")
     images: Path | None = option(
-        default=None, group=FIRST, help="exact-match: folder that the data file's image paths start from."
+        names="images",
+        default=None,
+        group=FIRST,
+        help="exact-match: folder that the data file's image paths start from.",
     )
     max_new_tokens: int = option(default=32, at_least=1, hidden=True)
 
@@ -56,9 +65,13 @@ class BenchmarkOptions(AnswerOptions):
     """The options of `switchkd eval --task …`."""
 
     tasks: tuple[str, ...] = option(hidden=True, help="NAME, NAME:SPLIT or all.")
-    benchmarks: Path = option(group=FIRST, help="Folder with one folder for each benchmark, as --list shows them.")
+    benchmarks: Path = option(
+        names="folder", group=FIRST, help="Folder with one folder for each benchmark, as --list shows them."
+    )
     output: Path = option(hidden=True, help="Folder for answers and scores.")
-    model: Path | None = option(default=None, hidden=True, help="Not needed to score what was answered before.")
+    model: Path | None = option(
+        names="checkpoint", default=None, hidden=True, help="Not needed to score what was answered before."
+    )
     max_new_tokens: int = option(default=128, at_least=1, hidden=True)
     score_only: bool = option(
         default=False, group=BENCHMARKS, help="Benchmarks: score the answers in --output again, without a model."
@@ -67,5 +80,8 @@ class BenchmarkOptions(AnswerOptions):
         default=False, group=BENCHMARKS, help="Benchmarks: ask questions again that failed before."
     )
     baseline: Path | None = option(
-        default=None, group=BENCHMARKS, help="Benchmarks: --output of another model's run, to show differences from."
+        names="folder",
+        default=None,
+        group=BENCHMARKS,
+        help="Benchmarks: --output of another model's run, to show differences from.",
     )

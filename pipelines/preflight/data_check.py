@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import load_template
 from switchkd.data.samples import Sample, SampleFile, Status
 from switchkd.errors import DataError
-from switchkd.models.checkpoint import open_checkpoint
+from switchkd.pipelines.cores import workers_alone
+from switchkd.pipelines.preflight.kept import BLOCK_ROWS
 from switchkd.pipelines.preflight.options import CheckOptions
 from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
 from switchkd.pipelines.run_folder import write_atomically
@@ -48,6 +47,11 @@ def check_data(options: CheckOptions) -> DataCheck:
     """
     samples = SampleFile(options.data)
     if options.model is not None:
+        # A check without a model needs no torch, whose import takes longer than many a check.
+        from switchkd.data.encoding import SampleEncoder
+        from switchkd.data.load_template import load_template
+        from switchkd.models.checkpoint import open_checkpoint
+
         checkpoint = open_checkpoint(options.model, options.trust_remote_code)
         if options.images is None and samples.needs_folder():
             raise DataError(f"{options.data} names images: pass --images, the folder that their paths start from")
@@ -58,7 +62,10 @@ def check_data(options: CheckOptions) -> DataCheck:
         if options.images is not None and not options.images.is_dir():
             raise DataError(f"no image folder {options.images}")
         inspector = SampleInspector(None, options.images, options.max_image_pixels)
-    found = survey(samples, inspector, options.workers)
+    workers = options.workers
+    if workers is None:  # a few rows are inspected before processes have begun
+        workers = workers_alone() if len(samples) > BLOCK_ROWS else 0
+    found = survey(samples, inspector, workers)
     if options.report is not None:
         _write_report(options.report, samples, found)
     if options.model is not None:

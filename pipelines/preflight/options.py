@@ -10,19 +10,27 @@ from switchkd.settings import MAX_IMAGE_PIXELS
 class CheckOptions:
     """The options of `switchkd data check`."""
 
-    data: Path = option(hidden=True, help="The data file.")
+    data: Path = option(names="data", hidden=True, help="The data file.")
     images: Path | None = option(
-        default=None, help="Folder that the data file's image paths start from; each image is decoded."
+        names="images", default=None, help="Folder that the data file's image paths start from; each image is decoded."
     )
     model: Path | None = option(
-        default=None, help="Checkpoint folder: its tokenizer tells lengths.", unset="words are counted"
+        names="checkpoint",
+        default=None,
+        help="Checkpoint folder: its tokenizer tells lengths.",
+        unset="words are counted",
     )
     template: str = option(
         default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
     )
     max_length: int = option(default=2048, at_least=2, help="In tokens with image tokens.")
     max_image_pixels: int = option(default=MAX_IMAGE_PIXELS, at_least=1, help="Larger images are skipped.")
-    workers: int = option(default=0, at_least=0, help="Processes that inspect samples.")
+    workers: int | None = option(
+        default=None,
+        at_least=0,
+        help="Processes that inspect samples.",
+        unset="from the cores there are: one each, at most 16; 0 for up to 1,024 rows",
+    )
     report: Path | None = option(default=None, help="Write a JSON line for each row that would be skipped.")
     trust_remote_code: bool = option(default=False, help="Run code that comes with a checkpoint.")
 
@@ -31,8 +39,8 @@ class CheckOptions:
 class ShowOptions:
     """The options of `switchkd data show`."""
 
-    data: Path = option(hidden=True, help="The data file.")
-    model: Path = option(help="Checkpoint folder, for its tokenizer.")
+    data: Path = option(names="data", hidden=True, help="The data file.")
+    model: Path = option(names="checkpoint", help="Checkpoint folder, for its tokenizer.")
     template: str = option(
         default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
     )

@@ -1,8 +1,10 @@
 """The limit on skipped samples: a run over data of which more cannot be used stops, and says how many and why."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,9 @@ from numpy.typing import NDArray
 from switchkd.data.samples import Status
 from switchkd.errors import DataError, StoreError
 from switchkd.printable import printable
-from switchkd.stores import TeacherStore
+
+if TYPE_CHECKING:
+    from switchkd.stores import TeacherStore
 
 ALWAYS_ALLOWED = 10  # skipped samples that stop no run, in a file of at least twice as many
 
@@ -46,18 +50,35 @@ class SkipLimit:
         """
         self.skipped.update(skipped)
         total = self.skipped.total()
-        if total <= self.allowed:
-            return
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
-        raise DataError(
-            f"{total:,} samples of {printable(self.data)} so far cannot be used: {reasons}"
+        if total > self.allowed:
+            raise self._too_many(f"{total:,} samples of {printable(self.data)} so far", self.skipped, seen, advice)
+
+    def foresee(self, skipped: Mapping[str, int], of: int, seen: str = "") -> None:
+        """Judge all samples by some of them from all over the data file; nothing is counted.
+
+        Args:
+            skipped: reason → count among them. of: how many they are. seen: the last one's detail, for the message.
+
+        Raises:
+            DataError: so many were skipped that the limit will be passed, but for a chance of one in 700 (three deviations).
+        """
+        share = sum(skipped.values()) / of
+        certain = share - 3 * math.sqrt(share * (1 - share) / of)
+        if certain * self.samples > self.allowed:
+            what = f"{sum(skipped.values()):,} of {of:,} samples from all over {printable(self.data)}"
+            raise self._too_many(what, Counter(skipped), seen, "")
+
+    def _too_many(self, what: str, skipped: Counter[str], seen: str, advice: str) -> DataError:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
+        return DataError(
+            f"{what} cannot be used: {reasons}"
             + (f" (the last: {printable(seen, 300)})" if seen else "")
             + f". --max-skipped {self.share:g} allows {self.allowed:,} of {self.samples:,}. `switchkd data check` lists them: mend "
             f"the data or --images and run the same command again{advice}; or accept them with a larger --max-skipped, at most 1"
         )
 
 
-def skips_of_store(store: TeacherStore, parts: Iterable[int]) -> Counter[str]:
+def skips_of_store(store: "TeacherStore", parts: Iterable[int]) -> Counter[str]:
     """Return the skipped samples of committed parts, by reason."""
     counts: Counter[str] = Counter()
     for _, codes in _statuses(store, parts):
@@ -65,7 +86,7 @@ def skips_of_store(store: TeacherStore, parts: Iterable[int]) -> Counter[str]:
     return counts
 
 
-def mendable_rows(store: TeacherStore, parts: Iterable[int]) -> dict[int, list[int]]:
+def mendable_rows(store: "TeacherStore", parts: Iterable[int]) -> dict[int, list[int]]:
     """Return part → its rows that were skipped for a reason that may have changed; only parts that have such rows."""
     found = {
         part: (np.flatnonzero(np.isin(codes, MENDABLE)) + store.manifest.part_samples(part)[0]).tolist()
@@ -74,7 +95,7 @@ def mendable_rows(store: TeacherStore, parts: Iterable[int]) -> dict[int, list[i
     return {part: rows for part, rows in found.items() if rows}
 
 
-def _statuses(store: TeacherStore, parts: Iterable[int]) -> list[tuple[int, NDArray[np.uint8]]]:
+def _statuses(store: "TeacherStore", parts: Iterable[int]) -> list[tuple[int, NDArray[np.uint8]]]:
     """Return (part, status of its samples); without damaged parts, which `store verify` finds and `store repair` removes."""
 
     def read(part: int) -> tuple[int, NDArray[np.uint8]]:

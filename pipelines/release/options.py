@@ -10,9 +10,10 @@ from switchkd.settings import ModelDtype
 class ExportOptions:
     """The options of `switchkd export`."""
 
-    run: Path = option(hidden=True, help="A finished run.")
+    run: Path = option(names="model folder", hidden=True, help="A finished run.")
     out: Path = option(hidden=True, help="A new folder.")
     scores: tuple[Path, ...] = option(
+        names="folder",
         default=(),
         multiple=True,
         help="Folder of `switchkd eval` for the card (repeatable).",
@@ -33,8 +34,8 @@ class ExportOptions:
 class ChatOptions:
     """The options of `switchkd chat`."""
 
-    model: Path = option(help="Checkpoint folder, or a finished run.")
-    image: Path | None = option(default=None, help="What the conversation is about.")
+    model: Path = option(names="model folder", help="Checkpoint folder, or a finished run.")
+    image: Path | None = option(names="image", default=None, help="What the conversation is about.")
     template: str | None = option(
         default=None,
         help="Conversation template: a name, a JSON file, or chat.",

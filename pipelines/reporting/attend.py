@@ -134,7 +134,7 @@ def _draw(rows: Sequence[Row]) -> bytes:
         )
         for axes, row in zip(grid, rows, strict=True):
             axes[0].imshow(_seen(row))
-            axes[0].set_title(f"{row.image.name}\n{_short(row.question)}", fontsize=9)
+            axes[0].set_title(f"{_short(row.image.name, lines=1)}\n{_short(row.question)}", fontsize=9)
             for place, panel in zip(axes[1:], row.panels, strict=True):
                 place.imshow(_overlaid(row, panel))
                 place.set_title(f"{panel.name}\n{_short(panel.caption)}", fontsize=9)
@@ -150,9 +150,9 @@ def _draw(rows: Sequence[Row]) -> bytes:
         return buffer.getvalue()
 
 
-def _short(text: str, width: int = 44) -> str:
-    """Wrap a caption to the width of a panel, three lines at most."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
+def _short(text: str, width: int = 38, lines: int = 3) -> str:
+    """Wrap a caption to the width of a panel, and cut it after some lines; a long word is broken."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
 
 
 def _data_uri(pixels: NDArray[Any]) -> str:

@@ -7,6 +7,7 @@ series also has its own line style (tests/test_figures.py).
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ PAGES = ("#ffffff", "#15181d")  # background, light and dark
 SERIES = [name for name in PALETTE if name.startswith("s")]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 SIZE = (4.8, 3.1)  # inches; as wide as a phone, so that text is readable on one
+TITLE_CHARACTERS = 56  # of a line of a title, at its size and the figures' width
 Values = Sequence[float] | NDArray[Any]
 
 
@@ -114,7 +116,7 @@ def lines(
             marker = "o" if len(x) == 1 else None
             number = series[label]
             axes.plot(x, y, color=color(number), linestyle=style(number), marker=marker, label=label)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set(title=_wrapped(title), xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.legend()
@@ -133,9 +135,14 @@ def histogram(
             shares = np.histogram(values, edges)[0] / max(len(values), 1)
             axes.stairs(shares, edges, fill=True, color=color(number), alpha=0.25)
             axes.stairs(shares, edges, color=color(number), linestyle=style(number), linewidth=1.6, label=label)
-        axes.set(title=title, xlabel=xlabel, ylabel="share of the positions")
+        axes.set(title=_wrapped(title), xlabel=xlabel, ylabel="share of the positions")
         axes.legend()
         return finish(figure, name, title)
+
+
+def _wrapped(title: str) -> str:
+    """Break a title into lines that fit a figure's width; it may hold the name of a run."""
+    return "\n".join(textwrap.wrap(title, TITLE_CHARACTERS)) or title
 
 
 def _edges(values: NDArray[Any], bins: int) -> NDArray[Any]:
@@ -151,7 +158,7 @@ def bars(name: str, title: str, x: Values, y: Values, xlabel: str, ylabel: str) 
     with matplotlib_ready("report") as pyplot:
         figure, axes = pyplot.subplots(figsize=SIZE)
         axes.bar(x, y, color=color(0))
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set(title=_wrapped(title), xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="x", visible=False)
         return finish(figure, name, title)
@@ -185,7 +192,7 @@ def radar(
         axes.tick_params(axis="y", labelsize=7)
         axes.set_rlabel_position(180 / len(spokes))
         axes.spines["polar"].set_color(PALETTE["grid"][0])
-        axes.set_title(title, pad=16)
+        axes.set_title(_wrapped(title), pad=16)
         figure.legend(loc="outside lower center", ncols=2)
         return finish(figure, name, title)
 

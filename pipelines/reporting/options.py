@@ -25,10 +25,14 @@ class ReportOptions:
 class AttendOptions:
     """The options of `switchkd attend`."""
 
-    model: Path = option(help="Checkpoint folder of the student.")
+    model: Path = option(names="model folder", help="Checkpoint folder of the student.")
     asked: tuple[tuple[Path, str], ...] = option(hidden=True, help="(image, question) of each row of maps.")
-    teacher: Path | None = option(default=None, help="Checkpoint folder of the teacher, to compare with.")
-    baseline: Path | None = option(default=None, help="Checkpoint folder of another student, to compare with.")
+    teacher: Path | None = option(
+        names="model folder", default=None, help="Checkpoint folder of the teacher, to compare with."
+    )
+    baseline: Path | None = option(
+        names="model folder", default=None, help="Checkpoint folder of another student, to compare with."
+    )
     answer: str | None = option(default=None, help="Read the attention of this answer.", unset="each model's own")
     template: str = option(default="qwen2_base", help="Conversation template: a name or a JSON file.")
     layers: tuple[int, ...] = option(

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -16,8 +15,6 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.run_folder import read_record
-from switchkd.pipelines.training.lifecycle.sealed import has_begun
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import profile_arguments
 from switchkd.stores import TeacherStore
@@ -51,7 +48,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         "logging_steps": options.log_every,
         "save_steps": options.save_every,
         "save_total_limit": 2,
-        "dataloader_num_workers": options.workers,
+        "dataloader_num_workers": options.workers or 0,
         "remove_unused_columns": False,  # the collator's teacher columns are not arguments of the model's forward
         "ddp_find_unused_parameters": False,  # every trainable parameter receives a gradient in every batch, see SwitchTrainer
         "report_to": "none",
@@ -158,26 +155,3 @@ def _refusing(what: str) -> Iterator[None]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{what}: {error or type(error).__name__}") from error
-
-
-def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
-    """Return the options with accumulation and global batch as numbers.
-
-    A resumed run keeps its global batch. If the number of processes has changed, the accumulation is computed again to match.
-
-    Raises:
-        ConfigError: the global batch cannot be made of these processes and batch sizes, or is not that of the run.
-    """
-    before = read_record(options.output) if has_begun(options.output) else {}
-    accumulation = options.accumulated(processes)
-    asked = options.batch_size * accumulation * processes
-    wanted = options.global_batch or int(before.get("global_batch") or asked)
-    if asked != wanted:
-        if options.accumulation not in (None, before["accumulation"]):
-            raise ConfigError(
-                f"{options.output} was begun with {wanted} samples a step; {processes} processes x batch size "
-                f"{options.batch_size} x accumulation {options.accumulation} make {asked}. Choose numbers that make {wanted}"
-            )
-        accumulation = replace(options, global_batch=wanted, accumulation=None).accumulated(processes)
-        log.info("accumulation %d: a step of this run has %d samples", accumulation, wanted)
-    return replace(options, accumulation=accumulation, global_batch=wanted)

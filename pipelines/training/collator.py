@@ -15,6 +15,7 @@ from switchkd.fingerprints import digest_sample
 from switchkd.losses.cross_tokenizer import align_positions
 from switchkd.models.features import media_of
 from switchkd.models.packing import layout, pack_rows
+from switchkd.pipelines.preflight.left_out import Unusable
 from switchkd.pipelines.stored_teacher import teacher_columns
 from switchkd.stores import Payload
 
@@ -30,6 +31,7 @@ class Collator:
         stand_in: added to a text-only batch, see `placeholder_sample`; None leaves such a batch unchanged.
         payload: returns the stored teacher's output for some samples, as `TrainingSamples.payload` does; the seconds that it takes
             are added to the batch as `store_seconds`. None: there is no store.
+        empty: takes the place of a batch of which no sample can be used, see `empty_sample`.
         row_tokens: packs the samples into rows of this many tokens: the samples are ordered row by row, and the batch contains
             their layout, see `switchkd.models.packing`. None keeps their order.
 
@@ -43,13 +45,18 @@ class Collator:
         payload: Callable[[Sequence[tuple[EncodedSample, int]]], Payload] | None = None,
         teacher_pad_id: int | None = None,
         row_tokens: int | None = None,
+        empty: EncodedSample | None = None,
     ) -> None:
         self.pad_id, self.stand_in, self.payload = pad_id, stand_in, payload
-        self.row_tokens = row_tokens
+        self.row_tokens, self.empty = row_tokens, empty
         self.teacher_pad_id = pad_id if teacher_pad_id is None else teacher_pad_id
 
-    def __call__(self, items: Sequence[tuple[EncodedSample, int]]) -> dict[str, Any]:
-        items = list(items)
+    def __call__(self, given: Sequence[tuple[EncodedSample, int] | Unusable]) -> dict[str, Any]:
+        left_out = [item for item in given if isinstance(item, Unusable)]
+        items = [item for item in given if not isinstance(item, Unusable)]
+        if not items:
+            assert self.empty is not None
+            items.append((self.empty, _NOT_IN_THE_FILE))
         if self.stand_in is not None and all(encoded.media is None for encoded, _ in items):
             items.append((self.stand_in, _NOT_IN_THE_FILE))
         rows: list[list[int]] = []
@@ -73,6 +80,8 @@ class Collator:
             start = time.perf_counter()
             batch |= teacher_columns(self.payload([item for item in items if item[1] != _NOT_IN_THE_FILE]))
             batch["store_seconds"] = time.perf_counter() - start
+        if left_out:
+            batch["left_out"] = tuple(map(tuple, left_out))  # the Trainer cannot make named tuples anew
         return batch
 
 
@@ -122,3 +131,15 @@ def placeholder_sample(encoder: SampleEncoder, teacher: SampleEncoder | None = N
 def reads_own_media(encoder: SampleEncoder, teacher: SampleEncoder | None) -> bool:
     """Whether the teacher reads an image through its own processor; that of a Llava reads no pixels in training."""
     return teacher is not None and (teacher.reader.is_variable or encoder.reader.is_variable)
+
+
+def empty_sample(pad_id: int, with_teacher: bool, with_starts: bool) -> EncodedSample:
+    """Return a sample of two tokens of padding without a position; it adds nothing to any sum.
+
+    Args:
+        with_teacher: the teacher encodes samples differently. with_starts: see `EncodedSample.starts`.
+    """
+    ids, supervised = np.full(2, pad_id, np.int32), np.zeros(2, np.bool_)
+    starts = np.zeros(0, np.int64) if with_starts else None
+    sample = EncodedSample(ids, supervised, None, digest_sample(ids, supervised, None), starts=starts)
+    return replace(sample, teacher=sample) if with_teacher else sample

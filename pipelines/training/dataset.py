@@ -1,10 +1,14 @@
 """The training data: samples joined with the stored teacher's output, each checked against the store's digest."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from switchkd.data.encoding import EncodedSample, SampleEncoder
@@ -12,25 +16,37 @@ from switchkd.data.files import check_folder
 from switchkd.data.samples import BadSample, SampleFile, Status
 from switchkd.errors import DataError, StoreMismatch
 from switchkd.fingerprints import SampleDigest
+from switchkd.pipelines.preflight.inspector import SampleInspector
+from switchkd.pipelines.preflight.left_out import LeftOut, Unusable
 from switchkd.pipelines.preflight.skip_limit import SkipLimit
-from switchkd.pipelines.preflight.survey import SampleInspector, survey
+from switchkd.pipelines.preflight.survey import probe, survey
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import changed_since
 from switchkd.pipelines.training.collator import aligned_positions, reads_own_media
-from switchkd.pipelines.training.sampler import EpochOrder
+from switchkd.pipelines.training.lifecycle.together import from_first_process
+from switchkd.pipelines.training.sampler import POOL_BATCHES, EpochOrder, padding_share
 from switchkd.stores import Payload, TeacherStore
 
+# Data files of up to so many rows are inspected whole before the first step of a run without a store: within half a minute in one
+# process. The order of a larger file's samples does not depend on their images.
+SURVEYED_ROWS = 4096
+WORTH_GROUPING = 0.05  # share of the tokens that grouping saves
 # Typical for English. It is used only to add text to image tokens where lengths of samples are estimated and compared.
 CHARACTERS_PER_TOKEN = 4
 
 
-class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
+class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
     """The usable samples of a data file, each with its index in the file, and the stored teacher's output for them.
 
+    Without a store (`sft`, a live teacher), nothing is known of the samples at first. Up to `SURVEYED_ROWS` are inspected before
+    the first step, by the first process, once (see `preflight.kept`). Of a larger file only a part is, which tells a wrong image
+    folder or damaged data from good ones; then all rows that hold a conversation are in the order of the epochs. One that cannot
+    be used when it is read is left out of its step, counted, and limited by `max_skipped`. So the order is a function of data file
+    and seed, and the first step does not wait for all images.
+
     Args:
-        store: a complete store of this data file; None trains without a store (`sft`, a live teacher), in which case
-            every sample is inspected first, with its image decoded.
-        workers: processes for that inspection.
+        store: a complete store of this data file, or None.
+        workers: processes for inspection.
         teacher_encoder: encodes samples for the teacher, if its tokenizer or number of image tokens differs from the student's; the
             store's digests are then those of its encodings, and every sample has both.
         max_skipped: without a store, the share of samples that may be unusable. Below 1, an image folder is refused in which not
@@ -55,9 +71,13 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         self.teacher_encoder = teacher_encoder
         if max_skipped < 1:
             check_folder(samples, encoder.images)
+        self.left_out: LeftOut | None = None
+        self.surveyed = store is not None or len(samples) <= SURVEYED_ROWS
         if store is None:
+            statuses = from_first_process(partial(_statuses, samples, SampleInspector(encoder), workers, max_skipped))
             limit = SkipLimit(samples.path, len(samples), max_skipped)
-            statuses = survey(samples, SampleInspector(encoder), workers, limit).status
+            limit.skipped = _skipped(statuses)
+            self.left_out = LeftOut(limit)
         elif len(store) != len(samples):
             raise StoreMismatch(
                 f"{store.path} was made from {len(store)} samples, {samples.path} has {len(samples)}; "
@@ -66,14 +86,14 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         else:
             statuses = store.statuses()
         self.usable = np.flatnonzero(statuses == Status.OK)
-        self.skipped = Counter(Status(int(code)).label for code in statuses[statuses != Status.OK])
+        self.skipped = _skipped(statuses)
         if not len(self.usable):
             raise DataError(f"{samples.path} has no usable sample: {dict(self.skipped)}")
 
     def __len__(self) -> int:
         return len(self.usable)
 
-    def __getitem__(self, item: int) -> tuple[EncodedSample, int]:
+    def __getitem__(self, item: int) -> tuple[EncodedSample, int] | Unusable:
         index = int(self.usable[item])
         sample = self.samples[index]
         try:
@@ -82,6 +102,8 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
                 own_media = reads_own_media(self.encoder, self.teacher_encoder)
                 encoded = replace(encoded, teacher=self.teacher_encoder.encode(sample, pixels=own_media))
         except BadSample as bad:
+            if self.left_out is not None:
+                return Unusable(index, int(bad.status), bad.detail)
             raise DataError(f"{self.samples.path}, {bad}; it was usable when the run was prepared") from None
         return encoded, index
 
@@ -106,11 +128,15 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         assert self.teacher_encoder is not None
         partners = []
         for index in map(int, self.usable[:count]):
-            sides = [
-                encoder.encode(self.samples[index], pixels=False) for encoder in (self.encoder, self.teacher_encoder)
-            ]
+            try:
+                sides = [
+                    encoder.encode(self.samples[index], pixels=False)
+                    for encoder in (self.encoder, self.teacher_encoder)
+                ]
+            except BadSample:  # left out of its step
+                continue
             partners.append(aligned_positions([replace(sides[0], teacher=sides[1])]))
-        return float((np.concatenate(partners) >= 0).mean())
+        return float((np.concatenate(partners) >= 0).mean()) if partners else 0.0
 
     def order(self, grouping: str, seed: int, global_batch: int) -> EpochOrder:
         """Return the order in which epochs take the samples; see `EpochOrder`.
@@ -121,6 +147,18 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
         image_tokens = self.encoder.usual_image_tokens
         lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * image_tokens
         return EpochOrder(grouping, seed, len(self), lengths, has_image, global_batch)
+
+    def grouping(self, batch_size: int, global_batch: int, packing: int | None) -> Literal["none", "modality-length"]:
+        """Return the grouping that a run should have where none is asked for.
+
+        With few steps an epoch, batches of similar samples would be few different ones; with packing there is little padding.
+        """
+        if packing is not None or len(self) < POOL_BATCHES * global_batch:
+            return "none"
+        plain, grouped = (self.order(name, 0, global_batch) for name in ("none", "modality-length"))
+        assert grouped.lengths is not None
+        shares = [padding_share(order.epoch(0), grouped.lengths, batch_size) for order in (plain, grouped)]
+        return "modality-length" if shares[0] - shares[1] >= WORTH_GROUPING else "none"
 
     def longest(self) -> int:
         """Return the estimated length of the longest sample, in tokens, at most the encoder's limit."""
@@ -151,3 +189,35 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int]]):
                 + ("\n  …" if len(wrong) > 5 else "")
                 + "\nRestore the data file, or cache again; images may also be decoded otherwise by this version of switchkd"
             )
+
+    def order_identity(self) -> str:
+        """Return what the order of epochs is made of, besides seed and grouping; equal if a resumed run takes the same samples."""
+        rows = hashlib.blake2b(self.usable.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        return f"{len(self):,} of {len(self.samples):,}, {rows}"
+
+
+def _skipped(statuses: NDArray[np.uint8]) -> Counter[str]:
+    return Counter(Status(int(code)).label for code in statuses[statuses != Status.OK])
+
+
+def _statuses(samples: SampleFile, inspector: SampleInspector, workers: int, max_skipped: float) -> NDArray[np.uint8]:
+    """Return the status of every row, [n], as far as it is known before the first step; see `TrainingSamples`.
+
+    Raises:
+        DataError: more are unusable than `max_skipped` allows, by all of them or by a part.
+    """
+    limit = SkipLimit(samples.path, len(samples), max_skipped)
+    if len(samples) <= SURVEYED_ROWS:
+        return survey(samples, inspector, workers, limit).status
+    statuses = np.zeros(len(samples), np.uint8)
+    for row in map(int, np.flatnonzero(samples.characters() == 0)):  # a row that could not be read has no turns
+        statuses[row] = samples[row].status
+    limit.add(_skipped(statuses))
+    found = probe(samples, inspector, workers)
+    unusable = {row: one for row, one in found.items() if one.status is not Status.OK}
+    limit.foresee(
+        Counter(one.status.label for one in unusable.values()),
+        len(found),
+        next((one.detail for one in unusable.values()), ""),
+    )
+    return statuses

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from switchkd.data.encoding import SampleEncoder
@@ -15,15 +16,23 @@ from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
 from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
-from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
+from switchkd.models.checkpoint import (
+    Checkpoint,
+    check_compatible,
+    check_student,
+    open_checkpoint,
+    teacher_identity,
+    with_image_mode,
+)
 from switchkd.models.families import family_of
 from switchkd.models.packing_probe import check_packing
 from switchkd.models.pair import check_pair
+from switchkd.pipelines.cores import local_processes, workers_beside
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
-from switchkd.pipelines.training.arguments import resolve_batches
 from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.int8_teacher import check_int8
+from switchkd.pipelines.training.lifecycle.batches import as_begun, resolve_batches
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
@@ -65,14 +74,32 @@ class TrainingInputs:
         return topk_caution(self.store.manifest, self.objective.window)
 
 
-def resolve_options(options: TrainOptions) -> TrainOptions:
-    """Check options against this machine and against the run that they resume, and return them with batch sizes as numbers.
+def resolve_options(options: TrainOptions, processes: int | None = None) -> TrainOptions:
+    """Check options against this machine and against the run that they resume.
+
+    Args:
+        processes: of the run; None: as many as torchrun started.
+
+    Returns:
+        The options with a precision, and with batch sizes and workers as numbers. `group_by` may still be None: it depends on
+        the data.
 
     Raises:
         ConfigError: a package that they need is missing, or the global batch differs from the run's.
     """
     check_int8(options)
-    return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")))
+    options = as_begun(options)
+    if options.precision is None:
+        options = replace(options, precision=precision_here())
+    if options.workers is None:
+        options = replace(options, workers=workers_beside(local_processes()))
+    return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes)
+
+
+def precision_here() -> Literal["float32", "bfloat16"]:
+    """Return the precision to train in on this machine: bfloat16 where the GPU computes in it, not by emulation."""
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
 
 
 def open_inputs(options: TrainOptions) -> TrainingInputs:
@@ -84,23 +111,26 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     objective = options.as_objective()
     student = open_checkpoint(options.student, options.trust_remote_code)
     media = _media_of_one_image(student)
-    teacher = _open_teacher(options, objective, student, media)
-    if options.packing is not None:
-        check_packing(student.config, str(options.student))
-        if teacher is not None and (objective.switch or options.teacher_mode == "live"):
-            check_packing(teacher.config, str(options.teacher))
+    teacher = _open_teacher(options, objective, student)
+    check_models(options, student, teacher)
     data = SampleFile(options.data)
     store = _open_store(options, objective, teacher, student, data)
-    payload = _payload(options, store, teacher)
+    payload = None
+    if store is not None:
+        top_k = store.manifest.top_k if store.manifest.has_topk else None
+        payload = choose_payload(options, str(store.path), top_k, store.manifest.has_hidden, teacher is not None)
     if store is not None and payload is not None:
         store = store.only(payload)
     cross_tokenizer.check_vocab_map(options, teacher, payload)
     mode = _image_mode(options, teacher, store)
     student = with_image_mode(student, mode)
     encoder, other = _encoders(options, student, teacher, store, mode)
-    samples = TrainingSamples(data, encoder, store, options.workers, other, options.max_skipped)
+    samples = TrainingSamples(data, encoder, store, options.workers or 0, other, options.max_skipped)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
+    if options.group_by is None:
+        assert options.global_batch is not None  # resolved
+        options = replace(options, group_by=samples.grouping(options.batch_size, options.global_batch, options.packing))
     vocabularies = cross_tokenizer.make_vocab_map(teacher, student, samples) if teacher and options.vocab_map else None
     return TrainingInputs(
         options=options,
@@ -124,9 +154,50 @@ def _media_of_one_image(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
     return reader.probe().columns if reader.is_variable else None
 
 
-def _open_teacher(
-    options: TrainOptions, objective: Objective, student: Checkpoint, media: dict[str, Tensor] | None
-) -> Checkpoint | None:
+def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None) -> None:
+    """Check that a run's models fit each other and its options, by their configs and processors.
+
+    Args:
+        teacher: None where the run opens none.
+
+    Raises:
+        CheckpointError, ConfigError: they do not; names both sides.
+    """
+    objective, live = options.as_objective(), options.teacher_mode == "live"
+    llavas = all(family_of(side.config).is_llava for side in (student, teacher) if side is not None)
+    check_student(student)
+    if objective.baseline and not llavas:
+        raise CheckpointError(
+            f"objective {objective.name} compares visual tokens and attention of two Llavas: {options.student} and "
+            f"{options.teacher} are not; take another objective"
+        )
+    if options.packing is not None:
+        check_packing(student.config, str(options.student))
+        if teacher is not None and (objective.switch or live):
+            check_packing(teacher.config, str(options.teacher))
+    if teacher is None:
+        return
+    media = None
+    if objective.switch and not llavas:
+        media = (MediaReader(teacher).probe().columns, MediaReader(student).probe().columns)
+    check_compatible(
+        teacher,
+        student,
+        objective.switch,
+        options.switch_adapter is not None,
+        one_text=objective.baseline,
+        vocab_map=options.vocab_map,
+        media=media,
+    )
+    processors = {hash_image_processor(side.image_processor) for side in (teacher, student)}
+    if live and llavas and len(processors) > 1:
+        raise CheckpointError(
+            f"--teacher-mode live shows both models the same pixels, but the image processors of {teacher.path} and "
+            f"{student.path} differ; cache the teacher instead"
+        )
+
+
+def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoint) -> Checkpoint | None:
     if not objective.needs_teacher:
         if options.stage == "pt" and options.teacher is not None:
             check_pair(open_checkpoint(options.teacher, options.trust_remote_code), student)
@@ -137,30 +208,7 @@ def _open_teacher(
         if options.teacher_mode == "live":
             raise ConfigError("--teacher-mode live runs the teacher: pass --teacher")
         return None
-    teacher = open_checkpoint(options.teacher, options.trust_remote_code)
-    adapter = options.switch_adapter is not None
-    seen = None
-    if objective.switch and (media is not None or not family_of(teacher.config).is_llava):
-        seen = (MediaReader(teacher).probe().columns, MediaReader(student).probe().columns)
-    check_compatible(
-        teacher,
-        student,
-        objective.switch,
-        adapter,
-        one_text=objective.baseline,
-        vocab_map=options.vocab_map,
-        media=seen,
-    )
-    if (
-        options.teacher_mode == "live"
-        and media is None
-        and (hash_image_processor(teacher.image_processor) != hash_image_processor(student.image_processor))
-    ):
-        raise CheckpointError(
-            f"--teacher-mode live shows both models the same pixels, but the image processors of {teacher.path} and "
-            f"{student.path} differ; cache the teacher instead"
-        )
-    return teacher
+    return open_checkpoint(options.teacher, options.trust_remote_code)
 
 
 def _preferences(
@@ -229,22 +277,30 @@ def _image_mode(options: TrainOptions, teacher: Checkpoint | None, store: Teache
     return mode
 
 
-def _payload(options: TrainOptions, store: TeacherStore | None, teacher: Checkpoint | None) -> str | None:
-    """Choose which of a store's payloads to train from, "topk" or "hidden"; None without a store."""
-    if store is None:
-        return None
-    manifest = store.manifest
-    payload = options.payload or ("hidden" if manifest.has_hidden and teacher is not None else "topk")
-    there = {"topk": manifest.has_topk, "hidden": manifest.has_hidden}
-    if not there.get(payload):
-        advice = "pass --teacher, whose LM head turns its states into logits" if manifest.has_hidden else "cache again"
-        raise ConfigError(f"{store.path} holds payload {manifest.payload}, this run reads {payload}; {advice}")
-    if payload == "hidden" and teacher is None:
+def choose_payload(
+    options: TrainOptions, store: str, top_k: int | None, hidden: bool, with_teacher: bool = True
+) -> str:
+    """Choose which of a store's payloads to train from, "topk" or "hidden".
+
+    Args:
+        store: its name in messages. top_k: logits a position that it holds; None without payload topk.
+        hidden: whether it holds hidden states. with_teacher: whether the run opens the teacher, whose LM head reads them.
+
+    Raises:
+        ConfigError: it does not hold what the options ask for.
+    """
+    payload = options.payload or ("hidden" if hidden and with_teacher else "topk")
+    there = {"topk": top_k is not None, "hidden": hidden}
+    if not there[payload]:
+        advice = "pass --teacher, whose LM head turns its states into logits" if hidden else "cache again"
+        holds = " and ".join(name for name, here in there.items() if here)
+        raise ConfigError(f"{store} holds payload {holds}, this run reads {payload}; {advice}")
+    if payload == "hidden" and not with_teacher:
         raise ConfigError("payload hidden needs the teacher's LM head: pass --teacher")
-    if payload == "topk" and options.window is not None and options.window > manifest.top_k:
+    if payload == "topk" and options.window is not None and top_k is not None and options.window > top_k:
         raise ConfigError(
-            f"--window {options.window} looks beyond the {manifest.top_k} logits a position that {store.path} holds; "
-            f"pass --window {manifest.top_k} or cache with a larger --k"
+            f"--window {options.window} looks beyond the {top_k} logits a position that {store} holds; "
+            f"pass --window {top_k} or cache with a larger --k"
         )
     return payload
 

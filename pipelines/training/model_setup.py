@@ -1,14 +1,16 @@
 """Loading of the models of a training run: the student, and as much of the teacher as the run needs."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
 from switchkd.errors import CheckpointError
-from switchkd.models.checkpoint import Checkpoint, check_student
+from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import language_model_of, tower_of
 from switchkd.models.families import family_of, logit_map_of
 from switchkd.models.fit import probe_cuts
@@ -54,19 +56,10 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         inputs: see `inputs.open_inputs`. arguments: determine whether the models are sharded.
 
     Raises:
-        CheckpointError: weights that are missing or do not fit, features that an adapter cannot map, or a baseline's objective with
-            models that are no Llava.
+        CheckpointError: weights that are missing or do not fit, or features that an adapter cannot map.
         ConfigError: a model cannot be packed or quantised as requested.
     """
     options, teacher = inputs.options, inputs.teacher
-    if inputs.objective.baseline and not all(
-        family_of(side.config).is_llava for side in (inputs.student, teacher) if side
-    ):
-        raise CheckpointError(
-            f"objective {inputs.objective.name} compares visual tokens and attention of two Llavas: {options.student} and "
-            f"{options.teacher} are not; take another objective"
-        )
-    check_student(inputs.student)
     if inputs.objective.switch and (note := family_of(inputs.student.config).switch_note):
         log.warning("the switch pathway of a %s: %s", inputs.student.config.model_type, note)
     with loading_whole(arguments):
@@ -83,7 +76,9 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
     if options.switch_adapter is not None:
         assert teacher is not None
-        student.switch_adapter = _make_switch_adapter(inputs, teacher)
+        student.switch_adapter = make_switch_adapter(
+            options, teacher, inputs.student, inputs.media, inputs.teacher_media
+        )
     extra_terms = None
     if inputs.objective.baseline:
         assert isinstance(source, LiveTeacher)
@@ -141,13 +136,17 @@ def _load_teacher(
     return StoredHidden(head, store.manifest.vocab_rows, store.manifest.has_exact_knee, logit_map), switch
 
 
-def _make_switch_adapter(inputs: TrainingInputs, teacher: Checkpoint) -> SwitchAdapter | CutAdapters:
+def make_switch_adapter(
+    options: TrainOptions,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    media: Mapping[str, Tensor] | None = None,
+    teacher_media: Mapping[str, Tensor] | None = None,
+) -> SwitchAdapter | CutAdapters:
     """Create the requested switch adapter. Raises CheckpointError if it cannot map features to the teacher's number of them."""
-    options, student = inputs.options, inputs.student
     torch.manual_seed(options.seed)
-    if not family_of(student.config).is_llava:
-        assert inputs.media is not None and inputs.teacher_media is not None
-        sides = (student.config, inputs.media), (teacher.config, inputs.teacher_media)
+    if media is not None and teacher_media is not None:  # not Llavas
+        sides = (student.config, media), (teacher.config, teacher_media)
         return CutAdapters(str(options.switch_adapter), *(probe_cuts(*side).widths for side in sides))
     shapes = [(side.feature_tokens, side.feature_width) for side in (student, teacher)]
     try:

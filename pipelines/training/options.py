@@ -71,17 +71,21 @@ class TrainOptions:
         ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
-    student: Path = option(group=FIRST, help="Checkpoint folder of the student (a Llava).")
-    data: Path = option(group=FIRST, help="The data file that was cached.")
+    student: Path = option(names="checkpoint", group=FIRST, help="Checkpoint folder of the student (a Llava).")
+    data: Path = option(names="data", group=FIRST, help="The data file that was cached.")
     output: Path = option(group=FIRST, help="The run: checkpoints, options, losses, the trained student.")
     teacher: Path | None = option(
+        names="checkpoint",
         default=None,
         group=FIRST,
         help="Checkpoint folder of the teacher; its vision tower is not read. With --stage pt, that of the stage to come: it is "
         "only compared with the student, before anything is trained.",
     )
-    images: Path | None = option(default=None, group=DATA, help="Folder that the data file's image paths start from.")
+    images: Path | None = option(
+        names="images", default=None, group=DATA, help="Folder that the data file's image paths start from."
+    )
     cache: StoreLocation | None = option(
+        names="store",
         default=None,
         group=FIRST,
         help="A teacher store, or a folder of stores (or s3://…): the one that fits is taken.",
@@ -186,9 +190,11 @@ class TrainOptions:
         group=MODELS,
         help="Parts of the student that train; the others stay as they are.",
     )
-    group_by: Literal["none", "length", "modality-length"] = option(
-        default="none",
+    group_by: Literal["none", "length", "modality-length"] | None = option(
+        default=None,
         group=SCALE,
+        unset="modality-length where that saves 5 % of the tokens or more, over 50 steps an epoch or more, without --packing; else "
+        "none; a begun run keeps its own",
         help="Which samples share a batch: any; those of similar length; or those of similar length, image samples and text-only "
         "samples apart.",
     )
@@ -219,8 +225,11 @@ class TrainOptions:
         group=SCALE,
         help="Under torchrun: whole models in every process; sharded by FSDP2; sharded by DeepSpeed.",
     )
-    precision: Literal["float32", "bfloat16"] = option(
-        default="float32", group=SCALE, help="bfloat16: autocast over float32 weights."
+    precision: Literal["float32", "bfloat16"] | None = option(
+        default=None,
+        group=SCALE,
+        help="bfloat16: autocast over float32 weights.",
+        unset="bfloat16 on a GPU that computes in it, else float32; a begun run keeps its own",
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
         default="auto",
@@ -255,7 +264,13 @@ class TrainOptions:
         help="Also save a checkpoint after the first step that ends this many minutes after the last one.",
         unset="by steps alone",
     )
-    workers: int = option(default=0, at_least=0, group=SCALE, help="DataLoader processes.")
+    workers: int | None = option(
+        default=None,
+        at_least=0,
+        group=SCALE,
+        help="DataLoader processes of each training process.",
+        unset="from the cores there are: 0 where a training process has fewer than 4, at most 8",
+    )
     trust_remote_code: bool = option(default=False, group=MODELS, help="Run code that comes with a checkpoint.")
     trainer: dict[str, Any] = option(
         default={},

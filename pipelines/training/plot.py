@@ -6,6 +6,7 @@ from typing import Any
 
 PLOT = "training.png"
 COLORS = ("#222222", "#4477aa", "#cc6677", "#117733", "#ddaa33", "#aa4499")
+OF_DATA = ("loss", "loss_ce")  # drawn together; the other terms have an axis of their own
 log = logging.getLogger(__name__)
 
 
@@ -24,18 +25,28 @@ def plot_run(history: list[dict[str, Any]], folder: Path) -> Path | None:
 
     steps = [entry["step"] for entry in logged]
     names = [name for name in logged[-1] if name == "loss" or name.startswith("loss_")]
-    figure, (losses, rates, speeds) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for number, name in enumerate(names):
-        values = [entry.get(name, float("nan")) for entry in logged]
-        if any(values):
-            losses.plot(steps, values, color=COLORS[number % len(COLORS)], label=name.removeprefix("loss_"))
-    losses.set(title="Loss", xlabel="step", ylabel="nats per position")
-    losses.legend(frameon=False)
+    curves = {name: [entry.get(name, float("nan")) for entry in logged] for name in names}
+    shown = {name: values for name, values in curves.items() if any(values)}
+    # Distances to the teacher are often a hundredth of the cross entropy: on its axis they would be a line at 0.
+    distances = [name for name in shown if name not in OF_DATA]
+    titles = {"Loss": [name for name in shown if name in OF_DATA]} | (
+        {"Distance to the teacher": distances} if distances else {}
+    )
+    columns = len(titles) + 2
+    figure, panels = pyplot.subplots(1, columns, figsize=(13 * columns / 3, 3.8), layout="constrained")
+    *of_losses, rates, speeds = panels
+    for axes, (title, named) in zip(of_losses, titles.items(), strict=True):
+        for name in named:
+            color = COLORS[names.index(name) % len(COLORS)]
+            axes.plot(steps, shown[name], color=color, label=name.removeprefix("loss_"))
+        axes.set(title=title, xlabel="step", ylabel="nats per position")
+        axes.legend(frameon=False)
     rates.plot(steps, [entry["learning_rate"] for entry in logged], color=COLORS[1])
     rates.set(title="Learning rate", xlabel="step")
     speeds.plot(steps, [entry.get("positions_per_second", float("nan")) for entry in logged], color=COLORS[3])
     speeds.set(title="Speed", xlabel="step", ylabel="positions per second", ylim=(0, None))
-    for axes in (losses, rates, speeds):
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.5
         axes.spines[["top", "right"]].set_visible(False)
     path = folder / PLOT
     figure.savefig(path, dpi=150)

@@ -61,6 +61,11 @@ def tell_plan(
     if unused:
         log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
     log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")
+    if not samples.surveyed:
+        log.info(
+            "  as far as is known before images are read: a sample that cannot be used is left out of its step and counted, up to "
+            "--max-skipped %g", options.max_skipped,
+        )  # fmt: skip
     if samples.store is not None:
         log.info("store: %s", samples.store.path)
     log.info(
@@ -138,6 +143,8 @@ def line_of(logs: dict[str, Any]) -> str:
         f"waiting {logs['wait_share']:.0%}",
         f"padding {logs['padding_share']:.0%}",
     ]
+    if "left_out" in logs:
+        said.append(f"left out {logs['left_out']:,} samples")
     if "tflops_per_second" in logs:
         said.append(f"{logs['tflops_per_second']:.3g} TFLOP/s")
     if "mfu" in logs:

@@ -2,8 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import transformers
@@ -17,11 +16,12 @@ from switchkd.errors import ConfigError
 from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
-from switchkd.pipelines.training.collator import Collator, placeholder_sample
+from switchkd.pipelines.training.collator import Collator, empty_sample, placeholder_sample
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
+from switchkd.pipelines.training.lifecycle.begun import TrainSummary, finished, has_begun
 from switchkd.pipelines.training.lifecycle.lock import one_run
-from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint, has_begun
+from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
 from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, stop_requests
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
@@ -35,18 +35,6 @@ OLDEST_TRANSFORMERS = Version("5.22")
 SEALED = "checkpoints_have_digests"  # in the record of a run: a checkpoint without them is damaged, not old
 
 
-@dataclass(frozen=True)
-class TrainSummary:
-    """The result of a run."""
-
-    output: Path
-    steps: int
-    samples: int  # usable
-    skipped: dict[str, int]  # by reason
-    losses: dict[str, float]  # mean over the last logged interval, nats per position
-    already_finished: bool
-
-
 def train(options: TrainOptions) -> TrainSummary:
     """Train a student, or resume an interrupted run; returns immediately if the run is finished.
 
@@ -58,9 +46,8 @@ def train(options: TrainOptions) -> TrainSummary:
     """
     _require_transformers()
     options = resolve_options(options)
-    if (options.output / SUMMARY).is_file():
-        check_record(options.output, to_plain(options), RESUMABLE_CHANGES)
-        return _finished(options)
+    if (done := finished(options)) is not None:
+        return done
     first = os.environ.get("RANK", "0") == "0"
     with stop_requests() as request, one_run(options.output, first):
         return _run(options, request)
@@ -77,8 +64,9 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     if resume is not None:
         require_checkpoint(options.profile, resume, arguments.world_size)
     inputs = open_inputs(options)
+    options = inputs.options
     fit_to_data(arguments, options, inputs.store, len(inputs.samples))
-    made_from = {"teacher_signal": inputs.teacher_signal}
+    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()}
     if begun:
         check_record(run, made_from, later=made_from)
 
@@ -115,6 +103,7 @@ def _make_trainer(
         None if inputs.store is None else inputs.samples.payload,
         pad_id_of((inputs.teacher or student).tokenizer),
         options.packing,
+        empty_sample(pad_id_of(student.tokenizer), inputs.two_views, options.vocab_map),
     )
     trainer = SwitchTrainer(
         objective=inputs.objective,
@@ -123,9 +112,10 @@ def _make_trainer(
         sample_media=inputs.media,
         extra_terms=models.extra_terms,
         vocab_map=inputs.vocabularies,
-        group_by=options.group_by,
+        group_by=options.group_by or "none",
         cost_model=models.cost_model,
         peak_tflops=options.peak_tflops,
+        left_out=inputs.samples.left_out,
         part_rates=options.part_rates(),
         model=models.student,
         args=arguments,
@@ -145,10 +135,12 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
     trainer.save_model()
     history = trainer.state.log_history
     last: dict[str, Any] = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
-    summary = {
+    left_out = Counter() if samples.left_out is None else samples.left_out.counts()
+    used = len(samples) - left_out.total()
+    summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
-        "samples": len(samples),
-        "skipped": dict(samples.skipped),
+        "samples": used,
+        "skipped": dict(samples.skipped + left_out),
         "losses": {name: value for name, value in last.items() if name.startswith("loss")},
         "history": history,
         "made_from": {
@@ -166,11 +158,4 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
             if path.is_file():
                 sync(path)
         write_atomically(options.output / SUMMARY, json.dumps(summary, indent=1), durable=True)
-    return TrainSummary(options.output, summary["steps"], len(samples), summary["skipped"], summary["losses"], False)
-
-
-def _finished(options: TrainOptions) -> TrainSummary:
-    found = json.loads((options.output / SUMMARY).read_text())
-    return TrainSummary(
-        options.output, found["steps"], found["samples"], found["skipped"], found["losses"], already_finished=True
-    )
+    return TrainSummary(options.output, summary["steps"], used, summary["skipped"], summary["losses"], False)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -34,6 +34,7 @@ from switchkd.models.switch import switch_states
 from switchkd.models.switch_adapter import adapt
 from switchkd.models.vlm import blank_media
 from switchkd.pipelines.batch import Batch
+from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.stored_teacher import TeacherSource
 from switchkd.pipelines.training.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.cost_model import CostModel
@@ -63,6 +64,7 @@ class SwitchTrainer(CheckpointHooks):
         group_by: which samples share a batch, see `EpochOrder`.
         cost_model: computes the FLOPs of a step; None leaves them out of the log.
         peak_tflops: of one device, for MFU.
+        left_out: counts the samples that turn out to be unusable; None where a store knows them all.
         arguments: those of `transformers.Trainer`.
     """
 
@@ -79,9 +81,11 @@ class SwitchTrainer(CheckpointHooks):
         group_by: str = "none",
         cost_model: CostModel | None = None,
         peak_tflops: float | None = None,
+        left_out: LeftOut | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
+        self.left_out = left_out
         self.objective, self.peak_tflops = objective, peak_tflops
         self.meter = StepMetrics(
             cost_model,
@@ -170,12 +174,15 @@ class SwitchTrainer(CheckpointHooks):
         logged = step % self.state.logging_steps == 0 or step == self.state.max_steps
         waited, read = time.perf_counter() - asked, [Batch.of(columns) for columns in batches]
         self.meter.step_begins(logged, waited, read)
+        if self.left_out is not None:
+            self.left_out.meet(one for batch in read for one in batch.left_out)
         if self.objective.normalize_by != "position" and count is not None:
             count = self._over_processes(torch.stack([self.objective.count(batch.labels) for batch in read]), device)
         if self.extra_terms is not None:
             images = torch.stack([batch.has_image.sum() for batch in read])
             self.extra_terms.begin_step(count, self._over_processes(images, device))
-        return batches, count
+        # Every sample of a step may turn out to be unusable; its loss is then 0.
+        return batches, count.clamp_min(1) if isinstance(count, Tensor) else count
 
     def _over_processes(self, counts: Tensor, device: torch.device) -> Tensor:
         """Add up the counts of the micro-batches [n] of a step, of all processes where losses are averaged over them."""
@@ -312,6 +319,11 @@ class SwitchTrainer(CheckpointHooks):
                 logs[f"loss_{name}"] = mean
                 logs["loss"] += weight * mean
             logs["positions"] = positions
+            if self.left_out is not None:
+                met = self.left_out.take()
+                self.left_out.merge(gather_object(met) if self.args.world_size > 1 else met)
+                if self.left_out.rows:
+                    logs["left_out"] = len(self.left_out.rows)
             peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
             logs |= self.meter.take(self.accelerator, self._averaged, peak)
             first = self.state.log_history == [] and self.is_world_process_zero()

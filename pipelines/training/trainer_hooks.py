@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.run_folder import sync_tree
 from switchkd.pipelines.training import checkpointing
 from switchkd.pipelines.training.lifecycle import sealed
@@ -36,6 +37,7 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
     """
 
     writing_into: Path | None = None  # the folder for the checkpoint that is being saved
+    left_out: LeftOut | None = None  # saved with every checkpoint
 
     def require_finite(self) -> None:
         """Raise RunError if the state to be saved is not usable; subclasses define the check."""
@@ -113,10 +115,14 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpointing.save_rng(Path(output_dir), self.args.process_index)
+        if self.left_out is not None:
+            self.left_out.save(Path(output_dir), self.args.process_index)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpointing.load_rng(Path(checkpoint), self.args.process_index)
+            if self.left_out is not None:
+                self.left_out.load(Path(checkpoint))
 
 
 @contextmanager

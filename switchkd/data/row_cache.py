@@ -1,6 +1,8 @@
 """Rows of a data file as Arrow, in the cache of `datasets`: made once, memory-mapped by every process, made again if damaged."""
 
+import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -8,6 +10,9 @@ from typing import Any
 
 from switchkd.errors import DataError, RunError
 from switchkd.printable import printable
+
+TELL_SECONDS = 10.0
+log = logging.getLogger(__name__)
 
 
 def cache_folder(name: str) -> Path:
@@ -53,7 +58,8 @@ def cached_table(generate: Callable[[], Iterator[dict[str, Any]]], features: Any
 
     folder = cache_folder(key)
     datasets.disable_progress_bars()
-    make = partial(datasets.Dataset.from_generator, generate, features=features, fingerprint=key, cache_dir=str(folder))
+    told = partial(_telling, generate)
+    make = partial(datasets.Dataset.from_generator, told, features=features, fingerprint=key, cache_dir=str(folder))
     try:
         return from_cache(folder, make)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -65,6 +71,16 @@ def cached_table(generate: Callable[[], Iterator[dict[str, Any]]], features: Any
         raise RunError(_cannot_use(folder, cause)) from error
     except (OSError, ValueError) as error:
         raise RunError(_cannot_use(folder, error)) from error
+
+
+def _telling(generate: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield rows, and log how many they are every `TELL_SECONDS`: those of a large file take a minute, once."""
+    last = time.monotonic()
+    for number, row in enumerate(generate()):
+        if time.monotonic() - last > TELL_SECONDS:
+            last = time.monotonic()
+            log.info("reading the rows of the data file, which are kept for later runs: %s so far", f"{number:,}")
+        yield row
 
 
 def _cannot_use(folder: Path, error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Ablations: cells are run once, shared work is shared, a second start does the rest, and the table says what came out."""
 
 import csv
+import importlib.util
 import json
 import statistics
 from dataclasses import replace
@@ -11,9 +12,11 @@ import yaml
 from click.testing import CliRunner
 
 from switchkd.cli.main import main
-from switchkd.errors import CheckpointError, ConfigError, DataError, RunError
+from switchkd.errors import CheckpointError, ConfigError, DataError, InputError, RunError
 from switchkd.pipelines.ablation import ablate as module
+from switchkd.pipelines.ablation import small_models
 from switchkd.pipelines.ablation.ablate import ablate
+from switchkd.pipelines.ablation.checks import processes_of
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.recipe import SHIPPED, shipped_recipes
 from switchkd.pipelines.ablation.table import NONE, Result, markdown, rows_of
@@ -145,10 +148,10 @@ def test_a_baseline_runs_the_teacher_live_and_caches_nothing(place, monkeypatch)
 def test_a_trained_teacher_is_made_first(place, teacher, monkeypatch):
     trained = counted(monkeypatch, "train")
     own = {"t": {"vision": {}, "language": {}, "train": {"sft": {"steps": 1}}}}
-    monkeypatch.setattr(module.small_models, "check_small_models", lambda *_: None)
-    monkeypatch.setattr(module.small_models, "write_untrained", lambda *_, **__: None)
+    monkeypatch.setattr(small_models, "check_small_models", lambda *_: None)
+    monkeypatch.setattr(small_models, "write_untrained", lambda *_, **__: None)
     monkeypatch.setattr(
-        module.small_models,
+        small_models,
         "untrained_path",
         lambda folder, name, model, seed: teacher if name == "t" else model_path(model),
     )
@@ -196,6 +199,67 @@ def test_everything_is_looked_at_before_any_work(place, monkeypatch, mistake):
         ablate(options_of(change(place, **entries)))
     assert calls == [[], [], []]
     assert not (place / "work/runs").exists()
+
+
+# Row 29 of the faults found by outside trials: each of these appeared after a store was cached, or days later.
+LATE_MISTAKES = {
+    "precision": ("dft", {"precision": "fp8"}, "stages: dft: precision cannot be 'fp8'"),
+    "group_by": ("dft", {"group_by": "zzz"}, "stages: dft: group_by cannot be"),
+    "schedule": ("dft", {"schedule": "sawtooth"}, "stages: dft: schedule cannot be"),
+    "teacher_dtype": ("dft", {"teacher_dtype": "int3"}, "stages: dft: teacher_dtype cannot be"),
+    "profile": ("dft", {"profile": "fsdp"}, "stages: dft: --profile fsdp shares one model among processes"),
+    "schedule's arguments": (
+        "dft",
+        {"trainer": {"lr_scheduler_kwargs": {"tooth": 1}}},
+        "stages: dft: --schedule cosine",
+    ),
+    "optimizer": ("dft", {"trainer": {"optim": "adam_of_eden"}}, "stages: dft: .*adam_of_eden"),
+    "trainer's argument": ("dft", {"trainer": {"bf16": True}}, "stages: dft: trainer: bf16 is refused"),
+    "batches": ("dft", {"accumulation": None, "global_batch": 4}, "stages: dft: a global batch of 4"),
+    "payload": ("dft", {"payload": "topk"}, "stages: dft: the store holds payload hidden, this run reads topk"),
+    "vocab_map": ("dft", {"payload": "topk", "vocab_map": True}, "stages: dft: "),
+    "switch_adapter": ("dft", {"switch_adapter": "cubic"}, "stages: dft: switch_adapter cannot be"),
+    "template": ("dft", {"template": "poem"}, "stages: dft: cache: no template 'poem'"),
+    "device": ("evaluate", {"device": "abacus"}, "evaluate: device 'abacus' cannot be used"),
+    "evaluated template": ("evaluate", {"template": "poem"}, "evaluate: no template 'poem'"),
+    "k": ("cache", {"k": 1}, "cache: k cannot be 1"),
+    "steps of logits": ("cache", {"fine": 1.0}, "cache: 0 < fine <= coarse is needed"),
+    "ray": ("cache", {"engine": "ray"}, "cache: --engine ray needs Ray"),
+    "other images": ("evaluate", {"images": "other"}, "not one of 6 images"),
+}
+
+
+@pytest.mark.parametrize("mistake", LATE_MISTAKES)
+def test_what_a_later_command_would_refuse_is_refused_before_any_work(place, monkeypatch, mistake):
+    if mistake == "ray":
+        real = importlib.util.find_spec
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *more: None if name == "ray" else real(name, *more)
+        )
+    entry, change_of, message = LATE_MISTAKES[mistake]
+    (place / "other").mkdir()
+    (place / "other/file").touch()
+    content = yaml.safe_load((place / "tiny.yaml").read_text())
+    if entry == "dft":
+        content["stages"]["dft"] = change_of
+    else:
+        content[entry] |= {name: str(place / value) if name == "images" else value for name, value in change_of.items()}
+    save(place, content | {"matrix": {"seed": 0}})
+    calls = [counted(monkeypatch, name) for name in ("train", "cache_teacher", "evaluate")]
+    with pytest.raises(InputError, match=message):
+        ablate(options_of(place))
+    assert calls == [[], [], []]
+
+
+def test_the_processes_of_a_launcher_are_counted():
+    for words, processes in (
+        ((), 1),
+        (("torchrun", "--nproc-per-node", "8", "--no-python", "python"), 8),
+        (("torchrun", "--nnodes=2", "--nproc_per_node=4"), 8),
+        (("accelerate", "launch", "--num_processes", "3"), 3),
+        (("torchrun", "--nproc-per-node", "gpu"), None),
+    ):
+        assert processes_of(words) == processes
 
 
 def test_models_that_do_not_fit_are_refused_before_any_work(place, tmp_path, monkeypatch):

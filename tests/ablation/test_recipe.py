@@ -83,6 +83,7 @@ def test_a_base_gives_what_a_recipe_leaves_out(tmp_path):
 MISTAKES = {
     "a variable without value": ({}, (), r"also needs:\n  --set teacher=…  \(the teacher's folder\)"),
     "an unknown variable": ({}, ("teachr=T",), "has no variable 'teachr'; there are teacher, steps, seeds"),
+    "a variable that is listed once": ({}, ("teacher=T", "teachr=T"), "there are teacher, steps, seeds$"),
     "an unknown entry": ({"matrx": {}}, ("teacher=T",), "a recipe has no 'matrx'"),
     "an unknown axis": ({"matrix": {"colour": 1}}, ("teacher=T",), "matrix has no 'colour'; there are objective"),
     "an unknown objective": ({"matrix": {"objective": "kl"}}, ("teacher=T",), "no objective 'kl'; there are sft, fkl"),

@@ -281,6 +281,46 @@ def test_pickles_are_read_as_tensors_only(tmp_path):
     assert refused.exit_code == 2 and "holds more than tensors" in refused.output
 
 
+def in_folders(source, folder):
+    """Save the checkpoint as TinyLLaVA Factory does after pre-training: a pickle for each part, and the buffers left out."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    state = load_file(source / "model.safetensors")
+    prefixes = {
+        "language_model": "language_model.",
+        "vision_tower": "vision_tower._vision_tower.",
+        "connector": "connector.",
+    }
+    for name, prefix in prefixes.items():
+        (folder / name).mkdir(exist_ok=True)
+        named = {key: tensor for key, tensor in part(state, prefix).items() if not key.endswith("position_ids")}
+        torch.save(named, folder / name / "pytorch_model.bin")
+    return folder
+
+
+def test_folders_of_tinyllava_factory_are_read(tmp_path):
+    """Row 28 of the faults found by outside trials."""
+    source = write(tmp_path / "theirs", "tinyllava")
+    folders = in_folders(source, tmp_path / "folders")
+    whole = convert(ConvertOptions(source, tmp_path / "whole"))
+    assert convert(ConvertOptions(folders, tmp_path / "ours")).tensors == whole.tensors
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "ours"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    (folders / "connector/pytorch_model.bin").unlink()
+    refused = run(folders, tmp_path / "again")
+    assert refused.exit_code == 2
+    assert "it lacks connector/pytorch_model.bin" in refused.output
+    torch.save({"x": Path("evil")}, folders / "connector/pytorch_model.bin")
+    assert "holds more than tensors" in run(folders, tmp_path / "again").output
+
+
+def test_the_config_counts_the_tokens_of_an_image(tmp_path):
+    """Row 25 of the faults found by outside trials: 576, transformers' default, stood in every converted config."""
+    convert(ConvertOptions(write(tmp_path / "theirs", "tinyllava"), tmp_path / "ours"))
+    opened = open_checkpoint(tmp_path / "ours")
+    assert opened.config.image_seq_length == opened.image_tokens == 3  # 2 × 2 patches, the first one dropped
+
+
 def test_what_is_there_is_not_overwritten(tmp_path, teacher):
     assert "is in layout hf already" in run(teacher, tmp_path / "x").output
     assert "is not empty" in run(teacher, teacher, "--to", "llava").output
@@ -290,5 +330,8 @@ def test_what_is_there_is_not_overwritten(tmp_path, teacher):
 
 def test_opening_another_layout_points_to_convert(tmp_path):
     source = write(tmp_path / "theirs", "llava", tower="clip", language="llama")
-    done = CliRunner().invoke(main, ["eval", "--model", str(source), "--data", "d", "--output", str(tmp_path / "o")])
+    data = tiny.data(tmp_path / "data", tiny.rows(1))
+    done = CliRunner().invoke(
+        main, ["eval", "--model", str(source), "--data", str(data), "--output", str(tmp_path / "o")]
+    )
     assert done.exit_code == 2 and "`switchkd convert` makes one" in done.output

@@ -15,7 +15,7 @@ from switchkd.models.features import media_of
 from switchkd.models.hollow import is_hollow
 from switchkd.models.switch_adapter import CutAdapters
 from switchkd.pipelines.training.cost_model import Work, count_parameters, patches_of
-from switchkd.pipelines.training.inputs import TrainingInputs
+from switchkd.pipelines.training.inputs import TrainingInputs, check_models
 from switchkd.pipelines.training.model_setup import set_up_models
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.trainer import SwitchTrainer
@@ -128,12 +128,13 @@ def test_the_baselines_are_for_llava(objective, tmp_path):
     with pytest.raises(
         CheckpointError, match=f"objective {objective} compares visual tokens and attention of two Llavas"
     ):
-        set_up_models(inputs, arguments(tmp_path))
+        check_models(inputs.options, inputs.student, inputs.teacher)
 
 
 def test_a_mixture_of_experts_is_no_student(tmp_path):
     with pytest.raises(CheckpointError, match="student is a qwen3_vl_moe, which only teaches here"):
-        set_up_models(inputs_of("qwen3_vl_moe", tmp_path), arguments(tmp_path))
+        inputs = inputs_of("qwen3_vl_moe", tmp_path)
+        check_models(inputs.options, inputs.student, inputs.teacher)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "smolvlm"])

@@ -15,6 +15,7 @@ from switchkd.data.samples import BadSample
 from switchkd.errors import ConfigError, InputError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
+from switchkd.pipelines.reporting import attend as attend_module
 from switchkd.pipelines.reporting.attend import attend
 from switchkd.pipelines.reporting.attention import AttentionProbe, Grid, answer_to_image, overlap, patch_grid
 from switchkd.pipelines.reporting.options import AttendOptions
@@ -176,3 +177,14 @@ def test_mistakes_are_told(picture, teacher, student, tmp_path):
     with pytest.raises(BadSample, match="image_unreadable"):
         attend(AttendOptions(student, [(tmp_path / "broken.png", "?")], template="qa", out=tmp_path))
     assert issubclass(BadSample, InputError)
+
+
+def test_captions_stay_within_their_panel():
+    """Row 25 of the faults found by outside trials: long names and questions ran over the edge."""
+    from matplotlib.textpath import TextPath
+
+    for text in ("word " * 60, "a-very-long-file-name-without-any-space-" * 5 + ".png", "short"):
+        lines = attend_module._short(text).split("\n")
+        assert len(lines) <= 3
+        for line in lines:
+            assert TextPath((0, 0), line, size=9).get_extents().width < 3 * 72  # a panel's width in points

@@ -105,3 +105,14 @@ def test_a_histogram_of_one_value_and_a_radar_are_drawn():
         "r", "radar", ["a", "b", "c"], {"one": [50, 60, 70], "two": [0, 100, 30]}, {"one": 0, "two": 1}
     )
     assert "one" in shape.svg and shape.png[:4] == b"\x89PNG"
+
+
+def test_titles_stay_within_the_figure():
+    """Row 25 of the faults found by outside trials: a title with the names of runs ran over the edge."""
+    from matplotlib.textpath import TextPath
+
+    title = "Mean knee of a-run-with-quite-a-long-name-of-its-own and its teacher, by step"
+    lines = figures._wrapped(title).split("\n")
+    assert " ".join(lines) == title
+    for line in lines:
+        assert TextPath((0, 0), line, size=10).get_extents().width < figures.SIZE[0] * 72

@@ -21,31 +21,20 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from switchkd.errors import CheckpointError, ReadFailure, RunError, SwitchKDError
-from switchkd.pipelines.run_folder import SUMMARY, sync, sync_tree, write_atomically
+from switchkd.pipelines.run_folder import sync, sync_tree, write_atomically
+from switchkd.pipelines.training.lifecycle.begun import PREFIX, checkpoints, has_begun, step_of
+
+__all__ = [
+    "PREFIX", "agree_on_checkpoint", "checkpoints", "clear_unfinished", "commit", "damage_of", "has_begun", "last_checkpoint",
+    "newest_sound", "step_of",
+]  # fmt: skip
 
 FILES = "files.json"  # name → [bytes, blake2b] of every other file
 STATE = "trainer_state.json"  # every checkpoint has it
 UNFINISHED = ".unfinished"  # below the run: what is being written or removed
-PREFIX = "checkpoint-"
 THREADS = 4  # for digests: hashing does not hold Python's lock
 READ_BYTES = 1 << 24
 log = logging.getLogger(__name__)
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoints, whatever is in them, the newest first."""
-    found = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def has_begun(run: Path) -> bool:
-    """Whether a run has saved something that other options could contradict."""
-    return (run / SUMMARY).is_file() or bool(checkpoints(run))
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step after which a checkpoint was written."""
-    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def clear_unfinished(run: Path) -> None:

@@ -1,0 +1,43 @@
+"""Options that depend on the run that is resumed: what it chose, and the number of samples in a step."""
+
+import logging
+from dataclasses import replace
+
+from switchkd.errors import ConfigError
+from switchkd.pipelines.run_folder import read_record
+from switchkd.pipelines.training.lifecycle.begun import has_begun
+from switchkd.pipelines.training.options import TrainOptions
+
+# Options that are chosen by what is there, if they are not given, and then stay those of the run.
+CHOSEN = ("precision", "group_by")
+log = logging.getLogger(__name__)
+
+
+def as_begun(options: TrainOptions) -> TrainOptions:
+    """Return the options with what a begun run chose for those that are not given."""
+    before = read_record(options.output) if has_begun(options.output) else {}
+    found = {name: before[name] for name in CHOSEN if getattr(options, name) is None and before.get(name) is not None}
+    return replace(options, **found)
+
+
+def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
+    """Return the options with accumulation and global batch as numbers.
+
+    A resumed run keeps its global batch. If the number of processes has changed, the accumulation is computed again to match.
+
+    Raises:
+        ConfigError: the global batch cannot be made of these processes and batch sizes, or is not that of the run.
+    """
+    before = read_record(options.output) if has_begun(options.output) else {}
+    accumulation = options.accumulated(processes)
+    asked = options.batch_size * accumulation * processes
+    wanted = options.global_batch or int(before.get("global_batch") or asked)
+    if asked != wanted:
+        if options.accumulation not in (None, before["accumulation"]):
+            raise ConfigError(
+                f"{options.output} was begun with {wanted} samples a step; {processes} processes x batch size "
+                f"{options.batch_size} x accumulation {options.accumulation} make {asked}. Choose numbers that make {wanted}"
+            )
+        accumulation = replace(options, global_batch=wanted, accumulation=None).accumulated(processes)
+        log.info("accumulation %d: a step of this run has %d samples", accumulation, wanted)
+    return replace(options, accumulation=accumulation, global_batch=wanted)
