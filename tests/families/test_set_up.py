@@ -132,8 +132,8 @@ def test_the_baselines_are_for_llava(objective, tmp_path):
 
 
 def test_a_mixture_of_experts_is_no_student(tmp_path):
+    inputs = inputs_of("qwen3_vl_moe", tmp_path)
     with pytest.raises(CheckpointError, match="student is a qwen3_vl_moe, which only teaches here"):
-        inputs = inputs_of("qwen3_vl_moe", tmp_path)
         check_models(inputs.options, inputs.student, inputs.teacher)
 
 
