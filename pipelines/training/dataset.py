@@ -144,8 +144,8 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
         Lengths are estimated from characters, so that no text need be tokenized before the first step.
         """
         has_image = self.samples.has_image()[self.usable]
-        image_tokens = self.encoder.usual_image_tokens
-        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * image_tokens
+        of_images = self.samples.image_counts()[self.usable] * self.encoder.usual_image_tokens
+        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + of_images
         return EpochOrder(grouping, seed, len(self), lengths, has_image, global_batch)
 
     def grouping(self, batch_size: int, global_batch: int, packing: int | None) -> Literal["none", "modality-length"]:

@@ -118,6 +118,13 @@ class SampleFile:
         named: NDArray[np.bool_] = np.asarray(self._table.data.column("image").is_valid())
         return named
 
+    def image_counts(self) -> NDArray[np.int64]:
+        """Return how many images each row has, [n]."""
+        import pyarrow.compute as arrow
+
+        further = np.asarray(arrow.list_value_length(self._table.data.column("further"))).astype(np.int64)
+        return self.has_image() + further
+
     def rows_in_folder(self) -> NDArray[np.int64]:
         """Return the numbers of the rows that name an image in an image folder, in order."""
         embedded = np.asarray(self._table.data.column("embedded"))
