@@ -106,6 +106,13 @@ class CacheOptions:
         group=DATA,
         help="How images become square: as the checkpoint says, resized whatever the shape, or filled up with the mean colour.",
     )
+    max_pixels: int | None = option(
+        default=None,
+        at_least=1,
+        group=DATA,
+        help="Pixels that an image is resized or tiled to at most, where its size decides how many tokens it has.",
+        unset="the checkpoint's own",
+    )
     max_image_pixels: int = option(
         default=MAX_IMAGE_PIXELS, at_least=1, group=DATA, help="Larger images are skipped undecoded."
     )

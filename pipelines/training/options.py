@@ -150,6 +150,13 @@ class TrainOptions:
         help="How images become square, for both models.",
         unset="the store's, without one the checkpoint's own",
     )
+    max_pixels: int | None = option(
+        default=None,
+        at_least=1,
+        group=DATA,
+        help="Pixels that an image is resized or tiled to at most, where its size decides how many tokens it has.",
+        unset="the store's, without one the checkpoint's own",
+    )
     max_skipped: float = option(
         default=MAX_SKIPPED,
         at_least=0,
