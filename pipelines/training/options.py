@@ -71,7 +71,9 @@ class TrainOptions:
         ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
-    student: Path = option(names="checkpoint", group=FIRST, help="Checkpoint folder of the student (a Llava).")
+    student: Path = option(
+        names="checkpoint", group=FIRST, help="Checkpoint folder of the student, of any family of `switchkd models`."
+    )
     data: Path = option(names="data", group=FIRST, help="The data file that was cached.")
     output: Path = option(group=FIRST, help="The run: checkpoints, options, losses, the trained student.")
     teacher: Path | None = option(

@@ -135,7 +135,7 @@ def _what_it_lacks(config: Any) -> str:
         return "transformers does not know as a model that reads images and text and writes text"
     if "mm_encoder_outputs" not in inspect.signature(kind.forward).parameters:
         return f"cannot be given image features: {kind.__name__}.forward takes no mm_encoder_outputs"
-    return "has no entry in switchkd/models/families.py, which names the modules of its projector (CONTRIBUTING.md)"
+    return "has no entry in switchkd/models/families.py, which names the modules of its projector (docs/families.md)"
 
 
 def logit_map_of(config: Any, path: str | Path | None = None) -> LogitMap:
