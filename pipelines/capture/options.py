@@ -38,7 +38,9 @@ class CacheOptions:
         ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
-    teacher: Path = option(names="checkpoint", group=FIRST, help="Checkpoint folder of the teacher (a Llava).")
+    teacher: Path = option(
+        names="checkpoint", group=FIRST, help="Checkpoint folder of the teacher, of any family of `switchkd models`."
+    )
     data: Path = option(names="data", group=FIRST, help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow.")
     out: StoreLocation = option(
         group=FIRST, help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued."

@@ -1,8 +1,11 @@
 """The inputs of a training run: opened, and checked against each other, before a model is loaded."""
 
+import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +27,7 @@ from switchkd.models.checkpoint import (
     teacher_identity,
     with_image_mode,
 )
-from switchkd.models.families import family_of
+from switchkd.models.families import FAMILIES, family_of
 from switchkd.models.packing_probe import check_packing
 from switchkd.models.pair import check_pair
 from switchkd.pipelines.cores import local_processes, workers_beside
@@ -36,6 +39,8 @@ from switchkd.pipelines.training.lifecycle.batches import as_begun, resolve_batc
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def resolve_options(options: TrainOptions, processes: int | None = None) -> Trai
         processes: of the run; None: as many as torchrun started.
 
     Returns:
-        The options with a precision, and with batch sizes and workers as numbers. `group_by` may still be None: it depends on
-        the data.
+        The options with a precision, the switch pathway on or off, and batch sizes and workers as numbers. `group_by` may still
+        be None: it depends on the data.
 
     Raises:
         ConfigError: a package that they need is missing, or the global batch differs from the run's.
@@ -91,9 +96,25 @@ def resolve_options(options: TrainOptions, processes: int | None = None) -> Trai
     options = as_begun(options)
     if options.precision is None:
         options = replace(options, precision=precision_here())
+    if options.switch is None:
+        options = replace(options, switch=options.switch_adapter is not None or _switches(options.student))
     if options.workers is None:
         options = replace(options, workers=workers_beside(local_processes()))
     return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes)
+
+
+def _switches(student: Path) -> bool:
+    """Whether the switch pathway is on by default for a student; not where its family's `switch_note` speaks against it."""
+    try:
+        kind = json.loads((student / "config.json").read_text(encoding="utf-8"))["model_type"]
+        family = FAMILIES[kind]
+    except (OSError, ValueError, LookupError, TypeError):
+        return True  # `open_checkpoint` says what is wrong with it
+    if family.switch_note:
+        log.warning(
+            "the switch pathway is off: %s is a %s, and %s. --switch turns it on", student, kind, family.switch_note
+        )
+    return not family.switch_note
 
 
 def precision_here() -> Literal["float32", "bfloat16"]:
