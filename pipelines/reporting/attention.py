@@ -95,11 +95,14 @@ class AttentionProbe:
         rows, media = predicting_rows(batch["labels"])[0], media_of(batch)
         on_image = batch["input_ids"][0] == self.checkpoint.image_token_id
         grid = grid_of_image(self.checkpoint, media, int(on_image.sum()))
-        text = [batch[name].to(self._model.device) for name in ("input_ids", "attention_mask", "labels")]
+        ids, mask, labels = (batch[name].to(self._model.device) for name in ("input_ids", "attention_mask", "labels"))
         given = media_for(self._model, media)
         with torch.inference_mode():
             attentions = self._model(
-                **text_arguments(self._model, *text, given), **given, output_attentions=True, use_cache=False
+                **text_arguments(self._model, ids, mask, labels, given),
+                **given,
+                output_attentions=True,
+                use_cache=False,
             ).attentions
         of_layer = dict(zip(self._attending, attentions, strict=True))
         chosen = torch.stack([of_layer[layer][0].float().cpu() for layer in self.layers])

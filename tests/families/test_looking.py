@@ -90,7 +90,7 @@ def test_chat_answers_as_eval_does(place, template):
     checkpoint = open_checkpoint(folder)
     loaded = load_template(template, checkpoint)
     encoder = SampleEncoder(checkpoint, loaded, None, 2048)
-    prompt = encoder.encode_turns([(QUESTION, "")], image.read_bytes(), "x")
+    prompt = encoder.encode_turns([(QUESTION, "")], [image.read_bytes()], ["x"])
     (answer,) = GreedyGenerator(load_model(checkpoint), encoder, loaded, 6).answer([prompt])
     assert answer and printable(answer) in done.stdout
 

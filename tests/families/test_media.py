@@ -19,7 +19,7 @@ from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 
-# Ours; one that needs torchvision; and two whose call writes a prompt of its own around the text (a BOS after the image, a line break).
+# Ours; one that needs torchvision; and two whose call writes a prompt of its own (a BOS after the image, a line break).
 WITHOUT_PROCESSOR = {"llava", "mistral3", "paligemma", "paligemma2"}
 OTHERS = [family for family in tiny.FAMILIES if family not in WITHOUT_PROCESSOR]
 SIZES = [(30, 20), (12, 31), (48, 48), (16, 64)]
