@@ -224,11 +224,6 @@ class SampleEncoder:
             texts = media.texts
         return [self.reader.text_of(text, isinstance(self.template, ChatTemplate)) for text in texts]
 
-    @property
-    def usual_image_tokens(self) -> int:
-        """Tokens of an image, for estimates of lengths; those of a made-up one where the image decides."""
-        return len(self.placeholder()[0]) if self.reader.is_variable else self.image_tokens
-
     def placeholder(self) -> tuple[NDArray[np.int32], Mapping[str, Tensor]]:
         """Return the ids [L] of an image without further text, and its media; a Llava's is blank, of others a made-up one."""
         if not self.reader.is_variable:

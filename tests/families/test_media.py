@@ -16,6 +16,7 @@ from switchkd.errors import CheckpointError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 
@@ -107,3 +108,19 @@ def test_two_views_of_an_image(place, tmp_path):
         for side in (teacher, student)
     ]  # fmt: skip
     assert counts[0] > counts[1]
+
+
+def test_lengths_are_estimated_from_the_data_files_own_images(place, tmp_path):
+    """Batches are grouped and the longest sample is foreseen by them; their number of tokens depends on their size."""
+    encoder = encoder_of("qwen2_5_vl", place)
+    rows = [
+        {"images": [f"{n}.png"], "conversations": llava.conversation(("what is the color?", "a red cat."))}
+        for n in range(4)
+    ]
+    rows.append({"images": ["0.png", "1.png"], "conversations": rows[0]["conversations"]})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    samples = TrainingSamples(SampleFile(tmp_path / "data.json"), encoder, None)
+    counts = [int((encoder.encode(sample).input_ids == encoder.image_token_id).sum()) for sample in samples.samples]
+    assert samples.image_tokens == round(sum(counts) / 6)
+    lengths = samples.order("length", 0, 1).lengths
+    assert int(lengths.argmax()) == 4
