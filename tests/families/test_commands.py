@@ -181,10 +181,9 @@ def test_ids_and_pixels_are_those_of_the_processors_own_call(place):
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ]
         text = checkpoint.tokenizer.apply_chat_template(messages, tokenize=False)
-        with Image.open(place.images / sample.image) as image:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # GLM-4V's processor makes an array of a tensor
-                made = processor(text=[text], images=[[image.convert("RGB")]], return_tensors="pt")
+        with Image.open(place.images / sample.image) as image, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # GLM-4V's processor makes an array of a tensor
+            made = processor(text=[text], images=[[image.convert("RGB")]], return_tensors="pt")
         encoded = encoder.encode(sample)
         assert encoded.input_ids.tolist() == made["input_ids"][0].tolist()
         for name, column in encoded.media.items():
