@@ -11,17 +11,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from switchkd.errors import CheckpointError
-from switchkd.library_errors import as_checkpoint_error
+from switchkd.library_errors import as_checkpoint_error, words_of
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.families import Family, family_of
+from switchkd.models.fit import probe_cuts
 
 _PROBE_SIZE = (64, 48)  # of the image by which a processor is tried
 _CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")  # where its class is named
+_ADVICE = "copy processor_config.json and preprocessor_config.json from the model's origin"
+_PACKAGES = ("torchvision", "num2words")  # that some processors of transformers need
+_FEATURES: dict[
+    tuple[str, str], int
+] = {}  # config, shapes of the made-up image's media → features, which take time to find
 _PARTS = {"image_processor", "video_processor", "feature_extractor", "tokenizer", "auto_map", "chat_template"}
 # Tokens that stand before and after an image in the text of a model, where the processor's own text does not hold them.
 _BORDERS = (
@@ -62,8 +69,9 @@ class MediaReader:
         self.image_token = str(checkpoint.tokenizer.convert_ids_to_tokens(checkpoint.image_token_id))
         self.image_tokens = checkpoint.image_tokens
         self.marker, self.borders, self._processor = self.image_token, ("", ""), None
+        self._config = checkpoint.config
         if not self.family.is_llava:
-            with as_checkpoint_error(checkpoint.path):
+            with as_checkpoint_error(checkpoint.path, advice=_ADVICE):
                 self._processor = _open_processor(checkpoint)
                 self._settings = self._processor._merge_kwargs(tokenizer_init_kwargs={})["images_kwargs"]
             self.marker = str(self._processor.image_token)
@@ -100,11 +108,26 @@ class MediaReader:
         """Return the media of a made-up image, by which templates and pairs of models are checked.
 
         Raises:
-            CheckpointError: the processor fails.
+            CheckpointError: the processor fails, or writes another number of image tokens than the model has features for them.
         """
         pixels = np.random.default_rng(0).integers(0, 256, (*_PROBE_SIZE[::-1], 3), np.uint8)
-        with as_checkpoint_error(self.checkpoint):
-            return self.read([Image.fromarray(pixels)])
+        with as_checkpoint_error(self.checkpoint, "the processor of {} fails on a made-up image", _ADVICE):
+            media = self.read([Image.fromarray(pixels)])
+        if self.is_variable:
+            with as_checkpoint_error(self.checkpoint, "the vision tower of {} fails on a made-up image", _ADVICE):
+                self._require_as_many_features(media)
+        return media
+
+    def _require_as_many_features(self, media: Media) -> None:
+        key = (self._config.to_json_string(), str({name: value.shape for name, value in media.columns.items()}))
+        if key not in _FEATURES:
+            _FEATURES[key] = probe_cuts(self._config, media.columns).tokens
+        features, tokens = _FEATURES[key], media.texts[0].count(self.image_token)
+        if tokens != features:
+            raise CheckpointError(
+                f"{self.checkpoint}: for an image of {' × '.join(map(str, _PROBE_SIZE))} pixels its processor writes {tokens:,} "
+                f"tokens, and its model has {features:,} features; {_ADVICE}"
+            )
 
 
 def collate_media(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -148,13 +171,33 @@ def _borders_of(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def _open_processor(checkpoint: Checkpoint) -> Any:
-    """Return a checkpoint's processor with its Pillow image processor, and without the one for videos, which needs torchvision."""
+    """Return a checkpoint's processor with its Pillow image processor, and without the one for videos, which needs torchvision.
+
+    Raises:
+        CheckpointError: a class that transformers does not have, or one that needs a package that is not installed.
+    """
     saved, name = _saved_processor(checkpoint)
     kind = processor_class_from_name(name)
     if kind is None:
-        raise CheckpointError(f"{checkpoint.path} names the processor {name}, which transformers does not have")
+        usual = PROCESSOR_MAPPING_NAMES.get(checkpoint.config.model_type)
+        raise CheckpointError(
+            f"{checkpoint.path} names the processor {name!r}, which transformers {transformers.__version__} does not have; "
+            f"expected {usual} for a {checkpoint.config.model_type}: copy {_CONFIGS[0]} from its origin, or update transformers"
+        )
+    try:
+        return _without_video(kind, checkpoint, saved)
+    except ImportError as error:
+        package = next((package for package in _PACKAGES if package in str(error).lower()), None)
+        raise CheckpointError(
+            f"{checkpoint.path}: its processor ({name}) needs "
+            + (f"the package {package}: pip install {package}" if package else f"a package: {words_of(error)}")
+        ) from error
 
-    class ForImages(kind):  # type: ignore[valid-type,misc]
+
+def _without_video(kind: Any, checkpoint: Checkpoint, saved: Mapping[str, Any]) -> Any:
+    """Return a processor of a class, made of what a checkpoint has, without parts for other media than images and text."""
+
+    class ForImages(kind):  # type: ignore[misc]
         """The processor of a checkpoint without its parts for other media."""
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:

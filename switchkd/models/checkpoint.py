@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from switchkd.errors import CheckpointError, ConfigError
@@ -97,11 +98,20 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
             )
         if isinstance(saved, dict) and not isinstance(found, str):
             raise CheckpointError(f"{folder} is a {found!r} model; expected one of {', '.join(FAMILIES)}")
+        if isinstance(found, str) and found not in FAMILIES and found not in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{folder} is a {found!r} model, which transformers {transformers.__version__} does not know: take a checkpoint of "
+                f"a family of `switchkd models`, or update transformers. Supported: {', '.join(FAMILIES)}"
+            )
         check_config(saved, folder, llava=found in CONFIGS)
         config = AutoConfig.from_pretrained(folder)
         family = family_of(config, folder)
         logit_map_of(config, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES):
+            raise CheckpointError(
+                f"{folder} has no image processor: {IMAGE_PROCESSOR_FILES[0]} is missing; copy it from the model's origin"
+            )
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **PIL_BACKEND)
         image_tokens = feature_tokens = feature_width = 0
         if family.is_llava:
@@ -199,6 +209,7 @@ def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, s
     return found | {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
 
 
+IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # one of which describes it
 # What a processor is made of beside tokenizer and image processor.
 PROCESSOR_FILES = (
     "processor_config.json",

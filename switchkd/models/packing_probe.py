@@ -28,8 +28,8 @@ def check_packing(config: Any, name: str) -> None:
     check_layers(config.get_text_config(), name)
     if not family_of(config).packs:
         raise ConfigError(
-            f"--packing: a {config.model_type} ({name}) does not keep samples of one row apart, since its tokens of an image see "
-            "each other by other rules than position ids; leave --packing out"
+            f"--packing: a {config.model_type} ({name}) does not keep samples of one row apart, since its layers "
+            "mix tokens by other rules than position ids (image tokens that see each other, linear attention); leave --packing out"
         )
 
 
