@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from switchkd.data.chat_template import ChatTemplate, chat_template_of, open_chat_template
+from switchkd.data.media import MediaReader
 from switchkd.data.templates import IMAGE_MARKER, TEMPLATES, ConversationFormat, Template
 from switchkd.errors import ConfigError
 from switchkd.models.checkpoint import Checkpoint
@@ -20,13 +21,14 @@ def load_template(name_or_path: str, checkpoint: Checkpoint | None = None) -> Co
 
     Raises:
         ConfigError: neither a known name nor a readable template file; a chat template whose answers cannot be found.
+        CheckpointError: a chat template is asked for, and the checkpoint's processor cannot be opened.
     """
     if name_or_path == CHECKPOINT_TEMPLATE and checkpoint is not None:
         tokenizer = checkpoint.tokenizer
         return open_chat_template(
             chat_template_of(checkpoint.path, tokenizer),
             {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
-            str(tokenizer.convert_ids_to_tokens(checkpoint.image_token_id)),
+            MediaReader(checkpoint).marker,
             [token.content for token in tokenizer.added_tokens_decoder.values()],
         )
     if name_or_path in TEMPLATES:
