@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import tiny  # tests/helpers, on PYTHONPATH
 
-from switchkd.data.encoding import EncodedSample
+from switchkd.data.encoded import EncodedSample
 from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
 from switchkd.pipelines.capture.backends.vllm_backend import VllmBackend

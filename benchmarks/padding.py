@@ -27,7 +27,7 @@ from side_by_side import measure, peak_bytes
 from step import IMAGE_TOKEN, VOCABULARY, make_model
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 
-from switchkd.data.encoding import EncodedSample
+from switchkd.data.encoded import EncodedSample
 from switchkd.fingerprints import SampleDigest
 from switchkd.losses.objective import Objective
 from switchkd.models.block_attention import NAME, enable_packing

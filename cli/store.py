@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group("store")
 def command() -> None:
-    """Describe, verify, repair or audit a teacher store."""
+    """Describe, verify, repair, audit or export a teacher store."""
 
 
 @command.command("info")
@@ -42,7 +42,8 @@ def info(path: "StoreLocation") -> None:
         "teacher": ", ".join(f"{name} {value}" for name, value in manifest.teacher.items()),
         "tokenizer": manifest.tokenizer,
         "template": manifest.template["name"],
-        "images": f"processor {manifest.image_processor}, {manifest.image_tokens} tokens each",
+        "images": f"processor {manifest.image_processor}, "
+        + (f"{manifest.image_tokens} tokens each" if manifest.image_tokens else "tokens by their size"),
         "max length": f"{manifest.max_length} tokens",
         "data": manifest.data,
         "written by": ", ".join(f"{name} {value}" for name, value in manifest.written_by.items()),
@@ -158,6 +159,27 @@ def audit(store: "StoreLocation", device: str | None, **options: Any) -> None:
 
     for line in _format_audit(audit(AuditOptions(store=store, device=device or default_device(), **options))):
         echo(line)
+
+
+@command.command("export")
+@click.argument("path", type=STORE)
+@click.option("--out", type=PATH, required=True, help="A folder for the parquet files; one that was begun goes on.")
+def export(path: "StoreLocation", out: Path) -> None:
+    """Write a store's top-k logits as parquet: ids, log-probabilities and the rest's, a file for each part."""
+    from switchkd.pipelines.progress import Progress
+    from switchkd.stores import TeacherStore
+    from switchkd.stores.parquet import export_parquet
+
+    store = TeacherStore.open(path)
+    written = positions = kept = 0
+    with Progress("exporting", len(store), "samples") as progress:
+        for done in export_parquet(store, out):
+            progress.advance(done.samples, positions=done.positions)
+            written, positions, kept = written + done.written, positions + done.positions, kept + (not done.written)
+    missing = store.manifest.part_count - len(store.parts())
+    echo(f"{out}: {written:,} parts written, {positions:,} positions; {kept:,} were there already")
+    if missing:
+        echo(f"{missing:,} parts of {store.path} are not captured yet: run cache-teacher again, and then this")
 
 
 @command.command("plot")

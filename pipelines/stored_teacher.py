@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.encoded import EncodedSample
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import template_from_dict
 from switchkd.data.samples import SampleFile, Status
 from switchkd.errors import StoreMismatch

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchkd.data.encoding import EncodedSample, collate, pad_id_of
+from switchkd.data.encoded import EncodedSample, collate, pad_id_of
 from switchkd.data.samples import SampleFile
 from switchkd.fingerprints import hash_tokenizer
 from switchkd.losses.lm_head import LMHead

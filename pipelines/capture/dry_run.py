@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from switchkd.data.encoding import EncodedSample
+from switchkd.data.encoded import EncodedSample
 from switchkd.data.samples import BadSample
 from switchkd.pipelines.capture.backends.open import check_available
 from switchkd.pipelines.capture.failing_sample import capture_rows

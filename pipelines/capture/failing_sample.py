@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from switchkd.data.encoding import EncodedSample
+from switchkd.data.encoded import EncodedSample
 from switchkd.errors import RunError
 from switchkd.library_errors import is_library_failure, words_of
 from switchkd.pipelines.capture.backends.base import Backend, BackendFailed

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.encoded import EncodedSample
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile
 from switchkd.errors import CheckpointError
 from switchkd.models.checkpoint import Checkpoint

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.encoded import EncodedSample
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.files import check_folder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, SampleFile, Status

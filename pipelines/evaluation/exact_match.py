@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from switchkd.data.encoding import Prompt, SampleEncoder
+from switchkd.data.encoded import Prompt
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Sample, SampleFile
 from switchkd.fingerprints import hash_json, hash_weights

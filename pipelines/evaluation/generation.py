@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, TextStreamer
 
-from switchkd.data.encoding import Prompt, SampleEncoder, pad_id_of
+from switchkd.data.encoded import Prompt, pad_id_of
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.media import collate_media
 from switchkd.data.samples import BadSample
 from switchkd.data.templates import ConversationFormat

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable
 
-from switchkd.data.encoding import Prompt, SampleEncoder
+from switchkd.data.encoded import Prompt
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import CHECKPOINT_TEMPLATE, load_template, template_from_dict
 from switchkd.data.samples import BadSample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlavaProcessor
 
 from switchkd.data.chat_template_export import chat_template_source
-from switchkd.data.encoding import pad_id_of
+from switchkd.data.encoded import pad_id_of
 from switchkd.data.media import MediaReader
 from switchkd.data.templates import ConversationFormat
 from switchkd.errors import ConfigError, DataError, RunError

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.data.encoding import SampleEncoder, collate, pad_id_of
+from switchkd.data.encoded import collate, pad_id_of
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.errors import ConfigError, RunError

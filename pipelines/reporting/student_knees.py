@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from switchkd.data.encoding import collate, pad_id_of
+from switchkd.data.encoded import collate, pad_id_of
 from switchkd.data.samples import SampleFile
 from switchkd.errors import ConfigError
 from switchkd.fingerprints import hash_tokenizer

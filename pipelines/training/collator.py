@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder, collate
+from switchkd.data.encoded import EncodedSample, collate
+from switchkd.data.encoding import SampleEncoder
 from switchkd.fingerprints import digest_sample
 from switchkd.losses.cross_tokenizer import align_positions
 from switchkd.models.features import media_of
@@ -25,7 +26,7 @@ TEACHER_READS = ("input_ids", "attention_mask", "labels")  # the columns of a ba
 
 
 class Collator:
-    """Makes one batch: the output of `encoding.collate`, and the stored teacher's output at the batch's P positions.
+    """Makes one batch: the output of `encoded.collate`, and the stored teacher's output at the batch's P positions.
 
     Args:
         stand_in: added to a text-only batch, see `placeholder_sample`; None leaves such a batch unchanged.

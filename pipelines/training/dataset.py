@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder
+from switchkd.data.encoded import EncodedSample
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.files import check_folder
 from switchkd.data.samples import BadSample, SampleFile, Status
 from switchkd.errors import DataError, StoreMismatch

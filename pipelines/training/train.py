@@ -11,7 +11,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from switchkd.data.encoding import pad_id_of
+from switchkd.data.encoded import pad_id_of
 from switchkd.errors import ConfigError, Stopped
 from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically

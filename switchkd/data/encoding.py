@@ -1,64 +1,34 @@
-"""Encodes samples as model inputs (token ids, supervised mask, pixels) and collates them into batches."""
+"""Encodes samples as model inputs: token ids, supervised mask, media."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from torch import Tensor
 
 from switchkd.data.chat_template import ChatTemplate, TemplateNotInvertible
+from switchkd.data.encoded import EncodedSample, Prompt
 from switchkd.data.images import check_enlarged, decode, images_of, was_decoded_otherwise
-from switchkd.data.media import Media, MediaReader, collate_media
+from switchkd.data.media import Media, MediaReader
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat, NoPlaceForSystem
 from switchkd.data.tokenization import ConversationTokenizer, Tokens, check_template
 from switchkd.errors import CheckpointError, ConfigError, DataError, ReadFailure, SwitchKDError
-from switchkd.fingerprints import SampleDigest, digest_sample
+from switchkd.fingerprints import digest_sample
 from switchkd.library_errors import is_library_failure, is_out_of_memory, words_of
 from switchkd.models.check_processor import check_processor
 from switchkd.models.checkpoint import Checkpoint, blank_image
-from switchkd.positions import IGNORED
 from switchkd.settings import MAX_IMAGE_PIXELS
 
 # Processed pixels kept per process, for data files that ask many questions about few images.
 PIXEL_CACHE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class EncodedSample:
-    """One sample as a model reads it."""
-
-    input_ids: NDArray[np.int32]  # [L], the image's tokens expanded
-    supervised: NDArray[np.bool_]  # [L]
-    media: (
-        Mapping[str, Tensor] | None
-    )  # of its image, by column, see `data.media.Media`; a Llava's pixel_values is [1, 3, H, W]
-    digest: SampleDigest
-    teacher: "EncodedSample | None" = (
-        None  # the teacher's encoding where it differs; with media if its processor differs
-    )
-    starts: NDArray[np.int64] | None = (
-        None  # [P], where each position's token begins in the answers, see `Tokens.starts`
-    )
-
-    @property
-    def positions(self) -> int:
-        """Number of supervised tokens."""
-        return int(self.supervised[1:].sum())
-
-    @property
-    def pixels(self) -> Tensor | None:
-        """A Llava's pixels, [3, H, W] float32; None for text only."""
-        return None if self.media is None else self.media["pixel_values"][0]
 
 
 class SampleEncoder:
@@ -177,7 +147,7 @@ class SampleEncoder:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
         return without_answers(segments, sample) if sample.unsupervised else segments
 
-    def encode_prompt(self, sample: Sample, turn: int) -> "Prompt":
+    def encode_prompt(self, sample: Sample, turn: int) -> Prompt:
         """Encode a sample up to where the answer of turn `turn` begins. Raises BadSample."""
         sample.require_ok()
         with _naming(sample, self.path):
@@ -187,7 +157,7 @@ class SampleEncoder:
 
     def encode_turns(
         self, turns: Sequence[tuple[str, str]], images: Sequence[bytes], names: Sequence[str], system: str = ""
-    ) -> "Prompt":
+    ) -> Prompt:
         """Encode turns up to where the last one's answer begins.
 
         Args:
@@ -265,13 +235,6 @@ def _joined(images: Sequence[bytes]) -> bytes | None:
     return b"".join(len(data).to_bytes(8, "little") + data for data in images)
 
 
-class Prompt(NamedTuple):
-    """What stands before an answer, as a model reads it."""
-
-    ids: NDArray[np.int32]  # [L], the image's tokens expanded
-    media: Mapping[str, Tensor] | None  # as in `EncodedSample`
-
-
 def without_answers(segments: list[tuple[str, bool]], sample: Sample) -> list[tuple[str, bool]]:
     """Return a sample's segments with those answers not supervised that the row gives the weight 0.
 
@@ -324,32 +287,3 @@ def _naming(sample: Sample, checkpoint: Path) -> Iterator[None]:
             f"{row}: the tokenizer or image processor of {checkpoint} fails on it: {words_of(error)}; `switchkd data check "
             "--model` lists the rows that are affected. Copy the checkpoint's files again, or leave out this row"
         ) from error
-
-
-def collate(samples: Sequence[EncodedSample], pad_id: int, room: int = 0) -> dict[str, Any]:
-    """Pad encoded samples on the right into one batch.
-
-    Args:
-        room: additional columns of padding after the longest sample.
-
-    Returns:
-        input_ids, attention_mask, labels [B, L] int64 (label -100 where not supervised), has_image [B] bool, and the media of the
-        images, see `media.collate_media`: of Llavas, pixel_values [number of images, 3, H, W].
-    """
-    length = max(len(sample.input_ids) for sample in samples) + room
-    input_ids = torch.full((len(samples), length), pad_id)
-    labels = torch.full((len(samples), length), IGNORED)
-    attention_mask = torch.zeros(len(samples), length, dtype=torch.long)
-    for row, sample in enumerate(samples):
-        ids = torch.from_numpy(sample.input_ids.astype(np.int64))
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        labels[row, : len(ids)] = torch.where(torch.from_numpy(sample.supervised), ids, IGNORED)
-    batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    batch["has_image"] = torch.tensor([sample.media is not None for sample in samples])
-    return batch | collate_media([sample.media for sample in samples if sample.media is not None])
-
-
-def pad_id_of(tokenizer: Any) -> int:
-    """Return the id used for padding; padding is masked, so any id is valid, and 0 replaces a missing pad token."""
-    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

@@ -5,7 +5,7 @@ model is laid out in rows [R, N]. Its attention is block-diagonal: position ids 
 and transformers' masks (`masking_utils.find_packed_sequence_indices`) separate samples by them if no mask is passed.
 
 The layout is one tensor, `source` [R, N] int64: the index into the flattened [B, L] of each element of the rows. The padding at the
-end of a row refers to the last column of the batch, which contains only padding (`encoding.collate`'s `room`).
+end of a row refers to the last column of the batch, which contains only padding (`encoded.collate`'s `room`).
 """
 
 import heapq

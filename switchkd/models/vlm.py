@@ -212,7 +212,7 @@ def states_at_positions(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     The caller decides whether a graph is recorded (`torch.no_grad`, `torch.inference_mode`).
 
     Args:
-        model: on any device, in any dtype. batch: the result of `encoding.collate`, on any device; it is not modified.
+        model: on any device, in any dtype. batch: the result of `encoded.collate`, on any device; it is not modified.
 
     Returns:
         [P, d] on the model's device, after the final norm, in row-major order of `positions.predicting_rows`.

@@ -16,7 +16,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.data.encoding import SampleEncoder, collate
+from switchkd.data.encoded import collate
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile
 from switchkd.data.templates import TEMPLATES
 from switchkd.errors import ConfigError, DataError, RunError, StoreMismatch

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from tiny import spelled
 
-from switchkd.data.encoding import SampleEncoder, collate, pad_id_of
+from switchkd.data.encoded import collate, pad_id_of
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import template_from_dict
 from switchkd.data.samples import BadSample, Status, read_row
 from switchkd.data.templates import TEMPLATES

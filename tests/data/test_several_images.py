@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 
 from switchkd.data.chat_template import open_chat_template
-from switchkd.data.encoding import SampleEncoder, collate
+from switchkd.data.encoded import collate
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile, Status, read_row
 from switchkd.data.templates import TEMPLATES
 from switchkd.models.checkpoint import open_checkpoint

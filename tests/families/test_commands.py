@@ -15,7 +15,8 @@ from PIL import Image
 from training import Stop, assert_same_weights, interrupt_after, logged, weights
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from switchkd.data.encoding import SampleEncoder, collate
+from switchkd.data.encoded import collate
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.media import MediaReader
 from switchkd.data.samples import SampleFile

@@ -10,7 +10,8 @@ from family_batches import own_inputs
 from PIL import Image
 
 from switchkd.cli.main import main
-from switchkd.data.encoding import SampleEncoder, collate
+from switchkd.data.encoded import collate
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import Sample, Status
 from switchkd.errors import CheckpointError, ConfigError

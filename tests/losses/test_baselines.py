@@ -11,7 +11,8 @@ import training
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from switchkd.data.encoding import SampleEncoder, collate
+from switchkd.data.encoded import collate
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
 from switchkd.data.templates import TEMPLATES
 from switchkd.errors import CheckpointError, ConfigError

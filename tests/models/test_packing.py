@@ -25,7 +25,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from switchkd.data.encoding import EncodedSample, SampleEncoder, collate
+from switchkd.data.encoded import EncodedSample, collate
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
 from switchkd.data.templates import TEMPLATES
 from switchkd.errors import ConfigError

@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from switchkd.data.encoding import SampleEncoder, collate
+from switchkd.data.encoded import collate
+from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
 from switchkd.data.templates import TEMPLATES
 from switchkd.losses.objective import Objective

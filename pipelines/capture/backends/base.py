@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from switchkd.data.encoding import EncodedSample
+from switchkd.data.encoded import EncodedSample
 from switchkd.errors import ConfigError, RunError
 from switchkd.stores import Manifest, Payload
 

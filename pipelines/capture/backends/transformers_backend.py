@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from switchkd.data.encoding import EncodedSample, collate, pad_id_of
+from switchkd.data.encoded import EncodedSample, collate, pad_id_of
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import lm_head_of
 from switchkd.models.vlm import freeze, load_model, states_at_positions

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from switchkd.data.encoding import EncodedSample
+from switchkd.data.encoded import EncodedSample
 from switchkd.errors import CheckpointError, RunError
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
