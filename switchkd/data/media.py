@@ -56,23 +56,32 @@ class MediaReader:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint.path
+        self.checkpoint, self._opened = checkpoint.path, checkpoint
         self.family: Family = family_of(checkpoint.config, checkpoint.path)
         self.image_processor = checkpoint.image_processor
         self.image_token = str(checkpoint.tokenizer.convert_ids_to_tokens(checkpoint.image_token_id))
         self.image_tokens = checkpoint.image_tokens
-        self.marker, self.borders, self._processor = self.image_token, ("", ""), None
-        if not self.family.is_llava:
-            with as_checkpoint_error(checkpoint.path):
-                self._processor = _open_processor(checkpoint)
-                self._settings = self._processor._merge_kwargs(tokenizer_init_kwargs={})["images_kwargs"]
-            self.marker = str(self._processor.image_token)
+        self.marker, self.borders = self.image_token, ("", "")
+        self._processor: Any = None
+        if self.is_variable:
+            self.marker = str(self._open().image_token)
             self.borders = _borders_of(checkpoint)
+
+    def _open(self) -> Any:
+        if self._processor is None:
+            with as_checkpoint_error(self.checkpoint):
+                self._processor = _open_processor(self._opened)
+                self._settings = self._processor._merge_kwargs(tokenizer_init_kwargs={})["images_kwargs"]
+        return self._processor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the processor, whose class is made here: a spawned process opens it again."""
+        return self.__dict__ | {"_processor": None}
 
     @property
     def is_variable(self) -> bool:
         """Whether the number of tokens depends on the image."""
-        return self._processor is not None
+        return not self.family.is_llava
 
     def read(self, images: Sequence[Image.Image]) -> Media:
         """Return the media of a sample's images, which are RGB.
@@ -80,10 +89,10 @@ class MediaReader:
         Raises:
             CheckpointError: the processor gives columns that the model does not take.
         """
-        if self._processor is None:
+        if not self.is_variable:
             pixels = [self.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
             return Media({"pixel_values": torch.cat(pixels)}, [self.image_token * self.image_tokens] * len(images))
-        features, texts = self._processor._process_images([list(images)], **self._settings)
+        features, texts = self._open()._process_images([list(images)], **self._settings)
         columns = {name: _tensor(features[name]) for name in self.family.media if name in features}
         if "pixel_values" not in columns:
             raise CheckpointError(
