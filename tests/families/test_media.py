@@ -134,3 +134,14 @@ def test_spawned_processes_read_the_same(family, place):
     here, there = (one.encode(sample) for one in (encoder, pickle.loads(pickle.dumps(encoder))))
     assert here.input_ids.tolist() == there.input_ids.tolist()
     assert all(torch.equal(here.media[name], there.media[name]) for name in here.media)
+
+
+def test_another_template_than_the_checkpoints_own_is_told(place, caplog):
+    checkpoint = open_checkpoint(place / "qwen2_5_vl")
+    load_template("chat", checkpoint)
+    assert not caplog.text
+    load_template("qwen2_base", checkpoint)
+    assert (
+        "a qwen2_5_vl, has a chat template of its own, which it was most likely trained with: --template chat"
+        in caplog.text
+    )
