@@ -65,7 +65,8 @@ class MediaReader:
         if not self.family.is_llava:
             with as_checkpoint_error(checkpoint.path):
                 self._processor = _open_processor(checkpoint)
-                self._settings = self._processor._merge_kwargs(tokenizer_init_kwargs={})["images_kwargs"]
+                merged = self._processor._merge_kwargs(self._processor.valid_processor_kwargs, tokenizer_init_kwargs={})
+                self._settings = merged["images_kwargs"]
             self.marker = str(self._processor.image_token)
             self.borders = _borders_of(checkpoint)
 
