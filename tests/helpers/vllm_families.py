@@ -33,6 +33,7 @@ TOWERS = {
     "mistral3": TOWER | {"head_dim": 32},
     "paligemma": TOWER | {"projection_dim": WIDTH},
 }
+TEXTS = {"qwen3_vl_moe": {"norm_topk_prob": True}}  # as in published configs; transformers has no other way
 MORE = {"paligemma": {"projection_dim": WIDTH, "hidden_size": WIDTH}}
 FAMILIES = (
     "llava",
@@ -59,11 +60,9 @@ SAME_IDS = (0, 10)  # two samples of the same text whose images have one size
 
 def write_teacher(family: str, folder: Path) -> Path:
     text_fields, vision_fields, _ = tiny.CONFIGS[family]
-    text = dict(TEXT)
+    text = TEXT | TEXTS.get(family, {})
     if "rope_parameters" in text_fields:
         text["rope_parameters"] = text_fields["rope_parameters"] | {"mrope_section": [4, 6, 6]}
-    if family == "qwen3_vl_moe":
-        text["norm_topk_prob"] = True  # as in published configs; transformers has no other way
     vision = TOWERS.get(family, PATCHES if "depth" in vision_fields else TOWER)
     return tiny.write_checkpoint(family, folder, 1, text=text, vision=vision, **MORE.get(family, {}))
 

@@ -92,7 +92,11 @@ class VllmBackend(Backend):
         self._names = count()
         self._under_way: set[str] = set()
         self._done: dict[str, Any] = {}
-        self._check_logits(probe, dtype)
+        try:
+            self._check_logits(probe, dtype)
+        except BaseException:
+            self.engine.engine_core.shutdown()
+            raise
 
     def capture(self, samples: Sequence[EncodedSample], manifest: Manifest) -> list[Payload]:
         """Run the teacher over samples. Raises RunError."""
