@@ -105,7 +105,9 @@ def test_a_logit_map_means_the_same_in_both_backends(kind, tmp_path, data, monke
 
     text, logit_map = TEXTS[kind]
     monkeypatch.setitem(vllm_families.TEXTS, "llava", text)
-    monkeypatch.setitem(vllm_families.MORE, "llava", {"tied": kind == "cap"})  # vLLM knows Gemma 2 with a tied head alone
+    monkeypatch.setitem(
+        vllm_families.MORE, "llava", {"tied": kind == "cap"}
+    )  # vLLM knows Gemma 2 with a tied head alone
     folder = vllm_families.write_teacher("llava", tmp_path / "refused")
     with pytest.raises(CheckpointError, match="which transformers' llava class leaves out and vLLM applies"):
         open_checkpoint(folder)
