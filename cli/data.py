@@ -60,7 +60,8 @@ def show(data: Path, plain: bool, **options: Any) -> None:
     styles = {"prompt": "", "supervised": "bold green", "image": "cyan"}
     for sample in show_data(ShowOptions(data=data, **options)):
         about = printable(f"row {sample.row}, id {sample.id}, {sample.image or 'no image'}: ", 500)
-        counts = f"{sample.tokens():,} tokens, {sample.tokens('image'):,} of the image, {sample.tokens('supervised'):,} supervised"
+        of = "a made-up image (pass --images: their number depends on the image)" if sample.stands_in else "the image"
+        counts = f"{sample.tokens():,} tokens, {sample.tokens('image'):,} of {of}, {sample.tokens('supervised'):,} supervised"
         console.print(Text(about + printable(sample.problem or counts), "bold"))
         text, tokens = Text(), Text("  ")
         for span in sample.spans:

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("train", "Train a student from a teacher store."),
     "eval": ("evaluate", "Score a model on the paper's benchmarks or on a data file."),
     "convert": ("convert", "Rewrite a checkpoint in another project's layout."),
+    "models": ("models", "List the model families that can teach and learn."),
     "init-student": ("init_student", "Assemble a student from a vision tower and a language model."),
     "ablate": ("ablate", "Train and judge a matrix of students from one recipe."),
     "store": ("store", "Describe, verify, repair or audit a teacher store."),

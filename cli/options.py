@@ -100,9 +100,11 @@ def _option(name: str, field: Any, changes: Mapping[str, Any]) -> tuple[str, Cal
         "cls": GroupedOption,
     }
     names = [*short, flag, name]
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         settings |= {"is_flag": True, "type": None}
-        names = [f"{flag}/--no-{flag.removeprefix('--')}", name] if default else names
+        if default or field.annotation is not bool:
+            names = [f"{flag}/--no-{flag.removeprefix('--')}", name]
+            settings["default"] = default
     if shown.multiple:
         settings["multiple"] = True
     elif default is not None and default is not False:

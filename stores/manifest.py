@@ -86,6 +86,11 @@ class Manifest:
         return self.written_by.get("image_mode", "own")
 
     @property
+    def max_pixels(self) -> int | None:
+        """The limit on the pixels of an image, `--max-pixels`; None if the checkpoint's own was used."""
+        return int(self.written_by["max_pixels"]) if self.written_by.get("max_pixels") else None
+
+    @property
     def has_topk(self) -> bool:
         """Whether top-k logits are kept."""
         return self.payload in ("topk", "both")

@@ -40,6 +40,11 @@ def test_the_page_of_commands_is_current():
     assert made == (DOCS / "commands.md").read_text(encoding="utf-8"), "docs/commands.md is old: run `make commands`"
 
 
+def test_the_table_of_families_is_current():
+    made = runpy.run_path(str(DOCS / "site/families.py"))["page"]()
+    assert made == (DOCS / "families.md").read_text(encoding="utf-8"), "docs/families.md is old: run `make commands`"
+
+
 def test_warnings_name_the_gradient_error_of_the_table():
     """The figure in warnings about payload topk is that of the default topk in docs/payloads-table.md, for two students."""
     lines = (DOCS / "payloads-table.md").read_text(encoding="utf-8").splitlines()

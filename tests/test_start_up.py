@@ -63,6 +63,10 @@ def light(*command, code=0, folder=None):
     return output
 
 
+def test_help_about_families():
+    assert "model families" in light("models", "--help")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_check_of_data_without_a_model(tmp_path, workers):
     data = tiny.data(tmp_path, tiny.rows(6))

@@ -24,7 +24,7 @@ from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.stages import with_stage
 
 # Options of a training stage that define the encoding of samples; a distilled stage's store is created with them and records them.
-ENCODING = ("template", "max_length", "image_mode")
+ENCODING = ("template", "max_length", "image_mode", "max_pixels")
 
 
 @dataclass(frozen=True)

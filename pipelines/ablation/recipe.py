@@ -55,7 +55,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # Options that are set by a recipe's cells.
 _DECIDED: dict[type, set[str]] = {
     TrainOptions: {"student", "output", "teacher", "cache", "stage", "objective", "switch", "seed"},
-    CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "image_mode", "shard"},
+    CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "image_mode", "max_pixels", "shard"},
     EvalOptions: {"model", "output"},
 }
 

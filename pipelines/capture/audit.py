@@ -104,7 +104,7 @@ def audit(options: AuditOptions) -> AuditReport:
     student = None if options.student is None else open_checkpoint(options.student, options.trust_remote_code)
     if student is not None:
         check_compatible(teacher, student, switch=False, one_text=True)
-    teacher = with_image_mode(teacher, store.manifest.image_mode)
+    teacher = with_image_mode(teacher, store.manifest.image_mode, store.manifest.max_pixels)
     chosen = choose_samples(store, options.samples, options.seed)
     found, heads = _gather(options, store, teacher, student, chosen)
     rows = _compare(options, store, found, heads)

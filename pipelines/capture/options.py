@@ -38,7 +38,9 @@ class CacheOptions:
         ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
-    teacher: Path = option(names="checkpoint", group=FIRST, help="Checkpoint folder of the teacher (a Llava).")
+    teacher: Path = option(
+        names="checkpoint", group=FIRST, help="Checkpoint folder of the teacher, of any family of `switchkd models`."
+    )
     data: Path = option(names="data", group=FIRST, help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow.")
     out: StoreLocation = option(
         group=FIRST, help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued."
@@ -105,6 +107,13 @@ class CacheOptions:
         default="own",
         group=DATA,
         help="How images become square: as the checkpoint says, resized whatever the shape, or filled up with the mean colour.",
+    )
+    max_pixels: int | None = option(
+        default=None,
+        at_least=1,
+        group=DATA,
+        help="Pixels that an image is resized or tiled to at most, where its size decides how many tokens it has.",
+        unset="the checkpoint's own",
     )
     max_image_pixels: int = option(
         default=MAX_IMAGE_PIXELS, at_least=1, group=DATA, help="Larger images are skipped undecoded."

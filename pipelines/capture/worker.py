@@ -63,7 +63,7 @@ class CaptureWorker:
         self.anew = anew
         self.options = options = resolve_payload(options)
         self.checkpoint = with_image_mode(
-            open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode
+            open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode, options.max_pixels
         )
         self.samples = SampleFile(options.data)
         self.encoder = SampleEncoder(

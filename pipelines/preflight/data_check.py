@@ -85,7 +85,7 @@ def check_data(options: CheckOptions) -> DataCheck:
 
 
 def _kind(sample: Sample) -> str:
-    return f"{'text only' if sample.image is None else 'one image'}, {'several turns' if len(sample.turns) > 1 else 'one turn'}"
+    return f"{_images_word(len(sample.images))}, {'several turns' if len(sample.turns) > 1 else 'one turn'}"
 
 
 def _words(sample: Sample) -> int:
@@ -99,3 +99,7 @@ def _write_report(path: Path, samples: SampleFile, found: Survey) -> None:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _images_word(count: int) -> str:
+    return ("text only", "one image")[count] if count < 2 else "several images"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
-from switchkd.data.samples import BadSample, SampleFile
+from switchkd.data.samples import BadSample, Sample, SampleFile
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.preflight.options import ShowOptions
 
@@ -38,6 +38,9 @@ class ShownSample:
     image: str | None
     spans: list[Span]  # their texts, concatenated, are the sample's text
     problem: str = ""  # why it cannot be used
+    stands_in: bool = (
+        False  # whether the image's tokens are those of a made-up one, since its own number was not looked up
+    )
 
     def tokens(self, kind: str = "") -> int:
         """Return the number of tokens, of one kind or of all."""
@@ -45,21 +48,33 @@ class ShownSample:
 
 
 def show_data(options: ShowOptions) -> Iterator[ShownSample]:
-    """Yield n samples from row `start` on. Images are not read.
+    """Yield n samples from row `start` on.
+
+    Without an image folder, images below it are not read. Where their number of tokens depends on the image, that of a made-up
+    image is shown then.
 
     Raises:
         InputError: data file, model or template cannot be used.
     """
     checkpoint = open_checkpoint(options.model, options.trust_remote_code)
     samples = SampleFile(options.data)
-    encoder = SampleEncoder(checkpoint, load_template(options.template, checkpoint), None, options.max_length)
+    encoder = SampleEncoder(checkpoint, load_template(options.template, checkpoint), options.images, options.max_length)
     for row in range(options.start, min(options.start + options.n, len(samples))):
-        sample = samples[row]
-        try:
-            spans, problem = _spans(encoder, *encoder.encode_text(sample)), ""
-        except BadSample as bad:
-            spans, problem = [], str(bad)
-        yield ShownSample(row, sample.id, sample.image, spans, problem)
+        yield _shown(encoder, samples[row])
+
+
+def _shown(encoder: SampleEncoder, sample: Sample) -> ShownSample:
+    reads = encoder.images is not None or (encoder.reader.is_variable and sample.embedded is not None)
+    try:
+        if reads:
+            encoded = encoder.encode(sample, pixels=False)
+            spans = _spans(encoder, encoded.input_ids, encoded.supervised)
+        else:
+            spans = _spans(encoder, *encoder.encode_text(sample))
+    except BadSample as bad:
+        return ShownSample(sample.index, sample.id, sample.image, [], str(bad))
+    stands_in = not reads and encoder.reader.is_variable and any(span.kind == "image" for span in spans)
+    return ShownSample(sample.index, sample.id, sample.image, spans, stands_in=stands_in)
 
 
 def _spans(encoder: SampleEncoder, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> list[Span]:

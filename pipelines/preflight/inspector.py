@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from switchkd.data.images import check_enlarged, decode, extension_mismatch, image_bytes_of
+from switchkd.data.images import check_enlarged, decode, extension_mismatch, images_of
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.errors import ReadFailure
 from switchkd.settings import MAX_IMAGE_PIXELS
@@ -57,22 +57,25 @@ class SampleInspector:
         return Finding(Status.OK, "", tokens, positions, (*sample.notes, *notes), conversions)
 
     def _of_image(self, sample: Sample) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Decode the image, and return (notes, conversions) about it. Raises BadSample."""
-        if sample.image is None or (self.images is None and sample.embedded is None):
+        """Decode the images, and return (notes, conversions) about them. Raises BadSample."""
+        if self.images is None and any(image.embedded is None for image in sample.images):
             return (), ()
+        notes: dict[str, None] = {}
+        conversions: dict[str, None] = {}
         try:
-            data = image_bytes_of(sample, self.images)
-            assert data is not None
-            converted = decode(data, sample.image, self.max_image_pixels)
-            if self.encoder is not None:
-                check_enlarged(
-                    converted.image, self.encoder.reader.image_processor, sample.image, self.max_image_pixels
-                )
+            for data, image in zip(images_of(sample, self.images), sample.images, strict=True):
+                converted = decode(data, image.name, self.max_image_pixels)
+                if self.encoder is not None:
+                    processor = self.encoder.reader.image_processor
+                    check_enlarged(converted.image, processor, image.name, self.max_image_pixels)
+                width, height = converted.image.size
+                if max(width, height) > THIN * min(width, height):
+                    notes[f"image over {THIN} times as long as wide"] = None
+                if mismatch := extension_mismatch(data, image.name):
+                    notes[mismatch] = None
+                conversions |= dict.fromkeys(converted.conversions)
         except BadSample as bad:
             raise BadSample(bad.status, f"row {sample.index}: {bad.detail}") from None
         except ReadFailure as failure:
             raise ReadFailure(f"row {sample.index}: {failure}") from failure
-        width, height = converted.image.size
-        thin = max(width, height) > THIN * min(width, height)
-        notes = (extension_mismatch(data, sample.image), f"image over {THIN} times as long as wide" if thin else "")
-        return tuple(filter(None, notes)), converted.conversions
+        return tuple(notes), tuple(conversions)

@@ -99,15 +99,22 @@ class KeptFindings:
 
     def stamp(self, sample: Sample) -> str:
         """Return what tells whether a sample's image file is the same as before; equal for all rows without such a file."""
-        if sample.image is None or sample.embedded is not None or self.inspector.images is None:
+        folder = self.inspector.images
+        files = [image.name for image in sample.images if image.embedded is None]
+        if folder is None or not files:
             return "none"
-        try:
-            about = os.stat(self.inspector.images / sample.image.replace("\\", "/"))
-        except (OSError, ValueError):
-            return "missing"
-        if time.time() - max(about.st_mtime, about.st_ctime) < TICK_SECONDS:
-            return NO_STAMP
-        return f"{about.st_size}-{about.st_mtime_ns}-{about.st_ctime_ns}-{about.st_ino}-{about.st_dev}"
+        stamps = [_stamp_of(folder / name.replace("\\", "/")) for name in files]
+        return NO_STAMP if NO_STAMP in stamps else "/".join(stamps)
+
+
+def _stamp_of(file: Path) -> str:
+    try:
+        about = os.stat(file)
+    except (OSError, ValueError):
+        return "missing"
+    if time.time() - max(about.st_mtime, about.st_ctime) < TICK_SECONDS:
+        return NO_STAMP
+    return f"{about.st_size}-{about.st_mtime_ns}-{about.st_ctime_ns}-{about.st_ino}-{about.st_dev}"
 
 
 def _key(samples: SampleFile, inspector: SampleInspector) -> str:

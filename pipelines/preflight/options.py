@@ -41,6 +41,12 @@ class ShowOptions:
 
     data: Path = option(names="data", hidden=True, help="The data file.")
     model: Path = option(names="checkpoint", help="Checkpoint folder, for its tokenizer.")
+    images: Path | None = option(
+        names="images",
+        default=None,
+        help="Folder that the data file's image paths start from: shows as many tokens as each image has.",
+        unset="images are not read",
+    )
     template: str = option(
         default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
     )

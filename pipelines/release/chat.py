@@ -60,7 +60,9 @@ class Chat:
         return answer
 
     def _prompt(self, question: str) -> Prompt:
-        return self.encoder.encode_turns([*self.turns, (question, "")], self.image, self.name)
+        return self.encoder.encode_turns(
+            [*self.turns, (question, "")], [] if self.image is None else [self.image], [self.name]
+        )
 
 
 def template_of(checkpoint: Checkpoint, asked: str | None = None) -> ConversationFormat:

@@ -112,7 +112,8 @@ def _data(
         "data file": f"{_name(record['data'])}, SHA-256 {origin.get('data', 'not recorded')}",
         "samples": f"{summary['samples']:,}; skipped: {skipped}",
         "template": (origin.get("template") or {}).get("name", "not recorded"),
-        "images": f"{type(checkpoint.image_processor).__name__}, {checkpoint.image_tokens} tokens each",
+        "images": f"{type(checkpoint.image_processor).__name__}, "
+        + (f"{checkpoint.image_tokens} tokens each" if checkpoint.image_tokens else "tokens by their size"),
     }
 
 

@@ -11,10 +11,10 @@ the token of patch j
 mass / share, so that every map sums to 1 and models can be compared; *overlap* of two maps p and q is Σ_j min(p_j, q_j).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,12 @@ from switchkd.data.encoding import SampleEncoder, collate, pad_id_of
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.errors import ConfigError, RunError
-from switchkd.models.checkpoint import Checkpoint, open_checkpoint
+from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.families import family_of
+from switchkd.models.features import media_for, media_of, text_arguments
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
+from switchkd.pipelines.reporting.token_grid import grid_of_image, patch_grid, seen_image
 from switchkd.positions import predicting_rows
 from switchkd.printable import printable
 
@@ -49,7 +52,8 @@ class AttentionProbe:
         model: checkpoint folder. template: of the prompt. layers: of the LLM, from 0, negative ones from the end; empty: all.
 
     Raises:
-        CheckpointError, ConfigError: the model cannot be opened, has no such layer, or its image tokens form no grid.
+        CheckpointError, ConfigError: the model cannot be opened, has no such layer, or is a Llava whose image tokens form no
+            grid.
     """
 
     def __init__(
@@ -63,11 +67,10 @@ class AttentionProbe:
         trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = open_checkpoint(model, trust_remote_code)
-        self.grid = patch_grid(self.checkpoint)
-        count = self.checkpoint.config.text_config.num_hidden_layers
-        if bad := [layer for layer in layers if not -count <= layer < count]:
-            raise ConfigError(f"{model} has layers 0 … {count - 1} (or -{count} … -1), asked for {bad[0]}")
-        self.layers = sorted({layer % count for layer in layers}) or list(range(count))
+        if family_of(self.checkpoint.config).is_llava:
+            patch_grid(self.checkpoint)  # a Llava whose tokens form no square is refused before its weights are read
+        self._attending = attending_layers(self.checkpoint.config)
+        self.layers = _chosen(model, self.checkpoint.config, layers, self._attending)
         self._template, self._max_new_tokens = load_template(template, self.checkpoint), max_new_tokens
         self._model = load_model(self.checkpoint, dtype=dtype).to(device)
         self._model.set_attn_implementation("eager")  # the only attention implementation that returns its weights
@@ -80,6 +83,7 @@ class AttentionProbe:
 
         Raises:
             BadSample: the image cannot be used.
+            CheckpointError: the image's tokens form no grid.
         """
         if not image.is_file():
             raise BadSample(Status.IMAGE_MISSING, f"no image {printable(image)}")
@@ -88,20 +92,25 @@ class AttentionProbe:
             answer = self._answer(encoder, image, question)
         encoded = encoder.encode(_sample(image, question, answer))
         batch = collate([encoded], pad_id_of(self.checkpoint.tokenizer))
-        rows, ids = predicting_rows(batch["labels"])[0], batch["input_ids"]
-        on_image = ids[0] == self.checkpoint.image_token_id
-        assert encoded.pixels is not None
-        pixels = encoded.pixels[None].to(self._model.device, self._model.dtype)
+        rows, media = predicting_rows(batch["labels"])[0], media_of(batch)
+        on_image = batch["input_ids"][0] == self.checkpoint.image_token_id
+        grid = grid_of_image(self.checkpoint, media, int(on_image.sum()))
+        ids, mask, labels = (batch[name].to(self._model.device) for name in ("input_ids", "attention_mask", "labels"))
+        given = media_for(self._model, media)
         with torch.inference_mode():
             attentions = self._model(
-                input_ids=ids.to(self._model.device), pixel_values=pixels, output_attentions=True, use_cache=False
+                **text_arguments(self._model, ids, mask, labels, given),
+                **given,
+                output_attentions=True,
+                use_cache=False,
             ).attentions
-        chosen = torch.stack([attentions[layer][0].float().cpu() for layer in self.layers])
-        mass = answer_to_image(chosen, rows, on_image)[self.grid.extra :]
+        of_layer = dict(zip(self._attending, attentions, strict=True))
+        chosen = torch.stack([of_layer[layer][0].float().cpu() for layer in self.layers])
+        mass = answer_to_image(chosen, rows, on_image)[grid.extra :]
         share = float(mass.sum())
         if not share > 0:
             raise RunError(f"{self.checkpoint.path} pays the image no attention at all in layers {self.layers}")
-        return AttentionMap(answer, share, self.grid.place(mass.numpy() / share), self._seen(encoded.pixels))
+        return AttentionMap(answer, share, grid.place(mass.numpy() / share), seen_image(self.checkpoint, media))
 
     def _answer(self, encoder: SampleEncoder, image: Path, question: str) -> str:
         answerer = GreedyGenerator(self._model, encoder, self._template, self._max_new_tokens)
@@ -109,13 +118,6 @@ class AttentionProbe:
         if isinstance(found, BadSample):
             raise found
         return found
-
-    def _seen(self, pixels: Tensor) -> NDArray[np.float64]:
-        """Undo the processor's normalisation, so that the displayed image is aligned with the model's patches."""
-        processor = self.checkpoint.image_processor
-        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-        seen: NDArray[np.float64] = (pixels.float() * std + mean).clamp(0, 1).permute(1, 2, 0).double().numpy()
-        return seen
 
 
 def answer_to_image(attention: Tensor, rows: Tensor, on_image: Tensor) -> Tensor:
@@ -132,41 +134,25 @@ def overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> float | Non
     return float(np.nansum(np.minimum(one, other))) if one.shape == other.shape else None
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The layout of an image's tokens: `side` × `side` patches in row-major order, of which the first `missing` have no token.
-
-    `extra` tokens (CLIP's class token with strategy "full") precede the patches and belong to none; they are left out.
-    """
-
-    side: int
-    missing: int = 0
-    extra: int = 0
-
-    def place(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Arrange the values of the patches that have a token, [n] → [side, side]; NaN where there is none."""
-        cells = np.full(self.side**2, np.nan)
-        cells[self.missing :] = values
-        return cells.reshape(self.side, self.side)
+def attending_layers(config: Any) -> list[int]:
+    """Return the layers of a model's LLM that have attention weights: all, but those of linear attention."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return [layer for layer, kind in enumerate(kinds) if kind != "linear_attention"]
 
 
-def patch_grid(checkpoint: Checkpoint) -> Grid:
-    """Return the layout of a model's image tokens over the image.
-
-    A tower has image_size / patch_size patches per side. Strategy "default" drops the first state: CLIP's class token, but
-    SigLIP's first patch. A projector that pools gives a smaller square.
-
-    Raises:
-        ConfigError: the number of tokens does not correspond to a square.
-    """
-    vision, tokens = checkpoint.config.vision_config, checkpoint.image_tokens
-    side = vision.image_size // vision.patch_size
-    for grid in (Grid(side), Grid(side, missing=1), Grid(side, extra=1), Grid(math.isqrt(tokens))):
-        if grid.side**2 - grid.missing + grid.extra == tokens:
-            return grid
-    raise ConfigError(
-        f"{checkpoint.path}: an image becomes {tokens} tokens, which form no square over {side} × {side} patches"
-    )
+def _chosen(model: Path, config: Any, layers: Sequence[int], attending: list[int]) -> list[int]:
+    """Return the layers that are read, from 0. Raises ConfigError."""
+    count = config.get_text_config().num_hidden_layers
+    if bad := [layer for layer in layers if not -count <= layer < count]:
+        raise ConfigError(f"{model} has layers 0 … {count - 1} (or -{count} … -1), asked for {bad[0]}")
+    chosen = sorted({layer % count for layer in layers}) or attending
+    if bad := [layer for layer in chosen if layer not in attending]:
+        raise ConfigError(
+            f"layer {bad[0]} of {model} has linear attention, which gives no weights: pass --layer with some of "
+            f"{', '.join(map(str, attending))}, or leave it out"
+        )
+    return chosen
 
 
 def _sample(image: Path, question: str, answer: str) -> Sample:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from switchkd.data.images import decode_image, image_bytes_of
+from switchkd.data.images import decode_image, images_of
 from switchkd.data.samples import SampleFile
 from switchkd.errors import InputError
 from switchkd.pipelines.reporting.inputs import EvalRun
@@ -112,9 +112,10 @@ def _picture(run: EvalRun, line: dict[str, Any]) -> tuple[str | None, str]:
         if line["source"] == "data":
             sample = SampleFile(Path(run.options["data"]))[line["row"]]
             folder = run.options.get("images")
-            content, name = image_bytes_of(sample, None if folder is None else Path(folder)), str(sample.image)
-            if content is None:
+            found = images_of(sample, None if folder is None else Path(folder), 1)
+            if not found:
                 return None, "no image: a question about text alone"
+            content, name = found[0], str(sample.image)
         else:
             name = line["image"]
             content = Path(name).read_bytes()

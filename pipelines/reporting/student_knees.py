@@ -33,7 +33,7 @@ def knees_beside(run: TrainRun, store: TeacherStore, samples: int, device: str) 
         ConfigError: the run's tokenizer differs from the store's. StoreMismatch: a sample changed since it was cached.
     """
     manifest = store.manifest
-    checkpoint = with_image_mode(open_checkpoint(run.path), manifest.image_mode)
+    checkpoint = with_image_mode(open_checkpoint(run.path), manifest.image_mode, manifest.max_pixels)
     if hash_tokenizer(checkpoint.tokenizer) != manifest.tokenizer:
         raise ConfigError(
             f"{run.path} and {store.path} have other tokenizers; report on them apart, or without --knees"

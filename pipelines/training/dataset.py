@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,7 @@ SURVEYED_ROWS = 4096
 WORTH_GROUPING = 0.05  # share of the tokens that grouping saves
 # Typical for English. It is used only to add text to image tokens where lengths of samples are estimated and compared.
 CHARACTERS_PER_TOKEN = 4
+ESTIMATED_BY = 32  # samples, by whose images the tokens of an image are estimated where its size decides
 
 
 class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
@@ -138,14 +139,31 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
             partners.append(aligned_positions([replace(sides[0], teacher=sides[1])]))
         return float((np.concatenate(partners) >= 0).mean()) if partners else 0.0
 
+    @cached_property
+    def image_tokens(self) -> int:
+        """Tokens of an image, for estimates of lengths: where the image decides, the mean over some of the data file's."""
+        if not self.encoder.reader.is_variable:
+            return self.encoder.image_tokens
+        shown = self.usable[self.samples.has_image()[self.usable]]
+        tokens = images = 0
+        for row in shown[:: max(1, len(shown) // ESTIMATED_BY)][:ESTIMATED_BY]:
+            sample = self.samples[int(row)]
+            try:
+                ids = self.encoder.encode(sample).input_ids
+            except BadSample:
+                continue
+            tokens += int((ids == self.encoder.image_token_id).sum())
+            images += len(sample.images)
+        return round(tokens / images) if images else 0
+
     def order(self, grouping: str, seed: int, global_batch: int) -> EpochOrder:
         """Return the order in which epochs take the samples; see `EpochOrder`.
 
         Lengths are estimated from characters, so that no text need be tokenized before the first step.
         """
         has_image = self.samples.has_image()[self.usable]
-        image_tokens = self.encoder.usual_image_tokens
-        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + has_image * image_tokens
+        of_images = self.samples.image_counts()[self.usable] * self.image_tokens
+        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + of_images
         return EpochOrder(grouping, seed, len(self), lengths, has_image, global_batch)
 
     def grouping(self, batch_size: int, global_batch: int, packing: int | None) -> Literal["none", "modality-length"]:

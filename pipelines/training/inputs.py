@@ -1,8 +1,11 @@
 """The inputs of a training run: opened, and checked against each other, before a model is loaded."""
 
+import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +27,7 @@ from switchkd.models.checkpoint import (
     teacher_identity,
     with_image_mode,
 )
-from switchkd.models.families import family_of
+from switchkd.models.families import FAMILIES, family_of
 from switchkd.models.packing_probe import check_packing
 from switchkd.models.pair import check_pair
 from switchkd.pipelines.cores import local_processes, workers_beside
@@ -36,6 +39,8 @@ from switchkd.pipelines.training.lifecycle.batches import as_begun, resolve_batc
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def resolve_options(options: TrainOptions, processes: int | None = None) -> Trai
         processes: of the run; None: as many as torchrun started.
 
     Returns:
-        The options with a precision, and with batch sizes and workers as numbers. `group_by` may still be None: it depends on
-        the data.
+        The options with a precision, the switch pathway on or off, and batch sizes and workers as numbers. `group_by` may still
+        be None: it depends on the data.
 
     Raises:
         ConfigError: a package that they need is missing, or the global batch differs from the run's.
@@ -91,9 +96,25 @@ def resolve_options(options: TrainOptions, processes: int | None = None) -> Trai
     options = as_begun(options)
     if options.precision is None:
         options = replace(options, precision=precision_here())
+    if options.switch is None:
+        options = replace(options, switch=options.switch_adapter is not None or _switches(options.student))
     if options.workers is None:
         options = replace(options, workers=workers_beside(local_processes()))
     return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes)
+
+
+def _switches(student: Path) -> bool:
+    """Whether the switch pathway is on by default for a student; not where its family's `switch_note` speaks against it."""
+    try:
+        kind = json.loads((student / "config.json").read_text(encoding="utf-8"))["model_type"]
+        family = FAMILIES[kind]
+    except (OSError, ValueError, LookupError, TypeError):
+        return True  # `open_checkpoint` says what is wrong with it
+    if family.switch_note:
+        log.warning(
+            "the switch pathway is off: %s is a %s, and %s. --switch turns it on", student, kind, family.switch_note
+        )
+    return not family.switch_note
 
 
 def precision_here() -> Literal["float32", "bfloat16"]:
@@ -110,7 +131,6 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     """
     objective = options.as_objective()
     student = open_checkpoint(options.student, options.trust_remote_code)
-    media = _media_of_one_image(student)
     teacher = _open_teacher(options, objective, student)
     check_models(options, student, teacher)
     data = SampleFile(options.data)
@@ -122,9 +142,10 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     if store is not None and payload is not None:
         store = store.only(payload)
     cross_tokenizer.check_vocab_map(options, teacher, payload)
-    mode = _image_mode(options, teacher, store)
-    student = with_image_mode(student, mode)
-    encoder, other = _encoders(options, student, teacher, store, mode)
+    mode, max_pixels = _image_mode(options, teacher, store)
+    student = with_image_mode(student, mode, max_pixels)
+    teacher = None if teacher is None else with_image_mode(teacher, mode, max_pixels)
+    encoder, other = _encoders(options, student, teacher, store)
     samples = TrainingSamples(data, encoder, store, options.workers or 0, other, options.max_skipped)
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
@@ -143,7 +164,7 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
         samples=samples,
         vocabularies=vocabularies,
         two_views=other is not None,
-        media=media,
+        media=_media_of_one_image(student),
         teacher_media=None if teacher is None else _media_of_one_image(teacher),
     )
 
@@ -248,8 +269,8 @@ def _open_store(
     }
     if teacher is not None:
         wanted["teacher"] = teacher_identity(teacher, vision=False)
-        if options.image_mode is not None:
-            mine = with_image_mode(teacher, options.image_mode).image_processor
+        if options.image_mode is not None or options.max_pixels is not None:
+            mine = with_image_mode(teacher, options.image_mode or "own", options.max_pixels).image_processor
             wanted["image_processor"] = hash_image_processor(mine)
     if options.template is not None:
         wanted["template"] = load_template(options.template, teacher or student).as_dict()
@@ -260,21 +281,23 @@ def _open_store(
     return store
 
 
-def _image_mode(options: TrainOptions, teacher: Checkpoint | None, store: TeacherStore | None) -> str:
-    """Return how images become square: as the options request, else as the store's manifest specifies.
+def _image_mode(
+    options: TrainOptions, teacher: Checkpoint | None, store: TeacherStore | None
+) -> tuple[str, int | None]:
+    """Return how images become square, and their limit of pixels: as the options request, else as the store's manifest specifies.
 
     Raises:
         StoreMismatch: the teacher's image processor is not the one that the store was made with.
     """
     if store is None:
-        return options.image_mode or "own"
+        return options.image_mode or "own", options.max_pixels
     manifest = store.manifest
-    mode = options.image_mode or manifest.image_mode
+    mode, max_pixels = options.image_mode or manifest.image_mode, options.max_pixels or manifest.max_pixels
     if teacher is not None:
-        processor = hash_image_processor(with_image_mode(teacher, mode).image_processor)
+        processor = hash_image_processor(with_image_mode(teacher, mode, max_pixels).image_processor)
         if mismatches := manifest.mismatches({"image_processor": processor}):
             raise StoreMismatch(f"{store.path} does not fit {teacher.path}: {mismatches[0]}")
-    return mode
+    return mode, max_pixels
 
 
 def choose_payload(
@@ -306,7 +329,7 @@ def choose_payload(
 
 
 def _encoders(
-    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None, mode: str
+    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
 ) -> tuple[SampleEncoder, SampleEncoder | None]:
     """Return the student's encoder, and the teacher's if it encodes samples differently.
 
@@ -314,7 +337,6 @@ def _encoders(
     """
     if teacher is None or not (options.vocab_map or _reads_images_otherwise(teacher, student)):
         return _encoder(options, student, store), None
-    teacher = with_image_mode(teacher, mode)
     longer = max(0, student.image_tokens - teacher.image_tokens)
     if options.vocab_map:
         longer = student.config.text_config.max_position_embeddings  # the model's limit; the tokenizer has none

@@ -61,7 +61,7 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
     """
     options, teacher = inputs.options, inputs.teacher
     if inputs.objective.switch and (note := family_of(inputs.student.config).switch_note):
-        log.warning("the switch pathway of a %s: %s", inputs.student.config.model_type, note)
+        log.warning("the switch pathway of a %s: %s; --no-switch turns it off", inputs.student.config.model_type, note)
     with loading_whole(arguments):
         student = load_model(inputs.student, dtype="float32")
         source, switch_teacher = _load_teacher(inputs)

@@ -71,7 +71,9 @@ class TrainOptions:
         ConfigError: an option violates its type or bounds, or two options exclude each other; no file was opened.
     """
 
-    student: Path = option(names="checkpoint", group=FIRST, help="Checkpoint folder of the student (a Llava).")
+    student: Path = option(
+        names="checkpoint", group=FIRST, help="Checkpoint folder of the student, of any family of `switchkd models`."
+    )
     data: Path = option(names="data", group=FIRST, help="The data file that was cached.")
     output: Path = option(group=FIRST, help="The run: checkpoints, options, losses, the trained student.")
     teacher: Path | None = option(
@@ -96,7 +98,12 @@ class TrainOptions:
         help="The divergence that Align and VSD measure; sft is CE alone. llava-kd and align-kd are other methods: "
         "--no-switch --teacher-mode live.",
     )
-    switch: bool = option(default=True, group=OBJECTIVE, help="Train the visual-switch pathway (VSD).")
+    switch: bool | None = option(
+        default=None,
+        group=OBJECTIVE,
+        help="Train the visual-switch pathway (VSD).",
+        unset="on; off for families where it teaches nothing, see `switchkd models`",
+    )
     align_weight: float = option(default=1.0, group=OBJECTIVE, help="λ1, the weight of Align.")
     vsd_weight: float = option(default=1.0, group=OBJECTIVE, help="λ2, the weight of VSD.")
     switch_adapter: Literal["linear", "mlp"] | None = option(
@@ -148,6 +155,13 @@ class TrainOptions:
         default=None,
         group=DATA,
         help="How images become square, for both models.",
+        unset="the store's, without one the checkpoint's own",
+    )
+    max_pixels: int | None = option(
+        default=None,
+        at_least=1,
+        group=DATA,
+        help="Pixels that an image is resized or tiled to at most, where its size decides how many tokens it has.",
         unset="the store's, without one the checkpoint's own",
     )
     max_skipped: float = option(
@@ -279,7 +293,7 @@ class TrainOptions:
     )
 
     def __post_init__(self) -> None:
-        check_objective(self.objective, self.switch, self.temperature, self.window, self.mean)
+        check_objective(self.objective, self.switch is not False, self.temperature, self.window, self.mean)
         check_trainer_entries(self.trainer)
         self.as_parts()
         self._check_baseline()
@@ -290,7 +304,13 @@ class TrainOptions:
         from switchkd.losses.objective import Objective
 
         return Objective(
-            self.objective, self.switch, self.align_weight, self.vsd_weight, self.temperature, self.window, self.mean
+            self.objective,
+            self.switch is not False,  # None until `inputs.resolve_options` asks the student's family
+            self.align_weight,
+            self.vsd_weight,
+            self.temperature,
+            self.window,
+            self.mean,
         )
 
     def as_parts(self) -> frozenset[str]:
@@ -302,9 +322,9 @@ class TrainOptions:
         parts = parts_of(self.train_parts)
         if idle := [part for part in self.part_rates() if part not in parts]:
             raise ConfigError(f"--lr-{idle[0]} is given, but --train-parts {self.train_parts} leaves {idle[0]} frozen")
-        if self.switch_adapter is not None and not self.switch:
+        if self.switch_adapter is not None and self.switch is False:
             raise ConfigError("--switch-adapter belongs to the switch pathway: leave it out, or pass --switch")
-        if self.switch and "vision" not in parts:
+        if self.switch is not False and "vision" not in parts:
             raise ConfigError(
                 "the switch pathway teaches the vision tower alone: add vision to --train-parts, or pass --no-switch"
             )

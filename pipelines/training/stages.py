@@ -20,7 +20,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "pt": {**_SCHEDULE, **_PRE_TRAINING, **_NO_TEACHER, "template": "plain", "max_length": 2048},
     "dpt": {**_SCHEDULE, **_PRE_TRAINING, "objective": "dbild-rkl", "switch": False},
     "sft": {**_SCHEDULE, **_FINE_TUNING, **_NO_TEACHER, "max_length": 2048},
-    "dft": {**_SCHEDULE, **_FINE_TUNING, "objective": "dbild-rkl", "switch": True},
+    "dft": {**_SCHEDULE, **_FINE_TUNING, "objective": "dbild-rkl"},
 }
 
 

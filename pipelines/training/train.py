@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from switchkd.data.encoding import pad_id_of
-from switchkd.errors import ConfigError
+from switchkd.errors import ConfigError, Stopped
 from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
@@ -22,7 +22,7 @@ from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, reso
 from switchkd.pipelines.training.lifecycle.begun import TrainSummary, finished, has_begun
 from switchkd.pipelines.training.lifecycle.lock import one_run
 from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
-from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, stop_requests
+from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, leave_group, stop_requests
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import require_checkpoint
@@ -50,7 +50,11 @@ def train(options: TrainOptions) -> TrainSummary:
         return done
     first = os.environ.get("RANK", "0") == "0"
     with stop_requests() as request, one_run(options.output, first):
-        return _run(options, request)
+        try:
+            return _run(options, request)
+        except Stopped:
+            leave_group()
+            raise
 
 
 def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:

@@ -50,16 +50,21 @@ class ChatTemplate:
     end: str = ""
     name: str = "chat"
 
-    def render(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+    def render(
+        self, turns: Iterable[tuple[str, str]], images: int, eos: str | None, system: str = ""
+    ) -> list[tuple[str, bool]]:
         """Return the segments (text, supervised) of a conversation, see `Template.render`.
 
         Raises:
             TemplateNotInvertible: the supervised segments cannot be determined.
         """
-        whole, spans = self._spans(list(turns), has_image)
-        return self._with_markers(_segments(whole, spans), has_image)
+        pairs = list(turns)
+        whole, spans = self._spans(pairs, images, system)
+        return self._with_markers(_segments(whole, spans), _all_images(pairs, images))
 
-    def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+    def prompt(
+        self, turns: Iterable[tuple[str, str]], images: int, eos: str | None, system: str = ""
+    ) -> list[tuple[str, bool]]:
         """Return the segments before the last turn's answer, as `render` gives them for a conversation that ends with it.
 
         What the template writes between its generation prompt and an answer, such as an empty thinking block, is part of the
@@ -67,9 +72,9 @@ class ChatTemplate:
         """
         pairs = list(turns)
         pairs[-1:] = [(question, _STAND_IN.format(len(pairs))) for question, _ in pairs[-1:]]
-        whole, spans = self._spans(pairs, has_image)
+        whole, spans = self._spans(pairs, images, system)
         *earlier, (begin, _) = spans
-        return self._with_markers(_segments(whole[:begin], earlier), has_image)
+        return self._with_markers(_segments(whole[:begin], earlier), _all_images(pairs, images))
 
     def answer_end(self, eos: str | None) -> str:
         """Return the text that ends an answer."""
@@ -86,26 +91,33 @@ class ChatTemplate:
             "end": self.end,
         }
 
-    def _messages(self, turns: Sequence[tuple[str, str]], has_image: bool) -> list[dict[str, Any]]:
+    def _messages(self, turns: Sequence[tuple[str, str]], images: int, system: str = "") -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
+        if system:
+            messages.append({"role": "system", "content": self._content(system, 0)})
         for number, (question, answer) in enumerate(turns):
-            image = has_image and number == 0
-            messages.append({"role": "user", "content": self._content(question, image)})
-            messages.append({"role": "assistant", "content": self._content(answer, image=False)})
+            messages.append({"role": "user", "content": self._content(question, 0 if number else images)})
+            messages.append({"role": "assistant", "content": self._content(answer, 0)})
         return messages
 
-    def _content(self, text: str, image: bool) -> Any:
-        if self.parts:
-            return [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]
-        return (self.image_token + "\n" if image else "") + text
+    def _content(self, text: str, images: int) -> Any:
+        """Return a message's content; images stand before the text, and where it has markers."""
+        pieces = text.split(IMAGE_MARKER)
+        if not self.parts:
+            return (self.image_token + "\n") * images + self.image_token.join(pieces)
+        parts: list[dict[str, str]] = [{"type": "image"}] * images
+        for number, piece in enumerate(pieces):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": piece}] if piece or len(pieces) == 1 else []
+        return parts
 
-    def _spans(self, pairs: Sequence[tuple[str, str]], has_image: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _spans(self, pairs: Sequence[tuple[str, str]], images: int, system: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the whole text of a conversation, and the (begin, end) offsets of the supervised text of each turn.
 
         Generation blocks say where answers are. Without them, the conversation is rendered a second time with other answers:
         where the two texts differ in the answers alone, the text around the answers is the template's, whatever it is.
         """
-        whole, found = self._jinja(self._messages(pairs, has_image))
+        whole, found = self._jinja(self._messages(pairs, images, system))
         if _GENERATION.search(self.source):
             if len(found) != len(pairs):
                 raise TemplateNotInvertible(f"{len(pairs)} answers became {len(found)} supervised spans")
@@ -113,7 +125,7 @@ class ChatTemplate:
                 if not whole[begin:end].lstrip().startswith(answer.strip()):
                     raise TemplateNotInvertible(f"the answer {answer!r} became {whole[begin:end]!r}")
             return whole, found
-        around = self._around_answers([question for question, _ in pairs], has_image)
+        around = self._around_answers([question for question, _ in pairs], images, system)
         if not whole.startswith(around[0]):
             raise TemplateNotInvertible("the text before the first answer depends on the answers")
         spans, place = [], len(around[0])
@@ -134,10 +146,10 @@ class ChatTemplate:
             place += len(said) + len(after)
         return whole, spans
 
-    def _around_answers(self, questions: Sequence[str], has_image: bool) -> list[str]:
+    def _around_answers(self, questions: Sequence[str], images: int, system: str = "") -> list[str]:
         """Return what the template writes before, between and after the answers to n questions: n + 1 pieces."""
         words = [_STAND_IN.format(number) for number in range(len(questions))]
-        text, _ = self._jinja(self._messages(list(zip(questions, words, strict=True)), has_image))
+        text, _ = self._jinja(self._messages(list(zip(questions, words, strict=True)), images, system))
         pieces = []
         for word in words:
             if text.count(word) != 1:
@@ -162,13 +174,18 @@ class ChatTemplate:
         except RenderFailed as error:
             raise TemplateNotInvertible(f"the template fails: {error}") from error
 
-    def _with_markers(self, segments: list[tuple[str, bool]], has_image: bool) -> list[tuple[str, bool]]:
-        """Replace the template's own image token by `IMAGE_MARKER`; the token must occur once if there is an image."""
+    def _with_markers(self, segments: list[tuple[str, bool]], images: int) -> list[tuple[str, bool]]:
+        """Replace the template's own image token by `IMAGE_MARKER`; the token must occur once for every image."""
         marked = [(text if said else text.replace(self.image_token, IMAGE_MARKER), said) for text, said in segments]
         count = sum(text.count(IMAGE_MARKER) for text, said in marked if not said)
-        if count != has_image:
-            raise TemplateNotInvertible(f"{int(has_image)} images became {count} image tokens {self.image_token!r}")
+        if count != images:
+            raise TemplateNotInvertible(f"{images} images became {count} image tokens {self.image_token!r}")
         return [segment for segment in marked if segment[0]]
+
+
+def _all_images(pairs: Sequence[tuple[str, str]], images: int) -> int:
+    """Return the number of images of a conversation: those before it, and one for every marker in a question."""
+    return images + sum(question.count(IMAGE_MARKER) for question, _ in pairs)
 
 
 def _segments(whole: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
@@ -213,8 +230,8 @@ def open_chat_template(
         bare = ChatTemplate(source, special_tokens, image_token, parts)
         try:
             template = ChatTemplate(source, special_tokens, image_token, parts, _find_end(bare, tuple(ends)))
-            for has_image in (True, False):
-                _require_sound(template, has_image)
+            for images in (1, 0):
+                _require_sound(template, images)
         except TemplateNotInvertible as error:
             reasons.append(f"content as {'parts' if parts else 'text'}: {error}")
             continue
@@ -230,16 +247,16 @@ def open_chat_template(
 def _find_end(bare: ChatTemplate, ends: tuple[str, ...]) -> str:
     """Return the text after an answer through the first added token; without one, all of it but trailing whitespace."""
     if _GENERATION.search(bare.source):
-        text, spans = bare._jinja(bare._messages(_PROBE[:1], has_image=False))
+        text, spans = bare._jinja(bare._messages(_PROBE[:1], images=0))
         tail = text[slice(*spans[0])].partition(_PROBE[0][1])[2] if spans else ""
     else:
-        tail = bare._around_answers([_PROBE[0][0]], has_image=False)[1]
+        tail = bare._around_answers([_PROBE[0][0]], images=0)[1]
     places = [tail.index(end) + len(end) for end in ends if end and end in tail]
     return tail[: min(places)] if places else tail.rstrip()
 
 
-def _require_sound(template: ChatTemplate, has_image: bool) -> None:
-    segments = template.render(_PROBE, has_image, None)
+def _require_sound(template: ChatTemplate, images: int) -> None:
+    segments = template.render(_PROBE, images, None)
     text = "".join(text for text, _ in segments)
     for word in (word for turn in _PROBE for word in turn):
         if text.count(word) != 1:

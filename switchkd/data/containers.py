@@ -36,8 +36,8 @@ class Container(Protocol):
     def rows(self) -> Iterator[Any]:
         """Yield the rows: objects with `conversations` or `messages`, `image` or `images`, `id`, `question_type`."""
 
-    def image_bytes(self, index: int) -> bytes:
-        """Return the image that row `index` holds."""
+    def image_bytes(self, index: int, number: int = 0) -> bytes:
+        """Return an image that row `index` holds, the first by default."""
 
     def advice(self) -> str:
         """Return what to do if no row can be used, to end a message; "" if nothing is known."""
@@ -105,11 +105,12 @@ class DatasetRows:
             for number, row in enumerate(plain):
                 yield row | {name: cells[number] for name, cells in images.items()}
 
-    def image_bytes(self, index: int) -> bytes:
-        """Return the image that row `index` holds."""
+    def image_bytes(self, index: int, number: int = 0) -> bytes:
+        """Return an image that row `index` holds, the first by default."""
         row = self._images[index]
         value = next(row[name] for name in IMAGE_COLUMNS if row.get(name))
-        value = value[0] if isinstance(value, list) else value
+        if isinstance(value, list):
+            value = [item for item in value if item is not None][number]
         data: bytes = value["bytes"] if isinstance(value, dict) else value
         return data
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from switchkd.data.chat_template import ChatTemplate, TemplateNotInvertible
-from switchkd.data.images import check_enlarged, decode, image_bytes_of, was_decoded_otherwise
+from switchkd.data.images import check_enlarged, decode, images_of, was_decoded_otherwise
 from switchkd.data.media import Media, MediaReader, collate_media
 from switchkd.data.samples import BadSample, Sample, Status
-from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
+from switchkd.data.templates import IMAGE_MARKER, ConversationFormat, NoPlaceForSystem
 from switchkd.data.tokenization import ConversationTokenizer, Tokens, check_template
 from switchkd.errors import CheckpointError, ConfigError, DataError, ReadFailure, SwitchKDError
 from switchkd.fingerprints import SampleDigest, digest_sample
@@ -106,10 +106,10 @@ class SampleEncoder:
             checkpoint.tokenizer, checkpoint.image_token_id, not isinstance(template, ChatTemplate)
         )
         try:
-            check_template(self.words, template, self._text_of(None))
+            check_template(self.words, template, *self._texts_of(None, 1))
         except ConfigError as error:
             raise ConfigError(f"{checkpoint.path}: {error}") from error
-        self._media_cache: LRUCache[bytes, _Image] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
+        self._media_cache: LRUCache[bytes, _Images] = LRUCache(PIXEL_CACHE_BYTES, getsizeof=attrgetter("nbytes"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cached pixels, which would be copied to every spawned DataLoader worker."""
@@ -130,18 +130,17 @@ class SampleEncoder:
         with _naming(sample, self.path):
             # The text of a Llava's sample does not depend on the image, and is refused before that is read.
             tokens = None if self.reader.is_variable else self._tokens(sample, None)
-            data = image_bytes_of(sample, self.images)
-            image = (
-                self._image(data, sample.image) if data is not None and (pixels or self.reader.is_variable) else None
-            )
-            tokens = tokens or self._tokens(sample, None if image is None else image.media)
-            changed = False
-            if data is not None:
-                changed = was_decoded_otherwise(data, self.max_image_pixels) if image is None else image.changed
+            found = images_of(sample, self.images)
+            read = None
+            if found and (pixels or self.reader.is_variable):
+                read = self._read(found, [image.name for image in sample.images])
+            tokens = tokens or self._tokens(sample, None if read is None else read.media)
+            otherwise = (was_decoded_otherwise(data, self.max_image_pixels) for data in found)
+            changed = any(otherwise) if read is None else read.changed
         # The first token of a text is predicted by none.
         starts = tokens.starts[int(tokens.supervised[0]) :] if self.with_starts else None
-        digest = digest_sample(tokens.ids, tokens.supervised, data, changed)
-        media = image.media.columns if image is not None and pixels else None
+        digest = digest_sample(tokens.ids, tokens.supervised, _joined(found), changed)
+        media = read.media.columns if read is not None and pixels else None
         return EncodedSample(tokens.ids, tokens.supervised, media, digest, starts=starts)
 
     def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
@@ -157,7 +156,7 @@ class SampleEncoder:
         return tokens.ids, tokens.supervised
 
     def _tokens(self, sample: Sample, media: Media | None) -> Tokens:
-        tokens = self.words(self._segments(sample), [] if sample.image is None else [self._text_of(media)])
+        tokens = self.words(self._segments(sample), self._texts_of(media, len(sample.images)))
         self._require_fit(tokens.ids)
         if not tokens.supervised[1:].any():
             reason = (
@@ -169,10 +168,12 @@ class SampleEncoder:
         return tokens
 
     def _segments(self, sample: Sample) -> list[tuple[str, bool]]:
-        self.words.require_no_control_tokens([text for turn in sample.turns for text in turn])
+        said = [text.replace(IMAGE_MARKER, " ") if sample.placed else text for turn in sample.turns for text in turn]
+        self.words.require_no_control_tokens([sample.system, *said])
         try:
-            segments = self.template.render(sample.turns, sample.image is not None, self.tokenizer.eos_token)
-        except TemplateNotInvertible as error:
+            before = 0 if sample.placed else len(sample.images)
+            segments = self.template.render(sample.turns, before, self.tokenizer.eos_token, sample.system)
+        except (TemplateNotInvertible, NoPlaceForSystem) as error:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
         return without_answers(segments, sample) if sample.unsupervised else segments
 
@@ -180,48 +181,55 @@ class SampleEncoder:
         """Encode a sample up to where the answer of turn `turn` begins. Raises BadSample."""
         sample.require_ok()
         with _naming(sample, self.path):
-            return self.encode_turns(sample.turns[: turn + 1], image_bytes_of(sample, self.images), str(sample.image))
+            found = images_of(sample, self.images, sample.images_before(turn + 1))
+            names = [image.name for image in sample.images]
+            return self.encode_turns(sample.turns[: turn + 1], found, names, sample.system)
 
-    def encode_turns(self, turns: Sequence[tuple[str, str]], image: bytes | None, name: str) -> "Prompt":
+    def encode_turns(
+        self, turns: Sequence[tuple[str, str]], images: Sequence[bytes], names: Sequence[str], system: str = ""
+    ) -> "Prompt":
         """Encode turns up to where the last one's answer begins.
 
         Args:
-            turns: (question, answer) pairs; the last answer is ignored. image: an image file's bytes. name: its name in errors.
+            turns: (question, answer) pairs; the last answer is ignored.
+            images: image files' bytes; they stand at the markers of the questions, or before the first one if there are none.
+            names: their names in errors. system: a system prompt.
 
         Raises:
             BadSample: too long, no text, or an unusable image.
         """
+        markers = sum(text.count(IMAGE_MARKER) for text, _ in turns)
+        placed = bool(markers) and markers == len(images)
         *before, (question, _) = turns
-        self.words.require_no_control_tokens([*(text for turn in before for text in turn), question])
+        said = [*(text for turn in before for text in turn), question]
+        said = [text.replace(IMAGE_MARKER, " ") for text in said] if placed else said
+        self.words.require_no_control_tokens([system, *said])
         try:
-            segments = self.template.prompt(turns, image is not None, self.tokenizer.eos_token)
-        except TemplateNotInvertible as error:
+            segments = self.template.prompt(turns, 0 if placed else len(images), self.tokenizer.eos_token, system)
+        except (TemplateNotInvertible, NoPlaceForSystem) as error:
             raise BadSample(Status.BAD_TURN, f"template {self.template.name}: {error}") from None
-        media = None if image is None else self._image(image, name).media
-        ids = self.words.prompt(segments, [] if image is None else [self._text_of(media)])
+        media = self._read(images, names).media if images else None
+        ids = self.words.prompt(segments, self._texts_of(media, len(images)))
         self._require_fit(ids)
         if not len(ids):
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
         return Prompt(ids, None if media is None else media.columns)
 
-    def _text_of(self, media: Media | None) -> str:
-        """Return the text of an image; None is one that was not read."""
-        if media is None and self.reader.is_variable:
-            media = self._probe
-        image = self.words.image_token * self.image_tokens if media is None else media.texts[0]
-        return self.reader.text_of(image, isinstance(self.template, ChatTemplate))
-
-    @property
-    def usual_image_tokens(self) -> int:
-        """Tokens of an image, for estimates of lengths; those of a made-up one where the image decides."""
-        return len(self.placeholder()[0]) if self.reader.is_variable else self.image_tokens
+    def _texts_of(self, media: Media | None, count: int) -> list[str]:
+        """Return the texts of `count` images; without media, of images that were not read."""
+        if media is None:
+            image = self._probe.texts[0] if self.reader.is_variable else self.words.image_token * self.image_tokens
+            texts = [image] * count
+        else:
+            texts = media.texts
+        return [self.reader.text_of(text, isinstance(self.template, ChatTemplate)) for text in texts]
 
     def placeholder(self) -> tuple[NDArray[np.int32], Mapping[str, Tensor]]:
         """Return the ids [L] of an image without further text, and its media; a Llava's is blank, of others a made-up one."""
         if not self.reader.is_variable:
             ids = np.full(self.image_tokens, self.image_token_id, np.int32)
             return ids, {"pixel_values": blank_image(self.config)}
-        return self.words([(IMAGE_MARKER, False)], [self._text_of(None)]).ids, self._probe.columns
+        return self.words([(IMAGE_MARKER, False)], self._texts_of(None, 1)).ids, self._probe.columns
 
     @cached_property
     def _probe(self) -> Media:
@@ -236,16 +244,25 @@ class SampleEncoder:
                 f"{self.embedding_rows} rows: take the tokenizer that belongs to the checkpoint"
             )
 
-    def _image(self, data: bytes, name: str | None) -> "_Image":
-        key = hashlib.blake2b(data, digest_size=16).digest()
-        if key in self._media_cache:
-            return self._media_cache[key]
-        converted = decode(data, str(name), self.max_image_pixels)
-        check_enlarged(converted.image, self.reader.image_processor, str(name), self.max_image_pixels)
-        found = _Image(self.reader.read([converted.image]), converted.changed)
+    def _read(self, images: Sequence[bytes], names: Sequence[str]) -> "_Images":
+        hashes = [hashlib.blake2b(data, digest_size=16).digest() for data in images]
+        if (known := self._media_cache.get(key := b"".join(hashes))) is not None:
+            return known
+        converted = [decode(data, name, self.max_image_pixels) for data, name in zip(images, names, strict=False)]
+        for one, name in zip(converted, names, strict=False):
+            check_enlarged(one.image, self.reader.image_processor, name, self.max_image_pixels)
+        media = self.reader.read([one.image for one in converted])
+        found = _Images(media, any(one.changed for one in converted))
         if found.nbytes <= PIXEL_CACHE_BYTES:
             self._media_cache[key] = found
         return found
+
+
+def _joined(images: Sequence[bytes]) -> bytes | None:
+    """Return what a sample's digest is made of: one image's bytes, or those of several with their lengths; None without one."""
+    if len(images) < 2:
+        return images[0] if images else None
+    return b"".join(len(data).to_bytes(8, "little") + data for data in images)
 
 
 class Prompt(NamedTuple):
@@ -268,8 +285,8 @@ def without_answers(segments: list[tuple[str, bool]], sample: Sample) -> list[tu
     return [(text, is_supervised and number not in dropped) for number, (text, is_supervised) in enumerate(segments)]
 
 
-class _Image(NamedTuple):
-    """A processed image."""
+class _Images(NamedTuple):
+    """The processed images of a sample."""
 
     media: Media
     changed: bool  # see `Converted.changed`

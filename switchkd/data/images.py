@@ -33,20 +33,25 @@ _OTHER_FORMATS = {
 }
 
 
-def image_bytes_of(sample: Sample, folder: Path | None) -> bytes | None:
-    """Return the bytes of a sample's image, from the data set or from the image folder; None for a text-only sample.
+def images_of(sample: Sample, folder: Path | None, count: int | None = None) -> list[bytes]:
+    """Return the bytes of a sample's images, from the data set or from the image folder.
+
+    Args:
+        count: of the first ones only.
 
     Raises:
         BadSample: see `read_image_bytes`.
-        DataError: the image lies in a folder and none was given.
+        DataError: an image lies in a folder and none was given.
     """
-    if sample.image is None:
-        return None
-    if sample.embedded is not None:
-        return sample.embedded()
-    if folder is None:
-        raise DataError(f"row {sample.index} has the image {sample.image!r}: --images must name the image folder")
-    return read_image_bytes(folder, sample.image)
+    found = []
+    for image in sample.images[:count]:
+        if image.embedded is not None:
+            found.append(image.embedded())
+        elif folder is None:
+            raise DataError(f"row {sample.index} has the image {image.name!r}: --images must name the image folder")
+        else:
+            found.append(read_image_bytes(folder, image.name))
+    return found
 
 
 def read_image_bytes(folder: Path, relative: str) -> bytes:

@@ -76,7 +76,7 @@ class JsonRows:
             raise DataError(f"{where} should hold a list with at least one row, found {type(rows).__name__}")
         yield from rows
 
-    def image_bytes(self, index: int) -> bytes:
+    def image_bytes(self, index: int, number: int = 0) -> bytes:
         """Never called: JSON rows contain no image bytes."""
         raise AssertionError(f"row {index} of {self.path} holds no image")
 

@@ -20,23 +20,53 @@ from switchkd.printable import printable
 
 
 @dataclass(frozen=True)
+class ImageSource:
+    """Where an image comes from: a path below the image folder, a data URL, or the data set itself, which may name it."""
+
+    name: str
+    embedded: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)  # the data set's own image
+
+    def __post_init__(self) -> None:
+        if self.name.startswith(DATA_URL):
+            object.__setattr__(self, "embedded", partial(bytes_of_data_url, self.name))
+
+
+@dataclass(frozen=True)
 class Sample:
     """One row of a data file."""
 
     index: int  # row number, from 0
     id: str
     image: str | None  # path below the image folder; a name if the data set contains the image itself; or a data URL
-    turns: list[tuple[str, str]]  # (question, answer), image markers removed
+    turns: list[tuple[str, str]]  # (question, answer); image markers are removed unless they are `placed`
     question_type: str
     status: Status
     detail: str
     embedded: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)  # the data set's own image
     notes: tuple[str, ...] = ()  # what is odd about the row, though it is used
     unsupervised: tuple[int, ...] = ()  # numbers of the answers that the row says are not to be trained on
+    further: tuple[ImageSource, ...] = ()  # images after the first
+    system: str = ""  # the row's system prompt
 
     def __post_init__(self) -> None:
-        if self.image is not None and self.image.startswith(DATA_URL):
-            object.__setattr__(self, "embedded", partial(bytes_of_data_url, self.image))
+        if self.image is not None:
+            object.__setattr__(self, "embedded", ImageSource(self.image, self.embedded).embedded)
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """All images, in the order of the conversation."""
+        return () if self.image is None else (ImageSource(self.image, self.embedded), *self.further)
+
+    @property
+    def placed(self) -> bool:
+        """Whether the questions hold a marker for every image; otherwise the template places the images before the first one."""
+        return any(IMAGE_MARKER in question for question, _ in self.turns)
+
+    def images_before(self, turn: int) -> int:
+        """Return how many of the images stand in the first `turn` turns."""
+        if not self.placed:
+            return len(self.images) if turn else 0
+        return sum(question.count(IMAGE_MARKER) for question, _ in self.turns[:turn])
 
     def require_ok(self) -> None:
         """Raise BadSample if the row could not be read."""
@@ -47,6 +77,8 @@ class Sample:
 DATA_URL = "data:"
 _BASE64_URL = re.compile(r"data:[^,;]{0,100}(?:;[^,;]{0,100})*;base64,", re.IGNORECASE)
 _IMAGE_PARTS = ("image", "image_url")
+SYSTEM = "system"
+MAX_IMAGES = 256
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -55,37 +87,42 @@ def read_row(row: Any, index: int) -> Sample:
 
     The image's bytes are not read: if `embedded` is set, `SampleFile` replaces it by a function that reads them.
     """
-    image: str | Embedded | None
+    images: list[str | Embedded] = []
     notes: list[str] = []
     unsupervised: tuple[int, ...] = ()
+    system = ""
     try:
         if not isinstance(row, dict):
             raise BadSample(Status.NO_CONVERSATION, f"expected an object, found {type(row).__name__}")
         conversation = _conversation_of(row)
-        image = _image_of(row, conversation, notes)
-        turns = _turns_of(conversation, image is not None)
+        images = _images_of(row, conversation, notes)
+        system, conversation = _system_of(conversation)
+        turns = _turns_of(conversation, len(images))
         unsupervised = _unsupervised(conversation)
-        notes += notes_on(turns, image is not None)
+        notes += notes_on(turns, bool(images))
         status, detail = Status.OK, ""
     except BadSample as bad:
-        image, turns, status, detail, notes = None, [], bad.status, bad.detail, []
+        images, turns, status, detail, notes, system = [], [], bad.status, bad.detail, [], ""
     named = row if isinstance(row, dict) else {}
     name = index if named.get("id") is None else named["id"]
-    embedded = None
-    if isinstance(image, Embedded):
-        image, embedded = image.name or f"image of row {index}", bytes
+    sources = [
+        ImageSource(image.name or f"image of row {index}", bytes) if isinstance(image, Embedded) else ImageSource(image)
+        for image in images
+    ]
     question_type = _writable(_text_of_id(named.get("question_type") or ""))
     return Sample(
         index,
         _writable(_text_of_id(name)),
-        image,
+        sources[0].name if sources else None,
         turns,
         question_type,
         status,
         detail,
-        embedded,
+        sources[0].embedded if sources else None,
         tuple(notes),
         unsupervised,
+        tuple(sources[1:]),
+        system,
     )
 
 
@@ -109,24 +146,30 @@ def _conversation_of(row: dict[str, Any]) -> list[Any]:
     return found
 
 
-def _image_of(row: dict[str, Any], conversation: list[Any], notes: list[str]) -> str | Embedded | None:
-    """Return a row's image, from one of the keys that are read, or from the parts of its turns; adds to `notes`."""
+def _images_of(row: dict[str, Any], conversation: list[Any], notes: list[str]) -> list[str | Embedded]:
+    """Return a row's images, from one of the keys that are read, or from the parts of its turns; adds to `notes`."""
     given = {name: row[name] for name in IMAGE_COLUMNS if row.get(name) is not None}
     values = {name: _without_nulls(value, name, notes) for name, value in given.items()}
     named = {name: value for name, value in values.items() if value not in (None, "", [])}
     if documented := {name: value for name, value in named.items() if name in DOCUMENTED_COLUMNS}:
         named = documented
-    image = next(iter(named.values()), None)
-    if any(_single(value) != _single(image) for value in named.values()):
+    found: Any = next(iter(named.values()), None)
+    if any(_single(value) != _single(found) for value in named.values()):
+        raise BadSample(Status.SEVERAL_IMAGES, f"the keys {', '.join(named)} hold different images; use one of them")
+    if found is None:
+        found = [path for turn in conversation for path in _paths_in_parts(turn)]
+    images = [image for image in map(_image_of, found if isinstance(found, list) else [found]) if image]
+    if len(images) > MAX_IMAGES:
+        raise BadSample(Status.SEVERAL_IMAGES, f"{len(images)} images; a sample has at most {MAX_IMAGES}")
+    if not images and (other := key_like_an_image(row)):
         raise BadSample(
-            Status.SEVERAL_IMAGES, f"the keys {', '.join(named)} hold different images; a sample has at most one"
+            Status.IMAGE_MISSING,
+            f"key {printable(other, 60)!r} looks like an image, and images are read from {', '.join(IMAGE_COLUMNS)}: rename it",
         )
-    if image is None:
-        image = [path for turn in conversation for path in _paths_in_parts(turn)]
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise BadSample(Status.SEVERAL_IMAGES, f"{len(image)} images; a sample has at most one")
-        image = image[0] if image else None
+    return images
+
+
+def _image_of(image: Any) -> str | Embedded | None:
     if isinstance(image, dict) and isinstance(image.get("path"), str):
         image = image["path"]
     if image is not None and not isinstance(image, str | Embedded):
@@ -136,12 +179,20 @@ def _image_of(row: dict[str, Any], conversation: list[Any], notes: list[str]) ->
     if image and image.startswith(DATA_URL):
         bytes_of_data_url(image)  # now, so that a damaged one is a bad row like any other
         return image
-    if not image and (other := key_like_an_image(row)):
-        raise BadSample(
-            Status.IMAGE_MISSING,
-            f"key {printable(other, 60)!r} looks like an image, and images are read from {', '.join(IMAGE_COLUMNS)}: rename it",
-        )
     return _writable(image) if image else None
+
+
+def _system_of(conversation: list[Any]) -> tuple[str, list[Any]]:
+    """Return a conversation's system prompt, "" without one, and its other turns."""
+    first = conversation[0]
+    if not isinstance(first, dict) or SYSTEM not in (first.get("from"), first.get("role")):
+        return "", conversation
+    _, text = _words_of(first, 0)
+    if IMAGE_MARKER in text:
+        raise BadSample(Status.MARKER_WITHOUT_IMAGE, f"turn 0, the system prompt, holds {IMAGE_MARKER}")
+    if len(conversation) == 1:
+        raise BadSample(Status.NO_CONVERSATION, "a system prompt, and no turn after it")
+    return text.strip(), conversation[1:]
 
 
 def _single(value: Any) -> Any:
@@ -209,31 +260,37 @@ def _unsupervised(conversation: list[Any]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _turns_of(conversation: list[Any], has_image: bool) -> list[tuple[str, str]]:
+def _turns_of(conversation: list[Any], images: int) -> list[tuple[str, str]]:
+    """Return the turns.
+
+    A row of one image with its marker in the first question, as LLaVA's, has no marker afterwards: the template places the image.
+    Otherwise the markers stay where they are, one for each image.
+    """
     texts: list[str] = []
-    markers = 0
     for number, turn in enumerate(conversation):
         speaker, spoken = _words_of(turn, number)
         if _writable(spoken) != spoken:
             raise BadSample(Status.BAD_TURN, f"turn {number} holds half of a surrogate pair")
         role = ROLES.get(str(speaker))
         if role is None:
-            raise BadSample(Status.UNKNOWN_ROLE, f"turn {number} is from {speaker!r}; known: {', '.join(ROLES)}")
+            known = ", ".join((*ROLES, SYSTEM + " (first)"))
+            raise BadSample(Status.UNKNOWN_ROLE, f"turn {number} is from {speaker!r}; known: {known}")
         if role != ("user", "assistant")[number % 2]:
             raise BadSample(Status.ROLES_OUT_OF_ORDER, f"turn {number} is from {speaker!r}")
         if role == "assistant" and IMAGE_MARKER in spoken:
             raise BadSample(Status.MARKER_WITHOUT_IMAGE, f"turn {number}, an answer, holds {IMAGE_MARKER}")
-        text = spoken.replace(IMAGE_MARKER, "").strip()
-        markers += spoken.count(IMAGE_MARKER) + text.count(
-            IMAGE_MARKER
-        )  # removing the marker from "<im<image>age>" leaves another
-        texts.append(text)
+        texts.append(spoken.strip())
     if len(texts) % 2:
         raise BadSample(Status.ROLES_OUT_OF_ORDER, "the last turn is a question without an answer")
-    if markers > 1:
-        raise BadSample(Status.SEVERAL_IMAGES, f"{markers} markers {IMAGE_MARKER}; a sample has at most one image")
-    if markers and not has_image:
+    markers = sum(text.count(IMAGE_MARKER) for text in texts)
+    if markers and not images:
         raise BadSample(Status.MARKER_WITHOUT_IMAGE, f"{IMAGE_MARKER} in a row that names no image")
+    if markers not in (0, images):
+        raise BadSample(Status.SEVERAL_IMAGES, f"markers {IMAGE_MARKER}: {markers}, images: {images}")
+    if texts and images == 1 and IMAGE_MARKER in texts[0]:
+        texts[0] = texts[0].replace(IMAGE_MARKER, "").strip()
+        if IMAGE_MARKER in texts[0]:  # removing the marker from "<im<image>age>" leaves another
+            raise BadSample(Status.SEVERAL_IMAGES, f"markers {IMAGE_MARKER}: 2, images: 1")
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

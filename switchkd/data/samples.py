@@ -1,4 +1,4 @@
-"""Reads samples, each a conversation with at most one image, from a container and keeps them as memory-mapped Arrow.
+"""Reads samples, each a conversation with its images, from a container and keeps them as memory-mapped Arrow.
 
 A file-level mistake (no such file, not JSON, not a list) is an error. A bad row is not: it becomes a sample whose `Status`
 gives the reason, so that row numbers never shift and every skipped row is counted.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from switchkd.data.containers import ROWS_PER_BATCH, Container, open_container
 from switchkd.data.json_rows import JsonRows
 from switchkd.data.row_cache import cached_table
-from switchkd.data.rows import ROLES, Sample, read_row
+from switchkd.data.rows import ROLES, ImageSource, Sample, read_row
 from switchkd.data.status import BadSample, Status
 from switchkd.errors import DataError
 from switchkd.printable import printable
@@ -74,6 +74,11 @@ class SampleFile:
             embedded=partial(self._container.image_bytes, index) if row["embedded"] else None,
             notes=tuple(row["notes"]),
             unsupervised=tuple(row["unsupervised"]),
+            further=tuple(
+                ImageSource(name, partial(self._container.image_bytes, index, number) if held else None)
+                for number, (name, held) in enumerate(zip(row["further"], row["further_embedded"], strict=True), 1)
+            ),
+            system=row["system"],
         )
 
     def __iter__(self) -> Iterator[Sample]:
@@ -113,6 +118,13 @@ class SampleFile:
         named: NDArray[np.bool_] = np.asarray(self._table.data.column("image").is_valid())
         return named
 
+    def image_counts(self) -> NDArray[np.int64]:
+        """Return how many images each row has, [n]."""
+        import pyarrow.compute as arrow
+
+        further = np.asarray(arrow.list_value_length(self._table.data.column("further"))).astype(np.int64)
+        return self.has_image() + further
+
     def rows_in_folder(self) -> NDArray[np.int64]:
         """Return the numbers of the rows that name an image in an image folder, in order."""
         embedded = np.asarray(self._table.data.column("embedded"))
@@ -140,6 +152,11 @@ def _arrow_table(container: Container) -> Any:
         {"texts": datasets.List(datasets.Value("string"))}
         | {name: datasets.Value(kind) for name, kind in _COLUMNS_OF_TABLE.items()}
         | {"notes": datasets.List(datasets.Value("string")), "unsupervised": datasets.List(datasets.Value("int32"))}
+        | {
+            "further": datasets.List(datasets.Value("string")),
+            "further_embedded": datasets.List(datasets.Value("bool")),
+        }
+        | {"system": datasets.Value("string")}
     )
 
     def generate() -> Iterator[dict[str, Any]]:
@@ -150,9 +167,12 @@ def _arrow_table(container: Container) -> Any:
                 "embedded": sample.embedded is not None,
                 "notes": sample.notes,
                 "unsupervised": sample.unsupervised,
+                "further": [image.name for image in sample.further],
+                "further_embedded": [image.embedded is not None for image in sample.further],
+                "system": sample.system,
                 **{name: getattr(sample, name) for name in _COLUMNS},
             }
 
     # Version of the row format above: increase it with any change, so that older Arrow files are not reused.
-    row_format = 4
+    row_format = 5
     return cached_table(generate, features, f"switchkd-{row_format}-{container.key}")

@@ -14,6 +14,10 @@ from switchkd.errors import ConfigError
 IMAGE_MARKER = "<image>"
 
 
+class NoPlaceForSystem(ConfigError):
+    """A conversation with a system prompt, in a format that has none or a fixed one."""
+
+
 class ConversationFormat(Protocol):
     """Converts conversations to text and supervised mask: a `Template`, or a checkpoint's own `ChatTemplate`."""
 
@@ -21,10 +25,14 @@ class ConversationFormat(Protocol):
     def name(self) -> str:
         """The name by which options select it."""
 
-    def render(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
-        """Return the segments (text, supervised) of a conversation."""
+    def render(
+        self, turns: Iterable[tuple[str, str]], images: int, eos: str | None, system: str = ""
+    ) -> list[tuple[str, bool]]:
+        """Return the segments (text, supervised) of a conversation, see `Template.render`."""
 
-    def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+    def prompt(
+        self, turns: Iterable[tuple[str, str]], images: int, eos: str | None, system: str = ""
+    ) -> list[tuple[str, bool]]:
         """Return the segments up to where the last turn's answer would begin."""
 
     def answer_end(self, eos: str | None) -> str:
@@ -46,28 +54,41 @@ class Template:
     after: str = ""  # after an answer; not supervised
     image: str = IMAGE_MARKER + "\n"  # replaces {image} in the first user turn of a sample with an image
 
-    def render(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+    def render(
+        self, turns: Iterable[tuple[str, str]], images: int, eos: str | None, system: str = ""
+    ) -> list[tuple[str, bool]]:
         """Return the segments (text, supervised) of a conversation.
 
         Args:
-            turns: (question, answer) pairs, without image markers.
-            has_image: whether there is an image, which goes before the first question.
+            turns: (question, answer) pairs; questions may hold image markers.
+            images: how many images go before the first question, apart from those markers.
             eos: the tokenizer's end token.
+            system: the conversation's own system prompt.
 
         Raises:
             ConfigError: the template uses {eos} and the tokenizer has none.
+            NoPlaceForSystem: there is a system prompt, and the template's own is fixed.
         """
-        return [segment for segment in self._segments(turns, has_image, eos) if segment[0]]
+        return [segment for segment in self._segments(turns, images, eos, system) if segment[0]]
 
-    def prompt(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+    def prompt(
+        self, turns: Iterable[tuple[str, str]], images: int, eos: str | None, system: str = ""
+    ) -> list[tuple[str, bool]]:
         """Return the segments up to where the last turn's answer would begin."""
-        *segments, _answer, _after = self._segments(turns, has_image, eos)
+        *segments, _answer, _after = self._segments(turns, images, eos, system)
         return [segment for segment in segments if segment[0]]
 
-    def _segments(self, turns: Iterable[tuple[str, str]], has_image: bool, eos: str | None) -> list[tuple[str, bool]]:
+    def _segments(
+        self, turns: Iterable[tuple[str, str]], images: int, eos: str | None, system: str
+    ) -> list[tuple[str, bool]]:
+        if system:
+            raise NoPlaceForSystem(
+                f"template {self.name!r} has no place for a row's system prompt; --template chat writes it where the "
+                "checkpoint's template does"
+            )
         segments = [(self._fill(self.system, "", "", eos), False)]
         for number, (question, answer) in enumerate(turns):
-            image = self.image if has_image and number == 0 else ""
+            image = self.image * images if number == 0 else ""
             segments.append((self._fill(self.user + self.assistant, question, image, eos), False))
             segments.append((self._fill(self.answer, answer, "", eos), True))
             segments.append((self._fill(self.after, "", "", eos), False))

@@ -135,7 +135,11 @@ class ConversationTokenizer:
             if not supervised and images:
                 head, *rest = text.split(IMAGE_MARKER)
                 for piece in rest:
-                    image = next(replacements)
+                    image = next(replacements, None)
+                    if image is None:
+                        raise BadSample(
+                            Status.MARKER_WITHOUT_IMAGE, f"more than {len(images)} {IMAGE_MARKER} in the text"
+                        )
                     counts += [len(run[0]) // len(self.image_token) for run in self._runs_of_images.finditer(image)]
                     head += self._runs_of_images.sub(lambda _: self.image_token, image) + piece
                 text = head

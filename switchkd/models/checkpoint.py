@@ -20,6 +20,7 @@ from switchkd.library_errors import as_checkpoint_error
 from switchkd.models.check_config import MAX_IMAGE_TOKENS, check_config, check_feature_layers, check_image_token
 from switchkd.models.families import FAMILIES, family_of, logit_map_of
 from switchkd.models.fit import check_cuts
+from switchkd.models.image_size import limit_pixels
 from switchkd.models.projectors import (
     SwitchLlavaConfig,
     image_token_count,
@@ -124,13 +125,24 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
 IMAGE_MODES: tuple[str, ...] = get_args(ImageMode)
 
 
-def with_image_mode(checkpoint: Checkpoint, mode: str) -> Checkpoint:
-    """Return the checkpoint with its image processor in another image mode; see `processor_in_mode`."""
-    if mode != "own" and not family_of(checkpoint.config).is_llava:
+def with_image_mode(checkpoint: Checkpoint, mode: str, max_pixels: int | None = None) -> Checkpoint:
+    """Return the checkpoint with its image processor in another image mode, and with a limit on pixels.
+
+    Args:
+        mode: see `processor_in_mode`. max_pixels: see `image_size.limit_pixels`; None leaves the checkpoint's own.
+
+    Raises:
+        ConfigError: the family keeps the shape of images, or all of them have the same size.
+    """
+    family = family_of(checkpoint.config)
+    if mode != "own" and not family.is_llava:
         raise ConfigError(
             f"--image-mode {mode} makes images square for a Llava; {checkpoint.path} is a {checkpoint.config.model_type}, whose "
             "processor keeps their shape: pass --image-mode own"
         )
+    if max_pixels is not None:
+        limited = limit_pixels(checkpoint.image_processor, family, max_pixels, checkpoint.path)
+        checkpoint = replace(checkpoint, image_processor=limited)
     side = getattr(checkpoint.config.vision_config, "image_size", 0)
     processor = processor_in_mode(checkpoint.image_processor, mode, side, checkpoint.path)
     return checkpoint if mode == "own" else replace(checkpoint, image_processor=processor)
@@ -207,6 +219,11 @@ class ProcessorFiles:
         for name in PROCESSOR_FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
+        saved = Path(folder) / PROCESSOR_FILES[0]
+        if saved.is_file():  # the image processor is saved beside it, perhaps with other settings
+            content = json.loads(saved.read_text(encoding="utf-8"))
+            content.pop("image_processor", None)
+            saved.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def readers_of(checkpoint: Checkpoint) -> list[Any]:

@@ -44,7 +44,8 @@ class Family:
         causal: whether no token sees a later one.
         caps_logits: whether the class applies the text config's final_logit_softcapping itself.
         teaches_only: a model that is no student here.
-        switch_note: what speaks against VSD between models of the family; empty where it makes sense.
+        switch_note: what speaks against VSD between models of the family, which is off there by default; empty where it makes
+            sense.
     """
 
     model_type: str
@@ -74,7 +75,7 @@ DEEPSTACK = ("visual.merger", "visual.deepstack_merger_list.*")
 _MROPE: dict[str, Any] = {"media": GRID, "type_ids": "mm_token_type_ids = image", "mrope": True}
 _TWO_TILINGS = (
     "models of this family tile an image differently from size to size, while VSD needs the same tiles; with two tilings, "
-    "CE and Align train on two views of a sample: pass --no-switch"
+    "CE and Align train on two views of a sample"
 )
 _FAMILIES = (
     Family("llava"),
@@ -96,7 +97,7 @@ _FAMILIES = (
         type_ids="token_type_ids = image",
         packs=False,
         causal=False,
-        switch_note="all sizes of Gemma 3 have the same frozen tower, so VSD is about 0 until training moves it: pass --no-switch",
+        switch_note="all sizes of Gemma 3 have the same frozen tower, so VSD is about 0 until training moves it",
     ),
     Family("paligemma", type_ids="token_type_ids = suffix", first_position=1, causal=False, caps_logits=True),
     Family("mistral3", media=TILES),
@@ -134,7 +135,7 @@ def _what_it_lacks(config: Any) -> str:
         return "transformers does not know as a model that reads images and text and writes text"
     if "mm_encoder_outputs" not in inspect.signature(kind.forward).parameters:
         return f"cannot be given image features: {kind.__name__}.forward takes no mm_encoder_outputs"
-    return "has no entry in switchkd/models/families.py, which names the modules of its projector (CONTRIBUTING.md)"
+    return "has no entry in switchkd/models/families.py, which names the modules of its projector (docs/families.md)"
 
 
 def logit_map_of(config: Any, path: str | Path | None = None) -> LogitMap:

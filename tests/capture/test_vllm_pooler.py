@@ -141,6 +141,7 @@ def test_without_vllm_one_line_says_how_to_install_it(monkeypatch, teacher, tmp_
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError):
         require_vllm()
+    (tmp_path / "d.json").write_text("[]")
     words = ["cache-teacher", "--backend", "vllm", "--teacher", teacher, "--data", tmp_path / "d.json"]
     result = CliRunner().invoke(main, [*map(str, words), "--out", str(tmp_path / "s.zarr")])
     assert result.exit_code == 2

@@ -239,8 +239,6 @@ def test_parts_that_cannot_be_used():
     assert status(video) == (Status.BAD_TURN, "turn 0 has a part of type 'video'; known: text, image, image_url")
     assert status("words")[0] is Status.BAD_TURN
     assert status({"type": "text"})[0] is Status.BAD_TURN
-    two = [{"type": "image", "image": name} for name in "ab"]
-    assert status(*two) == (Status.SEVERAL_IMAGES, "2 images; a sample has at most one")
 
 
 def test_what_is_no_data_set(place, tmp_path):

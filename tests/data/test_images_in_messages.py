@@ -132,7 +132,9 @@ def test_what_is_no_image_is_told_by_its_row_and_not_printed_whole(teacher, tmp_
     )
 
 
-def test_two_images_are_refused(pictures):
+def test_two_images(pictures):
     content = [FORMS["openai"](data) for data in pictures[:2]]
     rows = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]}
-    assert read_row(rows, 0).status is Status.SEVERAL_IMAGES
+    sample = read_row(rows, 0)
+    assert sample.status is Status.OK
+    assert [image.embedded() for image in sample.images] == list(pictures[:2])

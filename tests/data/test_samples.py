@@ -87,7 +87,8 @@ def test_a_marker_inside_a_question_or_in_a_later_turn_is_one_image():
     inside = read_row(GOOD | {"conversations": tiny.conversation(("is <image> red ?", "it is"))}, 0)
     assert inside.turns == [("is  red ?", "it is")]
     later = read_row(GOOD | {"conversations": tiny.conversation(("what ?", "a"), ("<image> it ?", "b"))}, 0)
-    assert (later.status, later.turns) == (Status.OK, [("what ?", "a"), ("it ?", "b")])
+    assert (later.status, later.turns) == (Status.OK, [("what ?", "a"), ("<image> it ?", "b")])
+    assert later.placed and not inside.placed
 
 
 @pytest.mark.parametrize(("image", "expected"), [(["a.png"], "a.png"), ([], None), ("", None), (None, None)])
@@ -123,14 +124,14 @@ BAD_ROWS = [
         "turn 0 holds half of a surrogate pair",
     ),
     (
-        {"conversations": turns(("system", "be good"), ("human", "hi"), ("gpt", "x"))},
+        {"conversations": turns(("human", "hi"), ("system", "be good"), ("gpt", "x"))},
         Status.UNKNOWN_ROLE,
-        "turn 0 is from 'system'; known: human, user, gpt, assistant",
+        "turn 1 is from 'system'; known: human, user, gpt, assistant, system (first)",
     ),
     (
         {"conversations": turns(("human", "hi"), (None, "x"))},
         Status.UNKNOWN_ROLE,
-        "turn 1 is from None; known: human, user, gpt, assistant",
+        "turn 1 is from None; known: human, user, gpt, assistant, system (first)",
     ),
     ({"conversations": turns(("gpt", "hi"))}, Status.ROLES_OUT_OF_ORDER, "turn 0 is from 'gpt'"),
     (
@@ -143,21 +144,21 @@ BAD_ROWS = [
         Status.ROLES_OUT_OF_ORDER,
         "the last turn is a question without an answer",
     ),
-    (GOOD | {"image": ["a.png", "b.png"]}, Status.SEVERAL_IMAGES, "2 images; a sample has at most one"),
+    (GOOD | {"image": ["a.png", "b.png"]}, Status.SEVERAL_IMAGES, "markers <image>: 1, images: 2"),
     (
         GOOD | {"conversations": tiny.conversation(("<image><image> hi", "x"))},
         Status.SEVERAL_IMAGES,
-        "2 markers <image>; a sample has at most one image",
+        "markers <image>: 2, images: 1",
     ),
     (
         GOOD | {"conversations": tiny.conversation(("<image> hi", "x"), ("<image> hi", "x"))},
         Status.SEVERAL_IMAGES,
-        "2 markers <image>; a sample has at most one image",
+        "markers <image>: 2, images: 1",
     ),
     (  # removing a marker leaves another
         GOOD | {"conversations": tiny.conversation(("<im<image>age> hi", "x"))},
         Status.SEVERAL_IMAGES,
-        "2 markers <image>; a sample has at most one image",
+        "markers <image>: 2, images: 1",
     ),
     (
         {"conversations": tiny.conversation(("<image> hi", "x"))},

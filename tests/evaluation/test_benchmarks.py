@@ -340,7 +340,12 @@ def test_tasks_can_come_from_a_file(options, scripted, tmp_path):
         ),
     ],
 )
-def test_mistakes_end_with_a_message_and_exit_code_2(words, message):
+def test_mistakes_end_with_a_message_and_exit_code_2(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the paths name something
+    for folder in ("m", "b"):
+        (tmp_path / folder).mkdir()
+    for file in ("m/config.json", "d"):
+        (tmp_path / file).write_text("{}")
     failed = run(*words)
     assert failed.exit_code == 2
     assert message in failed.stderr

@@ -1,5 +1,6 @@
 """The models of a run in every family, as the options request them; their cost, against torch's own count."""
 
+import json
 from dataclasses import replace
 
 import families as tiny
@@ -15,7 +16,8 @@ from switchkd.models.features import media_of
 from switchkd.models.hollow import is_hollow
 from switchkd.models.switch_adapter import CutAdapters
 from switchkd.pipelines.training.cost_model import Work, count_parameters, patches_of
-from switchkd.pipelines.training.inputs import TrainingInputs, check_models
+from switchkd.pipelines.training.inputs import TrainingInputs, check_models, resolve_options
+from switchkd.pipelines.training.lifecycle.batches import as_begun
 from switchkd.pipelines.training.model_setup import set_up_models
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.trainer import SwitchTrainer
@@ -146,3 +148,32 @@ def test_what_speaks_against_vsd_is_told(family, tmp_path, caplog):
     without = inputs.options.__class__(**(vars(inputs.options) | {"switch": False}))
     set_up_models(replace(inputs, options=without, objective=without.as_objective()), arguments(tmp_path))
     assert "the switch pathway" not in caplog.text
+
+
+def with_config(folder, family):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "on"), [("gemma3", False), ("smolvlm", False), ("qwen3_vl", True), ("llava", True), ("unheard-of", True)]
+)
+def test_the_switch_pathway_is_off_by_default_where_it_teaches_nothing(family, on, tmp_path, caplog):
+    student = with_config(tmp_path / "student", family)
+    options = TrainOptions(student=student, data=tmp_path, output=tmp_path / "run")
+    assert resolve_options(options).switch == on
+    said = f"the switch pathway is off: {student} is a {family}, and"
+    assert (said in caplog.text and "--switch turns it on" in caplog.text) == (not on)
+    for given in (True, False):
+        assert resolve_options(replace(options, switch=given)).switch == given
+    assert resolve_options(replace(options, switch_adapter="linear")).switch
+
+
+def test_a_begun_run_keeps_its_switch_pathway(tmp_path):
+    student = with_config(tmp_path / "student", "gemma3")
+    options = TrainOptions(student=student, data=tmp_path, output=tmp_path / "run")
+    (options.output / "checkpoint-1").mkdir(parents=True)
+    for before in (True, False):
+        (options.output / "run.yaml").write_text(f"switch: {str(before).lower()}\n")
+        assert as_begun(options).switch == before

@@ -40,7 +40,7 @@ def answered(model, turns, image, template="qa"):
     checkpoint = open_checkpoint(model)
     encoder = SampleEncoder(checkpoint, TEMPLATES[template], None, 2048)
     answerer = GreedyGenerator(load_model(checkpoint), encoder, TEMPLATES[template], 6)
-    return answerer.answer([encoder.encode_turns(turns, image, "x")])[0]
+    return answerer.answer([encoder.encode_turns(turns, [] if image is None else [image], ["x"])])[0]
 
 
 def test_the_stream_is_the_answer(teacher, picture):

@@ -110,7 +110,7 @@ def test_plain_transformers_answers_the_same(run, exported, question, with_image
     checkpoint = open_checkpoint(run / "run")
     template = template_of(checkpoint)
     encoder = SampleEncoder(checkpoint, template, None, 2048)
-    ids, media = encoder.encode_turns([(question.strip(), "")], path.read_bytes() if with_image else None, "x")
+    ids, media = encoder.encode_turns([(question.strip(), "")], [path.read_bytes()] if with_image else [], ["x"])
 
     processor = AutoProcessor.from_pretrained(exported, backend="pil")
     inputs = processor.apply_chat_template(

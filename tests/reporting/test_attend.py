@@ -17,8 +17,9 @@ from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.reporting import attend as attend_module
 from switchkd.pipelines.reporting.attend import attend
-from switchkd.pipelines.reporting.attention import AttentionProbe, Grid, answer_to_image, overlap, patch_grid
+from switchkd.pipelines.reporting.attention import AttentionProbe, answer_to_image, overlap
 from switchkd.pipelines.reporting.options import AttendOptions
+from switchkd.pipelines.reporting.token_grid import Grid, patch_grid
 from switchkd.positions import predicting_rows
 
 QUESTION = "what color is it ?"
@@ -101,10 +102,10 @@ def test_the_picture_is_what_the_model_saw(teacher, picture):
 
 
 TOWERS = {
-    "siglip, every patch": (("siglip", "full"), Grid(2)),
-    "siglip, first patch dropped": (("siglip", "default"), Grid(2, missing=1)),
-    "clip, class token dropped": (("clip", "default"), Grid(2)),
-    "clip, class token kept": (("clip", "full"), Grid(2, extra=1)),
+    "siglip, every patch": (("siglip", "full"), Grid(2, 2)),
+    "siglip, first patch dropped": (("siglip", "default"), Grid(2, 2, missing=1)),
+    "clip, class token dropped": (("clip", "default"), Grid(2, 2)),
+    "clip, class token kept": (("clip", "full"), Grid(2, 2, extra=1)),
 }
 
 
@@ -120,8 +121,8 @@ def test_the_map_has_the_towers_patches(name, picture, tmp_path):
 
 
 def test_tokens_are_placed_in_reading_order():
-    np.testing.assert_array_equal(Grid(2).place(np.arange(4.0)), [[0, 1], [2, 3]])
-    np.testing.assert_array_equal(Grid(2, missing=1).place(np.arange(3.0)), [[np.nan, 0], [1, 2]])
+    np.testing.assert_array_equal(Grid(2, 2).place(np.arange(4.0)), [[0, 1], [2, 3]])
+    np.testing.assert_array_equal(Grid(2, 2, missing=1).place(np.arange(3.0)), [[np.nan, 0], [1, 2]])
 
 
 def test_overlap():

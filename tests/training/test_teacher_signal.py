@@ -110,12 +110,16 @@ def test_a_live_teacher_and_none_are_recorded_as_such(options, tmp_path):
     assert yaml.safe_load((other / "run.yaml").read_text())["teacher_signal"] is None
 
 
-def test_a_run_does_not_go_on_from_another_signal(options, both, cached):
+def test_a_run_does_not_go_on_from_another_signal(options, both, cached, tmp_path):
     """The store is chosen by what fits, so a folder that got another one would change a run without a word."""
-    train(replace(options, cache=both, steps=2, save_every=1))
+    stores = tmp_path / "stores"
+    shutil.copytree(both, stores / "b.zarr")
+    train(replace(options, cache=stores, steps=2, save_every=1))
     (options.output / "summary.json").unlink()
+    shutil.rmtree(stores)
+    shutil.copytree(cached / "stores", stores)
     with pytest.raises(ConfigError, match=r"teacher_signal: run 'hidden: .*', now 'topk: 15 of 15 logits"):
-        train(replace(options, cache=cached / "stores", steps=2, save_every=1))
+        train(replace(options, cache=stores, steps=2, save_every=1))
 
 
 def test_a_record_of_an_earlier_version_has_no_signal(options, both):

@@ -127,7 +127,8 @@ def _answer(
 def _encode(encoder: SampleEncoder, question: Question) -> Prompt:
     if IMAGE_MARKER in question.text:
         raise BadSample(Status.SEVERAL_IMAGES, f"the question's text spells out {IMAGE_MARKER}")
-    return encoder.encode_turns([(question.text, "")], question.load(), question.image)
+    image = question.load()
+    return encoder.encode_turns([(question.text, "")], [] if image is None else [image], [question.image])
 
 
 def _line(question: Question, answer: str | BadSample) -> dict[str, Any]:

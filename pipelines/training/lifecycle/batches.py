@@ -9,7 +9,7 @@ from switchkd.pipelines.training.lifecycle.begun import has_begun
 from switchkd.pipelines.training.options import TrainOptions
 
 # Options that are chosen by what is there, if they are not given, and then stay those of the run.
-CHOSEN = ("precision", "group_by")
+CHOSEN = ("precision", "group_by", "switch")
 log = logging.getLogger(__name__)
 
 

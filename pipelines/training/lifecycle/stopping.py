@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -101,6 +101,13 @@ class Stopping(TrainerCallback):
                 f"stopped by {self.request.signal or 'a signal to another process'} after step {self.stopped_at}, which is "
                 f"saved in {run}; run the same command again to go on"
             )
+
+
+def leave_group() -> None:
+    """Leave the group of processes: one that exits while threads of gloo wait for others is aborted by its own C++ runtime."""
+    if dist.is_available() and dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def begin_worker(worker: int, num_workers: int, rank: int) -> None:
