@@ -97,6 +97,10 @@ class MediaReader:
         before, after = self.borders
         return replacement if own_template else before + replacement + after
 
+    def counts(self, media: Media) -> tuple[int, ...]:
+        """Return how many image tokens each image has."""
+        return tuple(text.count(self.image_token) for text in media.texts)
+
     def probe(self) -> Media:
         """Return the media of a made-up image, by which templates and pairs of models are checked.
 

@@ -3,8 +3,7 @@
 Engines run inside this process, one after the other; the fixture `case` is the outer loop.
 """
 
-import os
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ pytestmark = [
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 
 HIDDEN, LOGITS = 1e-4, 2e-4  # differences from transformers in float32; logits are sums of 128 states, and up to 20
-TRAINER = os.environ.get("SWITCHKD_TRAINER", sys.executable)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +80,8 @@ def test_a_sample_whose_image_does_not_fit_is_named(case, engine):
     good, manifest, path = case.samples[index], case.worker.manifest, case.worker.checkpoint.path
     kept = np.ones(len(good.input_ids), bool)
     kept[case.image_of(good)[0]] = False  # one image token less than there are features
-    bad = good.__class__(good.input_ids[kept], good.supervised[kept], good.media, good.digest)
+    fewer = (good.image_tokens[0] - 1,)
+    bad = replace(good, input_ids=good.input_ids[kept], supervised=good.supervised[kept], image_tokens=fewer)
     with pytest.raises(RunError, match="^row 41: vLLM fails: "):
         capture_rows(engine, manifest, path, [(40, case.samples[0]), (41, bad), (42, case.samples[2])])
     (found,) = engine.capture([good], manifest)

@@ -3,9 +3,7 @@
 Run by `make test-vllm`.
 """
 
-import copy
 import re
-from dataclasses import replace
 
 import families as tiny
 import numpy as np
@@ -14,10 +12,11 @@ import vllm_families
 from click.testing import CliRunner
 
 from switchkd.cli.main import main
+from switchkd.data.media import MediaReader
 from switchkd.errors import CheckpointError, RunError
 from switchkd.losses.lm_head import LogitMap
 from switchkd.models import checkpoint, components
-from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.checkpoint import open_checkpoint, with_image_mode
 from switchkd.pipelines.capture.backends.open import open_backend
 
 pytestmark = [
@@ -62,20 +61,30 @@ def test_a_teacher_that_would_run_otherwise_is_refused_and_nothing_written(famil
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
-def test_pixels_that_vllm_would_normalise_otherwise_are_refused(family, tmp_path):
+def test_pixels_that_vllm_would_normalise_otherwise_are_refused(family, tmp_path, monkeypatch):
     opened = open_checkpoint(vllm_families.write_teacher(family, tmp_path / family))
-    images = copy.deepcopy(opened.image_processor)
-    images.do_normalize = False
+    read = MediaReader.read
+
+    def twice(self, images):
+        media = read(self, images)
+        return media._replace(columns=media.columns | {"pixel_values": (media.columns["pixel_values"] - 0.5) / 0.5})
+
+    monkeypatch.setattr(MediaReader, "read", twice)
     with pytest.raises(CheckpointError, match="would read an image of a .* pixel_values is off by"):
-        start(replace(opened, image_processor=images))
+        start(opened)
 
 
-def test_a_processor_that_cuts_an_image_otherwise_is_refused(tmp_path):
+def test_a_processor_that_cuts_an_image_otherwise_is_refused(tmp_path, monkeypatch):
+    """Fewer pixels by --max-pixels are no such difference."""
     opened = open_checkpoint(vllm_families.write_teacher("qwen3_vl", tmp_path / "teacher"))
-    images = copy.deepcopy(opened.image_processor)
-    images.size = {"shortest_edge": 64, "longest_edge": 256}
+    limited = with_image_mode(opened, "own", 256)
+    read = MediaReader.read
+    monkeypatch.setattr(MediaReader, "read", lambda self, images: read(MediaReader(limited), images))
     with pytest.raises(CheckpointError, match="token ids for .*; its features go to positions"):
-        start(replace(opened, image_processor=images))
+        start(limited)
+    monkeypatch.undo()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    start(limited, enforce_eager=True).engine.engine_core.shutdown()
 
 
 def test_arguments_that_vllm_does_not_take_are_told(tmp_path):

@@ -55,6 +55,10 @@ CHUNK = 32  # tokens of a step, less than most images and all prompts
 CHUNKS = {"llava_onevision": 96}
 SIZES = ((32, 24), (20, 40), (50, 50), (64, 20))
 TEXT_ONLY, TWO_TURNS = (3, 7), (4, 7)
+SEVERAL = (
+    ((0, 1), ("<image>\n<image>\nwhat is the color of a thing?", "a red cat sits on the mat.")),
+    ((2, 3), ("<image>\nwhat is this?", "a blue dog."), ("a red thing, <image> this?", "the cat sits on the mat.")),
+)
 SAME_IDS = (0, 10)  # two samples of the same text whose images have one size
 
 
@@ -83,6 +87,13 @@ def write_data(folder: Path) -> Path:
             {"from": who, "value": value} for turn in turns for who, value in zip(("human", "gpt"), turn, strict=True)
         ]
         rows.append({"id": str(index), "conversations": said} | ({"image": f"{index}.png"} if image else {}))
+    for images, *turns in SEVERAL:
+        said = [
+            {"role": who, "content": text}
+            for turn in turns
+            for who, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        rows.append({"images": [f"{index}.png" for index in images], "messages": said})
     data = folder / "data.json"
     data.write_text(json.dumps(rows))
     return data

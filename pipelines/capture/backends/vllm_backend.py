@@ -34,6 +34,7 @@ from switchkd.pipelines.capture.backends.vllm_checks import (
     check_logit_map,
     check_platform,
 )
+from switchkd.pipelines.capture.backends.vllm_media import split_media
 from switchkd.pipelines.capture.backends.vllm_pooler import Runs, request_options
 from switchkd.stores import Manifest, Payload
 
@@ -137,7 +138,7 @@ class VllmBackend(Backend):
         prompt = (
             tokens_input(ids)
             if sample.media is None
-            else image_input(ids, [self._item(sample.media)], self.checkpoint.image_token_id)
+            else image_input(ids, self._items(sample), self.checkpoint.image_token_id, sample.image_tokens)
         )
         params = PoolingParams(task="token_embed", extra_kwargs=how, skip_reading_prefix_cache=not cached_prefix)
         name = str(next(self._names))
@@ -145,6 +146,12 @@ class VllmBackend(Backend):
             self.engine.add_request(name, prompt, params)
         self._under_way.add(name)
         return name
+
+    def _items(self, sample: EncodedSample) -> list[Any]:
+        """Return vLLM's items of a sample's images."""
+        assert sample.media is not None
+        images = split_media(sample.media, family_of(self.checkpoint.config), sample.image_tokens)
+        return [self._item(image) for image in images]
 
     def _wait(self, name: str, sample: EncodedSample) -> torch.Tensor:
         """Return the rows of one request."""
@@ -166,7 +173,9 @@ class VllmBackend(Backend):
         ids = np.array(probe.ids, np.int32)
         supervised = np.zeros(len(ids), bool)
         supervised[-1] = True
-        sample = EncodedSample(ids, supervised, probe.media.columns, SampleDigest(0, 0, 0))
+        sample = EncodedSample(
+            ids, supervised, probe.media.columns, SampleDigest(0, 0, 0), image_tokens=probe.image_tokens
+        )
         top_k = min(PROBE_LOGITS, self.checkpoint.vocab_rows)
         how = request_options(predicting_runs(supervised), self.checkpoint.vocab_rows, top_k, True)
         payload = unpack(self._wait(self._request(sample, how, cached_prefix=False), sample), top_k)

@@ -15,7 +15,7 @@ from switchkd.data.media import Media, MediaReader
 from switchkd.errors import CheckpointError
 from switchkd.library_errors import as_checkpoint_error
 from switchkd.losses.lm_head import LogitMap
-from switchkd.models.checkpoint import Checkpoint
+from switchkd.models.checkpoint import Checkpoint, open_checkpoint
 from switchkd.models.families import family_of
 from switchkd.pipelines.capture.backends.vllm_plugin import capture_architecture
 
@@ -106,12 +106,14 @@ class StructureProbe:
 
         self.path, self.kind = checkpoint.path, checkpoint.config.model_type
         self._tokenizer, self._image_id = checkpoint.tokenizer, checkpoint.image_token_id
-        reader = MediaReader(checkpoint)
+        # The folder's own image processor, which vLLM has: options such as --max-pixels change ours alone.
+        reader = MediaReader(open_checkpoint(checkpoint.path, checkpoint.trust_remote_code))
         picture = _picture()
         with as_checkpoint_error(checkpoint.path, "the image processor of {} fails on a probe image"):
             self.media: Media = reader.read([picture])
+            self.image_tokens = reader.counts(self.media)
             ids = self._tokens(reader.text_of(self.media.texts[0], own_template=False))
-            self.ours: Any = image_input(ids, [make(self.media.columns)], self._image_id)
+            self.ours: Any = image_input(ids, [make(self.media.columns)], self._image_id, self.image_tokens)
         self._marked = self._tokens(reader.text_of(reader.marker, own_template=False))
         self._processor, self._picture = processor, picture
 

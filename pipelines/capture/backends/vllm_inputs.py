@@ -74,19 +74,18 @@ class ItemMaker:
 
 
 def image_input(
-    ids: list[int], items: Sequence[MultiModalKwargsItem], image_id: int, counts: Sequence[int] | None = None
+    ids: list[int], items: Sequence[MultiModalKwargsItem], image_id: int, counts: Sequence[int]
 ) -> MultiModalInput:
     """Return a request with images, each under a name of its own, by which vLLM caches its features and the prefixes with it.
 
     Args:
         ids: [L], the images' tokens expanded. items: of the images, in the order of the text. image_id: the token that features
-            replace. counts: how many such tokens each image has; may be left out for one image.
+            replace. counts: how many such tokens each image has.
 
     Raises:
         ValueError: another number of image tokens than the images have.
     """
     at = [index for index, token in enumerate(ids) if token == image_id]
-    counts = [len(at)] if counts is None else counts
     if len(counts) != len(items) or sum(counts) != len(at) or 0 in counts:
         raise ValueError(f"{len(items)} images with {list(counts)} tokens, and the text has {len(at)} image tokens")
     places, first = [], 0

@@ -52,7 +52,7 @@ class _LlavaProcessor(LlavaMultiModalProcessor):
         config = self.info.get_hf_config()
         image, tokens = config.image_token_index, probe_vision(config)[0]
         make = ItemMaker(self, config, self.info.ctx.model_config.dtype)
-        return image_input([image] * tokens, [make({"pixel_values": blank_image(config)})], image)
+        return image_input([image] * tokens, [make({"pixel_values": blank_image(config)})], image, [tokens])
 
 
 @cache
