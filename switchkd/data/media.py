@@ -71,7 +71,8 @@ class MediaReader:
         if self._processor is None:
             with as_checkpoint_error(self.checkpoint):
                 self._processor = _open_processor(self._opened)
-                self._settings = self._processor._merge_kwargs(tokenizer_init_kwargs={})["images_kwargs"]
+                merged = self._processor._merge_kwargs(self._processor.valid_processor_kwargs, tokenizer_init_kwargs={})
+                self._settings = merged["images_kwargs"]
         return self._processor
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,6 +105,10 @@ class MediaReader:
         """Return the text of an image: the processor's, within `borders` unless the checkpoint's own template writes them."""
         before, after = self.borders
         return replacement if own_template else before + replacement + after
+
+    def counts(self, media: Media) -> tuple[int, ...]:
+        """Return how many image tokens each image has."""
+        return tuple(text.count(self.image_token) for text in media.texts)
 
     def probe(self) -> Media:
         """Return the media of a made-up image, by which templates and pairs of models are checked.
