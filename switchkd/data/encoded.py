@@ -30,6 +30,7 @@ class EncodedSample:
     starts: NDArray[np.int64] | None = (
         None  # [P], where each position's token begins in the answers, see `Tokens.starts`
     )
+    image_tokens: tuple[int, ...] = ()  # of each of its images, in the order of the media; empty without media
 
     @property
     def positions(self) -> int:

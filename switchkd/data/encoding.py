@@ -111,7 +111,8 @@ class SampleEncoder:
         starts = tokens.starts[int(tokens.supervised[0]) :] if self.with_starts else None
         digest = digest_sample(tokens.ids, tokens.supervised, _joined(found), changed)
         media = read.media.columns if read is not None and pixels else None
-        return EncodedSample(tokens.ids, tokens.supervised, media, digest, starts=starts)
+        counts = () if media is None or read is None else self.reader.counts(read.media)
+        return EncodedSample(tokens.ids, tokens.supervised, media, digest, starts=starts, image_tokens=counts)
 
     def encode_text(self, sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Encode one sample's text: (input_ids [L], supervised [L]).

@@ -1,6 +1,7 @@
 """Loads a conversation template by name, from a JSON file, from a checkpoint or from a store's manifest."""
 
 import json
+import logging
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from switchkd.data.media import MediaReader
 from switchkd.data.templates import IMAGE_MARKER, TEMPLATES, ConversationFormat, Template
 from switchkd.errors import ConfigError
 from switchkd.models.checkpoint import Checkpoint
+from switchkd.models.families import family_of
 
+log = logging.getLogger(__name__)
 CHECKPOINT_TEMPLATE = "chat"  # the checkpoint's own chat template
 
 
@@ -32,6 +35,11 @@ def load_template(name_or_path: str, checkpoint: Checkpoint | None = None) -> Co
             [token.content for token in tokenizer.added_tokens_decoder.values()],
         )
     if name_or_path in TEMPLATES:
+        if checkpoint is not None and not family_of(checkpoint.config).is_llava and checkpoint.tokenizer.chat_template:
+            log.warning(
+                "template %s: %s, a %s, has a chat template of its own, which it was most likely trained with: --template %s",
+                name_or_path, checkpoint.path, checkpoint.config.model_type, CHECKPOINT_TEMPLATE,
+            )  # fmt: skip
         return TEMPLATES[name_or_path]
     path = Path(name_or_path)
     if not path.is_file():

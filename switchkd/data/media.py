@@ -63,24 +63,33 @@ class MediaReader:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint.path
+        self.checkpoint, self._opened = checkpoint.path, checkpoint
         self.family: Family = family_of(checkpoint.config, checkpoint.path)
         self.image_processor = checkpoint.image_processor
         self.image_token = str(checkpoint.tokenizer.convert_ids_to_tokens(checkpoint.image_token_id))
         self.image_tokens = checkpoint.image_tokens
-        self.marker, self.borders, self._processor = self.image_token, ("", ""), None
-        self._config = checkpoint.config
-        if not self.family.is_llava:
-            with as_checkpoint_error(checkpoint.path, advice=_ADVICE):
-                self._processor = _open_processor(checkpoint)
-                self._settings = self._processor._merge_kwargs(tokenizer_init_kwargs={})["images_kwargs"]
-            self.marker = str(self._processor.image_token)
+        self.marker, self.borders = self.image_token, ("", "")
+        self._processor: Any = None
+        if self.is_variable:
+            self.marker = str(self._open().image_token)
             self.borders = _borders_of(checkpoint)
+
+    def _open(self) -> Any:
+        if self._processor is None:
+            with as_checkpoint_error(self.checkpoint, advice=_ADVICE):
+                self._processor = _open_processor(self._opened)
+                merged = self._processor._merge_kwargs(self._processor.valid_processor_kwargs, tokenizer_init_kwargs={})
+                self._settings = merged["images_kwargs"]
+        return self._processor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the processor, whose class is made here: a spawned process opens it again."""
+        return self.__dict__ | {"_processor": None}
 
     @property
     def is_variable(self) -> bool:
         """Whether the number of tokens depends on the image."""
-        return self._processor is not None
+        return not self.family.is_llava
 
     def read(self, images: Sequence[Image.Image]) -> Media:
         """Return the media of a sample's images, which are RGB.
@@ -88,10 +97,10 @@ class MediaReader:
         Raises:
             CheckpointError: the processor gives columns that the model does not take.
         """
-        if self._processor is None:
+        if not self.is_variable:
             pixels = [self.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
             return Media({"pixel_values": torch.cat(pixels)}, [self.image_token * self.image_tokens] * len(images))
-        features, texts = self._processor._process_images([list(images)], **self._settings)
+        features, texts = self._open()._process_images([list(images)], **self._settings)
         columns = {name: _tensor(features[name]) for name in self.family.media if name in features}
         if "pixel_values" not in columns:
             raise CheckpointError(
@@ -103,6 +112,10 @@ class MediaReader:
         """Return the text of an image: the processor's, within `borders` unless the checkpoint's own template writes them."""
         before, after = self.borders
         return replacement if own_template else before + replacement + after
+
+    def counts(self, media: Media) -> tuple[int, ...]:
+        """Return how many image tokens each image has."""
+        return tuple(text.count(self.image_token) for text in media.texts)
 
     def probe(self) -> Media:
         """Return the media of a made-up image, by which templates and pairs of models are checked.
@@ -119,9 +132,9 @@ class MediaReader:
         return media
 
     def _require_as_many_features(self, media: Media) -> None:
-        key = (self._config.to_json_string(), str({name: value.shape for name, value in media.columns.items()}))
+        key = (self._opened.config.to_json_string(), str({name: value.shape for name, value in media.columns.items()}))
         if key not in _FEATURES:
-            _FEATURES[key] = probe_cuts(self._config, media.columns).tokens
+            _FEATURES[key] = probe_cuts(self._opened.config, media.columns).tokens
         features, tokens = _FEATURES[key], media.texts[0].count(self.image_token)
         if tokens != features:
             raise CheckpointError(

@@ -1,6 +1,7 @@
 """Ids and media of every family are those of its processor's own call; teacher and student may have other processors."""
 
 import json
+import pickle
 import warnings
 
 import families as tiny
@@ -124,3 +125,23 @@ def test_lengths_are_estimated_from_the_data_files_own_images(place, tmp_path):
     assert samples.image_tokens == round(sum(counts) / 6)
     lengths = samples.order("length", 0, 1).lengths
     assert int(lengths.argmax()) == 4
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "llava_onevision"])
+def test_spawned_processes_read_the_same(family, place):
+    encoder = encoder_of(family, place)
+    sample = read_row({"images": ["1.png"], "conversations": llava.conversation(("what?", "a red cat."))}, 0)
+    here, there = (one.encode(sample) for one in (encoder, pickle.loads(pickle.dumps(encoder))))
+    assert here.input_ids.tolist() == there.input_ids.tolist()
+    assert all(torch.equal(here.media[name], there.media[name]) for name in here.media)
+
+
+def test_another_template_than_the_checkpoints_own_is_told(place, caplog):
+    checkpoint = open_checkpoint(place / "qwen2_5_vl")
+    load_template("chat", checkpoint)
+    assert not caplog.text
+    load_template("qwen2_base", checkpoint)
+    assert (
+        "a qwen2_5_vl, has a chat template of its own, which it was most likely trained with: --template chat"
+        in caplog.text
+    )

@@ -52,7 +52,8 @@ def naive(folder, picture, answer, layers):
     model.set_attn_implementation("eager")
     words = tiny.WORDS
     # template qa: "<image>\n{question}\n{answer}{eos}"-like; taken from the encoder, since templates have tests of their own
-    from switchkd.data.encoding import SampleEncoder, collate
+    from switchkd.data.encoded import collate
+    from switchkd.data.encoding import SampleEncoder
     from switchkd.data.load_template import load_template
     from switchkd.data.samples import Sample, Status
 

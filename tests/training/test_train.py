@@ -56,7 +56,8 @@ def test_training_from_hidden_states_equals_the_live_teacher(options, hidden, tm
 
 def test_align_is_the_distance_to_the_live_teacher(options, student, teacher, cached):
     """The first logged Align of the cached run equals DBiLD against the teacher run live (k covers this vocabulary)."""
-    from switchkd.data.encoding import SampleEncoder, collate
+    from switchkd.data.encoded import collate
+    from switchkd.data.encoding import SampleEncoder
     from switchkd.data.samples import SampleFile
     from switchkd.data.templates import TEMPLATES
     from switchkd.models.checkpoint import open_checkpoint
