@@ -99,7 +99,7 @@ bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what captu
 
 bench-vllm-families: $(VLLM_VENV)/.installed  ## families of models in vLLM beside transformers (docs/vllm-table.md)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
-		$(VLLM_VENV)/bin/python benchmarks/vllm_families.py
+		$(VLLM_VENV)/bin/python benchmarks/vllm_parity.py
 
 # Parity, and what caching needs of the package under vLLM's older transformers.
 VLLM_TESTS := $(addprefix tests/,$(addprefix capture/test_,vllm.py vllm_families.py vllm_refusals.py vllm_environments.py \
