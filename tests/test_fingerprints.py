@@ -332,3 +332,8 @@ def test_digests_stay_what_stores_hold():
     for field, data in packed.items():
         expected = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
         assert getattr(digest_sample(IDS, MASK, b"x"), field) == expected
+
+
+def test_hash_config_is_the_same_for_a_key_that_transformers_renamed():
+    assert hash_config({"a": {"_pad_token_id": 2}}) == hash_config({"a": {"pad_token_id": 2}})
+    assert hash_config({"a": {"_pad_token_id": 2}}) != hash_config({"a": {"pad_token_id": 3}})

@@ -4,7 +4,7 @@ A worker may be this process, one of several started by Slurm, Kubernetes or tor
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from switchkd.data.files import check_folder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, SampleFile, Status
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
-from switchkd.pipelines.capture.backends.base import Backend
+from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
 from switchkd.pipelines.capture.backends.open import open_backend
 from switchkd.pipelines.capture.failing_sample import naming_failing_sample
 from switchkd.pipelines.capture.manifest import build_manifest, resolve_payload
@@ -148,6 +148,20 @@ class CaptureWorker:
         batches = _Batches(parts, self.manifest, self.encoder, self.samples, self.options.batch_size)
         loader = DataLoader(batches, batch_size=None, num_workers=self._loaders())
         under_way: deque[tuple[int, list[tuple[int, Encoded]], Any]] = deque()
+        try:
+            yield from self._run_batches(loader, under_way)
+        except BackendFailed as failure:
+            rows = [index for _, batch, _ in under_way for index, found in batch if isinstance(found, EncodedSample)]
+            if not rows:
+                raise
+            raise BackendFailed(f"{failure}. Under way were rows from {min(rows)} to {max(rows)}") from failure
+
+    def _run_batches(
+        self,
+        loader: Iterable[tuple[int, list[tuple[int, Encoded]]]],
+        under_way: deque[tuple[int, list[tuple[int, Encoded]], Any]],
+    ) -> Iterator[tuple[int, list[tuple[int, Encoded]], list[Payload]]]:
+        """Run batches; those that are started and not finished are in `under_way`, in order."""
         for part, batch in loader:
             usable = [found for _, found in batch if isinstance(found, EncodedSample)]
             if self.options.strict and len(usable) < len(batch):
@@ -158,9 +172,16 @@ class CaptureWorker:
                 started = self.backend.start(usable, self.manifest) if usable else None
             under_way.append((part, batch, started))
             if len(under_way) >= self.backend.ahead:
-                yield self._finished(*under_way.popleft())
+                yield self._oldest(under_way)
         while under_way:
-            yield self._finished(*under_way.popleft())
+            yield self._oldest(under_way)
+
+    def _oldest(
+        self, under_way: deque[tuple[int, list[tuple[int, Encoded]], Any]]
+    ) -> tuple[int, list[tuple[int, Encoded]], list[Payload]]:
+        found = self._finished(*under_way[0])
+        under_way.popleft()
+        return found
 
     def _loaders(self) -> int:
         """Return how many processes read and decode images; vLLM and Ray share the machine in their own ways."""

@@ -5,9 +5,12 @@ import re
 import pytest
 import torch
 
+from switchkd.data.media import collate_media
 from switchkd.errors import CheckpointError
 from switchkd.losses.lm_head import LogitMap
+from switchkd.models.families import FAMILIES
 from switchkd.pipelines.capture.backends.vllm_checks import check_logit_map, compare_arguments
+from switchkd.pipelines.capture.backends.vllm_media import split_media
 from switchkd.pipelines.capture.backends.vllm_plugin import PREFIX, architecture_of, capture_architecture
 
 PIXELS = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -65,3 +68,58 @@ def test_an_attribute_names_its_architecture():
     )
     for other in ("LLAVA", "__path__", PREFIX, f"{PREFIX}_1__", ours):
         assert architecture_of(other) is None
+
+
+# Images of a sample, one by one
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl", "smolvlm", "internvl", "mistral3"])
+def test_media_of_several_images_are_divided_as_they_were_joined(family):
+    """Columns as processors make them of one sample: tiles and pictures padded to the largest, patches in a row."""
+    one, other, counts = IMAGES[family]
+    joined = {}
+    for name in one:
+        first, second = one[name], other[name]
+        if family == "smolvlm":  # [1, tiles of all images, …]
+            joined[name] = torch.cat([first, second], dim=1)
+        else:
+            joined |= collate_media([{name: first}, {name: second}])
+    for found, alone in zip(split_media(joined, FAMILIES[family], counts), (one, other), strict=True):
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
+
+
+def test_media_that_do_not_fit_their_tokens_are_refused():
+    columns = {"pixel_values": torch.ones(5, 3, 4, 4)}
+    with pytest.raises(ValueError, match=r"a column of 5 rows cannot be divided among images with \[4, 8\] tokens"):
+        split_media(columns, FAMILIES["internvl"], (4, 8))
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+IMAGES = {
+    "llava": ({"pixel_values": random(1, 3, 8, 8)}, {"pixel_values": random(1, 3, 8, 8) + 1}, (4, 4)),
+    "llava_next": (
+        {"pixel_values": random(1, 3, 3, 8, 8), "image_sizes": torch.tensor([[16, 8]])},
+        {"pixel_values": random(1, 5, 3, 8, 8), "image_sizes": torch.tensor([[16, 16]])},
+        (7, 11),
+    ),
+    "qwen3_vl": (
+        {"pixel_values": random(16, 12), "image_grid_thw": torch.tensor([[1, 4, 4]])},
+        {"pixel_values": random(24, 12), "image_grid_thw": torch.tensor([[1, 4, 6]])},
+        (4, 6),
+    ),
+    "smolvlm": (
+        {"pixel_values": random(1, 1, 3, 8, 8), "pixel_attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)},
+        {"pixel_values": random(1, 5, 3, 8, 8), "pixel_attention_mask": torch.ones(1, 5, 8, 8, dtype=torch.bool)},
+        (4, 20),
+    ),
+    "internvl": ({"pixel_values": random(1, 3, 8, 8)}, {"pixel_values": random(4, 3, 8, 8)}, (4, 16)),
+    "mistral3": (
+        {"pixel_values": random(1, 3, 8, 12), "image_sizes": torch.tensor([[8, 12]])},
+        {"pixel_values": random(1, 3, 16, 4), "image_sizes": torch.tensor([[16, 4]])},
+        (6, 4),
+    ),
+}

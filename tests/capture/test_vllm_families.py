@@ -68,10 +68,13 @@ def test_a_cached_prefix_is_that_of_its_image(case, engine, monkeypatch):
     assert np.abs(first - second).max() > 0.1
     engine.capture(case.samples, case.worker.manifest)
     pieces = vllm_families.watch_pieces(monkeypatch)
+    cached = 0
     for index in (*vllm_families.SAME_IDS, *range(len(case.samples))):
+        pieces.clear()
         (found,) = engine.capture([case.samples[index]], case.worker.manifest)
         assert_same(found, case.expected[index])
-    assert sum(begin >= vllm_families.BLOCK for begin, _, _ in pieces) >= 5, "no prefix came from the cache"
+        cached += pieces[0][0] >= vllm_families.BLOCK  # the first rows that ran
+    assert cached >= 10, "no prefix came from the cache"
 
 
 def test_a_sample_whose_image_does_not_fit_is_named(case, engine):

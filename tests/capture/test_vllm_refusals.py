@@ -129,7 +129,7 @@ def test_a_logit_map_means_the_same_in_both_backends(kind, tmp_path, data, monke
     case = vllm_families.open_case("llava", tmp_path, data)
     backend = case.open_vllm()
     for found, expected in zip(backend.capture(case.samples, case.worker.manifest), case.expected, strict=True):
-        np.testing.assert_allclose(found.hidden, expected.hidden, atol=1e-4, rtol=0)
-        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(found.hidden, expected.hidden, atol=2e-4, rtol=0)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=2e-4, rtol=0)
         assert found.stat("knee").tolist() == expected.stat("knee").tolist()
     backend.engine.engine_core.shutdown()

@@ -13,6 +13,7 @@ from switchkd.data.samples import read_row
 from switchkd.data.templates import TEMPLATES
 from switchkd.errors import CheckpointError, ReadFailure, RunError
 from switchkd.models.checkpoint import open_checkpoint
+from switchkd.pipelines.capture.backends.base import BackendFailed
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.dry_run import plan
@@ -177,6 +178,22 @@ def test_row_17_a_batch_that_fails_though_each_sample_alone_does_not(options, mo
         RunError, match=r"fails on the batch of rows [\d, ]+, though not on each alone: .*lower --batch-size"
     ):
         cache_teacher(options)
+
+
+def test_a_backend_that_died_names_the_rows_that_were_with_it(options, monkeypatch):
+    """Those of all batches under way, and none that was done."""
+    original, seen = TransformersBackend.capture, []
+
+    def capture(self, samples, manifest):
+        seen.append(samples)
+        if len(seen) > 2:  # the first two are the probe for the tables
+            raise BackendFailed("the engine died")
+        return original(self, samples, manifest)
+
+    monkeypatch.setattr(TransformersBackend, "capture", capture)
+    with pytest.raises(BackendFailed, match=r"^the engine died\. Under way were rows from \d to \d$") as caught:
+        cache_teacher(options)
+    assert str(caught.value).endswith("from 0 to 3")  # the text-only row comes first in its part
 
 
 def test_the_check_of_the_processor_changes_nothing(checkpoint, tmp_path):

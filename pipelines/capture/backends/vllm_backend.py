@@ -199,7 +199,8 @@ class VllmBackend(Backend):
             yield
         except EngineDeadError as error:
             raise BackendFailed(
-                "vLLM's engine died, its log above may say why; what was committed is whole, run the same command again"
+                "vLLM's engine died, its log above may say why; what was committed is whole, run the same command again. With "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0 in its environment it names the row at which vLLM fails"
             ) from error
         except Exception as error:
             if not is_library_failure(error):
