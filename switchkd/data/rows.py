@@ -78,6 +78,7 @@ DATA_URL = "data:"
 _BASE64_URL = re.compile(r"data:[^,;]{0,100}(?:;[^,;]{0,100})*;base64,", re.IGNORECASE)
 _IMAGE_PARTS = ("image", "image_url")
 SYSTEM = "system"
+VIDEO_COLUMNS = ("video", "videos")
 MAX_IMAGES = 256
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -95,6 +96,10 @@ def read_row(row: Any, index: int) -> Sample:
         if not isinstance(row, dict):
             raise BadSample(Status.NO_CONVERSATION, f"expected an object, found {type(row).__name__}")
         conversation = _conversation_of(row)
+        if video := next((name for name in VIDEO_COLUMNS if row.get(name)), None):
+            raise BadSample(
+                Status.BAD_TURN, f"key {video!r} names a video, which is not read: give its frames as images"
+            )
         images = _images_of(row, conversation, notes)
         system, conversation = _system_of(conversation)
         turns = _turns_of(conversation, len(images))

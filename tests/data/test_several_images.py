@@ -145,3 +145,13 @@ def test_odd_system_prompts():
     assert (marked.status, marked.detail) == (Status.MARKER_WITHOUT_IMAGE, "turn 0, the system prompt, holds <image>")
     alone = read_row({"messages": [{"role": "system", "content": "x"}]}, 0)
     assert (alone.status, alone.detail) == (Status.NO_CONVERSATION, "a system prompt, and no turn after it")
+
+
+@pytest.mark.parametrize("key", ["video", "videos"])
+def test_a_video_is_refused_and_its_frames_are_images(key):
+    said = tiny.conversation(("what happens ?", "a circle"))
+    refused = read_row({key: "a.mp4", "conversations": said}, 0)
+    assert refused.status is Status.BAD_TURN
+    assert refused.detail == f"key '{key}' names a video, which is not read: give its frames as images"
+    frames = read_row({key: None, "images": ["1.png", "2.png", "3.png"], "conversations": said}, 0)
+    assert (frames.status, len(frames.images)) == (Status.OK, 3)
