@@ -14,7 +14,7 @@ from switchkd.pipelines.run_folder import SUMMARY
 from switchkd.pipelines.training.options import TrainOptions
 
 if TYPE_CHECKING:
-    from switchkd.pipelines.training.lifecycle.begun import TrainSummary
+    from switchkd.pipelines.training.resuming import TrainSummary
 
 
 @click.command("train", cls=GroupedCommand)
@@ -57,8 +57,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 def _finished(options: TrainOptions) -> "TrainSummary | None":
     """Return the result of a run that is finished; None if there is something to do."""
-    from switchkd.pipelines.training.lifecycle.batches import as_begun, resolve_batches
-    from switchkd.pipelines.training.lifecycle.begun import finished
+    from switchkd.pipelines.training.resuming import as_begun, finished, resolve_batches
 
     if not (options.output / SUMMARY).is_file():
         return None

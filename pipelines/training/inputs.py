@@ -35,8 +35,8 @@ from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.int8_teacher import check_int8
-from switchkd.pipelines.training.lifecycle.batches import as_begun, resolve_batches
 from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.resuming import as_begun, resolve_batches
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
 

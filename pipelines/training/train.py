@@ -19,7 +19,7 @@ from switchkd.pipelines.training.arguments import fit_to_data, training_argument
 from switchkd.pipelines.training.collator import Collator, empty_sample, placeholder_sample
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
-from switchkd.pipelines.training.lifecycle.begun import TrainSummary, finished, has_begun
+from switchkd.pipelines.training.lifecycle.begun import has_begun
 from switchkd.pipelines.training.lifecycle.lock import one_run
 from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
 from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, leave_group, stop_requests
@@ -27,6 +27,7 @@ from switchkd.pipelines.training.model_setup import TrainingModels, set_up_model
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import require_checkpoint
 from switchkd.pipelines.training.plot import plot_run
+from switchkd.pipelines.training.resuming import TrainSummary, finished
 from switchkd.pipelines.training.run_log import RunReport, tell_plan
 from switchkd.pipelines.training.trainer import SwitchTrainer
 

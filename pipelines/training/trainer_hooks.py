@@ -14,8 +14,7 @@ from transformers import Trainer
 
 from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.run_folder import sync_tree
-from switchkd.pipelines.training import checkpointing
-from switchkd.pipelines.training.lifecycle import sealed
+from switchkd.pipelines.training.lifecycle import checkpointing, sealed
 
 # The private methods of `transformers.Trainer` that `CheckpointHooks` overrides, with their parameters.
 OVERRIDDEN: dict[str, tuple[str, ...]] = {

@@ -17,9 +17,9 @@ from switchkd.models.hollow import is_hollow
 from switchkd.models.switch_adapter import CutAdapters
 from switchkd.pipelines.training.cost_model import Work, count_parameters, patches_of
 from switchkd.pipelines.training.inputs import TrainingInputs, check_models, resolve_options
-from switchkd.pipelines.training.lifecycle.batches import as_begun
 from switchkd.pipelines.training.model_setup import set_up_models
 from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.resuming import as_begun
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import predicting_rows
 

@@ -14,7 +14,7 @@ from switchkd.data.samples import SampleFile
 from switchkd.pipelines import cores
 from switchkd.pipelines.training import inputs
 from switchkd.pipelines.training.inputs import resolve_options
-from switchkd.pipelines.training.lifecycle.batches import as_begun
+from switchkd.pipelines.training.resuming import as_begun
 from switchkd.pipelines.training.sampler import EpochOrder
 from switchkd.pipelines.training.train import train
 

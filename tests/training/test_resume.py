@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from training import RUN, Stop, assert_same_weights, flags_of, history, interrupt_after, weights
 
 from switchkd.errors import CheckpointError, ConfigError, RunError
-from switchkd.pipelines.training import checkpointing
-from switchkd.pipelines.training.lifecycle import sealed
+from switchkd.pipelines.training.lifecycle import checkpointing, sealed
 from switchkd.pipelines.training.train import train
 
 cached, hidden, options = training.cached, training.hidden, training.options
@@ -86,7 +85,7 @@ def test_killed_training_goes_on(options, tmp_path):
     flags = flags_of(options, steps=8)
     kill = (
         "import os, signal\n"
-        "from switchkd.pipelines.training import checkpointing\n"
+        "from switchkd.pipelines.training.lifecycle import checkpointing\n"
         "save = checkpointing.save\n"
         "def dying(folder, *rest):\n"
         "    if folder.name == 'checkpoint-6': os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -1,16 +1,50 @@
-"""Options that depend on the run that is resumed: what it chose, and the number of samples in a step."""
+"""What a run that was begun means for the same command: its result if it is finished, else the options that it chose.
 
+Read without torch, so that a finished run is told at once.
+"""
+
+import json
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.run_folder import read_record
+from switchkd.pipelines.run_folder import SUMMARY, check_record, read_record, to_plain
 from switchkd.pipelines.training.lifecycle.begun import has_begun
-from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 
 # Options that are chosen by what is there, if they are not given, and then stay those of the run.
 CHOSEN = ("precision", "group_by", "switch")
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """The result of a run."""
+
+    output: Path
+    steps: int
+    samples: int  # usable
+    skipped: dict[str, int]  # by reason
+    losses: dict[str, float]  # mean over the last logged interval, nats per position
+    already_finished: bool
+
+
+def finished(options: TrainOptions) -> TrainSummary | None:
+    """Return the result of a finished run; None if it is not finished.
+
+    Args:
+        options: with batch sizes as numbers, see `resolve_batches`.
+
+    Raises:
+        ConfigError: the run was begun with other options.
+    """
+    run = options.output
+    if not (run / SUMMARY).is_file():
+        return None
+    check_record(run, to_plain(options), RESUMABLE_CHANGES)
+    found = json.loads((run / SUMMARY).read_text())
+    return TrainSummary(run, found["steps"], found["samples"], found["skipped"], found["losses"], already_finished=True)
 
 
 def as_begun(options: TrainOptions) -> TrainOptions:
