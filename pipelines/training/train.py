@@ -65,7 +65,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     before = read_record(run) if begun else {}
     if begun:
         check_record(run, to_plain(options), RESUMABLE_CHANGES)
-    resume = agree_on_checkpoint(run, sealed=SEALED in before, device=arguments.device)
+    resume = agree_on_checkpoint(run, sealed=SEALED in before)
     if resume is not None:
         require_checkpoint(options.profile, resume, arguments.world_size)
     inputs = open_inputs(options)

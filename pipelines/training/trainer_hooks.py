@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.run_folder import sync_tree
-from switchkd.pipelines.training.lifecycle import checkpointing, sealed
+from switchkd.pipelines.training.lifecycle import begun, checkpointing, sealed
 
 # The private methods of `transformers.Trainer` that `CheckpointHooks` overrides, with their parameters.
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
@@ -51,7 +51,7 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
                 sealed.clear_unfinished(run)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            name = f"{sealed.PREFIX}{self.state.global_step}"
+            name = f"{begun.PREFIX}{self.state.global_step}"
             if self.is_deepspeed_enabled:
                 sync_tree(self.writing_into / name)  # every process writes shards
             self.accelerator.wait_for_everyone()

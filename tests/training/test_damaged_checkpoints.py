@@ -12,7 +12,7 @@ import training
 from training import Stop, assert_same_weights, history, interrupt_after, two_processes, weights
 
 from switchkd.errors import CheckpointError, ReadFailure
-from switchkd.pipelines.training.lifecycle import sealed
+from switchkd.pipelines.training.lifecycle import begun, sealed
 from switchkd.pipelines.training.train import train
 
 cached, options = training.cached, training.options
@@ -21,13 +21,13 @@ cached, options = training.cached, training.options
 @pytest.fixture(scope="module")
 def stopped(teacher, student, cached, tmp_path_factory):
     """A run that ended in step 6, with checkpoints of steps 2 and 4."""
-    begun = training.train_options(teacher, student, cached, tmp_path_factory.mktemp("stopped") / "run")
+    options = training.train_options(teacher, student, cached, tmp_path_factory.mktemp("stopped") / "run")
     with pytest.MonkeyPatch.context() as patch:
         interrupt_after(patch, 5)
         with pytest.raises(Stop):
-            train(begun)
-    assert [path.name for path in sealed.checkpoints(begun.output)] == ["checkpoint-4", "checkpoint-2"]
-    return begun.output
+            train(options)
+    assert [path.name for path in begun.checkpoints(options.output)] == ["checkpoint-4", "checkpoint-2"]
+    return options.output
 
 
 @pytest.fixture
@@ -135,12 +135,12 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(interrupted, undisturbed, c
     assert "checkpoint-2: steps 3 to 4 are trained again" in caplog.text
     assert history(interrupted.output) == history(undisturbed)
     assert_same_weights(weights(interrupted.output), weights(undisturbed))
-    assert [path.name for path in sealed.checkpoints(interrupted.output)] == ["checkpoint-6", "checkpoint-4"]
-    assert all(sealed.damage_of(path, sealed=True) is None for path in sealed.checkpoints(interrupted.output))
+    assert [path.name for path in begun.checkpoints(interrupted.output)] == ["checkpoint-6", "checkpoint-4"]
+    assert all(sealed.damage_of(path, sealed=True) is None for path in begun.checkpoints(interrupted.output))
 
 
 def test_without_a_sound_checkpoint_the_run_is_refused(interrupted):
-    for path in sealed.checkpoints(interrupted.output):
+    for path in begun.checkpoints(interrupted.output):
         cut(path / "model.safetensors")
     with pytest.raises(CheckpointError) as refused:
         train(interrupted)
@@ -165,7 +165,7 @@ def test_a_failure_to_read_is_no_damage(interrupted, monkeypatch, number):
 
 def as_before(run):
     """Make a run's folder that of an earlier version, whose checkpoints had no digests."""
-    for path in sealed.checkpoints(run):
+    for path in begun.checkpoints(run):
         (path / "files.json").unlink()
     record = run / "run.yaml"
     record.write_text(record.read_text().replace("checkpoints_have_digests: true\n", ""))
@@ -215,7 +215,7 @@ def test_several_processes_write_and_choose_one_checkpoint(options, undisturbed,
     assert "checkpoint-4 is damaged: rng_1.safetensors has other bytes" in done.stderr
     assert "steps 3 to 4 are trained again" in done.stderr
     training.assert_equal_runs(undisturbed, run)
-    for path in sealed.checkpoints(run):
+    for path in begun.checkpoints(run):
         flipped(path / "model.safetensors")
     (run / "summary.json").unlink()
     done = two_processes(options, tmp_path, **changed)
@@ -235,7 +235,7 @@ def test_deepspeeds_checkpoints_have_digests_of_all_shards(options, tmp_path):
     pytest.importorskip("deepspeed", reason="--profile zero3 needs the extra deepspeed")
     done = two_processes(options, tmp_path, batch_size=1, accumulation=2, save_every=1, profile="zero3")
     assert done.returncode == 0, done.stderr[-3000:]
-    newest = sealed.checkpoints(tmp_path / "two")[0]
+    newest = begun.checkpoints(tmp_path / "two")[0]
     listed = json.loads((newest / "files.json").read_text())
     assert sum(name.endswith(".pt") for name in listed) >= 2
     assert sealed.damage_of(newest, sealed=True) is None

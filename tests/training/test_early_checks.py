@@ -15,7 +15,7 @@ from switchkd.pipelines.training import inputs, model_setup
 from switchkd.pipelines.training import train as train_module
 from switchkd.pipelines.training.arguments import training_arguments
 from switchkd.pipelines.training.inputs import resolve_options
-from switchkd.pipelines.training.lifecycle import sealed
+from switchkd.pipelines.training.lifecycle import begun
 from switchkd.pipelines.training.options import Schedule
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
@@ -230,5 +230,5 @@ def test_a_full_disk_under_the_tokenizer(options, monkeypatch, error, finished):
             train(options)
     assert stop.value.exit_code == 1
     assert not (options.output / ".unfinished").exists()
-    assert sealed.checkpoints(options.output)[0].name == ("checkpoint-6" if finished else "checkpoint-2")
+    assert begun.checkpoints(options.output)[0].name == ("checkpoint-6" if finished else "checkpoint-2")
     train(options)

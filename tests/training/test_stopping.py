@@ -15,7 +15,7 @@ import training
 from training import RUN, assert_same_weights, flags_of, history, interrupt_after, weights
 
 from switchkd.errors import ConfigError, Stopped
-from switchkd.pipelines.training.lifecycle import lock, sealed, stopping
+from switchkd.pipelines.training.lifecycle import begun, lock, sealed, stopping
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
 
@@ -23,7 +23,7 @@ cached, options = training.cached, training.options
 
 
 def steps_of(run):
-    return [sealed.step_of(path) for path in sealed.checkpoints(run)]
+    return [begun.step_of(path) for path in begun.checkpoints(run)]
 
 
 def signal_in_step(monkeypatch, step, *numbers):
@@ -85,15 +85,15 @@ def test_the_command_line_ends_with_143(options, number):
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )
-    while process.poll() is None and not sealed.checkpoints(options.output):
+    while process.poll() is None and not begun.checkpoints(options.output):
         time.sleep(0.05)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 143, errors[-3000:]
     last = errors.splitlines()[-1]
     assert last.startswith(f"Error: stopped by {number.name} after step ") and "Traceback" not in errors
-    newest = sealed.checkpoints(options.output)[0]
-    assert f"after step {sealed.step_of(newest)}, " in last
+    newest = begun.checkpoints(options.output)[0]
+    assert f"after step {begun.step_of(newest)}, " in last
     assert sealed.damage_of(newest, sealed=True) is None
     assert not (options.output / ".lock").exists()
 
@@ -169,7 +169,7 @@ def test_a_second_run_in_one_folder_is_refused(options, tmp_path):
     command = [sys.executable, "-c", RUN, "train", *flags_of(options, steps=100_000, workers=1)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        while process.poll() is None and not sealed.checkpoints(options.output):
+        while process.poll() is None and not begun.checkpoints(options.output):
             time.sleep(0.05)
         holder = json.loads((options.output / ".lock").read_text())
         with pytest.raises(ConfigError) as refused:

@@ -13,7 +13,7 @@ from training import assert_same_weights, history, weights
 from transformers import PreTrainedTokenizerBase
 
 from switchkd.errors import RunError, SwitchKDError
-from switchkd.pipelines.training.lifecycle import sealed
+from switchkd.pipelines.training.lifecycle import begun, sealed
 from switchkd.pipelines.training.train import train
 
 cached = training.cached
@@ -138,7 +138,7 @@ def run_with_fault(options, faults, number, error, undisturbed):
     if error is full and ended is not None:
         assert isinstance(ended, (SwitchKDError, OSError)), (name, ended)  # the command line has a message for both
         assert os.strerror(28) in str(ended), (name, ended)
-    for checkpoint in sealed.checkpoints(options.output):
+    for checkpoint in begun.checkpoints(options.output):
         assert sealed.damage_of(checkpoint, sealed=True) is None, (name, checkpoint)
     train(options)
     assert history(options.output) == history(undisturbed), name

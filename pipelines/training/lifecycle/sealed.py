@@ -16,18 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from switchkd.errors import CheckpointError, ReadFailure, RunError, SwitchKDError
+from switchkd.errors import CheckpointError, ReadFailure
 from switchkd.pipelines.run_folder import sync, sync_tree, write_atomically
-from switchkd.pipelines.training.lifecycle.begun import PREFIX, checkpoints, has_begun, step_of
-
-__all__ = [
-    "PREFIX", "agree_on_checkpoint", "checkpoints", "clear_unfinished", "commit", "damage_of", "has_begun", "last_checkpoint",
-    "newest_sound", "step_of",
-]  # fmt: skip
+from switchkd.pipelines.training.lifecycle.begun import checkpoints, step_of
+from switchkd.pipelines.training.lifecycle.together import from_first_process
 
 FILES = "files.json"  # name → [bytes, blake2b] of every other file
 STATE = "trainer_state.json"  # every checkpoint has it
@@ -203,30 +197,14 @@ def _told(damaged: dict[Path, str]) -> str:
     return "\n".join(f"{path} is damaged: {damage}" for path, damage in damaged.items())
 
 
-def agree_on_checkpoint(run: Path, *, sealed: bool, device: torch.device) -> Path | None:
+def agree_on_checkpoint(run: Path, *, sealed: bool) -> Path | None:
     """Return `newest_sound`, found by the first process for all of them; every process of the run calls it.
 
     Raises:
         CheckpointError, ReadFailure: in the first process, see `newest_sound`.
         RunError: in the others, where the first one raised.
     """
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return newest_sound(run, sealed=sealed)
-    none, failed = -1, -2
-    found, failure = none, None
-    if dist.get_rank() == 0:
-        try:
-            chosen = newest_sound(run, sealed=sealed)
-            found = none if chosen is None else step_of(chosen)
-        except SwitchKDError as error:
-            found, failure = failed, error
-    step = torch.tensor([found], device=device)
-    dist.broadcast(step, src=0)
-    if failure is not None:
-        raise failure
-    if step.item() == failed:
-        raise RunError("the first process found no checkpoint to go on from, see its message")
-    return None if step.item() == none else run / f"{PREFIX}{step.item()}"
+    return from_first_process(lambda: newest_sound(run, sealed=sealed))
 
 
 def last_checkpoint(run: Path) -> Path | None:
