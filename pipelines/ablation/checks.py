@@ -15,6 +15,7 @@ from switchkd.data.load_template import CHECKPOINT_TEMPLATE, load_template
 from switchkd.data.samples import SampleFile
 from switchkd.errors import CheckpointError, ConfigError, DataError
 from switchkd.models.checkpoint import Checkpoint, open_checkpoint
+from switchkd.models.families import family_of
 from switchkd.pipelines.ablation import small_models
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.plan import Job, Run, naming
@@ -164,7 +165,7 @@ def _check_run(run: Run, opened: Callable[..., Checkpoint]) -> None:
     check_models(options, student, teacher)
     check_vocab_map(options, teacher, None)
     # Other families' widths were compared above.
-    if options.switch_adapter is not None and teacher is not None and student.image_tokens:
+    if options.switch_adapter is not None and teacher is not None and family_of(student.config).is_llava:
         make_switch_adapter(options, teacher, student)
     template = options.template if run.cache is None else run.cache.template
     if template == CHECKPOINT_TEMPLATE:

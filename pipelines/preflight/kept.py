@@ -129,7 +129,7 @@ def _key(samples: SampleFile, inspector: SampleInspector) -> str:
             "tokenizer": hash_tokenizer(encoder.tokenizer),
             "processor": hash_image_processor(encoder.reader.image_processor),
             "template": encoder.template.as_dict(),
-            "image_tokens": [encoder.image_token_id, encoder.image_tokens],
+            "image": encoder.placeholder()[0].tolist(),  # what its processor's settings make of one
             "max_length": encoder.max_length,
         }
     return hash_json([about, _code()])

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Literal
@@ -146,16 +147,11 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
         if not self.encoder.reader.is_variable:
             return self.encoder.image_tokens
         shown = self.usable[self.samples.has_image()[self.usable]]
-        tokens = images = 0
+        counts: list[int] = []
         for row in shown[:: max(1, len(shown) // ESTIMATED_BY)][:ESTIMATED_BY]:
-            sample = self.samples[int(row)]
-            try:
-                ids = self.encoder.encode(sample).input_ids
-            except BadSample:
-                continue
-            tokens += int((ids == self.encoder.image_token_id).sum())
-            images += len(sample.images)
-        return round(tokens / images) if images else 0
+            with suppress(BadSample):
+                counts += self.encoder.encode(self.samples[int(row)]).image_tokens
+        return round(sum(counts) / len(counts)) if counts else 0
 
     def order(self, grouping: str, seed: int, global_batch: int) -> EpochOrder:
         """Return the order in which epochs take the samples; see `EpochOrder`.

@@ -164,15 +164,14 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
         samples=samples,
         vocabularies=vocabularies,
         two_views=other is not None,
-        media=_media_of_one_image(student),
-        teacher_media=None if teacher is None else _media_of_one_image(teacher),
+        media=_media_of_one_image(encoder),
+        teacher_media=None if teacher is None else _media_of_one_image(other or encoder),
     )
 
 
-def _media_of_one_image(checkpoint: Checkpoint) -> dict[str, Tensor] | None:
-    """Return the media of a made-up image, as a checkpoint's processor makes it; None for a Llava."""
-    reader = MediaReader(checkpoint)
-    return reader.probe().columns if reader.is_variable else None
+def _media_of_one_image(encoder: SampleEncoder) -> dict[str, Tensor] | None:
+    """Return the media of a made-up image, as an encoder's processor makes it; None for a Llava."""
+    return encoder.reader.probe.columns if encoder.reader.is_variable else None
 
 
 def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None) -> None:
@@ -200,7 +199,7 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
         return
     media = None
     if objective.switch and not llavas:
-        media = (MediaReader(teacher).probe().columns, MediaReader(student).probe().columns)
+        media = (MediaReader(teacher).probe.columns, MediaReader(student).probe.columns)
     check_compatible(
         teacher,
         student,

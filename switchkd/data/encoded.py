@@ -37,11 +37,6 @@ class EncodedSample:
         """Number of supervised tokens."""
         return int(self.supervised[1:].sum())
 
-    @property
-    def pixels(self) -> Tensor | None:
-        """A Llava's pixels, [3, H, W] float32; None for text only."""
-        return None if self.media is None else self.media["pixel_values"][0]
-
 
 class Prompt(NamedTuple):
     """What stands before an answer, as a model reads it."""

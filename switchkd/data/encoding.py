@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,8 +138,7 @@ class SampleEncoder:
         return tokens
 
     def _segments(self, sample: Sample) -> list[tuple[str, bool]]:
-        said = [text.replace(IMAGE_MARKER, " ") if sample.placed else text for turn in sample.turns for text in turn]
-        self.words.require_no_control_tokens([sample.system, *said])
+        self._require_plain([text for turn in sample.turns for text in turn], sample.system, sample.placed)
         try:
             before = 0 if sample.placed else len(sample.images)
             segments = self.template.render(sample.turns, before, self.tokenizer.eos_token, sample.system)
@@ -172,9 +170,7 @@ class SampleEncoder:
         markers = sum(text.count(IMAGE_MARKER) for text, _ in turns)
         placed = bool(markers) and markers == len(images)
         *before, (question, _) = turns
-        said = [*(text for turn in before for text in turn), question]
-        said = [text.replace(IMAGE_MARKER, " ") for text in said] if placed else said
-        self.words.require_no_control_tokens([system, *said])
+        self._require_plain([*(text for turn in before for text in turn), question], system, placed)
         try:
             segments = self.template.prompt(turns, 0 if placed else len(images), self.tokenizer.eos_token, system)
         except (TemplateNotInvertible, NoPlaceForSystem) as error:
@@ -186,10 +182,17 @@ class SampleEncoder:
             raise BadSample(Status.NO_CONVERSATION, f"nothing stands before the answer of turn {len(turns) - 1}")
         return Prompt(ids, None if media is None else media.columns)
 
+    def _require_plain(self, said: Sequence[str], system: str, placed: bool) -> None:
+        """Raise BadSample if a text spells out a special token; markers at which images stand are none."""
+        said = [text.replace(IMAGE_MARKER, " ") for text in said] if placed else said
+        self.words.require_no_control_tokens([system, *said])
+
     def _texts_of(self, media: Media | None, count: int) -> list[str]:
         """Return the texts of `count` images; without media, of images that were not read."""
         if media is None:
-            image = self._probe.texts[0] if self.reader.is_variable else self.words.image_token * self.image_tokens
+            image = (
+                self.reader.probe.texts[0] if self.reader.is_variable else self.words.image_token * self.image_tokens
+            )
             texts = [image] * count
         else:
             texts = media.texts
@@ -200,11 +203,7 @@ class SampleEncoder:
         if not self.reader.is_variable:
             ids = np.full(self.image_tokens, self.image_token_id, np.int32)
             return ids, {"pixel_values": blank_image(self.config)}
-        return self.words([(IMAGE_MARKER, False)], self._texts_of(None, 1)).ids, self._probe.columns
-
-    @cached_property
-    def _probe(self) -> Media:
-        return self.reader.probe()
+        return self.words([(IMAGE_MARKER, False)], self._texts_of(None, 1)).ids, self.reader.probe.columns
 
     def _require_fit(self, ids: NDArray[np.int32]) -> None:
         if len(ids) > self.max_length:

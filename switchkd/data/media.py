@@ -6,6 +6,7 @@ resolution, row separators. Their processor of transformers knows; nothing of it
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,6 @@ _PROBE_SIZE = (64, 48)  # of the image by which a processor is tried
 _CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")  # where its class is named
 _ADVICE = "copy processor_config.json and preprocessor_config.json from the model's origin"
 _PACKAGES = ("torchvision", "num2words")  # that some processors of transformers need
-_FEATURES: dict[
-    tuple[str, str], int
-] = {}  # config, shapes of the made-up image's media → features, which take time to find
 _PARTS = {"image_processor", "video_processor", "feature_extractor", "tokenizer", "auto_map", "chat_template"}
 # Tokens that stand before and after an image in the text of a model, where the processor's own text does not hold them.
 _BORDERS = (
@@ -41,9 +39,8 @@ class Media(NamedTuple):
     """The images of one sample."""
 
     columns: dict[str, Tensor]  # by the names that the model takes, see `families.Family.media`
-    texts: list[
-        str
-    ]  # what stands for each image: image tokens, one for every row of features, and what is between them
+    # What stands for each image: image tokens, one for every row of features, and what is between them.
+    texts: list[str]
 
     @property
     def nbytes(self) -> int:
@@ -117,8 +114,9 @@ class MediaReader:
         """Return how many image tokens each image has."""
         return tuple(text.count(self.image_token) for text in media.texts)
 
+    @cached_property
     def probe(self) -> Media:
-        """Return the media of a made-up image, by which templates and pairs of models are checked.
+        """The media of a made-up image, by which templates and pairs of models are checked.
 
         Raises:
             CheckpointError: the processor fails, or writes another number of image tokens than the model has features for them.
@@ -132,10 +130,7 @@ class MediaReader:
         return media
 
     def _require_as_many_features(self, media: Media) -> None:
-        key = (self._opened.config.to_json_string(), str({name: value.shape for name, value in media.columns.items()}))
-        if key not in _FEATURES:
-            _FEATURES[key] = probe_cuts(self._opened.config, media.columns).tokens
-        features, tokens = _FEATURES[key], media.texts[0].count(self.image_token)
+        features, (tokens,) = probe_cuts(self._opened.config, media.columns).tokens, self.counts(media)
         if tokens != features:
             raise CheckpointError(
                 f"{self.checkpoint}: for an image of {' × '.join(map(str, _PROBE_SIZE))} pixels its processor writes {tokens:,} "

@@ -12,6 +12,7 @@ Spaces before an answer are the exception: they are the answer's, since nearly a
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,10 +115,11 @@ class ConversationTokenizer:
         *before, (last, _) = segments or [("", False)]
         found = self([*before, (last.rstrip(" "), False)], images)
         ids = found.ids
-        return ids[: len(ids) - self._appended()] if self.special else ids
+        return ids[: len(ids) - self._appended] if self.special else ids
 
+    @cached_property
     def _appended(self) -> int:
-        """Return how many tokens, such as EOS, the post-processor writes after a text."""
+        """How many tokens, such as EOS, the post-processor writes after a text."""
         mask = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         return next((number for number, is_own in enumerate(reversed(mask)) if not is_own), len(mask))
 

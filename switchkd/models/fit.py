@@ -1,6 +1,7 @@
 """Whether a student's vision features fit a teacher's projector: what each side's projector reads of one image, without weights."""
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -36,12 +37,32 @@ class Cuts:
 def probe_cuts(config: Any, media: Mapping[str, Tensor]) -> Cuts:
     """Measure what a model's projector reads of an image, with random weights, and none for the layers of tower and language model.
 
+    A process builds such a model once for a config and an image.
+
     Args:
         config: of any family. media: of one image, as the checkpoint's processor makes it.
 
     Raises:
         CheckpointError: the class lacks a module of its projector, or a tower.
     """
+    key = _key_of(config, media)
+    if key not in _MEASURED:
+        _MEASURED[key] = _measured(config, media)
+    return _MEASURED[key]
+
+
+_MEASURED: dict[str, Cuts] = {}
+
+
+def _key_of(config: Any, media: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(f"{type(config).__name__} {config.to_json_string()}".encode(), digest_size=16)
+    for name, value in sorted(media.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _measured(config: Any, media: Mapping[str, Tensor]) -> Cuts:
     small = copy.deepcopy(config)
     text = small.get_text_config()
     text.vocab_size = PROBE_ROWS

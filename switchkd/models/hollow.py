@@ -69,11 +69,6 @@ def tower_bypassed(model: Any) -> Iterator[None]:
                 layer.forward = forward  # type: ignore[method-assign]
 
 
-def is_hollow(model: Any) -> bool:
-    """Whether `hollow_out` was applied."""
-    return any("forward" in layer.__dict__ and layer.forward is _pass_through for layer in tower_layers_of(model))
-
-
 def _pass_through(*inputs: Any, **named: Any) -> Any:
     return inputs[0] if inputs else named["hidden_states"]
 

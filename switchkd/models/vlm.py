@@ -22,7 +22,7 @@ from switchkd.library_errors import as_checkpoint_error
 from switchkd.models.checkpoint import Checkpoint, blank_image
 from switchkd.models.components import layers_of, tower_of
 from switchkd.models.families import family_of
-from switchkd.models.features import capture_features, final_states, image_outputs, media_of, output_tensors
+from switchkd.models.features import final_states, image_outputs, media_of, output_tensors
 from switchkd.models.hollow import load_hollow
 from switchkd.models.projectors import (
     SwitchLlavaConfig,
@@ -196,14 +196,6 @@ def blank_media(config: Any) -> dict[str, Tensor]:
     """Return the media of a blank image for a Llava, see `checkpoint.blank_image`."""
     assert family_of(config).is_llava, "other families take the media of an image that their processor made"
     return {"pixel_values": blank_image(config)}
-
-
-def vision_features(model: Any, pixels: Tensor) -> Tensor:
-    """Return V(x) of a Llava, the features that enter the projector: [B, 3, H, W] → [B, n, d_v]."""
-    with capture_features(model) as captured:
-        image_outputs(model, {"pixel_values": pixels})
-    (features,) = captured.values()
-    return features
 
 
 def states_at_positions(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import vllm_families
 
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
@@ -23,7 +24,6 @@ from switchkd.errors import RunError
 from switchkd.losses import kneedle
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_lm_head
-from switchkd.pipelines.capture.backends import vllm_pooler
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.worker import CaptureWorker
@@ -124,15 +124,7 @@ def vllm(worker):
 @pytest.fixture
 def pieces(vllm, monkeypatch):
     """What the pooler sees: (first row, last row + 1, runs wanted)."""
-    seen = []
-    collect = vllm_pooler._collect
-
-    def watched(held, runs, rows, begin):
-        seen.append((begin, begin + len(rows), runs))
-        collect(held, runs, rows, begin)
-
-    monkeypatch.setattr(vllm_pooler, "_collect", watched)
-    return seen
+    return vllm_families.watch_pieces(monkeypatch)
 
 
 def assert_same(found, expected):
@@ -198,7 +190,8 @@ def test_the_vision_tower_sees_the_trainers_pixels_bit_by_bit(vllm, worker, opti
         "from switchkd.data.templates import TEMPLATES; from switchkd.models.checkpoint import open_checkpoint\n"
         "teacher, data, out = map(Path, sys.argv[1:])\n"
         "encoder = SampleEncoder(open_checkpoint(teacher), TEMPLATES['qa'], data.parent / 'images', 256)\n"
-        "pixels = [encoder.encode(sample).pixels for sample in SampleFile(data)]\n"
+        "media = [encoder.encode(sample).media for sample in SampleFile(data)]\n"
+        "pixels = [None if columns is None else columns['pixel_values'][0] for columns in media]\n"
         "torch.save({'pixels': pixels, 'transformers': transformers.__version__}, out)\n"
     )
     run_python(code, options.teacher, options.data, trainer)

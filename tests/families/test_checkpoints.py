@@ -15,7 +15,6 @@ from switchkd.models.components import language_model_of, lm_head_of
 from switchkd.models.families import family_of
 from switchkd.models.features import capture_features, cut_shapes, image_outputs
 from switchkd.models.fit import probe_cuts
-from switchkd.models.hollow import is_hollow
 from switchkd.models.packing_probe import check_packing, enable_packing_in
 from switchkd.models.vlm import load_lm_head, load_model
 
@@ -36,7 +35,7 @@ def test_a_checkpoint_opens_and_loads_whole_and_hollow(saved):
     assert opened.image_token_id == opened.tokenizer.convert_tokens_to_ids(tiny.SPECIAL[family].image)
     whole, hollow = load_model(opened), load_model(opened, vision=False)
     assert type(hollow).__mro__[1] is type(whole) is type(tiny.build(family, 1))
-    assert is_hollow(hollow) and not is_hollow(whole)
+    assert tiny.is_hollow(hollow) and not tiny.is_hollow(whole)
     theirs = whole.state_dict()
     for name, tensor in hollow.state_dict().items():
         assert component_of(name) == "vision" or torch.equal(tensor, theirs[name])

@@ -74,7 +74,7 @@ def test_a_processor_that_needs_torchvision_is_refused_by_name(place):
 
 
 def test_probes_of_two_sides_show_one_image(place):
-    one, other = (MediaReader(open_checkpoint(place / "qwen2_5_vl")).probe() for _ in range(2))
+    one, other = (MediaReader(open_checkpoint(place / "qwen2_5_vl")).probe for _ in range(2))
     assert all(torch.equal(one.columns[name], other.columns[name]) for name in one.columns)
 
 

@@ -13,7 +13,6 @@ from switchkd.errors import CheckpointError, ConfigError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.families import family_of
 from switchkd.models.features import media_of
-from switchkd.models.hollow import is_hollow
 from switchkd.models.switch_adapter import CutAdapters
 from switchkd.pipelines.training.cost_model import Work, count_parameters, patches_of
 from switchkd.pipelines.training.inputs import TrainingInputs, check_models, resolve_options
@@ -115,7 +114,7 @@ def test_packing_adapters_and_checkpointing_together(family, tmp_path):
     )
     models = set_up_models(inputs, arguments(tmp_path))
     assert isinstance(models.student.switch_adapter, CutAdapters)
-    assert not is_hollow(models.switch_teacher)  # it is the live teacher
+    assert not tiny.is_hollow(models.switch_teacher)  # it is the live teacher
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])

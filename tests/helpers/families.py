@@ -14,6 +14,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from switchkd.models.components import tower_layers_of
+
 WIDTH = 32  # of the language models
 PATCH, SIDE = 4, 16  # pixels
 WORDS = ["what is the color of this thing? a red cat. a blue dog sits on the mat."] * 3
@@ -489,3 +491,8 @@ def write_checkpoint(family: str, folder: Path, seed: int, *, shards: bool = Fal
     if video is not None:
         (folder / "video_preprocessor_config.json").write_text(json.dumps({"video_processor_type": video}, indent=2))
     return folder
+
+
+def is_hollow(model) -> bool:
+    """Whether the layers of the vision tower hold no weights."""
+    return not any(True for layer in tower_layers_of(model) for _ in layer.parameters())

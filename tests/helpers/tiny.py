@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from switchkd.models.features import capture_features, image_outputs
 from switchkd.models.projectors import SwitchLlavaConfig, model_class
 
 WORDS = [
@@ -185,3 +186,16 @@ def spelled(encoder, encoded):
     """The tokens of an encoded sample, supervised ones in «»."""
     words = encoder.tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
     return [f"«{word}»" if on else word for word, on in zip(words, encoded.supervised, strict=True)]
+
+
+def pixels_of(encoded):
+    """A Llava's pixels of an encoded sample, [3, H, W]; None for text only."""
+    return None if encoded.media is None else encoded.media["pixel_values"][0]
+
+
+def vision_features(model, pixels):
+    """V(x) of a Llava, the features that enter the projector: [B, 3, H, W] → [B, n, d_v]."""
+    with capture_features(model) as captured:
+        image_outputs(model, {"pixel_values": pixels})
+    (features,) = captured.values()
+    return features

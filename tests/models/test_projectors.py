@@ -15,7 +15,7 @@ from switchkd.cli.main import main
 from switchkd.errors import CheckpointError
 from switchkd.models.checkpoint import check_compatible, open_checkpoint
 from switchkd.models.projectors import LDPv2, SwitchLlavaConfig, SwitchLlavaForConditionalGeneration
-from switchkd.models.vlm import load_model, vision_features
+from switchkd.models.vlm import load_model
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.training.options import TrainOptions
@@ -79,7 +79,7 @@ def test_a_checkpoint_opens_with_what_the_document_says(pair):
     opened = open_checkpoint(pair[0])
     assert (opened.image_tokens, opened.feature_tokens, opened.feature_width) == (4, 16, 16)
     ours = load_model(opened)
-    assert vision_features(ours, torch.zeros(2, 3, 32, 32)).shape == (2, 16, 16)
+    assert tiny.vision_features(ours, torch.zeros(2, 3, 32, 32)).shape == (2, 16, 16)
     for kind in (SwitchLlavaForConditionalGeneration, AutoModelForImageTextToText):
         model, report = kind.from_pretrained(pair[0], output_loading_info=True)
         assert type(model) is SwitchLlavaForConditionalGeneration

@@ -21,7 +21,7 @@ from switchkd.losses.signals import DenseSignal
 from switchkd.models.checkpoint import check_compatible, open_checkpoint
 from switchkd.models.switch import switch_states
 from switchkd.models.switch_adapter import SwitchAdapter, grid_side
-from switchkd.models.vlm import load_model, vision_features
+from switchkd.models.vlm import load_model
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.training.options import TrainOptions
@@ -128,7 +128,7 @@ def held_out_vsd(place, teacher, student, adapter):
     rows = predicting_rows(batches[0]["labels"])
     inputs = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
     expected = whole(pixel_values=batches[0]["pixel_values"], **inputs).logits[rows]
-    features = adapter(vision_features(eyes, batches[1]["pixel_values"]))
+    features = adapter(tiny.vision_features(eyes, batches[1]["pixel_values"]))
     found = whole.lm_head(switch_states(whole, features, **inputs, rows=rows))
     return (Objective().divergence(found, DenseSignal(expected)) / rows.sum()).item()
 

@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 
 from switchkd.errors import CheckpointError
 from switchkd.models.checkpoint import check_compatible, open_checkpoint, teacher_identity
-from switchkd.models.vlm import freeze_unused_vision, load_model, vision_features
+from switchkd.models.vlm import freeze_unused_vision, load_model
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_image_tokens_are_measured_as_the_model_makes_them(tmp_path, kind, layer
     path = tiny.checkpoint(tmp_path / "m", 0, width=16, vision=vision, layer=layer, strategy=strategy)
     opened = open_checkpoint(path)
     assert (opened.image_tokens, opened.feature_width) == (tokens, 16)
-    features = vision_features(load_model(opened), torch.zeros(2, 3, 16, 16))
+    features = tiny.vision_features(load_model(opened), torch.zeros(2, 3, 16, 16))
     assert features.shape == (2, tokens, 16)
 
 
@@ -70,7 +70,7 @@ def test_parameters_that_no_gradient_reaches_are_frozen(tmp_path):
     names = freeze_unused_vision(model)
     assert {name.split(".layers.")[-1].split(".")[0] for name in names if ".layers." in name} == {"2"}
     assert any("post_layernorm" in name for name in names)
-    vision_features(model, torch.zeros(1, 3, 16, 16)).sum().backward()
+    tiny.vision_features(model, torch.zeros(1, 3, 16, 16)).sum().backward()
     tower = model.model.vision_tower
     assert all(p.grad is not None for p in tower.parameters() if p.requires_grad)
 

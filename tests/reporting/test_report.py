@@ -205,7 +205,7 @@ def test_knees_of_the_student_are_those_of_its_logits(runs):
         encoded = encoder.encode(sample)
         ids = torch.from_numpy(encoded.input_ids).long()[None]
         labels = ids.masked_fill(~torch.from_numpy(encoded.supervised)[None], -100)
-        pixels = None if encoded.pixels is None else encoded.pixels[None]
+        pixels = None if encoded.media is None else encoded.media["pixel_values"]
         with torch.no_grad():
             logits = model(input_ids=ids, pixel_values=pixels).logits[predicting_rows(labels)]
         expected += kneedle(logits[:, : store.manifest.vocab_rows]).tolist()

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 import training
 from training import logged, two_processes
@@ -16,7 +17,7 @@ from switchkd.data.templates import TEMPLATES
 from switchkd.losses.selection import kneedle
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.switch import switch_states
-from switchkd.models.vlm import load_model, vision_features
+from switchkd.models.vlm import load_model
 from switchkd.pipelines.training import plot
 from switchkd.pipelines.training.collator import Collator
 from switchkd.pipelines.training.cost_model import CostModel, Work
@@ -59,7 +60,7 @@ def test_the_figures_of_a_step_are_right(options, whole_batch):
         assert entry[f"knee_{who}_p95"] == pytest.approx(expected.quantile(0.95).item(), rel=0.1)
     # VSD alone, a mean over all positions, by autograd
     objective = options.as_objective()
-    features = vision_features(student, batch["pixel_values"])
+    features = tiny.vision_features(student, batch["pixel_values"])
     with_image = [batch[name][has_image] for name in ("input_ids", "attention_mask")]
     states = switch_states(teacher, features, *with_image, rows[has_image])
     from switchkd.pipelines.batch import Batch
