@@ -34,9 +34,9 @@ from switchkd.models.block_attention import NAME, enable_packing
 from switchkd.models.packing import pack_rows
 from switchkd.models.vlm import LlavaWithoutVision, freeze
 from switchkd.pipelines.stored_teacher import StoredHidden
-from switchkd.pipelines.training.collator import Collator
-from switchkd.pipelines.training.dataset import CHARACTERS_PER_TOKEN
-from switchkd.pipelines.training.sampler import GROUPINGS, EpochOrder, padding_share
+from switchkd.pipelines.training.batches.collator import Collator
+from switchkd.pipelines.training.batches.dataset import CHARACTERS_PER_TOKEN
+from switchkd.pipelines.training.batches.sampler import GROUPINGS, EpochOrder, padding_share
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import count_positions
 

@@ -133,9 +133,9 @@ def test_the_words_are_those_of_the_code_that_takes_them():
     from switchkd.losses.signals import TAIL_POLICIES
     from switchkd.models.checkpoint import IMAGE_MODES
     from switchkd.models.switch_adapter import KINDS
-    from switchkd.pipelines.training.baseline_terms import KINDS as TERMS
+    from switchkd.pipelines.training.batches.sampler import GROUPINGS
+    from switchkd.pipelines.training.live.baseline_terms import KINDS as TERMS
     from switchkd.pipelines.training.parallelism import PROFILES
-    from switchkd.pipelines.training.sampler import GROUPINGS
     from switchkd.pipelines.training.stages import STAGES
     from switchkd.stores.layout import HIDDEN_DTYPES, PAYLOADS
 

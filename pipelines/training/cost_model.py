@@ -14,7 +14,7 @@ from switchkd.fingerprints import component_of
 from switchkd.losses.fused import CHUNK_LOGITS
 from switchkd.models.components import language_model_of, layers_of, tower_layers_of, tower_of
 from switchkd.pipelines.training.int8_teacher import stored_bytes
-from switchkd.pipelines.training.options import PARTS
+from switchkd.pipelines.training.option_checks import PARTS
 from switchkd.pipelines.training.student_parts import part_of
 
 # Tensors of a chunk's size that the loss keeps at the same time: logits of student and teacher, their order, a gradient of each.

@@ -5,7 +5,7 @@ import logging
 from switchkd.errors import ConfigError
 from switchkd.losses.cross_tokenizer import VocabMap, map_vocabularies
 from switchkd.models.checkpoint import Checkpoint
-from switchkd.pipelines.training.dataset import TrainingSamples
+from switchkd.pipelines.training.batches.dataset import TrainingSamples
 from switchkd.pipelines.training.options import TrainOptions
 
 PROBED = 64  # samples whose positions are aligned to measure how many have a partner

@@ -33,7 +33,7 @@ from switchkd.models.pair import check_pair
 from switchkd.pipelines.cores import local_processes, workers_beside
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
-from switchkd.pipelines.training.dataset import TrainingSamples
+from switchkd.pipelines.training.batches.dataset import TrainingSamples
 from switchkd.pipelines.training.int8_teacher import check_int8
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.resuming import as_begun, resolve_batches

@@ -24,15 +24,15 @@ from switchkd.models.vlm import (
     load_model,
 )
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK, TeacherSource
-from switchkd.pipelines.training.baseline_terms import ExtraTerms, make_extra_terms
 from switchkd.pipelines.training.cost_model import CostModel, patches_of
 from switchkd.pipelines.training.inputs import TrainingInputs
 from switchkd.pipelines.training.int8_teacher import NAME as INT8
 from switchkd.pipelines.training.int8_teacher import to_int8
+from switchkd.pipelines.training.live.baseline_terms import ExtraTerms, make_extra_terms
+from switchkd.pipelines.training.live.teacher_source import LiveTeacher
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import fit_fsdp, loading_whole, shard_frozen
 from switchkd.pipelines.training.student_parts import freeze_other_parts
-from switchkd.pipelines.training.teacher_source import LiveTeacher
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.options import option, options_class
+from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, parts_of
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
-    BASELINE_OBJECTIVES,
     MAX_SKIPPED,
     ImageMode,
     NormalizeBy,
@@ -37,7 +37,6 @@ RESUMABLE_CHANGES = {
     "batch_size",
     "accumulation",
 }
-PARTS = ("vision", "projector", "language")
 # The names of transformers' schedulers (`transformers.trainer_utils.SchedulerType`; a test compares).
 Schedule = Literal[
     "linear",
@@ -296,8 +295,8 @@ class TrainOptions:
         check_objective(self.objective, self.switch is not False, self.temperature, self.window, self.mean)
         check_trainer_entries(self.trainer)
         self.as_parts()
-        self._check_baseline()
-        self._check_int8_teacher()
+        check_baseline(self)
+        check_int8_teacher(self)
 
     def as_objective(self) -> "Objective":
         """Return the objective."""
@@ -348,43 +347,3 @@ class TrainOptions:
                 "samples: choose a --batch-size that divides it, or pass --accumulation"
             )
         return self.global_batch // at_once
-
-    def _check_baseline(self) -> None:
-        """Raise ConfigError for options that a baseline's objective cannot be trained with."""
-        if self.objective not in BASELINE_OBJECTIVES:
-            return
-        if self.teacher_mode != "live":
-            what = "logits at visual tokens" if self.objective == "llava-kd" else "visual tokens and attention"
-            raise ConfigError(
-                f"objective {self.objective} compares {what}, which no store holds: pass --teacher-mode live, and the teacher "
-                "runs in every step"
-            )
-        if self.packing is not None:
-            raise ConfigError(f"objective {self.objective} compares images sample by sample: leave --packing out")
-        if self.profile != "ddp":
-            raise ConfigError(f"objective {self.objective} trains with --profile ddp only, got {self.profile}")
-        if self.vocab_map:
-            raise ConfigError(f"objective {self.objective} compares one tokenizer's logits: leave --vocab-map out")
-
-    def _check_int8_teacher(self) -> None:
-        """Raise ConfigError for an int8 teacher where a run cannot use one."""
-        if self.teacher_dtype != "int8":
-            return
-        if self.teacher_mode == "live":
-            raise ConfigError(
-                "--teacher-dtype int8 is for the switch pathway; a live teacher is the reference of cached runs. Pass "
-                "bfloat16, or --cache"
-            )
-        if self.profile == "fsdp":
-            raise ConfigError(
-                "--profile fsdp shards the teacher's layers and cannot shard int8 ones: pass --teacher-dtype bfloat16, or "
-                "--profile ddp"
-            )
-
-
-def parts_of(text: str) -> frozenset[str]:
-    """Read a list of parts such as "vision,projector". Raises ConfigError for an unknown part or none."""
-    parts = [part.strip() for part in text.split(",")]
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ConfigError(f"no part {unknown[0]!r} to train; parts are {', '.join(PARTS)}, separated by commas")
-    return frozenset(parts)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.training.options import PARTS
+from switchkd.pipelines.training.option_checks import PARTS
 
 # The setting that the paper inherits from LLaVA-KD and TinyLLaVA (section 4.1). Distilled pre-training trains only the projector,
 # so the switch pathway, which trains the vision tower, is off; the scores of Table 5 are those without switch.

@@ -16,7 +16,7 @@ from switchkd.errors import ConfigError, Stopped
 from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
-from switchkd.pipelines.training.collator import Collator, empty_sample, placeholder_sample
+from switchkd.pipelines.training.batches.collator import Collator, empty_sample, placeholder_sample
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
 from switchkd.pipelines.training.lifecycle.begun import has_begun

@@ -36,11 +36,11 @@ from switchkd.models.vlm import blank_media
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.stored_teacher import TeacherSource
-from switchkd.pipelines.training.baseline_terms import ExtraTerms
+from switchkd.pipelines.training.batches.sampler import StepBatches
 from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.lifecycle.stopping import begin_worker
+from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
-from switchkd.pipelines.training.sampler import StepBatches
 from switchkd.pipelines.training.student_parts import set_part_rates
 from switchkd.pipelines.training.trainer_hooks import CheckpointHooks
 from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights

@@ -17,7 +17,7 @@ from switchkd.errors import CheckpointError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.training.dataset import TrainingSamples
+from switchkd.pipelines.training.batches.dataset import TrainingSamples
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 

@@ -24,7 +24,7 @@ from switchkd.models.vlm import (
     states_at_positions,
 )
 from switchkd.pipelines.training.cost_model import CostModel, patches_of
-from switchkd.pipelines.training.teacher_source import LiveTeacher
+from switchkd.pipelines.training.live.teacher_source import LiveTeacher
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import predicting_rows, targets
 

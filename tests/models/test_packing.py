@@ -39,8 +39,8 @@ from switchkd.models.packing import into_rows, layout, out_of_rows, pack_rows, p
 from switchkd.models.vlm import freeze, load_model
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK
-from switchkd.pipelines.training.collator import Collator, placeholder_sample
-from switchkd.pipelines.training.teacher_source import LiveTeacher
+from switchkd.pipelines.training.batches.collator import Collator, placeholder_sample
+from switchkd.pipelines.training.live.teacher_source import LiveTeacher
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import predicting_rows

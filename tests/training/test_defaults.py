@@ -13,9 +13,9 @@ from training import Stop, interrupt_after
 from switchkd.data.samples import SampleFile
 from switchkd.pipelines import cores
 from switchkd.pipelines.training import inputs
+from switchkd.pipelines.training.batches.sampler import EpochOrder
 from switchkd.pipelines.training.inputs import resolve_options
 from switchkd.pipelines.training.resuming import as_begun
-from switchkd.pipelines.training.sampler import EpochOrder
 from switchkd.pipelines.training.train import train
 
 cached, options = training.cached, training.options

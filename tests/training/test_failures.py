@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from training import two_processes
 
 from switchkd.errors import RunError
-from switchkd.pipelines.training.dataset import TrainingSamples
+from switchkd.pipelines.training.batches.dataset import TrainingSamples
 from switchkd.pipelines.training.lifecycle import sealed
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer

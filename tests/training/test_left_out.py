@@ -14,7 +14,7 @@ from switchkd.errors import ConfigError, DataError, ReadFailure
 from switchkd.pipelines.preflight.data_check import check_data
 from switchkd.pipelines.preflight.inspector import SampleInspector
 from switchkd.pipelines.preflight.options import CheckOptions
-from switchkd.pipelines.training import dataset
+from switchkd.pipelines.training.batches import dataset
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 
@@ -143,7 +143,7 @@ def test_a_small_file_is_surveyed_whole_and_a_resume_must_find_the_same(options,
 
 PRELUDE = """
 from switchkd.pipelines.preflight.options import CheckOptions
-from switchkd.pipelines.training import dataset
+from switchkd.pipelines.training.batches import dataset
 from switchkd.pipelines.preflight import inspector, kept
 import os
 dataset.SURVEYED_ROWS = {surveyed}

@@ -18,8 +18,8 @@ from switchkd.data.samples import SampleFile
 from switchkd.errors import ConfigError
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.training.batches.sampler import GROUPINGS, EpochOrder, StepBatches, padding_share
 from switchkd.pipelines.training.options import TrainOptions
-from switchkd.pipelines.training.sampler import GROUPINGS, EpochOrder, StepBatches, padding_share
 from switchkd.pipelines.training.train import train
 
 

@@ -15,7 +15,8 @@ from switchkd.cli.main import main
 from switchkd.errors import ConfigError
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.training.options import PARTS, TrainOptions
+from switchkd.pipelines.training.option_checks import PARTS
+from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.stages import STAGES, with_stage
 from switchkd.pipelines.training.student_parts import part_of, set_part_rates
 from switchkd.pipelines.training.train import train

@@ -19,9 +19,9 @@ from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.switch import switch_states
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.training import plot
-from switchkd.pipelines.training.collator import Collator
+from switchkd.pipelines.training.batches.collator import Collator
+from switchkd.pipelines.training.batches.dataset import TrainingSamples
 from switchkd.pipelines.training.cost_model import CostModel, Work
-from switchkd.pipelines.training.dataset import TrainingSamples
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import predicting_rows

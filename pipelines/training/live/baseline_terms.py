@@ -31,7 +31,7 @@ from switchkd.losses.lm_head import float32_logits
 from switchkd.losses.signals import TeacherSignal
 from switchkd.models.components import language_model_of
 from switchkd.pipelines.batch import Batch
-from switchkd.pipelines.training.teacher_source import LiveTeacher
+from switchkd.pipelines.training.live.teacher_source import LiveTeacher
 
 
 class BaselineTeacher(LiveTeacher):

@@ -24,9 +24,9 @@ from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.preflight.survey import probe, survey
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import changed_since
-from switchkd.pipelines.training.collator import aligned_positions, reads_own_media
+from switchkd.pipelines.training.batches.collator import aligned_positions, reads_own_media
+from switchkd.pipelines.training.batches.sampler import POOL_BATCHES, EpochOrder, padding_share
 from switchkd.pipelines.training.lifecycle.together import from_first_process
-from switchkd.pipelines.training.sampler import POOL_BATCHES, EpochOrder, padding_share
 from switchkd.stores import Payload, TeacherStore
 
 # Data files of up to so many rows are inspected whole before the first step of a run without a store: within half a minute in one

@@ -1,0 +1,53 @@
+"""Conditions between options of `switchkd train`, checked when the options are made."""
+
+from typing import TYPE_CHECKING
+
+from switchkd.errors import ConfigError
+from switchkd.settings import BASELINE_OBJECTIVES
+
+if TYPE_CHECKING:
+    from switchkd.pipelines.training.options import TrainOptions
+
+PARTS = ("vision", "projector", "language")
+
+
+def parts_of(text: str) -> frozenset[str]:
+    """Read a list of parts such as "vision,projector". Raises ConfigError for an unknown part or none."""
+    parts = [part.strip() for part in text.split(",")]
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"no part {unknown[0]!r} to train; parts are {', '.join(PARTS)}, separated by commas")
+    return frozenset(parts)
+
+
+def check_baseline(options: "TrainOptions") -> None:
+    """Raise ConfigError for options that a baseline's objective cannot be trained with."""
+    if options.objective not in BASELINE_OBJECTIVES:
+        return
+    if options.teacher_mode != "live":
+        what = "logits at visual tokens" if options.objective == "llava-kd" else "visual tokens and attention"
+        raise ConfigError(
+            f"objective {options.objective} compares {what}, which no store holds: pass --teacher-mode live, and the teacher "
+            "runs in every step"
+        )
+    if options.packing is not None:
+        raise ConfigError(f"objective {options.objective} compares images sample by sample: leave --packing out")
+    if options.profile != "ddp":
+        raise ConfigError(f"objective {options.objective} trains with --profile ddp only, got {options.profile}")
+    if options.vocab_map:
+        raise ConfigError(f"objective {options.objective} compares one tokenizer's logits: leave --vocab-map out")
+
+
+def check_int8_teacher(options: "TrainOptions") -> None:
+    """Raise ConfigError for an int8 teacher where a run cannot use one."""
+    if options.teacher_dtype != "int8":
+        return
+    if options.teacher_mode == "live":
+        raise ConfigError(
+            "--teacher-dtype int8 is for the switch pathway; a live teacher is the reference of cached runs. Pass "
+            "bfloat16, or --cache"
+        )
+    if options.profile == "fsdp":
+        raise ConfigError(
+            "--profile fsdp shards the teacher's layers and cannot shard int8 ones: pass --teacher-dtype bfloat16, or "
+            "--profile ddp"
+        )
