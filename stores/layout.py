@@ -20,6 +20,7 @@ PART_KEY = "switchkd_part"  # attribute of a part's group
 ID_OF_RANK = "vocab/id_of_rank"
 
 OFFSET, DIGEST, STATUS = "samples/offset", "samples/digest", "samples/status"
+TOKENS = "samples/tokens"  # optional, since version 2
 GAP, HEIGHT, BOTTOM = "topk/gap", "topk/height", "topk/bottom"
 ORDER = "topk/order"  # since version 2
 STATE, SCALE = "hidden/state", "hidden/scale"  # scales: of int8 states, in version 1

@@ -38,6 +38,7 @@ class Part:
     offset: NDArray[np.int64]  # [n + 1], where each sample's positions begin
     status: NDArray[np.uint8]  # [n]
     digest: NDArray[np.uint64]  # [n, 3]
+    tokens: NDArray[np.uint32] | None  # [n], image tokens included; None if the part does not record them
 
     @cached_property
     def by_chunk_rows(self) -> dict[int, list[str]]:
@@ -116,7 +117,7 @@ def _open(
             )
     for problem in _table_problems(manifest, offset, status):
         raise StoreError(f"{where}: {problem}; {DAMAGED_PART_ADVICE}")
-    return Part(arrays, entry, offset, status, digest)
+    return Part(arrays, entry, offset, status, digest, tables.get(layout.TOKENS))
 
 
 def read_whole(storage: Storage, arrays: Sequence[Shard]) -> list[NDArray[Any]]:
@@ -176,7 +177,8 @@ def _arrays(
     described = _as_listed(storage, part_key, listed, [n for n in listed if n.rpartition("/")[2] == MARKER])
     files = {f"{part_key}/{name}": sizes[name] for name in listed}
     arrays = {}
-    for name in (*_TABLES, *position_arrays):
+    named = (*_TABLES, layout.TOKENS) if f"{layout.TOKENS}/{MARKER}" in described else _TABLES
+    for name in (*named, *position_arrays):
         if f"{name}/{MARKER}" not in described:
             raise StoreError(f"{storage.uri_of(part_key)} has no array {name}; {DAMAGED_PART_ADVICE}")
         try:
@@ -189,7 +191,7 @@ def _arrays(
     arrays[layout.STATS].dense = entry["positions"] > 0  # a knee is never 0
     if entry["positions"] and arrays[layout.STATS].file not in files:
         raise StoreError(f"{storage.uri_of(part_key)} has positions without statistics; {DAMAGED_PART_ADVICE}")
-    tables = {name: arrays.pop(name) for name in _TABLES}
+    tables = {name: arrays.pop(name) for name in named}
     # These are small and say where everything else is, so they are bound to the part by their digests, as the metadata are.
     written = {name: array.file.removeprefix(f"{part_key}/") for name, array in tables.items() if array.file in files}
     contents = _as_listed(storage, part_key, listed, list(written.values()))

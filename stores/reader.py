@@ -169,6 +169,17 @@ class TeacherStore:
         """Return the status of every sample of a complete store, [samples] uint8."""
         return np.concatenate(self.storage.map(self.part_statuses, range(self.manifest.part_count)))
 
+    def tokens(self) -> NDArray[np.int64]:
+        """Return the tokens of every sample of a complete store, image tokens included, [samples] int64.
+
+        0 for a sample that is not usable, and for the samples of parts that do not record them (written before they were stored).
+        """
+        return np.concatenate(self.storage.map(self._part_tokens, range(self.manifest.part_count)))
+
+    def _part_tokens(self, number: int) -> NDArray[np.int64]:
+        part = self._part(number)
+        return np.zeros(len(part.status), np.int64) if part.tokens is None else part.tokens.astype(np.int64)
+
     def part_statuses(self, part: int) -> NDArray[np.uint8]:
         """Return the status of every sample of one part, [n] uint8."""
         return self._part(part).status

@@ -72,6 +72,7 @@ def array_form(name: str, manifest: Manifest, samples: int, positions: int) -> _
         layout.OFFSET: ((samples + 1,), (np.int64,)),
         layout.DIGEST: ((samples, len(layout.DIGEST_COLUMNS)), (np.uint64,)),
         layout.STATUS: ((samples,), (np.uint8,)),
+        layout.TOKENS: ((samples,), (np.uint32,)),
         layout.STATS: ((positions, len(layout.STAT_COLUMNS)), (np.float32,)),
         layout.GAP: ((positions, top_k), (layout.rank_dtype(manifest.vocab_rows),)),
         layout.HEIGHT: ((positions, top_k), (np.uint16,)),

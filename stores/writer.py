@@ -40,6 +40,7 @@ class PartArrays:
     status: NDArray[np.uint8]  # [n]
     digest: NDArray[np.uint64]  # [n, 3]
     positions: NDArray[np.int64]  # [n], positions of each sample; 0 unless its status is 0
+    tokens: NDArray[np.uint32]  # [n], tokens of each sample, image tokens included; 0 unless its status is 0
     payload: Payload  # of all P positions, in sample order
 
 
@@ -142,6 +143,8 @@ class StoreWriter:
             layout.STATUS: arrays.status,
             layout.STATS: stats,
         }
+        if manifest.version > 1:
+            data[layout.TOKENS] = arrays.tokens
         if manifest.has_topk:
             assert payload.ids is not None and payload.logits is not None
             # Levels are relative to the rounded logsumexp, which is the one that a reader gets.

@@ -244,5 +244,6 @@ def assemble(found: list[tuple[EncodedSample, Payload] | BadSample], manifest: M
         status=np.array([item.status if isinstance(item, BadSample) else Status.OK for item in found], np.uint8),
         digest=np.array([(0, 0, 0) if isinstance(item, BadSample) else item[0].digest for item in found], np.uint64),
         positions=np.array([0 if isinstance(item, BadSample) else item[0].positions for item in found], np.int64),
+        tokens=np.array([0 if isinstance(item, BadSample) else len(item[0].input_ids) for item in found], np.uint32),
         payload=Payload.concatenate([empty_payload(manifest, 0), *payloads]),
     )

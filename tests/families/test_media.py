@@ -5,6 +5,7 @@ import pickle
 import warnings
 
 import families as tiny
+import numpy as np
 import pytest
 import tiny as llava
 import torch
@@ -125,6 +126,41 @@ def test_lengths_are_estimated_from_the_data_files_own_images(place, tmp_path):
     assert samples.image_tokens == round(sum(counts) / 6)
     lengths = samples.order("length", 0, 1).lengths
     assert int(lengths.argmax()) == 4
+
+
+def test_batches_are_grouped_by_the_lengths_that_the_store_records(place, tmp_path):
+    """The images' own tokens count, and a run remembers by which lengths its samples were ordered."""
+    turns = llava.conversation(("what is the color?", "a red cat."))
+    rows = [{"images": [f"{number}.png"], "conversations": turns} for number in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    encoder, data = encoder_of("qwen2_5_vl", place), SampleFile(tmp_path / "data.json")
+    lengths = np.array([len(encoder.encode(sample).input_ids) for sample in data])
+
+    class Store:
+        path = manifest = None
+        recorded = lengths
+
+        def __len__(self):
+            return len(data)
+
+        def statuses(self):
+            return np.zeros(len(data), np.uint8)
+
+        def tokens(self):
+            return self.recorded
+
+    known = TrainingSamples(data, encoder, Store())
+    assert known.order("length", 0, 1).lengths.tolist() == lengths.tolist()
+    assert known.longest() == lengths.max()
+    without = Store()
+    without.recorded = np.where(np.arange(len(data)) % 2, lengths, 0)
+    mixed, plain = TrainingSamples(data, encoder, without), TrainingSamples(data, encoder, None)
+    estimated = plain.order("length", 0, 1).lengths
+    expected = np.where(np.arange(len(data)) % 2, lengths, estimated)
+    assert mixed.order("length", 0, 1).lengths.tolist() == expected.tolist()
+    without.recorded = np.zeros(len(data), np.int64)  # a store of earlier times: its runs go on
+    assert TrainingSamples(data, encoder, without).order_identity() == plain.order_identity()
+    assert len({samples.order_identity() for samples in (known, mixed, plain)}) == 3
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "llava_onevision"])

@@ -75,6 +75,7 @@ def part_arrays(of: Manifest, part: int, lengths=LENGTHS) -> PartArrays:
         status=status,
         digest=digest,
         positions=positions,
+        tokens=((positions + 5) * (status == 0)).astype(np.uint32),
         payload=Payload(
             stats=stats,
             ids=ids[:, : of.top_k].astype(np.int32) if of.has_topk else None,

@@ -140,6 +140,17 @@ def test_a_bad_sample_has_a_status_and_no_position(path):
         assert found.payload.stats.shape == (0, 5)
 
 
+def test_tokens_of_the_samples(path, tmp_path):
+    """0 where a sample is not usable, and in a part that does not record them."""
+    store = TeacherStore(path)
+    tokens = [synthetic.part_arrays(store.manifest, part).tokens for part in range(store.manifest.part_count)]
+    assert store.tokens().tolist() == np.concatenate(tokens).tolist()
+    assert ((store.tokens() == 0) == (store.statuses() != 0)).all()
+    first = TeacherStore(synthetic.fill(tmp_path / "first.zarr", synthetic.manifest(version=1)))
+    assert not first.tokens().any()
+    assert not list(first.path.rglob("tokens"))
+
+
 def test_a_part_without_any_position(tmp_path):
     of = synthetic.manifest(samples=3)
     store = TeacherStore(synthetic.fill(tmp_path / "s.zarr", of, lengths=(0,)))

@@ -156,12 +156,31 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
     def order(self, grouping: str, seed: int, global_batch: int) -> EpochOrder:
         """Return the order in which epochs take the samples; see `EpochOrder`.
 
-        Lengths are estimated from characters, so that no text need be tokenized before the first step.
+        Lengths are those that the store records. Without them they are estimated from characters, so that no text need be
+        tokenized before the first step.
         """
         has_image = self.samples.has_image()[self.usable]
+        return EpochOrder(grouping, seed, len(self), self._lengths, has_image, global_batch)
+
+    @cached_property
+    def _recorded(self) -> NDArray[np.int64]:
+        """Tokens of every usable sample as the store records them, [n]; 0 where it does not.
+
+        With a teacher of another tokenizer or processor, what is recorded are the teacher's tokens, and all are 0.
+        """
+        if self.store is None or self.teacher_encoder is not None:
+            return np.zeros(len(self), np.int64)
+        return self.store.tokens()[self.usable]
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        """Tokens of every usable sample, image tokens included, [n]: recorded or estimated."""
+        known = self._recorded
+        if known.all():
+            return known
         of_images = self.samples.image_counts()[self.usable] * self.image_tokens
-        lengths = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + of_images
-        return EpochOrder(grouping, seed, len(self), lengths, has_image, global_batch)
+        estimated = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + of_images
+        return np.where(known > 0, known, estimated)
 
     def grouping(self, batch_size: int, global_batch: int, packing: int | None) -> Literal["none", "modality-length"]:
         """Return the grouping that a run should have where none is asked for.
@@ -207,7 +226,10 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
 
     def order_identity(self) -> str:
         """Return what the order of epochs is made of, besides seed and grouping; equal if a resumed run takes the same samples."""
-        rows = hashlib.blake2b(self.usable.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        made_of = [self.usable]
+        if self._recorded.any():
+            made_of.append(self._recorded)
+        rows = hashlib.blake2b(b"".join(each.astype("<i8").tobytes() for each in made_of), digest_size=8).hexdigest()
         return f"{len(self):,} of {len(self.samples):,}, {rows}"
 
 
