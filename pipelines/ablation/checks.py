@@ -82,8 +82,7 @@ def _check_paths(recipe: Recipe, options: AblateOptions, jobs: Sequence[Job]) ->
 
 
 def _check_template(template: str | None) -> None:
-    if template not in (None, CHECKPOINT_TEMPLATE):  # the checkpoint's own needs the checkpoint, see `prepare`
-        assert template is not None
+    if template != CHECKPOINT_TEMPLATE:  # the checkpoint's own needs the checkpoint, see `prepare`
         load_template(template)
 
 
@@ -168,9 +167,8 @@ def _check_run(run: Run, opened: Callable[..., Checkpoint]) -> None:
     if options.switch_adapter is not None and teacher is not None and family_of(student.config).is_llava:
         make_switch_adapter(options, teacher, student)
     template = options.template if run.cache is None else run.cache.template
-    if template == CHECKPOINT_TEMPLATE:
-        reader = student if run.cache is None else teacher
-        load_template(template, reader)
+    if template in (None, CHECKPOINT_TEMPLATE):
+        load_template(template, student if run.cache is None else teacher)
 
 
 def _check_data(data: Path, images: Path | None) -> None:

@@ -48,10 +48,11 @@ class CacheOptions:
     images: Path | None = option(
         names="images", default=None, group=FIRST, help="Folder that the data file's image paths start from."
     )
-    template: str = option(
-        default="qwen2_base",
+    template: str | None = option(
+        default=None,
         group=DATA,
         help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
+        unset="qwen2_base for a LLaVA checkpoint, chat for other families",
     )
     backend: Literal["transformers", "vllm"] = option(
         default="transformers", group=TEACHER, help="What runs the teacher; vllm needs an environment of its own."

@@ -9,13 +9,13 @@ from typing import Any
 
 from switchkd.data.encoded import Prompt
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Sample, SampleFile
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator, encoded_batches, read_lines
 from switchkd.pipelines.evaluation.options import RESUMABLE_CHANGES, EvalOptions
+from switchkd.pipelines.model_template import template_of_model
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, SCORES, record, to_plain, write_atomically
 
@@ -42,9 +42,11 @@ def evaluate(options: EvalOptions) -> Scores:
     """
     checkpoint = open_checkpoint(options.model, options.trust_remote_code)
     samples = SampleFile(options.data)
-    template = load_template(options.template, checkpoint)
+    template = template_of_model(checkpoint, options.template)
     encoder = SampleEncoder(checkpoint, template, options.images, options.max_length)
-    identity = {"weights": hash_json(hash_weights(checkpoint.path)), "data_sha256": samples.fingerprint}
+    identity: dict[str, Any] = {"weights": hash_json(hash_weights(checkpoint.path)), "data_sha256": samples.fingerprint}
+    if options.template is None:
+        identity["template"] = template.as_dict()
     record(options.output, to_plain(options) | identity, RESUMABLE_CHANGES)
 
     path = options.output / PREDICTIONS

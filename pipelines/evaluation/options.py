@@ -18,10 +18,11 @@ SCALE = "Scale"
 class AnswerOptions:
     """How a model is prompted; the options that all tasks of `switchkd eval` share."""
 
-    template: str = option(
-        default="qwen2_base",
+    template: str | None = option(
+        default=None,
         group=GENERATION,
         help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
+        unset="that of the run that trained the model; else qwen2_base for a LLaVA checkpoint, chat for other families",
     )
     max_new_tokens: int = option(
         at_least=1, group=GENERATION, help="Answers are cut there.", unset="32; benchmarks 128"

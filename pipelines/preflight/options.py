@@ -20,8 +20,10 @@ class CheckOptions:
         help="Checkpoint folder: its tokenizer tells lengths.",
         unset="words are counted",
     )
-    template: str = option(
-        default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
+    template: str | None = option(
+        default=None,
+        help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
+        unset="qwen2_base for a LLaVA checkpoint, chat for other families",
     )
     max_length: int = option(default=2048, at_least=2, help="In tokens with image tokens.")
     max_image_pixels: int = option(default=MAX_IMAGE_PIXELS, at_least=1, help="Larger images are skipped.")
@@ -47,8 +49,10 @@ class ShowOptions:
         help="Folder that the data file's image paths start from: shows as many tokens as each image has.",
         unset="images are not read",
     )
-    template: str = option(
-        default="qwen2_base", help="Conversation template: a name, a JSON file, or chat, the checkpoint's own."
+    template: str | None = option(
+        default=None,
+        help="Conversation template: a name, a JSON file, or chat, the checkpoint's own.",
+        unset="qwen2_base for a LLaVA checkpoint, chat for other families",
     )
     n: int = option(default=3, at_least=1, flag="-n, --n", help="Samples.")
     start: int = option(default=0, at_least=0, help="The first one's row.")

@@ -1,19 +1,18 @@
 """`switchkd chat`: a conversation with a model about an image, with streamed answers."""
 
-import json
 from collections.abc import Callable
 
 from switchkd.data.encoded import Prompt
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import CHECKPOINT_TEMPLATE, load_template, template_from_dict
+from switchkd.data.load_template import CHECKPOINT_TEMPLATE, load_template
 from switchkd.data.samples import BadSample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
 from switchkd.errors import ConfigError, DataError
 from switchkd.models.checkpoint import Checkpoint, open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
+from switchkd.pipelines.model_template import template_of_run
 from switchkd.pipelines.release.options import ChatOptions
-from switchkd.pipelines.run_folder import SUMMARY
 
 
 class Chat:
@@ -74,9 +73,8 @@ def template_of(checkpoint: Checkpoint, asked: str | None = None) -> Conversatio
     """
     if asked is not None:
         return load_template(asked, checkpoint)
-    summary = checkpoint.path / SUMMARY
-    if summary.is_file() and (made_from := json.loads(summary.read_text(encoding="utf-8")).get("made_from")):
-        return template_from_dict(made_from["template"])
+    if (trained_with := template_of_run(checkpoint)) is not None:
+        return trained_with
     try:
         return load_template(CHECKPOINT_TEMPLATE, checkpoint)
     except ConfigError as error:

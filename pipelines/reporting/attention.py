@@ -23,7 +23,6 @@ from torch import Tensor
 
 from switchkd.data.encoded import collate, pad_id_of
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.errors import ConfigError, RunError
 from switchkd.models.checkpoint import open_checkpoint
@@ -31,6 +30,7 @@ from switchkd.models.families import family_of
 from switchkd.models.features import media_for, media_of, text_arguments
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
+from switchkd.pipelines.model_template import template_of_model
 from switchkd.pipelines.reporting.token_grid import grid_of_image, patch_grid, seen_image
 from switchkd.positions import predicting_rows
 from switchkd.printable import printable
@@ -60,7 +60,7 @@ class AttentionProbe:
     def __init__(
         self,
         model: Path,
-        template: str,
+        template: str | None,
         layers: Sequence[int] = (),
         max_new_tokens: int = 32,
         device: str = "cpu",
@@ -72,7 +72,7 @@ class AttentionProbe:
             patch_grid(self.checkpoint)  # a Llava whose tokens form no square is refused before its weights are read
         self._attending = attending_layers(self.checkpoint.config)
         self.layers = _chosen(model, self.checkpoint.config, layers, self._attending)
-        self._template, self._max_new_tokens = load_template(template, self.checkpoint), max_new_tokens
+        self._template, self._max_new_tokens = template_of_model(self.checkpoint, template), max_new_tokens
         self._model = load_model(self.checkpoint, dtype=dtype).to(device)
         self._model.set_attn_implementation("eager")  # the only attention implementation that returns its weights
 

@@ -34,7 +34,11 @@ class AttendOptions:
         names="model folder", default=None, help="Checkpoint folder of another student, to compare with."
     )
     answer: str | None = option(default=None, help="Read the attention of this answer.", unset="each model's own")
-    template: str = option(default="qwen2_base", help="Conversation template: a name or a JSON file.")
+    template: str | None = option(
+        default=None,
+        help="Conversation template of all models: a name, a JSON file, or chat, each checkpoint's own.",
+        unset="that of the run that trained a model; else qwen2_base for a LLaVA checkpoint, chat for other families",
+    )
     layers: tuple[int, ...] = option(
         default=(),
         flag="--layer",

@@ -360,7 +360,7 @@ def _encoder(
     """Return an encoder with the settings in the store's manifest; without a store, with those of the options."""
     starts = options.vocab_map
     if store is None:
-        template = load_template(options.template or "qwen2_base", checkpoint)
+        template = load_template(options.template, checkpoint)
         return SampleEncoder(
             checkpoint, template, options.images, (options.max_length or 2048) + longer, with_starts=starts
         )

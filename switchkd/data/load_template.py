@@ -14,18 +14,22 @@ from switchkd.models.families import family_of
 
 log = logging.getLogger(__name__)
 CHECKPOINT_TEMPLATE = "chat"  # the checkpoint's own chat template
+LLAVA_TEMPLATE = "qwen2_base"
 
 
-def load_template(name_or_path: str, checkpoint: Checkpoint | None = None) -> ConversationFormat:
+def load_template(name_or_path: str | None, checkpoint: Checkpoint | None = None) -> ConversationFormat:
     """Return a template by name, or read one from a JSON file with the fields of `Template`.
 
     Args:
-        name_or_path: one of `TEMPLATES`, a file, or "chat", the chat template of `checkpoint`.
+        name_or_path: one of `TEMPLATES`, a file, or "chat", the chat template of `checkpoint`. None: the default, which is
+            qwen2_base for a LLaVA checkpoint, since there the data decides and not the checkpoint, and "chat" for other families.
 
     Raises:
         ConfigError: neither a known name nor a readable template file; a chat template whose answers cannot be found.
         CheckpointError: a chat template is asked for, and the checkpoint's processor cannot be opened.
     """
+    if name_or_path is None:
+        return _default_template(checkpoint)
     if name_or_path == CHECKPOINT_TEMPLATE and checkpoint is not None:
         tokenizer = checkpoint.tokenizer
         return open_chat_template(
@@ -50,6 +54,18 @@ def load_template(name_or_path: str, checkpoint: Checkpoint | None = None) -> Co
         return template_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"template file {path} is not JSON: {error}") from error
+
+
+def _default_template(checkpoint: Checkpoint | None) -> ConversationFormat:
+    if checkpoint is None or family_of(checkpoint.config).is_llava:
+        return TEMPLATES[LLAVA_TEMPLATE]
+    try:
+        return load_template(CHECKPOINT_TEMPLATE, checkpoint)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{checkpoint.path}, a {checkpoint.config.model_type}: its conversation template is not known: pass --template "
+            f"({error})"
+        ) from None
 
 
 def template_from_dict(data: object) -> ConversationFormat:

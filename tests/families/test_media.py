@@ -14,7 +14,7 @@ from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.media import MediaReader
 from switchkd.data.samples import SampleFile, read_row
-from switchkd.errors import CheckpointError
+from switchkd.errors import CheckpointError, ConfigError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
@@ -170,6 +170,18 @@ def test_spawned_processes_read_the_same(family, place):
     here, there = (one.encode(sample) for one in (encoder, pickle.loads(pickle.dumps(encoder))))
     assert here.input_ids.tolist() == there.input_ids.tolist()
     assert all(torch.equal(here.media[name], there.media[name]) for name in here.media)
+
+
+def test_the_default_template_is_the_checkpoints_own_unless_it_is_a_llava(place):
+    checkpoint = open_checkpoint(place / "qwen2_5_vl")
+    assert load_template(None, checkpoint) == load_template("chat", checkpoint)
+    for family in ("llava", "paligemma"):
+        if not (place / family).exists():
+            tiny.write_checkpoint(family, place / family, 0)
+    assert load_template(None, open_checkpoint(place / "llava")) == load_template("qwen2_base")
+    assert load_template(None) == load_template("qwen2_base")
+    with pytest.raises(ConfigError, match="paligemma, a paligemma: .* is not known: pass --template"):
+        load_template(None, open_checkpoint(place / "paligemma"))
 
 
 def test_another_template_than_the_checkpoints_own_is_told(place, caplog):

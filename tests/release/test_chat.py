@@ -18,6 +18,7 @@ from switchkd.errors import ConfigError, DataError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
+from switchkd.pipelines.model_template import template_of_model
 from switchkd.pipelines.release.chat import Chat, template_of
 from switchkd.pipelines.release.options import ChatOptions
 from switchkd.pipelines.training.options import TrainOptions
@@ -107,7 +108,11 @@ def test_which_template(teacher, student, with_chat, tmp_path):
             objective="sft", switch=False, steps=1, batch_size=4,
         )
     )  # fmt: skip
-    assert template_of(open_checkpoint(tmp_path / "run")) == TEMPLATES["qa"]
+    trained = open_checkpoint(tmp_path / "run")
+    assert template_of(trained) == TEMPLATES["qa"]
+    assert template_of_model(trained, None) == TEMPLATES["qa"]  # of `eval` and `attend`
+    assert template_of_model(trained, "plain") == TEMPLATES["plain"]
+    assert template_of_model(open_checkpoint(student), None) == TEMPLATES["qwen2_base"]
 
 
 def run(*words, **more):

@@ -134,7 +134,7 @@ def test_the_estimate_of_a_packed_run_counts_rows_and_their_mask(options, monkey
         raise training.Stop
 
     monkeypatch.setattr(SwitchTrainer, "train", stop)
-    for packing, said, masked in ((30, "2 x 28 tokens", False), (4, "4 x 14 tokens", True)):
+    for packing, said, masked in ((36, "2 x 34 tokens", False), (4, "4 x 17 tokens", True)):
         if masked:
             monkeypatch.setattr("switchkd.models.block_attention.is_plain", lambda config: False)
         with caplog.at_level("INFO", logger="switchkd"), pytest.raises(training.Stop):

@@ -10,7 +10,6 @@ from typing import Any
 
 from switchkd.data.encoded import Prompt
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Status
 from switchkd.data.templates import IMAGE_MARKER
 from switchkd.errors import ConfigError, DataError, InputError
@@ -23,6 +22,7 @@ from switchkd.pipelines.evaluation.benchmarks.results import Result, folder_name
 from switchkd.pipelines.evaluation.benchmarks.scoreboard import write_scoreboard
 from switchkd.pipelines.evaluation.generation import GreedyGenerator, encoded_batches, read_lines
 from switchkd.pipelines.evaluation.options import BenchmarkOptions
+from switchkd.pipelines.model_template import template_of_model
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, RECORD, record, write_atomically
 
@@ -82,14 +82,18 @@ def _answer_all(tasks: Sequence[Task], options: BenchmarkOptions) -> None:
     if options.model is None:
         raise ConfigError("--model is needed to answer questions; only --score-only works without it")
     checkpoint = open_checkpoint(options.model, options.trust_remote_code)
-    template = load_template(options.template, checkpoint)
+    template = template_of_model(checkpoint, options.template)
     encoder = SampleEncoder(checkpoint, template, None, options.max_length)
     about: dict[str, Any] = {
         "model": str(options.model),
         "weights": hash_json(hash_weights(checkpoint.path)),
         "dtype": options.dtype,
     }
-    about |= {"template": options.template, "max_new_tokens": options.max_new_tokens, "max_length": options.max_length}
+    about |= {
+        "template": options.template or template.as_dict(),
+        "max_new_tokens": options.max_new_tokens,
+        "max_length": options.max_length,
+    }
     record(options.output, about)
     answerer = None
     for task in tasks:
