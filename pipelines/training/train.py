@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from itertools import groupby
 from typing import Any
 
 import transformers
@@ -70,8 +71,11 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
         require_checkpoint(options.profile, resume, arguments.world_size)
     inputs = open_inputs(options)
     options = inputs.options
-    fit_to_data(arguments, options, inputs.store, len(inputs.samples))
-    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()}
+    fit_to_data(arguments, options, inputs.stores, len(inputs.samples))
+    made_from: dict[str, Any] = {
+        "teacher_signal": inputs.teacher_signal,
+        "samples": inputs.samples.order_identity(),
+    } | inputs.mixture_record
     if begun:
         check_record(run, made_from, later=made_from)
 
@@ -105,10 +109,11 @@ def _make_trainer(
         None
         if options.profile == "ddp"
         else placeholder_sample(inputs.samples.encoder, inputs.samples.teacher_encoder),
-        None if inputs.store is None else inputs.samples.payload,
+        inputs.samples.payload if inputs.stores else None,
         pad_id_of((inputs.teacher or student).tokenizer),
         options.packing,
         empty_sample(pad_id_of(student.tokenizer), inputs.two_views, options.vocab_map),
+        inputs.samples.teacher_of if len(inputs.teachers) > 1 and inputs.payload == "hidden" else None,
     )
     trainer = SwitchTrainer(
         objective=inputs.objective,
@@ -142,6 +147,8 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
     last: dict[str, Any] = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
     left_out = Counter() if samples.left_out is None else samples.left_out.counts()
     used = len(samples) - left_out.total()
+    identities = [store.manifest.identity for store in inputs.stores]
+    taught = [kind for kind, _ in groupby(store.manifest.teacher for store in inputs.stores)]
     summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "samples": used,
@@ -149,11 +156,12 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
         "losses": {name: value for name, value in last.items() if name.startswith("loss")},
         "history": history,
         "made_from": {
-            "template": samples.encoder.template.as_dict(),
-            "data": samples.samples.fingerprint,
+            "template": samples.template,
+            "data": samples.fingerprint,
             "teacher_signal": inputs.teacher_signal,
-            "store": None if samples.store is None else samples.store.manifest.identity,
-            "teacher": None if samples.store is None else samples.store.manifest.teacher,
+            "store": ", ".join(identities) or None,
+            "teacher": None if len(taught) != 1 else taught[0],
+            **inputs.mixture_record,
         },
     }
     if trainer.is_world_process_zero():
