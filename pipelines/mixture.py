@@ -69,10 +69,10 @@ class MixtureEntry:
             )
 
     def drawn(self, usable: int) -> int:
-        """Return how many samples of this data file an epoch has, of `usable` that can be used; at least 1."""
+        """Return how many samples of this data file an epoch has, of `usable` that can be used; at least 1 of these."""
         if self.cap is not None:
             return min(self.cap, usable)
-        return max(1, round((1.0 if self.weight is None else self.weight) * usable))
+        return max(min(1, usable), round((1.0 if self.weight is None else self.weight) * usable))
 
     def share(self) -> str:
         """Return weight or cap in words; "" where neither is given."""

@@ -53,15 +53,20 @@ class CaptureWorker:
     Args:
         manifest: of the store, if it is available already; else it is built, which reads the teacher's weights once.
         anew: committed parts that are to be replaced when they have been captured again.
+        lender: a worker with the same teacher and the same options about it, whose teacher is used; None loads one.
 
     Raises:
         InputError: something given cannot be used.
     """
 
     def __init__(
-        self, options: CacheOptions, manifest: Manifest | None = None, anew: frozenset[int] = frozenset()
+        self,
+        options: CacheOptions,
+        manifest: Manifest | None = None,
+        anew: frozenset[int] = frozenset(),
+        lender: "CaptureWorker | None" = None,
     ) -> None:
-        self.anew = anew
+        self.anew, self.lender = anew, lender
         self.options = options = resolve_payload(options)
         self.checkpoint = with_image_mode(
             open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode, options.max_pixels
@@ -83,6 +88,8 @@ class CaptureWorker:
     @cached_property
     def backend(self) -> Backend:
         """The teacher."""
+        if self.lender is not None:
+            return self.lender.backend
         options = self.options
         return open_backend(
             options.backend,
@@ -98,6 +105,10 @@ class CaptureWorker:
     def writer(self) -> StoreWriter:
         """The store, created if it does not exist."""
         return StoreWriter(self.options.out, self.manifest, self._tables)
+
+    def open_store(self) -> None:
+        """Open the store, or create it. Raises StoreMismatch if it is that of another teacher, data file or payload."""
+        self.writer  # noqa: B018 - compares the manifests
 
     def _tables(self) -> StoreTables:
         return probe_tables(

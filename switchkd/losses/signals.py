@@ -221,13 +221,15 @@ class MixedHiddenSignal(_FromStates):
     def slice_rows(self, rows: slice) -> DenseSignal:
         """See `TeacherSignal.slice_rows`."""
         hidden, teacher = self.hidden[rows], self.teacher[rows]
-        logits = hidden.new_empty((len(hidden), self.vocab_rows), dtype=torch.float32)
+        logits = hidden.new_empty(
+            (len(hidden), self.vocab_rows), dtype=torch.promote_types(self.heads[0][0].dtype, torch.float32)
+        )
         with torch.no_grad():
             for number, (head, logit_map) in enumerate(self.heads):
                 own = teacher == number
                 states = hidden[own, : head.shape[1]]
                 if len(states):
-                    logits[own] = logit_map(float32_logits(states, head)).to(logits.dtype)
+                    logits[own] = logit_map(float32_logits(states, head))
         return DenseSignal(logits, None if self.knee is None else self.knee[rows])
 
 
