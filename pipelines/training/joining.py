@@ -8,7 +8,7 @@ from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import SampleFile
 from switchkd.errors import ConfigError, StoreMismatch
-from switchkd.fingerprints import hash_image_processor, hash_tokenizer
+from switchkd.fingerprints import hash_image_processor
 from switchkd.losses.objective import Objective
 from switchkd.models.checkpoint import Checkpoint, teacher_identity, with_image_mode
 from switchkd.models.families import family_of
@@ -105,7 +105,7 @@ def open_store(
             "--objective sft --no-switch"
         )
     wanted: dict[str, Any] = {
-        "tokenizer": hash_tokenizer((teacher or student).tokenizer),
+        "tokenizer": (teacher or student).tokenizer_hash,
         "image_tokens": (teacher or student).image_tokens,
     }
     if teacher is not None:
