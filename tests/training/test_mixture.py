@@ -1,6 +1,7 @@
 """Training on a mixture: it equals training on one file of the same rows, resumes exactly, and refuses what does not fit."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -20,6 +21,9 @@ from switchkd.models.vlm import load_lm_head
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.preflight.left_out import Unusable
+from switchkd.pipelines.release.model_card import model_card
+from switchkd.pipelines.reporting.options import ReportOptions
+from switchkd.pipelines.reporting.report import report
 from switchkd.pipelines.stored_teacher import StoredOfSeveral
 from switchkd.pipelines.training.arguments import training_arguments
 from switchkd.pipelines.training.batches import dataset
@@ -68,7 +72,8 @@ def test_each_sample_learns_from_its_own_store(options, folder, tmp_path):
     run = whole(options, folder, tmp_path, cache=folder / "whole")
     for mine, other in zip(history(options.output), history(run), strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-4)
-    record = yaml.safe_load((options.output / "run.yaml").read_text())["mixture"]
+    record_of_run = yaml.safe_load((options.output / "run.yaml").read_text())
+    record = record_of_run["mixture"]
     assert {name: (about["samples_per_epoch"], about["usable"]) for name, about in record.items()} == {
         "a": (7, 7),
         "b": (5, 5),
@@ -77,6 +82,13 @@ def test_each_sample_learns_from_its_own_store(options, folder, tmp_path):
     summary = json.loads((options.output / "summary.json").read_text())
     assert summary["made_from"]["mixture"] == record
     assert summary["samples"] == 12
+    pytest.importorskip("matplotlib", reason="a report draws pictures: extra `viz`")
+    page = report(ReportOptions(((None, options.output),), out=tmp_path / "report")).page.read_text()
+    for name, about in record.items():
+        cells = [name, about["data"], str(about["samples_per_epoch"]), str(about["usable"]), str(about["rows"])]
+        assert re.search(r"<td[^>]*>\s*".join(["", *(re.escape(cell) + r"\s*</td>\s*" for cell in cells)]), page), name
+    card = model_card("name", open_checkpoint(options.output), record_of_run, summary, ())
+    assert "| entry b | b.json, 5 of 5 usable samples an epoch |" in card
 
 
 def test_a_run_on_shares_resumes_exactly(options, folder, tmp_path, monkeypatch, caplog):
