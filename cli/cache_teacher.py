@@ -48,7 +48,6 @@ def command(
     committed is never written twice.
     """
     from switchkd.pipelines.capture.cache_teacher import cache_teacher
-    from switchkd.pipelines.capture.dry_run import plan
     from switchkd.pipelines.capture.mixture import cache_mixture, plan_mixture
     from switchkd.pipelines.capture.sharding import resolve_shard
 
@@ -72,7 +71,7 @@ def command(
     mixture = mixture_at(resolved.data)
     if dry_run:
         if mixture is None:
-            _print_plan(resolved, plan(resolved), egress_price)
+            _print_plan(resolved, egress_price)
         else:
             _print_plans(resolved, plan_mixture(mixture, resolved), egress_price)
         return
@@ -103,7 +102,7 @@ def _print_plans(options: CacheOptions, plans: "dict[str, Plan]", egress_price: 
     """Print the estimate of every entry of a mixture, and what they take together."""
     for name, found in plans.items():
         echo(f"{name}:")
-        _print_plan(options, found, egress_price)
+        _print_plan(options, egress_price, found)
     every = plans.values()
     echo(
         f"together: {sum(found.samples for found in every):,} samples, about "
@@ -112,7 +111,10 @@ def _print_plans(options: CacheOptions, plans: "dict[str, Plan]", egress_price: 
     )
 
 
-def _print_plan(options: CacheOptions, found: "Plan", egress_price: float) -> None:
+def _print_plan(options: CacheOptions, egress_price: float, found: "Plan | None" = None) -> None:
+    from switchkd.pipelines.capture.dry_run import plan
+
+    found = found or plan(options)
     free = "unknown" if found.free_bytes is None else f"{found.free_bytes / 1e9:,.1f} GB"
     kind = "GPU hours" if found.on_gpu else "hours on the CPU"
     size = found.store_bytes()
