@@ -88,7 +88,9 @@ _FAMILIES = (
     Family("qwen3_vl", cuts=DEEPSTACK, **_MROPE),
     Family("qwen3_vl_moe", cuts=DEEPSTACK, teaches_only=True, **_MROPE),
     Family("qwen3_5", cuts=("visual.merger",), packs=False, **_MROPE),  # linear attention mixes a row's samples
+    Family("qwen3_5_moe", cuts=("visual.merger",), packs=False, teaches_only=True, **_MROPE),
     Family("glm4v", cuts=("visual.post_layernorm",), **_MROPE),  # a convolution behind it merges patches
+    Family("glm46v", cuts=("visual.post_layernorm",), **_MROPE),
     Family("smolvlm", cuts=("connector",), media=MASKED, switch_note=_TWO_TILINGS),
     Family("idefics3", cuts=("connector",), media=MASKED),
     Family("internvl"),
