@@ -3,9 +3,10 @@
 A worker may be this process, one of several started by Slurm, Kubernetes or torchrun, or an actor of Ray; all work the same way.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,12 @@ from switchkd.data.samples import BadSample, SampleFile, Status
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
 from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
 from switchkd.pipelines.capture.backends.open import open_backend
+from switchkd.pipelines.capture.backends.vllm_parity import (
+    LeftOut,
+    check_parity,
+    hidden_states,
+    states_with_transformers,
+)
 from switchkd.pipelines.capture.failing_sample import naming_failing_sample
 from switchkd.pipelines.capture.manifest import build_manifest, resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
@@ -30,7 +37,9 @@ from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.progress import Progress
 from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter
 from switchkd.stores.payload import empty_payload
+from switchkd.stores.storage.open import open_storage
 
+log = logging.getLogger(__name__)
 Encoded = EncodedSample | BadSample
 RETRY_ADVICE = " with --retry-skipped, which captures parts anew where an image was missing or unreadable"
 
@@ -82,7 +91,43 @@ class CaptureWorker:
 
     @cached_property
     def backend(self) -> Backend:
-        """The teacher."""
+        """The teacher, compared with transformers' where `--check` asks for it."""
+        dtype = self.manifest.teacher["dtype"]
+        samples = self._samples_to_check()
+        expected = None
+        if samples:
+            log.info(
+                "comparing vLLM with transformers on %d samples: transformers runs the teacher first", len(samples)
+            )
+            try:
+                expected = states_with_transformers(self.checkpoint, dtype, samples, self.manifest)
+            except LeftOut as reason:
+                log.warning("vLLM's states are not compared with transformers': %s", reason)
+        backend = self._open_backend()
+        if expected is not None:
+            relative = check_parity(self.checkpoint, dtype, hidden_states(backend, samples, self.manifest), expected)
+            log.info("vLLM's final states are transformers' to %.2g of their size", relative)
+        return backend
+
+    def _samples_to_check(self) -> list[EncodedSample]:
+        """Return the first usable samples, as many as `--check` asks for."""
+        options = self.options
+        if options.backend != "vllm":
+            return []
+        wanted = options.check
+        if wanted is None:
+            storage = open_storage(options.out)
+            begun = storage.exists() and bool(storage.parts())
+            wanted = 0 if begun or options.shard[0] or options.engine == "ray" else 1
+        found: list[EncodedSample] = []
+        for sample in self.samples:
+            if len(found) == wanted:
+                break
+            with suppress(BadSample):
+                found.append(self.encoder.encode(sample))
+        return found
+
+    def _open_backend(self) -> Backend:
         options = self.options
         return open_backend(
             options.backend,
