@@ -103,7 +103,7 @@ bench-vllm-families: $(VLLM_VENV)/.installed  ## families of models in vLLM besi
 
 # Parity, and what caching needs of the package under vLLM's older transformers.
 VLLM_TESTS := $(addprefix tests/,$(addprefix capture/test_,vllm.py vllm_families.py vllm_refusals.py vllm_environments.py \
-	vllm_checks.py vllm_export.py vllm_pooler.py cache_teacher.py dry_run.py) \
+	vllm_checks.py vllm_parity.py vllm_export.py vllm_pooler.py quantised_teacher.py cache_teacher.py dry_run.py) \
 	data/test_encoding.py models/test_vlm.py test_fingerprints.py)
 # vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
 VLLM_NEEDS := accelerate|cachetools|click|datasets|docopt|hypothesis|num2words|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr

@@ -75,6 +75,8 @@ class CaptureWorker:
         self.checkpoint = with_image_mode(
             open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode, options.max_pixels
         )
+        if options.backend == "transformers":
+            self.checkpoint.require_whole_weights("pass it, or the checkpoint that it was made from")
         self.samples = SampleFile(options.data)
         self.encoder = SampleEncoder(
             self.checkpoint,

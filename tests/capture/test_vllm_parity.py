@@ -94,7 +94,8 @@ def test_it_is_told_where_it_is_left_out(given, tmp_path, vllm_is_transformers, 
     ):
         vllm_parity._run(worker.checkpoint, "float32", samples, worker.manifest)
     worker.checkpoint.config.quantization_config = {"quant_method": "fp8"}
-    assert isinstance(worker.backend, TransformersBackend)
+    monkeypatch.setattr(workers, "open_backend", lambda *_, **__: "the engine")
+    assert worker.backend == "the engine"
     assert "states are not compared with transformers': its weights are quantised" in caplog.text
 
 
