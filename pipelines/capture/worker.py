@@ -5,7 +5,7 @@ A worker may be this process, one of several started by Slurm, Kubernetes or tor
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
 from switchkd.pipelines.capture.backends.open import open_backend
 from switchkd.pipelines.capture.backends.vllm_parity import (
     LeftOut,
+    States,
     check_parity,
     hidden_states,
     states_with_transformers,
@@ -94,22 +95,24 @@ class CaptureWorker:
     @cached_property
     def backend(self) -> Backend:
         """The teacher, compared with transformers' where `--check` asks for it."""
-        dtype = self.manifest.teacher["dtype"]
-        samples = self._samples_to_check()
-        expected = None
+        samples, expected = self._samples_to_check(), list[States]()
+        backend = self._open_backend(lambda: expected.extend(self._with_transformers(samples)))
+        for states in expected:
+            found = hidden_states(backend, samples, self.manifest)
+            relative = check_parity(self.checkpoint, self.manifest.teacher["dtype"], found, states)
+            log.info("vLLM's final states are transformers' to %.2g of their size", relative)
+        return backend
+
+    def _with_transformers(self, samples: Sequence[EncodedSample]) -> Iterator[States]:
+        """Yield the states of the samples to check from transformers; nothing without samples, or if it cannot run the teacher."""
         if samples:
             log.info(
                 "comparing vLLM with transformers on %d samples: transformers runs the teacher first", len(samples)
             )
             try:
-                expected = states_with_transformers(self.checkpoint, dtype, samples, self.manifest)
+                yield states_with_transformers(self.checkpoint, self.manifest.teacher["dtype"], samples, self.manifest)
             except LeftOut as reason:
                 log.warning("vLLM's states are not compared with transformers': %s", reason)
-        backend = self._open_backend()
-        if expected is not None:
-            relative = check_parity(self.checkpoint, dtype, hidden_states(backend, samples, self.manifest), expected)
-            log.info("vLLM's final states are transformers' to %.2g of their size", relative)
-        return backend
 
     def _samples_to_check(self) -> list[EncodedSample]:
         """Return the first usable samples, as many as `--check` asks for."""
@@ -129,7 +132,7 @@ class CaptureWorker:
                 found.append(self.encoder.encode(sample))
         return found
 
-    def _open_backend(self) -> Backend:
+    def _open_backend(self, before_engine: Callable[[], None]) -> Backend:
         options = self.options
         return open_backend(
             options.backend,
@@ -139,6 +142,7 @@ class CaptureWorker:
             max_length=options.max_length,
             tensor_parallel=options.tensor_parallel,
             vllm_options=dict(options.vllm_options),
+            before_engine=before_engine,
         )
 
     @cached_property

@@ -20,7 +20,8 @@ from switchkd.models.vlm import load_lm_head, load_model
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.training.options import TrainOptions
-from switchkd.pipelines.training.train import OLDEST_TRANSFORMERS, train
+from switchkd.pipelines.training.train import train
+from switchkd.settings import OLDEST_FOR_TRAINING
 from switchkd.stores import TeacherStore
 
 W8A8 = {
@@ -92,7 +93,8 @@ def test_transformers_does_not_run_it(quantised, data, tmp_path):
 
 
 @pytest.mark.skipif(
-    Version(transformers.__version__) < OLDEST_TRANSFORMERS, reason="training needs a newer transformers than vLLM's"
+    Version(transformers.__version__) < Version(OLDEST_FOR_TRAINING),
+    reason="training needs a newer transformers than vLLM's",
 )
 def test_a_quantised_student_or_live_teacher_is_refused_first(whole, quantised, data, tmp_path):
     plain = given(data, None) | {"output": tmp_path / "run", "objective": "sft", "switch": False}

@@ -36,9 +36,12 @@ def given(tmp_path_factory):
 def vllm_is_transformers(monkeypatch):
     """Captures "with vLLM" run the transformers backend; the other side runs in a process of its own, as with vLLM."""
     monkeypatch.setattr("switchkd.pipelines.capture.cache_teacher.check_available", lambda *_: None)
-    monkeypatch.setattr(
-        workers, "open_backend", lambda name, checkpoint, dtype, **_: TransformersBackend(checkpoint, "cpu", dtype)
-    )
+
+    def start(name, checkpoint, dtype, *, before_engine, **_):
+        before_engine()
+        return TransformersBackend(checkpoint, "cpu", dtype)
+
+    monkeypatch.setattr(workers, "open_backend", start)
     monkeypatch.setattr("switchkd.pipelines.capture.manifest.software_of", lambda backend: {"backend": backend})
 
 
@@ -94,7 +97,7 @@ def test_it_is_told_where_it_is_left_out(given, tmp_path, vllm_is_transformers, 
     ):
         vllm_parity._run(worker.checkpoint, "float32", samples, worker.manifest)
     worker.checkpoint.config.quantization_config = {"quant_method": "fp8"}
-    monkeypatch.setattr(workers, "open_backend", lambda *_, **__: "the engine")
+    monkeypatch.setattr(workers, "open_backend", lambda *_, before_engine, **__: before_engine() or "the engine")
     assert worker.backend == "the engine"
     assert "states are not compared with transformers': its weights are quantised" in caplog.text
 
