@@ -38,12 +38,16 @@ def cache_mixture(
     for entry in mixture.entries:
         with mixture.naming(entry):
             own = options_of_entry(mixture, entry, options)
-            lender = workers[0] if workers else None
-            worker = CaptureWorker(replace(own, shard=((index - parts_before) % count, count)), lender=lender)
+            own = replace(own, shard=((index - parts_before) % count, count))
+            worker = CaptureWorker(own, lender=workers[0] if workers else None)
             if open_storage(own.out).exists():
                 worker.open_store()
             workers.append(worker)
             parts_before += worker.manifest.part_count
+    # Checks of the teacher are those of a store that is begun now, if there is one.
+    lender = next((worker for worker in workers if not open_storage(worker.options.out).exists()), workers[0])
+    for worker in workers:
+        worker.lender = None if worker is lender else lender
     found = {}
     for entry, worker in zip(mixture.entries, workers, strict=True):
         with mixture.naming(entry):

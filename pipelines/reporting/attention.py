@@ -42,7 +42,9 @@ class AttentionMap:
 
     answer: str
     share: float  # of the answer's attention that goes to the image, 0 … 1
-    map: NDArray[np.float64]  # [rows, columns] of patches; sums to 1; NaN where a patch has no token
+    map: NDArray[
+        np.float64
+    ]  # [rows, columns] of patches, of the overview of an image in tiles; sums to 1; NaN where a patch has no token
     seen: NDArray[np.float64]  # [H, W, 3], 0 … 1: the image after the model's processor
 
 
@@ -111,7 +113,7 @@ class AttentionProbe:
         share = float(mass.sum())
         if not share > 0:
             raise RunError(f"{self.checkpoint.path} pays the image no attention at all in layers {self.layers}")
-        return AttentionMap(answer, share, grid.place(mass.numpy() / share), seen_image(self.checkpoint, media))
+        return AttentionMap(answer, share, grid.place(mass.numpy()), seen_image(self.checkpoint, media))
 
     def _answer(self, encoder: SampleEncoder, image: Path, question: str) -> str:
         answerer = GreedyGenerator(self._model, encoder, self._template, self._max_new_tokens)

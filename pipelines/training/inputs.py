@@ -203,6 +203,11 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
     objective, live = options.as_objective(), options.teacher_mode == "live"
     llavas = all(family_of(side.config).is_llava for side in (student, teacher) if side is not None)
     check_student(student)
+    student.require_whole_weights("train the checkpoint that it was made from")
+    if teacher is not None and (objective.switch or live):
+        teacher.require_whole_weights(
+            "pass --no-switch to train from its store alone, or cache and pass the checkpoint that it was made from"
+        )
     if objective.baseline and not llavas:
         raise CheckpointError(
             f"objective {objective.name} compares visual tokens and attention of two Llavas: {options.student} and "

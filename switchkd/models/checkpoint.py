@@ -68,11 +68,37 @@ class Checkpoint:
         """See `hash_tokenizer`; the tokenizer of a checkpoint does not change."""
         return hash_tokenizer(self.tokenizer)
 
+    @cached_property
+    def _known_hashes(self) -> dict[tuple[str, ...], dict[str, str]]:
+        return {}
+
+    def hash_weights(self, components: tuple[str, ...]) -> dict[str, str]:
+        """See `fingerprints.hash_weights`; the files are read once, however many stores are compared with this teacher."""
+        if components not in self._known_hashes:
+            self._known_hashes[components] = hash_weights(self.path, components)
+        return self._known_hashes[components]
+
     @property
     def image_token_id(self) -> int:
         """Id of the token that an image's features replace."""
         token: int = self.config.image_token_id
         return token
+
+    @property
+    def quantization(self) -> str | None:
+        """How its weights are quantised, by transformers' name of the method ("fp8", "awq", …); None if they are not."""
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is None:
+            return None
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        return str(getattr(method, "value", method))
+
+    def require_whole_weights(self, remedy: str) -> None:
+        """Raise CheckpointError, with a remedy, if the weights are quantised, which is tested with vLLM alone."""
+        if self.quantization is not None:
+            raise CheckpointError(
+                f"{self.path} has quantised weights ({self.quantization}), which only `cache-teacher --backend vllm` runs: {remedy}"
+            )
 
     def resolve_dtype(self, dtype: str) -> str:
         """Return the dtype that "auto" stands for, or `dtype` itself."""
@@ -214,7 +240,7 @@ def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, s
     components = ("vision", "projector", "language") if vision else ("projector", "language")
     logit_map = logit_map_of(checkpoint.config, checkpoint.path)
     found = {} if logit_map.is_identity else {"logit_map": str(logit_map)}
-    return found | {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
+    return found | {"config": hash_config(checkpoint.config.to_dict())} | checkpoint.hash_weights(components)
 
 
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # one of which describes it

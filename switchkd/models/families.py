@@ -44,6 +44,7 @@ class Family:
         causal: whether no token sees a later one.
         caps_logits: whether the class applies the text config's final_logit_softcapping itself.
         teaches_only: a model that is no student here.
+        overview: which tile of a tiled image shows it whole, 0 or -1; None if images are not tiled.
         switch_note: what speaks against VSD between models of the family, which is off there by default; empty where it makes
             sense.
     """
@@ -58,6 +59,7 @@ class Family:
     causal: bool = True
     caps_logits: bool = False
     teaches_only: bool = False
+    overview: Literal[0, -1] | None = None
     switch_note: str = ""
 
     @property
@@ -81,17 +83,19 @@ _FAMILIES = (
     Family("llava"),
     Family("switch_llava"),
     Family("vipllava"),
-    Family("llava_next", media=TILES),
-    Family("llava_onevision", media=TILES | {"batch_num_images": "concatenate"}),
+    Family("llava_next", media=TILES, overview=0),
+    Family("llava_onevision", media=TILES | {"batch_num_images": "concatenate"}, overview=0),
     Family("qwen2_vl", cuts=("visual.merger",), **_MROPE),
     Family("qwen2_5_vl", cuts=("visual.merger",), **_MROPE),
     Family("qwen3_vl", cuts=DEEPSTACK, **_MROPE),
     Family("qwen3_vl_moe", cuts=DEEPSTACK, teaches_only=True, **_MROPE),
     Family("qwen3_5", cuts=("visual.merger",), packs=False, **_MROPE),  # linear attention mixes a row's samples
+    Family("qwen3_5_moe", cuts=("visual.merger",), packs=False, teaches_only=True, **_MROPE),
     Family("glm4v", cuts=("visual.post_layernorm",), **_MROPE),  # a convolution behind it merges patches
-    Family("smolvlm", cuts=("connector",), media=MASKED, switch_note=_TWO_TILINGS),
-    Family("idefics3", cuts=("connector",), media=MASKED),
-    Family("internvl"),
+    Family("glm46v", cuts=("visual.post_layernorm",), **_MROPE),
+    Family("smolvlm", cuts=("connector",), media=MASKED, overview=-1, switch_note=_TWO_TILINGS),
+    Family("idefics3", cuts=("connector",), media=MASKED, overview=-1),
+    Family("internvl", overview=-1),
     Family(
         "gemma3",
         type_ids="token_type_ids = image",

@@ -33,7 +33,8 @@ from switchkd.pipelines.training.train import train
 
 USUAL = ("qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
 NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision"}
-TEACHES_ONLY = "qwen3_vl_moe"  # its student is a qwen3_vl
+TEACHES_ONLY = {"qwen3_vl_moe": "qwen3_vl", "qwen3_5_moe": "qwen3_5"}  # and the family of its student
+SEEDS = {"qwen3_5_moe": 3}  # of a teacher, if not 1, with which float16 states would move the knee of one position
 TERMS = ("loss_ce", "loss_align", "loss_vsd")
 NEW_TOKENS = 5
 
@@ -50,8 +51,8 @@ class Place:
 
     def __init__(self, family, folder):
         self.family, self.folder = family, folder
-        self.learns = "qwen3_vl" if family == TEACHES_ONLY else family
-        self.teacher = tiny.write_checkpoint(family, folder / "teacher", 1)
+        self.learns = TEACHES_ONLY.get(family, family)
+        self.teacher = tiny.write_checkpoint(family, folder / "teacher", SEEDS.get(family, 1))
         self.student = tiny.write_checkpoint(self.learns, folder / "student", 2)
         self.data = llavas.data(folder / "data", llavas.rows(8, text_only=(3,), two_turns=(5,)))
         self.images = self.data.parent / "images"

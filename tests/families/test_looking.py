@@ -16,9 +16,11 @@ from switchkd.data.load_template import load_template
 from switchkd.data.samples import Sample, Status
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.families import MEDIA
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
 from switchkd.pipelines.reporting.attention import AttentionProbe
+from switchkd.pipelines.reporting.token_grid import grid_of_image
 from switchkd.positions import predicting_rows
 from switchkd.printable import printable
 
@@ -131,17 +133,59 @@ def test_a_map_is_the_definition(family, tmp_path):
     np.testing.assert_allclose(found.map.ravel(), mass / mass.sum(), rtol=1e-5)
 
 
-def test_tiles_lie_on_no_grid(tmp_path):
-    folder = tiny.write_checkpoint("llava_onevision", tmp_path / "model", 1)
-    picture = llavas.image(tmp_path / "a.png", 5)
+# A tiled family, and the features of the tile that shows the image whole among those that its projector makes.
+TILED = {
+    "llava_next": slice(0, 16),
+    "llava_onevision": slice(0, 16),
+    "internvl": slice(-4, None),
+    "idefics3": slice(-4, None),
+}
+
+
+@pytest.mark.parametrize("family", TILED)
+def test_the_map_of_a_tiled_image_is_that_of_the_tile_which_shows_it_whole(family, tmp_path):
+    folder = tiny.write_checkpoint(family, tmp_path / "model", 1)
+    picture = llavas.image(tmp_path / "a.png", 5, size=(60, 16))
+    probe = AttentionProbe(folder, "qa")
+    found = probe.map_of(picture, QUESTION, "a red cat")
+    checkpoint, model = open_checkpoint(folder), load_model(open_checkpoint(folder), dtype="float32")
+    encoder = SampleEncoder(checkpoint, load_template("qa"), tmp_path, 1 << 14)
+    encoded = encoder.encode(Sample(0, "", "a.png", [(QUESTION, "a red cat")], "", Status.OK, ""))
+    batch = collate([encoded], 0)
+    batch.pop("has_image")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(**own_inputs(family, batch), output_attentions=True, use_cache=False).attentions
+        # Only the features of that tile change with its pixels.
+        place = 0 if TILED[family].start == 0 else -1
+        tiles = batch["pixel_values"].flatten(0, -4)
+        assert len(tiles) > 1
+        changed = batch["pixel_values"].clone()
+        changed.reshape(tiles.shape)[place] += 1
+        columns = {name: value for name, value in batch.items() if name in MEDIA}
+        made = [
+            torch.cat(list(model.model.get_image_features(**columns | more, return_dict=True).pooler_output))
+            for more in ({}, {"pixel_values": changed})
+        ]
+        moved = (made[1] - made[0]).reshape(-1, made[0].shape[-1]).abs().amax(-1) > 1e-6
+    on_image = batch["input_ids"][0] == checkpoint.image_token_id
+    assert moved.nonzero()[:, 0].tolist() == list(range(len(moved)))[TILED[family]]
+    rows = predicting_rows(batch["labels"])[0]
+    mass = torch.stack([layer[0].double() for layer in attentions])[:, :, rows][..., on_image].mean(dim=(0, 1, 2))
+    assert found.share == pytest.approx(float(mass.sum()), rel=1e-5)
+    overview = mass[TILED[family]]
+    np.testing.assert_allclose(found.map.ravel(), overview / overview.sum(), rtol=1e-5)
+    processor = checkpoint.image_processor
+    mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
+    np.testing.assert_allclose(found.seen, (tiles[place] * std + mean).clamp(0, 1).permute(1, 2, 0), atol=1e-6)
+
+
+def test_tokens_on_no_grid_are_refused(tmp_path):
+    checkpoint = open_checkpoint(tiny.write_checkpoint("internvl", tmp_path / "model", 1))
     with pytest.raises(
-        CheckpointError, match=rf"{folder} is a llava_onevision, .* tokens in \d+ tiles.*qwen2_5_vl.*one tile"
+        CheckpointError, match="is a internvl.*6 tokens in 1 tiles, which lie on no grid.*qwen2_5_vl.*internvl"
     ):
-        AttentionProbe(folder, "qa").map_of(picture, QUESTION, "red")
-    folder = tiny.write_checkpoint("internvl", tmp_path / "internvl", 1)
-    wide = llavas.image(tmp_path / "b.png", 5, size=(60, 16))
-    with pytest.raises(CheckpointError, match="is a internvl.*pass a smaller image"):
-        AttentionProbe(folder, "qa").map_of(wide, QUESTION, "red")
+        grid_of_image(checkpoint, {"pixel_values": torch.zeros(1, 3, 16, 16)}, 6)
 
 
 def test_linear_attention_has_no_weights(tmp_path):

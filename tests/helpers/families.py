@@ -48,6 +48,15 @@ QWEN = Words(
         ("vision_end_token", "<|vision_end|>"),
     ),
 )
+GLM = Words(
+    image="<|image|>",
+    video="<|video|>",
+    before="<|begin_of_image|>",
+    after="<|end_of_image|>",
+    prompt="<|begin_of_image|><|image|><|end_of_image|>",
+    named=(("video_token", "<|video|>"),),
+    more=("<|begin_of_video|>", "<|end_of_video|>"),
+)
 GRID = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 TILED = Words(
     before="<fake_token_around_image>",
@@ -72,15 +81,9 @@ SPECIAL = {
     "qwen3_vl": QWEN,
     "qwen3_vl_moe": QWEN,
     "qwen3_5": QWEN,
-    "glm4v": Words(
-        image="<|image|>",
-        video="<|video|>",
-        before="<|begin_of_image|>",
-        after="<|end_of_image|>",
-        prompt="<|begin_of_image|><|image|><|end_of_image|>",
-        named=(("video_token", "<|video|>"),),
-        more=("<|begin_of_video|>", "<|end_of_video|>"),
-    ),
+    "qwen3_5_moe": QWEN,
+    "glm4v": GLM,
+    "glm46v": GLM,
     "smolvlm": TILED,
     "idefics3": TILED,
     "internvl": Words(
@@ -230,6 +233,17 @@ CAPPED = {
     "query_pre_attn_scalar": 8,
     "sliding_window": 16,
 }
+FEW_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+GLM_PARTS = (
+    _text("glm4v_text", **_rotary(partial_rotary_factor=1.0)),
+    _patches(**WIDE, image_size=SIDE),
+    {},
+)
 # family → text config, vision config, further fields
 CONFIGS: dict[str, tuple[dict, dict, dict]] = {
     "llava": (
@@ -269,11 +283,15 @@ CONFIGS: dict[str, tuple[dict, dict, dict]] = {
         _patches(**WIDE, num_position_embeddings=16),
         {},
     ),
-    "glm4v": (
-        _text("glm4v_text", **_rotary(partial_rotary_factor=1.0)),
-        _patches(**WIDE, image_size=SIDE),
+    "qwen3_5_moe": (
+        _text(
+            "qwen3_5_moe_text", **LINEAR, **FEW_EXPERTS, **_rotary(mrope_interleaved=True, partial_rotary_factor=1.0)
+        ),
+        _patches(**WIDE, num_position_embeddings=16),
         {},
     ),
+    "glm4v": GLM_PARTS,
+    "glm46v": GLM_PARTS,
     "smolvlm": (_text("llama"), _tower("smolvlm_vision"), {"scale_factor": 2}),
     "idefics3": (_text("llama"), _tower("idefics3_vision"), {"scale_factor": 2}),
     "internvl": (
@@ -316,7 +334,7 @@ def config(family: str, *, vision: dict | None = None, text: dict | None = None,
     if words is QWEN:
         fields |= {"vision_start_token_id": ids[words.before], "vision_end_token_id": ids[words.after]}
         fields |= {"video_token_id": ids[words.video]}
-    if family == "glm4v":
+    if family.startswith("glm4"):
         fields |= {"image_start_token_id": ids[words.before], "image_end_token_id": ids[words.after]}
         fields |= {"video_token_id": ids[words.video]}
         fields |= {
@@ -361,7 +379,7 @@ def media(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
         pixels = random(2, 5, 3, SIDE, SIDE)
         pixels[1, 3:] = 0  # the second image has three tiles
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[30, 20], [12, 31]])}
-    if family.startswith("qwen") or family == "glm4v":
+    if family.startswith(("qwen", "glm4")):
         grid = torch.tensor([[1, 6, 8], [1, 4, 10]])
         return {"pixel_values": random(int(grid.prod(1).sum()), 3 * 2 * PATCH**2), "image_grid_thw": grid}
     if family in ("smolvlm", "idefics3"):
@@ -442,10 +460,16 @@ PROCESSORS: dict[str, tuple[tuple[str, dict], tuple[str, dict], str | None]] = {
     "qwen3_vl": (QWEN_IMAGES, ("Qwen3VLProcessor", {}), "Qwen3VLVideoProcessor"),
     "qwen3_vl_moe": (QWEN_IMAGES, ("Qwen3VLProcessor", {}), "Qwen3VLVideoProcessor"),
     "qwen3_5": (QWEN_IMAGES, ("Qwen3VLProcessor", {}), "Qwen3VLVideoProcessor"),
+    "qwen3_5_moe": (QWEN_IMAGES, ("Qwen3VLProcessor", {}), "Qwen3VLVideoProcessor"),
     "glm4v": (
         ("Glm4vImageProcessorPil", FLAT | {"size": {"shortest_edge": 128, "longest_edge": 8192}}),
         ("Glm4vProcessor", {}),
         "Glm4vVideoProcessor",
+    ),
+    "glm46v": (
+        ("Glm46VImageProcessorPil", FLAT | {"size": {"shortest_edge": 128, "longest_edge": 8192}}),
+        ("Glm46VProcessor", {}),
+        "Glm46VVideoProcessor",
     ),
     "smolvlm": (
         ("SmolVLMImageProcessorPil", SPLIT),

@@ -11,7 +11,7 @@ def own_inputs(family, columns):
     ids, labels = columns["input_ids"], columns["labels"]
     image = ids == tiny.tokenizer(family).convert_tokens_to_ids(tiny.SPECIAL[family].image)
     inputs = {name: value for name, value in columns.items() if name != "labels"}
-    if family.startswith("qwen") or family == "glm4v":
+    if family.startswith(("qwen", "glm4")):
         inputs["mm_token_type_ids"] = image.long()
     if family == "gemma3":
         inputs["token_type_ids"] = image.long()

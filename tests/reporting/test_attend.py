@@ -122,8 +122,9 @@ def test_the_map_has_the_towers_patches(name, picture, tmp_path):
 
 
 def test_tokens_are_placed_in_reading_order():
-    np.testing.assert_array_equal(Grid(2, 2).place(np.arange(4.0)), [[0, 1], [2, 3]])
-    np.testing.assert_array_equal(Grid(2, 2, missing=1).place(np.arange(3.0)), [[np.nan, 0], [1, 2]])
+    np.testing.assert_allclose(Grid(2, 2).place(np.arange(4.0)), [[0, 1 / 6], [2 / 6, 3 / 6]])
+    np.testing.assert_allclose(Grid(1, 2, before=1, after=1).place(np.arange(4.0)), [[1 / 3, 2 / 3]])
+    np.testing.assert_allclose(Grid(2, 2, missing=1).place(np.arange(3.0)), [[np.nan, 0], [1 / 3, 2 / 3]])
 
 
 def test_overlap():
