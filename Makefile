@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -69,6 +69,16 @@ bench-weights: install  ## a teacher with weights in fewer bits, on a real langu
 test-deepspeed: install  ## --profile zero3 with DeepSpeed itself, two processes on CPUs
 	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint constraints.txt deepspeed
 	$(BIN)/python -m pytest -m slow tests/training/test_parallelism.py -k zero3
+
+test-loggers: install  ## train --log-to with TensorBoard, W&B and Trackio themselves, offline
+	$(PIP) install --quiet --constraint constraints.txt tensorboard wandb gradio-client httpx orjson 'uvicorn[standard]' starlette \
+		python-multipart brotli
+	$(PIP) install --quiet --no-deps trackio==0.43.0  # it asks for an older pillow than the pinned one, and works with it
+	$(BIN)/python -m pytest -m loggers
+
+test-trl: install  ## the example of docs/own-loop.md that subclasses TRL's SFTTrainer
+	$(PIP) install --quiet --constraint constraints.txt trl
+	$(BIN)/python -m pytest -m trl
 
 test-torchao: install  ## --teacher-dtype int8 with torchao itself
 	$(PIP) install --quiet --constraint constraints.txt torchao

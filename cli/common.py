@@ -56,6 +56,8 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     if not isinstance(content, dict):
         raise click.BadParameter(f"{path} should hold options by name, found {type(content).__name__}")
     content = {str(name).replace("-", "_"): value for name, value in content.items()}
+    several = {parameter.name for parameter in ctx.command.params if parameter.multiple or parameter.nargs != 1}
+    content |= {name: [value] for name, value in content.items() if name in several and isinstance(value, str)}
     known = {str(parameter.name) for parameter in ctx.command.params} | {"trainer"}
     if unknown := sorted(content.keys() - known):
         raise click.BadParameter(f"{path} has unknown options {', '.join(unknown)}")

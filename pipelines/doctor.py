@@ -28,6 +28,7 @@ EXTRAS = {
     "s3": "stores at s3://, gs://, az://",
     "fast": "faster reading of stores on local disks",
     "viz": "`store plot`, `report`, `attend`, pictures of `train` and `ablate`",
+    "loggers": "`train --log-to`",
     "deepspeed": "`train` under DeepSpeed",
     "torchao": "`train --teacher-dtype int8`",
     "eval": "`eval` of MMBench spreadsheets",

@@ -188,5 +188,7 @@ def kinds_of(annotation: Any) -> tuple[Any, ...]:
 
 
 def words_of(kind: Any) -> tuple[str, ...]:
-    """Return the values of a Literal; none for another type."""
+    """Return the values of a Literal, or of the members of a tuple of any length; none for another type."""
+    if typing.get_origin(kind) is tuple and typing.get_args(kind)[1:] == (...,):
+        kind = typing.get_args(kind)[0]
     return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()

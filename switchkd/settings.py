@@ -17,6 +17,7 @@ ImageMode = Literal["own", "square", "pad"]
 PayloadName = Literal["topk", "hidden", "both"]
 HiddenDtype = Literal["steps", "float16", "bfloat16"]
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
 StoreLocation = Path | str  # a folder, or the URL of a prefix of an object store
 MIXTURE_ENDINGS = (".yaml", ".yml")  # by which a mixture of data files is told from a data file

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from switchkd.errors import ConfigError
+from switchkd.pipelines.training.loggers import PROJECT, require_loggers
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import profile_arguments
 from switchkd.stores import TeacherStore
@@ -55,8 +56,11 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
+    if "trackio" in options.log_to:
+        arguments["project"] = PROJECT
     arguments |= profile_arguments(options.profile, os.environ) | options.trainer
     _check_types(options.trainer)
+    require_loggers(options.log_to)
     with _refusing("training arguments"):
         made = TrainingArguments(**arguments)
     _try_parts(made)

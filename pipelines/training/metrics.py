@@ -163,6 +163,7 @@ class StepMetrics:
         found = {
             "seconds": seconds,
             "samples_per_second": samples / seconds,
+            "tokens_per_second": real / seconds,
             "positions_per_second": positions / seconds,
             "padding_share": 1 - real / max(tokens, 1),
             "wait_seconds": waited / processes,

@@ -10,6 +10,7 @@ from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     MAX_SKIPPED,
     ImageMode,
+    LoggerName,
     NormalizeBy,
     ObjectiveName,
     StoreLocation,
@@ -34,6 +35,7 @@ RESUMABLE_CHANGES = {
     "output",
     "profile",
     "peak_tflops",
+    "log_to",
     "batch_size",
     "accumulation",
 }
@@ -268,6 +270,12 @@ class TrainOptions:
         above=0,
         group=LOGGING,
         help="TFLOP/s that one device can do at this precision; MFU is reported relative to it.",
+    )
+    log_to: tuple[LoggerName, ...] = option(
+        default=(),
+        multiple=True,
+        group=LOGGING,
+        help="Also send the metrics there, with the run's options and the store's fingerprint; may be repeated.",
     )
     save_every: int = option(default=500, at_least=1, group=LOGGING, help="Steps between two checkpoints.")
     save_minutes: float | None = option(

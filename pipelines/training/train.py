@@ -12,6 +12,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+import switchkd
 from switchkd.data.encoded import pad_id_of
 from switchkd.errors import ConfigError, Stopped
 from switchkd.models.checkpoint import readers_of
@@ -20,10 +21,11 @@ from switchkd.pipelines.training.arguments import fit_to_data, training_argument
 from switchkd.pipelines.training.batches.collator import Collator, empty_sample, placeholder_sample
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
-from switchkd.pipelines.training.lifecycle.begun import has_begun
+from switchkd.pipelines.training.lifecycle.begun import has_begun, step_of
 from switchkd.pipelines.training.lifecycle.lock import one_run
 from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
 from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, leave_group, stop_requests
+from switchkd.pipelines.training.loggers import open_loggers
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import require_checkpoint
@@ -85,7 +87,14 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
         plain = yaml.safe_dump(to_plain(options) | made_from | ({} if begun else {SEALED: True}), sort_keys=False)
         write_atomically(run / RECORD, plain, durable=True)
     tell_plan(inputs, arguments, models.cost_model, models.unused, resume)
-    with report_last_checkpoint(run):
+    log_to = options.log_to if trainer.is_world_process_zero() else ()
+    about = to_plain(options) | {"switchkd": switchkd.__version__, "made_from": _made_from(inputs)}
+    with (
+        report_last_checkpoint(run),
+        open_loggers(log_to, run, arguments, about, None if resume is None else step_of(resume)) as loggers,
+    ):
+        for logger in loggers:
+            trainer.add_callback(logger)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         stopping.require_end(run)
         return _finish(inputs, trainer)
@@ -146,22 +155,13 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
     last: dict[str, Any] = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
     left_out = Counter() if samples.left_out is None else samples.left_out.counts()
     used = len(samples) - left_out.total()
-    identities = [store.manifest.identity for store in inputs.stores]
-    taught = [kind for kind, _ in groupby(store.manifest.teacher for store in inputs.stores)]
     summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "samples": used,
         "skipped": dict(samples.skipped + left_out),
         "losses": {name: value for name, value in last.items() if name.startswith("loss")},
         "history": history,
-        "made_from": {
-            "template": samples.template,
-            "data": samples.fingerprint,
-            "teacher_signal": inputs.teacher_signal,
-            "store": ", ".join(identities) or None,
-            "teacher": None if len(taught) != 1 else taught[0],
-            **inputs.mixture_record,
-        },
+        "made_from": _made_from(inputs),
     }
     if trainer.is_world_process_zero():
         plot_run(history, options.output)
@@ -171,3 +171,17 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
                 sync(path)
         write_atomically(options.output / SUMMARY, json.dumps(summary, indent=1), durable=True)
     return TrainSummary(options.output, summary["steps"], used, summary["skipped"], summary["losses"], False)
+
+
+def _made_from(inputs: TrainingInputs) -> dict[str, Any]:
+    """Return the fingerprints of what a run is made of: template, data, the teacher's signal, store and teacher."""
+    samples = inputs.samples
+    taught = [kind for kind, _ in groupby(store.manifest.teacher for store in inputs.stores)]
+    return {
+        "template": samples.template,
+        "data": samples.fingerprint,
+        "teacher_signal": inputs.teacher_signal,
+        "store": ", ".join(store.manifest.identity for store in inputs.stores) or None,
+        "teacher": None if len(taught) != 1 else taught[0],
+        **inputs.mixture_record,
+    }

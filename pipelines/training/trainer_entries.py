@@ -5,9 +5,10 @@ ignored, without a word. A test compares the two tables with the fields of the i
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from switchkd.errors import ConfigError
+from switchkd.settings import LoggerName
 
 _SAVED = "every checkpoint is whole, so that a run resumes exactly: use --save-every"
 _JUDGED = "no evaluation runs while a student trains: use `switchkd eval` on its checkpoints"
@@ -115,3 +116,13 @@ def check_trainer_entries(entries: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer: {name} is refused: {REFUSED[name]}")
         if name not in ALLOWED:
             raise ConfigError(f"trainer: {name} is not an argument of transformers' TrainingArguments")
+    _check_report_to(entries.get("report_to"))
+
+
+def _check_report_to(services: Any) -> None:
+    """Refuse in `report_to` what `--log-to` does, and "all", which would depend on the packages that are installed."""
+    for service in services if isinstance(services, list) else [services]:
+        if service in get_args(LoggerName):
+            raise ConfigError(f"trainer: report_to {service} is refused: use --log-to {service}")
+        if service == "all":
+            raise ConfigError("trainer: report_to all is refused: name the services, or use --log-to")

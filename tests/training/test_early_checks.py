@@ -42,7 +42,17 @@ def untouched(monkeypatch):
     [
         ({"trainer": {"report_to": "no_such_logger"}}, "no_such_logger is not supported"),
         ({"trainer": {"report_to": ["none_such"]}}, "none_such"),
-        ({"trainer": {"report_to": "tensorboard"}}, "trainer: report_to: TensorBoardCallback requires tensorboard"),
+        (
+            {"trainer": {"report_to": "tensorboard"}},
+            "trainer: report_to tensorboard is refused: use --log-to tensorboard",
+        ),
+        ({"trainer": {"report_to": ["none", "wandb"]}}, "trainer: report_to wandb is refused: use --log-to wandb"),
+        ({"trainer": {"report_to": "all"}}, "trainer: report_to all is refused: name the services"),
+        ({"log_to": ("tensorboard",)}, r"--log-to tensorboard needs .* pip install 'switchkd\[loggers\]'"),
+        ({"log_to": ("tensorboard", "wandb")}, "--log-to tensorboard needs the package tensorboard"),
+        ({"log_to": ("wandb",)}, "--log-to wandb needs the package wandb, which cannot be imported"),
+        ({"log_to": ("trackio",)}, "--log-to trackio needs the package trackio"),
+        ({"log_to": ("neptune",)}, "log_to"),
         ({"trainer": {"report_to": "comet_ml"}}, "trainer: report_to: .*comet"),
         ({"trainer": {"optim": "no_such"}}, "no_such"),
         ({"trainer": {"optim": "adamw_8bit"}}, "trainer: optim: .*bitsandbytes"),
@@ -75,7 +85,7 @@ def untouched(monkeypatch):
     ],
 )
 def test_wrong_arguments_of_the_trainer_are_refused_first(options, untouched, monkeypatch, change, message):
-    for module in ("tensorboard", "tensorboardX", "comet_ml"):
+    for module in ("tensorboard", "tensorboardX", "comet_ml", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=message):
         train(replace(options, **change))

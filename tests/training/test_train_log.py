@@ -1,7 +1,6 @@
 """What a run tells: the plan, figures that are right, metrics that reach their observers, a plot."""
 
 import builtins
-import importlib.util
 import time
 from dataclasses import replace
 
@@ -162,16 +161,6 @@ def test_the_flops_of_a_packed_step_are_those_of_its_rows(options, whole_batch, 
     expected = CostModel(student, teacher, None, 0, 4).flops(work)
     assert entry["tflops_per_second"] * entry["seconds"] * 1e12 == pytest.approx(expected, rel=1e-9)
     assert entry["padding_share"] == 0
-
-
-def test_metrics_reach_report_to(options):
-    if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("tensorboard is not installed")
-    train(replace(options, steps=2, trainer={"report_to": "tensorboard"}))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(next(options.output.rglob("events.out*")).parent)).Reload()
-    assert {"train/loss_vsd", "train/knee_student_p95", "train/wait_share"} <= set(events.Tags()["scalars"])
 
 
 def _the_plot_has_an_axis_for_each_scale(history, folder, monkeypatch):
