@@ -28,6 +28,7 @@ from switchkd.models.checkpoint import (
     with_image_mode,
 )
 from switchkd.models.families import FAMILIES, family_of
+from switchkd.models.lora import check_targets, has_peft
 from switchkd.models.packing_probe import check_packing
 from switchkd.models.pair import check_pair
 from switchkd.pipelines.cores import local_processes, workers_beside
@@ -93,6 +94,8 @@ def resolve_options(options: TrainOptions, processes: int | None = None) -> Trai
         ConfigError: a package that they need is missing, or the global batch differs from the run's.
     """
     check_int8(options)
+    if options.lora is not None and not has_peft():
+        raise ConfigError("--lora trains through peft, which is not installed: pip install 'switchkd[lora]'")
     options = as_begun(options)
     if options.precision is None:
         options = replace(options, precision=precision_here())
@@ -186,6 +189,8 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
     objective, live = options.as_objective(), options.teacher_mode == "live"
     llavas = all(family_of(side.config).is_llava for side in (student, teacher) if side is not None)
     check_student(student)
+    if (lora := options.as_lora(options.as_parts())) is not None:
+        check_targets(student.config, lora)
     if objective.baseline and not llavas:
         raise CheckpointError(
             f"objective {objective.name} compares visual tokens and attention of two Llavas: {options.student} and "

@@ -14,6 +14,7 @@ from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import language_model_of, tower_of
 from switchkd.models.families import family_of, logit_map_of
 from switchkd.models.fit import probe_cuts
+from switchkd.models.lora import attach_lora
 from switchkd.models.packing_probe import enable_packing_in
 from switchkd.models.switch_adapter import CutAdapters, SwitchAdapter
 from switchkd.models.vlm import (
@@ -71,6 +72,8 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         if (packed := switch_teacher or live) is not None:
             enable_packing_in(packed, str(options.teacher), inputs.teacher_media)
     freeze_other_parts(student, inputs.parts)
+    if (lora := options.as_lora(inputs.parts)) is not None:
+        attach_lora(student, lora, options.seed)
     unused = freeze_unused_vision(student, inputs.media) if "vision" in inputs.parts else []
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)

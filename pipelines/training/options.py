@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.options import option, options_class
-from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, parts_of
+from switchkd.pipelines.options import keyword_options_class, option
+from switchkd.pipelines.training.lora_options import LoraOptions
+from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, check_lora, parts_of
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     MAX_SKIPPED,
@@ -62,8 +63,8 @@ SCALE = "Scale"
 LOGGING = "Logging and checkpoints"
 
 
-@options_class
-class TrainOptions:
+@keyword_options_class
+class TrainOptions(LoraOptions):
     """The options of `switchkd train`. Defaults follow LLaVA-KD's fine-tuning stage.
 
     Raises:
@@ -294,7 +295,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_objective(self.objective, self.switch is not False, self.temperature, self.window, self.mean)
         check_trainer_entries(self.trainer)
-        self.as_parts()
+        check_lora(self, self.as_parts())
         check_baseline(self)
         check_int8_teacher(self)
 

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from switchkd.data.encoded import pad_id_of
 from switchkd.errors import ConfigError, Stopped
+from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
@@ -71,7 +72,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     inputs = open_inputs(options)
     options = inputs.options
     fit_to_data(arguments, options, inputs.store, len(inputs.samples))
-    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()}
+    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()} | _lora_base(inputs)
     if begun:
         check_record(run, made_from, later=made_from)
 
@@ -86,6 +87,14 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         stopping.require_end(run)
         return _finish(inputs, trainer)
+
+
+def _lora_base(inputs: TrainingInputs) -> dict[str, str]:
+    """Return the hash of the weights beside which LoRA trains: a checkpoint holds them merged, so a resumed run reads them again."""
+    lora = inputs.options.as_lora(inputs.parts)
+    if lora is None:
+        return {}
+    return {"lora_base": hash_json(hash_weights(inputs.student.path, tuple(sorted(lora.parts))))}
 
 
 def _require_transformers() -> None:

@@ -86,6 +86,7 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
         finished = folder == self.args.output_dir
         if state_dict is not None:
             state_dict = checkpointing.set_apart_adapter(Path(folder), state_dict)
+            state_dict = checkpointing.set_apart_lora(Path(folder), self.model, state_dict, finished)
         self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=finished)
         for processor in self.processing_class:
             with _plain_failures(folder):
