@@ -61,7 +61,9 @@ class LoraOptions:
         parts = _names(self.lora_parts or "language")
         for part in parts:
             if part not in LORA_PARTS:
-                raise ConfigError(f"--lora-parts takes {' and '.join(LORA_PARTS)}, separated by a comma; found {part!r}")
+                raise ConfigError(
+                    f"--lora-parts takes {' and '.join(LORA_PARTS)}, separated by a comma; found {part!r}"
+                )
             if part not in trained:
                 raise ConfigError(
                     f"--lora trains {part}, which --train-parts leaves frozen: add {part} to --train-parts, or leave it out of "

@@ -72,7 +72,9 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     inputs = open_inputs(options)
     options = inputs.options
     fit_to_data(arguments, options, inputs.store, len(inputs.samples))
-    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()} | _lora_base(inputs)
+    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()} | _lora_base(
+        inputs
+    )
     if begun:
         check_record(run, made_from, later=made_from)
 
@@ -90,7 +92,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
 
 
 def _lora_base(inputs: TrainingInputs) -> dict[str, str]:
-    """Return the hash of the weights beside which LoRA trains: a checkpoint holds them merged, so a resumed run reads them again."""
+    """Return the hash of the weights beside which LoRA trains: checkpoints hold them merged, so a resumed run reads them again."""
     lora = inputs.options.as_lora(inputs.parts)
     if lora is None:
         return {}

@@ -88,9 +88,7 @@ def attach_lora(model: Any, lora: Lora, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     names = chosen_layers(model, lora)
-    trained = {
-        name for name, p in model.named_parameters() if p.requires_grad and component_of(name) not in lora.parts
-    }
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and component_of(name) not in lora.parts}
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none"
     )
@@ -144,7 +142,9 @@ def save_adapter(folder: Path, config: Any, lora: Mapping[str, Tensor], base: st
         config: see `lora_config_of`. lora: see `merged_weights`. base: the student's checkpoint, recorded in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named = {f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": tensor.contiguous() for name, tensor in lora.items()}
+    named = {
+        f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": tensor.contiguous() for name, tensor in lora.items()
+    }
     save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     before = config.base_model_name_or_path, config.inference_mode
     config.base_model_name_or_path, config.inference_mode = base, True
