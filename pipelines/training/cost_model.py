@@ -64,7 +64,7 @@ class _Stack:
         width = getattr(config, "embed_dim", config.hidden_size)  # Qwen2-VL's tower calls its width embed_dim
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
         head = getattr(config, "head_dim", None) or width // heads
-        with_lora = [
+        with_lora: list[Any] = [
             m for m in inside if hasattr(m, "lora_A") and isinstance(getattr(m, "base_layer", None), nn.Linear)
         ]
         down = [a for m in with_lora for a in m.lora_A.values()]

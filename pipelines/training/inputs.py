@@ -35,6 +35,7 @@ from switchkd.pipelines.cores import local_processes, workers_beside
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.batches.dataset import TrainingSamples
+from switchkd.pipelines.training.held_out.inputs import HeldOut, open_held_out
 from switchkd.pipelines.training.int8_teacher import check_int8
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.resuming import as_begun, resolve_batches
@@ -60,6 +61,7 @@ class TrainingInputs:
     two_views: bool  # whether the teacher encodes samples differently from the student
     media: dict[str, Tensor] | None = None  # of one image, as the student's processor makes it; None for a Llava
     teacher_media: dict[str, Tensor] | None = None  # of the same image, as the teacher's makes it
+    held_out: HeldOut | None = None
 
     @property
     def teacher_signal(self) -> str | None:
@@ -169,6 +171,17 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
         two_views=other is not None,
         media=_media_of_one_image(encoder),
         teacher_media=None if teacher is None else _media_of_one_image(other or encoder),
+        held_out=open_held_out(
+            options,
+            objective,
+            lambda: _encoders(replace(options, images=options.eval_images or options.images), student, teacher, store),
+            store,
+            payload,
+            samples.samples.fingerprint,
+            workers=options.workers or 0,
+            max_skipped=options.max_skipped,
+            global_batch=options.global_batch or 1,
+        ),
     )
 
 

@@ -57,6 +57,10 @@ class StepMetrics:
         self._waited += waited
         self._store += sum(batch.store_seconds for batch in batches)
 
+    def pause(self, seconds: float) -> None:
+        """Leave out time in which something else than training ran."""
+        self._since += seconds
+
     def count(self, batch: Batch) -> None:
         """Count one micro-batch before it enters the model."""
         read = batch.teacher_inputs

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.options import keyword_options_class, option
+from switchkd.pipelines.training.held_out.options import FREE, HeldOutOptions, check_held_out
 from switchkd.pipelines.training.lora_options import LoraOptions
 from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, check_lora, parts_of
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
@@ -37,7 +38,8 @@ RESUMABLE_CHANGES = {
     "peak_tflops",
     "batch_size",
     "accumulation",
-}
+    "keep",
+} | FREE
 # The names of transformers' schedulers (`transformers.trainer_utils.SchedulerType`; a test compares).
 Schedule = Literal[
     "linear",
@@ -64,7 +66,7 @@ LOGGING = "Logging and checkpoints"
 
 
 @keyword_options_class
-class TrainOptions(LoraOptions):
+class TrainOptions(HeldOutOptions, LoraOptions):
     """The options of `switchkd train`. Defaults follow LLaVA-KD's fine-tuning stage.
 
     Raises:
@@ -278,6 +280,7 @@ class TrainOptions(LoraOptions):
         help="Also save a checkpoint after the first step that ends this many minutes after the last one.",
         unset="by steps alone",
     )
+    keep: int = option(default=2, at_least=1, group=LOGGING, help="Checkpoints that are kept, the newest ones.")
     workers: int | None = option(
         default=None,
         at_least=0,
@@ -298,6 +301,13 @@ class TrainOptions(LoraOptions):
         check_lora(self, self.as_parts())
         check_baseline(self)
         check_int8_teacher(self)
+        check_held_out(
+            self,
+            objective=self.objective,
+            switch=self.switch,
+            cached=self.teacher_mode == "cached",
+            profile=self.profile,
+        )
 
     def as_objective(self) -> "Objective":
         """Return the objective."""

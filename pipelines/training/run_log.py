@@ -119,10 +119,35 @@ class RunReport(TrainerCallback):
         if logs and "loss_ce" in logs and state.is_world_process_zero:
             count = state.global_step - self.progress.done
             self.progress.advance(count, int(logs["positions"]), line_of(logs))
+        elif logs and "eval_loss_ce" in logs and state.is_world_process_zero:
+            log.info("held-out samples after step %s: %s", f"{state.global_step:,}", line_of_held_out(logs))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
             log.info("memory, the most that was used: %s", _gigabytes(torch.cuda.max_memory_allocated()))
+
+
+class Judging(TrainerCallback):
+    """Asks the Trainer to judge the student every `every` steps, and after the last one."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            control.should_evaluate = True
+
+
+def line_of_held_out(logs: dict[str, Any]) -> str:
+    """Return the metrics of held-out samples as a line; docs/training.md explains each."""
+    said = [
+        f"{name.rpartition('_')[2]} {logs[name]:.4f}"
+        for name in ("eval_loss", "eval_loss_ce", "eval_loss_align", "eval_loss_vsd")
+        if name in logs
+    ]
+    if "eval_exact_match" in logs:
+        said.append(f"exact match {logs['eval_exact_match']:.3f} of {logs['eval_answers']:,.0f} answers")
+    return ", ".join([*said, f"{logs['eval_seconds']:.1f} s"])
 
 
 def line_of(logs: dict[str, Any]) -> str:
