@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from switchkd.data.encoded import Prompt
 from switchkd.data.samples import BadSample, Sample
 from switchkd.errors import DataError
+from switchkd.models.block_attention import without_block_attention
+from switchkd.models.components import language_model_of
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.evaluation.exact_match import normalise
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
@@ -101,7 +103,7 @@ class Judge:
         batches = [self.held_out.questions[at : at + size] for at in range(0, len(self.held_out.questions), size)]
         own = batches if self.sharded else batches[args.process_index :: args.world_size]
         counts = torch.zeros(2, dtype=torch.float64, device=args.device)  # answered, right
-        with _own_settings(model):
+        with _own_settings(model), without_block_attention(language_model_of(model)):
             generator = GreedyGenerator(model, encoder, encoder.template, NEW_TOKENS)
             for batch in own:
                 prompts = [_prompt(encoder, *question) for question in batch]
