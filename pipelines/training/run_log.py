@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 from switchkd.data.oddities import warnings_about
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.models.components import language_model_of
+from switchkd.models.lora import lora_layers
 from switchkd.pipelines.preflight.skip_limit import allowed_skips
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import RECORD, to_plain
@@ -58,6 +59,11 @@ def tell_plan(
             log.info(
                 "%s: %s of %s parameters train (%s), %s", who, f"{trained:,}", f"{every:,}", told, str(model.dtype)[6:]
             )
+    if (lora := options.as_lora(inputs.parts)) is not None:
+        log.info(
+            "LoRA: rank %d, alpha %g, dropout %g, beside %d linear layers of %s, whose own weights are frozen",
+            lora.rank, lora.alpha, lora.dropout, len(lora_layers(cost_model.student)), " and ".join(sorted(lora.parts)),
+        )  # fmt: skip
     if unused:
         log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
     log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")
@@ -68,6 +74,12 @@ def tell_plan(
         )  # fmt: skip
     if samples.store is not None:
         log.info("store: %s", samples.store.path)
+    if (held_out := inputs.held_out) is not None:
+        log.info(
+            "held-out samples: %s of %s, judged every %s steps by CE%s, and exact match of %s answers",
+            f"{len(held_out.chosen):,}", f"{len(held_out.samples):,}", f"{held_out.every:,}",
+            "" if not held_out.with_teacher else ", Align, VSD" if options.switch else ", Align", f"{len(held_out.questions):,}",
+        )  # fmt: skip
     log.info(
         "steps: %s of %d samples: %d processes (%s) x batch size %d x accumulation %d",
         f"{arguments.max_steps:,}", options.global_batch, arguments.world_size, options.profile,

@@ -110,6 +110,13 @@ def lora_config_of(model: Any) -> Any | None:
     return found
 
 
+def lora_layers(model: Any) -> list[str]:
+    """Return the names of the layers with LoRA."""
+    return [
+        name for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    ]
+
+
 def plain_name(name: str) -> str:
     """Return the name that a parameter of a layer with LoRA has in the same model without."""
     return name.replace(_BASE, ".")

@@ -25,6 +25,8 @@ from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.exact_match import evaluate
 from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.model_template import template_of_run
+from switchkd.pipelines.reporting.options import ReportOptions
+from switchkd.pipelines.reporting.report import report
 from switchkd.pipelines.training.held_out import best
 from switchkd.pipelines.training.held_out.options import HeldOutOptions
 from switchkd.pipelines.training.options import TrainOptions
@@ -319,3 +321,24 @@ def test_a_store_of_another_teacher_or_other_samples_is_refused(options, cached,
     with pytest.raises(StoreMismatch, match="samples of .* differ from what"):
         train(replace(options, eval_data=changed / "data.json"))
     assert not options.output.exists()
+
+
+def test_judgements_reach_log_plot_and_report(options, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("matplotlib", reason="plots need the extra viz")
+    from matplotlib import pyplot
+
+    caplog.set_level("INFO", logger="switchkd")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    train(options)
+    said = caplog.text
+    assert "held-out samples: 8 of 8, judged every 2 steps by CE, Align, VSD, and exact match of 9 answers" in said
+    assert "held-out samples after step 4: loss " in said and "exact match 0." in said
+    lines = {line.get_label(): line.get_xdata() for axes in drawn[-1].axes for line in axes.get_lines()}
+    assert list(lines["ce, held out"]) == list(lines["vsd, held out"]) == [2, 4, 6]
+    assert "Exact match, held out" in [axes.get_title() for axes in drawn[-1].axes]
+    pytest.importorskip("jinja2", reason="a report needs the extra viz")
+    found = report(ReportOptions(runs=((None, options.output),), out=tmp_path / "report"))
+    names = {path.stem for path in found.pictures}
+    assert {"eval-loss-ce", "eval-loss-align", "eval-loss-vsd", "eval-exact-match"} <= names
+    assert not any("held-out" in line for line in found.missing)

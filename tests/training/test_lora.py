@@ -263,3 +263,9 @@ def test_without_peft_a_run_says_what_to_install(options, monkeypatch):
     ):
         train(options)
     assert not options.output.exists()
+
+
+def test_the_plan_tells_what_trains(options, caplog):
+    caplog.set_level("INFO", logger="switchkd")
+    train(replace(options, steps=1))
+    assert "LoRA: rank 2, alpha 4, dropout 0, beside 7 linear layers of language" in caplog.text
