@@ -25,6 +25,8 @@ from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.exact_match import evaluate
 from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.model_template import template_of_run
+from switchkd.pipelines.release.export import export
+from switchkd.pipelines.release.options import ExportOptions
 from switchkd.pipelines.reporting.options import ReportOptions
 from switchkd.pipelines.reporting.report import report
 from switchkd.pipelines.training.held_out import best
@@ -214,6 +216,17 @@ def test_the_best_student_is_kept_and_a_resumed_run_finds_the_same(options, monk
     assert_same_weights(
         load_file(options.output / "best/model.safetensors"), load_file(whole.output / "best/model.safetensors")
     )
+
+    made = export(ExportOptions(run=options.output, out=tmp_path / "exported", best=True))
+    assert_same_weights(LlavaForConditionalGeneration.from_pretrained(made).state_dict(), opened)
+    card = (made / "README.md").read_text()
+    assert f"| steps | {kept['step']} |" in card and "chosen as the best by | align of held-out samples" in card
+
+
+def test_a_run_without_a_best_student_exports_none(plain, tmp_path):
+    train(replace(plain, steps=1))
+    with pytest.raises(ConfigError, match="has kept no best student"):
+        export(ExportOptions(run=plain.output, out=tmp_path / "exported", best=True))
 
 
 def test_a_best_student_is_never_lost(tmp_path):
