@@ -100,18 +100,8 @@ def _method(record: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     rows["steps"] = f"{summary['steps']:,}"
     if "kept_by" in summary:
         rows["chosen as the best by"] = summary["kept_by"]
-    for option in (
-        "train_parts",
-        "lora",
-        "lora_parts",
-        "batch_size",
-        "accumulation",
-        "group_by",
-        "lr",
-        "schedule",
-        "precision",
-        "seed",
-    ):
+    trained = ("train_parts", "lora", "lora_parts")
+    for option in (*trained, "batch_size", "accumulation", "group_by", "lr", "schedule", "precision", "seed"):
         if record.get(option) is not None:
             rows[option.replace("_", " ")] = record[option]
     return rows
