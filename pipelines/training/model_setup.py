@@ -14,7 +14,7 @@ from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import language_model_of, tower_of
 from switchkd.models.families import family_of, logit_map_of
 from switchkd.models.fit import probe_cuts
-from switchkd.models.lora import attach_lora
+from switchkd.models.lora import attach_lora, hold_frozen_in_bfloat16
 from switchkd.models.packing_probe import enable_packing_in
 from switchkd.models.switch_adapter import CutAdapters, SwitchAdapter
 from switchkd.models.vlm import (
@@ -75,6 +75,8 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
     if (lora := options.as_lora(inputs.parts)) is not None:
         attach_lora(student, lora, options.seed)
     unused = freeze_unused_vision(student, inputs.media) if "vision" in inputs.parts else []
+    if lora is not None and options.precision == "bfloat16" and options.profile == "ddp":
+        hold_frozen_in_bfloat16(student)  # FSDP keeps one dtype
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
     if options.switch_adapter is not None:

@@ -99,6 +99,25 @@ def attach_lora(model: Any, lora: Lora, seed: int) -> None:
         parameter.requires_grad_(is_lora(name) or name in trained)
 
 
+def hold_frozen_in_bfloat16(model: Any) -> int:
+    """Keep the frozen weights of the LLM's layers with LoRA in bfloat16, where that is what they are; return how many layers.
+
+    Under autocast a linear layer converts its weight to bfloat16 in every step, so the result is the same bit for bit. A weight
+    that bfloat16 cannot hold exactly stays as it is, since the saved student is made from it.
+
+    Args:
+        model: with LoRA attached, not sharded; its LLM runs under autocast to bfloat16 only.
+    """
+    held = 0
+    for name in lora_layers(model):
+        weight = model.get_submodule(name).base_layer.weight
+        half = weight.data.bfloat16()
+        if component_of(name) == "language" and torch.equal(half.to(weight.dtype), weight.data):
+            weight.data = half
+            held += 1
+    return held
+
+
 def is_lora(name: str) -> bool:
     """Whether a parameter is A or B of a layer, by its name."""
     return ".lora_A." in name or ".lora_B." in name

@@ -1,6 +1,7 @@
 """LoRA through peft: equal to a loop written by hand, exact on resume, merged when it is saved, refused where it cannot train."""
 
 import importlib.util
+import shutil
 from dataclasses import replace
 from itertools import islice
 
@@ -263,6 +264,29 @@ def test_without_peft_a_run_says_what_to_install(options, monkeypatch):
     ):
         train(options)
     assert not options.output.exists()
+
+
+def test_frozen_weights_in_bfloat16_change_nothing(options, student, monkeypatch, tmp_path):
+    """Of a checkpoint of bfloat16 numbers, half the bytes; one of others stays in float32."""
+    from switchkd.pipelines.training import model_setup
+
+    model = LlavaForConditionalGeneration.from_pretrained(student, dtype=torch.bfloat16)
+    folder = shutil.copytree(student, tmp_path / "half")
+    model.save_pretrained(folder)
+    held, original = [], model_setup.hold_frozen_in_bfloat16
+    monkeypatch.setattr(model_setup, "hold_frozen_in_bfloat16", lambda m: held.append(original(m)))
+    options = replace(options, student=folder, precision="bfloat16", steps=4, eval_data=options.data, template="qa")
+    train(options)
+    monkeypatch.setattr(model_setup, "hold_frozen_in_bfloat16", lambda m: None)
+    other = replace(options, output=tmp_path / "other")
+    train(other)
+    assert held == [7]
+    assert history(options.output) == history(other.output)
+    assert_same_weights(weights(options.output), weights(other.output))
+    assert {tensor.dtype for tensor in weights(options.output).values()} == {torch.float32}
+    plain = LlavaForConditionalGeneration.from_pretrained(student, dtype=torch.float32)
+    attach_lora(plain, Lora(2, 4.0), seed=0)
+    assert original(plain) == 0
 
 
 def test_the_plan_tells_what_trains(options, caplog):
