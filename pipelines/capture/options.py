@@ -132,6 +132,15 @@ class CacheOptions:
         multiple=True,
         help="Further argument of vLLM's engine, as in gpu_memory_utilization=0.8; may be repeated.",
     )
+    check: int | None = option(
+        default=None,
+        at_least=0,
+        group=TEACHER,
+        metavar="N",
+        help="With --backend vllm: compare the final states of the first N samples with those of transformers, which runs the "
+        "teacher once before.",
+        unset="1 for the first worker of a store without parts, if the teacher fits into one device; else 0",
+    )
     dtype: ModelDtype = option(
         default="auto", group=TEACHER, help="The dtype that the teacher runs in; auto is the checkpoint's own."
     )
@@ -187,8 +196,8 @@ class CacheOptions:
             raise ConfigError("--engine ray hands out the parts itself: leave out --shard")
         if self.actors is not None and self.engine != "ray":
             raise ConfigError("--actors is Ray's: add --engine ray")
-        if self.backend != "vllm" and (self.tensor_parallel != 1 or self.vllm_options):
-            raise ConfigError("--tensor-parallel and --vllm-option are vLLM's: add --backend vllm")
+        if self.backend != "vllm" and (self.tensor_parallel != 1 or self.vllm_options or self.check):
+            raise ConfigError("--tensor-parallel, --vllm-option and --check are vLLM's: add --backend vllm")
 
 
 @options_class

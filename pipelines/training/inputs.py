@@ -202,6 +202,11 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
     objective, live = options.as_objective(), options.teacher_mode == "live"
     llavas = all(family_of(side.config).is_llava for side in (student, teacher) if side is not None)
     check_student(student)
+    student.require_whole_weights("train the checkpoint that it was made from")
+    if teacher is not None and (objective.switch or live):
+        teacher.require_whole_weights(
+            "pass --no-switch to train from its store alone, or cache and pass the checkpoint that it was made from"
+        )
     if (lora := options.as_lora(options.as_parts())) is not None:
         check_targets(student.config, lora)
     if objective.baseline and not llavas:

@@ -35,9 +35,8 @@ from switchkd.pipelines.training.plot import plot_run
 from switchkd.pipelines.training.resuming import TrainSummary, finished
 from switchkd.pipelines.training.run_log import Judging, RunReport, tell_plan
 from switchkd.pipelines.training.trainer import SwitchTrainer
+from switchkd.settings import OLDEST_FOR_TRAINING
 
-# Older versions cannot run Llava's LM head at selected rows only; capture needs 5.16 or newer.
-OLDEST_TRANSFORMERS = Version("5.22")
 SEALED = "checkpoints_have_digests"  # in the record of a run: a checkpoint without them is damaged, not old
 
 
@@ -115,9 +114,9 @@ def _best_student(inputs: TrainingInputs) -> BestStudent | None:
 
 
 def _require_transformers() -> None:
-    if Version(transformers.__version__) < OLDEST_TRANSFORMERS:
+    if Version(transformers.__version__) < Version(OLDEST_FOR_TRAINING):
         raise ConfigError(
-            f"training needs transformers {OLDEST_TRANSFORMERS} or newer, found {transformers.__version__}; "
+            f"training needs transformers {OLDEST_FOR_TRAINING} or newer, found {transformers.__version__}; "
             "an environment for vLLM only caches: train in another"
         )
 

@@ -68,6 +68,22 @@ class Checkpoint:
         token: int = self.config.image_token_id
         return token
 
+    @property
+    def quantization(self) -> str | None:
+        """How its weights are quantised, by transformers' name of the method ("fp8", "awq", …); None if they are not."""
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is None:
+            return None
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        return str(getattr(method, "value", method))
+
+    def require_whole_weights(self, remedy: str) -> None:
+        """Raise CheckpointError, with a remedy, if the weights are quantised, which is tested with vLLM alone."""
+        if self.quantization is not None:
+            raise CheckpointError(
+                f"{self.path} has quantised weights ({self.quantization}), which only `cache-teacher --backend vllm` runs: {remedy}"
+            )
+
     def resolve_dtype(self, dtype: str) -> str:
         """Return the dtype that "auto" stands for, or `dtype` itself."""
         if dtype != "auto":
