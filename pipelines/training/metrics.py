@@ -59,7 +59,8 @@ class StepMetrics:
 
     def pause(self, seconds: float) -> None:
         """Leave out time in which something else than training ran."""
-        self._since += seconds
+        if self._since:  # the clock has started
+            self._since += seconds
 
     def count(self, batch: Batch) -> None:
         """Count one micro-batch before it enters the model."""

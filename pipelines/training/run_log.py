@@ -140,13 +140,24 @@ class RunReport(TrainerCallback):
 
 
 class Judging(TrainerCallback):
-    """Asks the Trainer to judge the student every `every` steps, and after the last one."""
+    """Lets a trainer judge its student every `every` steps, and after the last one.
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    Where a signal ends the run, its checkpoint must be written in the time that is left, so the judgement follows when the run is
+    resumed. Add it after `Stopping`, which knows of signals.
+    """
+
+    def __init__(self, every: int, trainer: Any) -> None:
+        self.every, self.trainer = every, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step = state.global_step
+        judged = any(entry["step"] == step and "eval_loss_ce" in entry for entry in state.log_history)
+        if step and step % self.every == 0 and not judged:
+            self.trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        last = state.global_step == state.max_steps
+        if last or (state.global_step % self.every == 0 and not control.should_training_stop):
             control.should_evaluate = True
 
 

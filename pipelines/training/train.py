@@ -157,7 +157,7 @@ def _make_trainer(
     trainer.add_callback(RunReport(len(inputs.samples), options.global_batch))
     trainer.add_callback(stopping)
     if held_out is not None:
-        trainer.add_callback(Judging(held_out.every))
+        trainer.add_callback(Judging(held_out.every, trainer))
     return trainer
 
 

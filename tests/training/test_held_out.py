@@ -1,7 +1,9 @@
 """A student judged on held-out samples while it trains: the right numbers, without a trace in what is trained."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import families
@@ -18,7 +20,7 @@ from switchkd.data.encoded import collate
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
 from switchkd.data.templates import TEMPLATES
-from switchkd.errors import ConfigError, DataError, StoreError, StoreMismatch
+from switchkd.errors import ConfigError, DataError, Stopped, StoreError, StoreMismatch
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
@@ -33,6 +35,7 @@ from switchkd.pipelines.training.held_out import best
 from switchkd.pipelines.training.held_out.options import HeldOutOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
+from switchkd.pipelines.training.trainer import SwitchTrainer
 
 cached, hidden = training.cached, training.hidden
 LOSSES = ("eval_loss", "eval_loss_ce", "eval_loss_align", "eval_loss_vsd")
@@ -221,6 +224,29 @@ def test_the_best_student_is_kept_and_a_resumed_run_finds_the_same(options, monk
     assert_same_weights(LlavaForConditionalGeneration.from_pretrained(made).state_dict(), opened)
     card = (made / "README.md").read_text()
     assert f"| steps | {kept['step']} |" in card and "chosen as the best by | align of held-out samples" in card
+
+
+def test_a_signal_is_answered_first_and_the_judgement_made_up(options, monkeypatch, tmp_path):
+    """The checkpoint must be written in the time that a scheduler leaves."""
+    whole = replace(options, output=tmp_path / "whole")
+    train(whole)
+    step = SwitchTrainer.training_step
+
+    def signalled(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SwitchTrainer, "training_step", signalled)
+        with pytest.raises(Stopped, match="after step 4"):
+            train(options)
+    saved = json.loads((options.output / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in saved if "eval_loss_ce" in entry] == [2]
+    train(options)
+    assert judgements(options.output) == judgements(whole.output)
+    assert history(options.output) == history(whole.output)
+    assert all(entry["seconds"] < 600 for entry in training.logged(options.output))
 
 
 def test_a_run_without_a_best_student_exports_none(plain, tmp_path):
