@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.options import keyword_options_class, option
-from switchkd.pipelines.training.held_out.options import FREE, HeldOutOptions, check_held_out
-from switchkd.pipelines.training.lora_options import LoraOptions
 from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, check_lora, parts_of
+from switchkd.pipelines.training.option_groups.held_out import FREE, HeldOutOptions, check_held_out
+from switchkd.pipelines.training.option_groups.lora import LoraOptions
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     MAX_SKIPPED,

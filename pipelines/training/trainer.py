@@ -40,11 +40,12 @@ from switchkd.pipelines.training.batches.sampler import StepBatches
 from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.held_out.best import BestStudent
 from switchkd.pipelines.training.held_out.judge import Judge
-from switchkd.pipelines.training.judged_trainer import JudgedTrainer
+from switchkd.pipelines.training.held_out.judged_trainer import JudgedTrainer
 from switchkd.pipelines.training.lifecycle.stopping import begin_worker
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.student_parts import set_part_rates
+from switchkd.pipelines.training.trainer_hooks import CheckpointHooks
 from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
 
 LOSS_TERMS = ("ce", "align", "vsd")
@@ -52,7 +53,7 @@ NO_DISTANCE = 1e-6  # nats per position; a VSD that is mathematically 0 is at mo
 log = logging.getLogger(__name__)
 
 
-class SwitchTrainer(JudgedTrainer):
+class SwitchTrainer(JudgedTrainer, CheckpointHooks):
     """Minimises CE + λ1·Align + λ2·VSD; each the objective's mean over the global batch (all devices and micro-batches).
 
     Args:

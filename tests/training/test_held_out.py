@@ -32,7 +32,7 @@ from switchkd.pipelines.release.options import ExportOptions
 from switchkd.pipelines.reporting.options import ReportOptions
 from switchkd.pipelines.reporting.report import report
 from switchkd.pipelines.training.held_out import best
-from switchkd.pipelines.training.held_out.options import HeldOutOptions
+from switchkd.pipelines.training.option_groups.held_out import HeldOutOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer

@@ -8,8 +8,8 @@ from typing import Any
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.run_folder import BEST, sync, sync_tree, write_atomically
-from switchkd.pipelines.training.held_out.options import Metric
 from switchkd.pipelines.training.lifecycle.sealed import UNFINISHED
+from switchkd.pipelines.training.option_groups.held_out import Metric
 
 FOLDER = "best"
 OLD = "best-before"

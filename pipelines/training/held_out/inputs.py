@@ -12,7 +12,7 @@ from switchkd.data.samples import Sample, SampleFile
 from switchkd.errors import ConfigError, DataError
 from switchkd.losses.objective import Objective
 from switchkd.pipelines.training.batches.dataset import TrainingSamples
-from switchkd.pipelines.training.held_out.options import SAMPLES, HeldOutOptions
+from switchkd.pipelines.training.option_groups.held_out import SAMPLES, HeldOutOptions
 from switchkd.settings import StoreLocation
 from switchkd.stores import Manifest, TeacherStore
 from switchkd.stores.reader import pick_store

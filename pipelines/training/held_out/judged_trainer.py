@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import Trainer
+
 from switchkd.losses.objective import Objective
 from switchkd.models.prefix_cache import SharedPrefixCache
 from switchkd.pipelines.training.held_out.best import BestStudent
 from switchkd.pipelines.training.held_out.judge import Judge
-from switchkd.pipelines.training.metrics import StepMetrics
-from switchkd.pipelines.training.trainer_hooks import CheckpointHooks
 
 
-class JudgedTrainer(CheckpointHooks):
-    """Judges when a callback asks for it; `SwitchTrainer` sets what is declared here."""
+class JudgedTrainer(Trainer):  # type: ignore[misc]
+    """Judges when a callback asks for it; `SwitchTrainer` sets what is declared here, and saves as `CheckpointHooks` does."""
 
     judge: Judge | None = None
     best: BestStudent | None = None
@@ -22,7 +22,7 @@ class JudgedTrainer(CheckpointHooks):
     source: Any
     extra_terms: Any
     vocab_map: Any
-    meter: StepMetrics
+    meter: Any
     prefix_cache: SharedPrefixCache | None
     control: Any
 
@@ -53,7 +53,7 @@ class JudgedTrainer(CheckpointHooks):
         """Put aside what belongs to the run's own batches: metrics, the prefix that the teacher knows, terms of a baseline."""
         names = ("objective", "source", "extra_terms", "vocab_map", "meter", "prefix_cache")
         before = {name: getattr(self, name) for name in names}
-        self.meter = StepMetrics(None, knees=False, window=None)
+        self.meter = self.meter.unlogged()
         self.prefix_cache = None if self.prefix_cache is None else SharedPrefixCache()
         self.extra_terms = None
         if not with_teacher:
