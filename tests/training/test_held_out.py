@@ -310,6 +310,16 @@ def test_two_processes_judge_as_one(options, tmp_path, profile):
     LlavaForConditionalGeneration.from_pretrained(run / "best")
 
 
+def test_the_student_of_a_baseline_is_judged_without_its_own_terms(options, plain):
+    """By CE and exact match; the best one is saved without the adapters that train beside it."""
+    live = {"objective": "llava-kd", "switch": False, "teacher_mode": "live", "cache": None, "template": "qa"}
+    train(replace(plain, **live))
+    train(replace(options, **live, eval_cache=None, keep_best="ce"))
+    assert history(options.output) == history(plain.output)
+    assert {name for name in judgements(options.output)[0] if "loss" in name} == {"eval_loss_ce"}
+    assert load_file(options.output / "best/model.safetensors").keys() == weights(options.output).keys()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
