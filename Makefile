@@ -61,7 +61,7 @@ bench-store: install  ## bytes, fidelity and rates of the payloads on a real lan
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python benchmarks/store.py
 
-bench-held-out: install  ## what judging a student on held-out samples costs a run (some minutes)
+bench-held-out: install  ## what evaluating a student on held-out samples costs a run (some minutes)
 	$(BIN)/python benchmarks/held_out.py
 
 bench-weights: install  ## a teacher with weights in fewer bits, on a real language model (docs/teacher-weights-table.md)

@@ -1,10 +1,10 @@
-"""What judging a student on held-out samples costs a run, at the defaults.
+"""What evaluating a student on held-out samples costs a run, at the defaults.
 
     python benchmarks/held_out.py --workdir build/bench-held-out
 
 The demo's teacher, student and data (easy-VQA); the held-out samples are 256 of the test split, with a store of their own, so that
-CE, Align, VSD and exact match of 64 answers are computed. By default a student is judged each time it has trained on 100 times as
-many samples, here after 800 steps of 32 samples. CPU seconds of the judgement and of all else in one run of 800 steps: two runs,
+CE, Align, VSD and exact match of 64 answers are computed. By default a student is evaluated each time it has trained on 100 times as
+many samples, here after 800 steps of 32 samples. CPU seconds of the evaluation and of all else in one run of 800 steps: two runs,
 with and without, differ by more than that on a machine that does other work, too.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.demo import easy_vqa
-from switchkd.pipelines.training.held_out.judged_trainer import JudgedTrainer
+from switchkd.pipelines.training.held_out.evaluating_trainer import EvaluatingTrainer
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 
@@ -26,7 +26,7 @@ SAMPLES, STEPS, BATCH = 12_800, 800, 32
 
 
 def prepare(work: Path) -> TrainOptions:
-    """Write data, checkpoints and stores below `work`; return the options of the run that is judged."""
+    """Write data, checkpoints and stores below `work`; return the options of the run that is evaluated."""
     data = work / "data"
     easy_vqa.write_data(data)
     for name, source, count in (("distil", "train", SAMPLES), ("held-out", "test", 256)):
@@ -67,22 +67,22 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("build/bench-held-out"))
     options = prepare(parser.parse_args().workdir)
     shutil.rmtree(options.output, ignore_errors=True)
-    evaluate, of_judgements = JudgedTrainer.evaluate, []
+    evaluate, of_evaluations = EvaluatingTrainer.evaluate, []
 
     def timed(*given: Any, **named: Any) -> dict[str, float]:
         began = process_time()
         found = evaluate(*given, **named)
-        of_judgements.append(process_time() - began)
+        of_evaluations.append(process_time() - began)
         return found
 
-    JudgedTrainer.evaluate = timed  # type: ignore[method-assign]
+    EvaluatingTrainer.evaluate = timed  # type: ignore[method-assign]
     began = process_time()
     train(options)
-    judged = sum(of_judgements)
-    steps = process_time() - began - judged
+    evaluated = sum(of_evaluations)
+    steps = process_time() - began - evaluated
     print(f"| run of {STEPS:,} steps of {BATCH} samples | CPU seconds |\n| --- | ---: |")
-    print(f"| all else | {steps:.1f} |\n| {len(of_judgements)} judgement | {judged:.2f} |")
-    print(f"\noverhead {judged / steps:.2%}")
+    print(f"| all else | {steps:.1f} |\n| {len(of_evaluations)} evaluation | {evaluated:.2f} |")
+    print(f"\noverhead {evaluated / steps:.2%}")
 
 
 if __name__ == "__main__":

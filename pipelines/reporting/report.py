@@ -34,7 +34,7 @@ CURVES = {
     "vsd_gradient_norm": ("Gradient of VSD in the vision features", "norm", f"train with `--switch`; {LOGGED}"),
 }
 # Metrics of held-out samples → title, unit; left out without a word where no run has one.
-JUDGED = {
+EVALUATED = {
     "eval_loss_ce": ("CE on held-out samples, nats per position", "nats per position"),
     "eval_loss_align": ("Align on held-out samples, nats per position", "nats per position"),
     "eval_loss_vsd": ("VSD on held-out samples, nats per position", "nats per position"),
@@ -98,12 +98,12 @@ def _training(inputs: Inputs) -> Section:
             section.figures.append(_curve(inputs, runs, key, key.replace("_", "-"), title, unit))
         else:
             section.missing.append(f"No run has “{title}”: {remedy}.")
-    for key, (title, unit) in JUDGED.items():
-        runs = [run for run in inputs.trains if any(key in entry for entry in run.judged)]
+    for key, (title, unit) in EVALUATED.items():
+        runs = [run for run in inputs.trains if any(key in entry for entry in run.evaluations)]
         if runs:
             section.figures.append(_curve(inputs, runs, key, key.replace("_", "-"), title, unit))
-    if not any(run.judged for run in inputs.trains):
-        section.missing.append("No run was judged on held-out samples while it trained: train with `--eval-data`.")
+    if not any(run.evaluations for run in inputs.trains):
+        section.missing.append("No run was evaluated on held-out samples while it trained: train with `--eval-data`.")
     for number, run in enumerate(inputs.trains):
         entries = [entry for entry in run.history if "knee_student_mean" in entry]
         if entries:
@@ -122,7 +122,7 @@ def _training(inputs: Inputs) -> Section:
 def _curve(inputs: Inputs, runs: list[TrainRun], key: str, name: str, title: str, unit: str) -> Figure:
     curves = {}
     for run in runs:
-        entries = [entry for entry in [*run.history, *run.judged] if key in entry]
+        entries = [entry for entry in [*run.history, *run.evaluations] if key in entry]
         curves[run.label] = ([entry["step"] for entry in entries], [entry[key] for entry in entries])
     return figures.lines(name, title, curves, "step", unit, inputs.series)
 

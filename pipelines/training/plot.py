@@ -32,8 +32,8 @@ def plot_run(history: list[dict[str, Any]], folder: Path) -> Path | None:
     titles = {"Loss": [name for name in shown if name in OF_DATA]} | (
         {"Distance to the teacher": distances} if distances else {}
     )
-    judged = [entry for entry in history if "eval_loss_ce" in entry]
-    answered = [entry for entry in judged if "eval_exact_match" in entry]
+    evaluated = [entry for entry in history if "eval_loss_ce" in entry]
+    answered = [entry for entry in evaluated if "eval_exact_match" in entry]
     columns = len(titles) + 2 + bool(answered)
     figure, panels = pyplot.subplots(1, columns, figsize=(13 * columns / 3, 3.8), layout="constrained")
     of_losses, (rates, speeds, *of_answers) = panels[: len(titles)], panels[len(titles) :]
@@ -41,7 +41,7 @@ def plot_run(history: list[dict[str, Any]], folder: Path) -> Path | None:
         for name in named:
             color = COLORS[names.index(name) % len(COLORS)]
             axes.plot(steps, shown[name], color=color, label=name.removeprefix("loss_"))
-            found = [entry for entry in judged if f"eval_{name}" in entry]
+            found = [entry for entry in evaluated if f"eval_{name}" in entry]
             if found:
                 values = [entry[f"eval_{name}"] for entry in found]
                 label = f"{name.removeprefix('loss_')}, held out"

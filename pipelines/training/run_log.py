@@ -76,7 +76,7 @@ def tell_plan(
         log.info("store: %s", samples.store.path)
     if (held_out := inputs.held_out) is not None:
         log.info(
-            "held-out samples: %s of %s, judged every %s steps by CE%s, and exact match of %s answers",
+            "held-out samples: %s of %s, evaluated every %s steps by CE%s, and exact match of %s answers",
             f"{len(held_out.chosen):,}", f"{len(held_out.samples):,}", f"{held_out.every:,}",
             "" if not held_out.with_teacher else ", Align, VSD" if options.switch else ", Align", f"{len(held_out.questions):,}",
         )  # fmt: skip
@@ -139,10 +139,10 @@ class RunReport(TrainerCallback):
             log.info("memory, the most that was used: %s", _gigabytes(torch.cuda.max_memory_allocated()))
 
 
-class Judging(TrainerCallback):
-    """Lets a trainer judge its student every `every` steps, and after the last one.
+class EvaluationSchedule(TrainerCallback):
+    """Lets a trainer evaluate its student every `every` steps, and after the last one.
 
-    Where a signal ends the run, its checkpoint must be written in the time that is left, so the judgement follows when the run is
+    Where a signal ends the run, its checkpoint must be written in the time that is left, so the evaluation follows when the run is
     resumed. Add it after `Stopping`, which knows of signals.
     """
 
@@ -151,8 +151,8 @@ class Judging(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step = state.global_step
-        judged = any(entry["step"] == step and "eval_loss_ce" in entry for entry in state.log_history)
-        if step and step % self.every == 0 and not judged:
+        evaluated = any(entry["step"] == step and "eval_loss_ce" in entry for entry in state.log_history)
+        if step and step % self.every == 0 and not evaluated:
             self.trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -21,7 +21,7 @@ from switchkd.pipelines.training.batches.collator import Collator, empty_sample,
 from switchkd.pipelines.training.batches.dataset import TrainingSamples
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.held_out.best import BestStudent, read_best, recover_best
-from switchkd.pipelines.training.held_out.judge import Judge
+from switchkd.pipelines.training.held_out.evaluator import Evaluator
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
 from switchkd.pipelines.training.lifecycle.begun import has_begun
 from switchkd.pipelines.training.lifecycle.lock import one_run
@@ -33,7 +33,7 @@ from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import require_checkpoint
 from switchkd.pipelines.training.plot import plot_run
 from switchkd.pipelines.training.resuming import TrainSummary, finished
-from switchkd.pipelines.training.run_log import Judging, RunReport, tell_plan
+from switchkd.pipelines.training.run_log import EvaluationSchedule, RunReport, tell_plan
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.settings import OLDEST_FOR_TRAINING
 
@@ -129,9 +129,11 @@ def _make_trainer(
     best: BestStudent | None,
 ) -> SwitchTrainer:
     options, student = inputs.options, inputs.student
-    judge, held_out = None, inputs.held_out
+    evaluator, held_out = None, inputs.held_out
     if held_out is not None:
-        judge = Judge(held_out, _collator(inputs, held_out.samples), options.batch_size, options.profile != "ddp")
+        evaluator = Evaluator(
+            held_out, _collator(inputs, held_out.samples), options.batch_size, options.profile != "ddp"
+        )
     trainer = SwitchTrainer(
         objective=inputs.objective,
         source=models.source,
@@ -143,7 +145,7 @@ def _make_trainer(
         cost_model=models.cost_model,
         peak_tflops=options.peak_tflops,
         left_out=inputs.samples.left_out,
-        judge=judge,
+        evaluator=evaluator,
         best=best,
         part_rates=options.part_rates(),
         model=models.student,
@@ -157,7 +159,7 @@ def _make_trainer(
     trainer.add_callback(RunReport(len(inputs.samples), options.global_batch))
     trainer.add_callback(stopping)
     if held_out is not None:
-        trainer.add_callback(Judging(held_out.every, trainer))
+        trainer.add_callback(EvaluationSchedule(held_out.every, trainer))
     return trainer
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from switchkd.errors import ConfigError
 
 _SAVED = "every checkpoint is whole, so that a run resumes exactly: use --save-every"
-_JUDGED = "use --eval-data, which judges a student while it trains, and --keep-best"
+_EVALUATED = "use --eval-data, which evaluates a student while it trains, and --keep-best"
 _CHECKPOINTING = "it is for other models: pass --student-checkpointing"
 _LOADED = "the batches are switchkd's own"
 _PUSHED = "use `switchkd export --push`"
@@ -81,7 +81,7 @@ REFUSED: dict[str, str] = {
             "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
             "metric_for_best_model", "greater_is_better", "bf16_full_eval", "fp16_full_eval",
         ),
-        _JUDGED,
+        _EVALUATED,
     ),
     **dict.fromkeys(
         (

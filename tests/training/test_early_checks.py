@@ -109,7 +109,7 @@ def test_row_19_every_entry_with_every_kind_of_value(options, name):
         ({"full_determinism": "yes"}, "trainer: full_determinism should be bool, found 'yes'"),
         (
             {"eval_strategy": "steps"},
-            "trainer: eval_strategy is refused: use --eval-data, which judges a student while it trains",
+            "trainer: eval_strategy is refused: use --eval-data, which evaluates a student while it trains",
         ),
         ({"fsdp": "full_shard"}, "trainer: fsdp is refused: use --profile fsdp"),
     ],

@@ -1,4 +1,4 @@
-"""A student judged on held-out samples while it trains: the right numbers, without a trace in what is trained."""
+"""A student evaluated on held-out samples while it trains: the right numbers, without a trace in what is trained."""
 
 import json
 import os
@@ -61,24 +61,24 @@ def plain(teacher, student, cached, tmp_path):
     return training.train_options(teacher, student, cached, tmp_path / "plain")
 
 
-def judged_by(held, **more):
+def held_out_options(held, **more):
     given = {"eval_data": held / "data.json", "eval_images": held / "images", "eval_cache": held / "stores"}
     return given | {"eval_every": 2} | more
 
 
 @pytest.fixture
 def options(plain, held, tmp_path):
-    return replace(plain, output=tmp_path / "run", **judged_by(held))
+    return replace(plain, output=tmp_path / "run", **held_out_options(held))
 
 
-def judgements(run, *, seconds=False):
+def evaluations(run, *, seconds=False):
     found = [e for e in json.loads((run / "summary.json").read_text())["history"] if "eval_loss_ce" in e]
     return found if seconds else [{name: v for name, v in e.items() if name != "eval_seconds"} for e in found]
 
 
 @pytest.mark.parametrize("change", ({}, {"lora": 2, "lora_dropout": 0.2}, {"workers": 1, "packing": 64}))
-def test_a_judgement_leaves_no_trace(options, plain, change):
-    """Weights, losses, random states: bit for bit those of a run that is not judged, also where dropout draws numbers."""
+def test_an_evaluation_leaves_no_trace(options, plain, change):
+    """Weights, losses, random states: bit for bit those of a run that is not evaluated, also where dropout draws numbers."""
     if "lora" in change:
         pytest.importorskip("peft", reason="--lora needs peft: extra `lora`")
     for each in (options, plain):
@@ -88,7 +88,7 @@ def test_a_judgement_leaves_no_trace(options, plain, change):
     for name in ("rng_0.json", "rng_0.safetensors", "optimizer.safetensors", "generation_config.json"):
         ours, theirs = ((run / "checkpoint-6" / name).read_bytes() for run in (options.output, plain.output))
         assert ours == theirs, name
-    assert [entry["step"] for entry in judgements(options.output)] == [2, 4, 6]
+    assert [entry["step"] for entry in evaluations(options.output)] == [2, 4, 6]
 
 
 def test_generation_leaves_no_trace_in_a_model_with_positions_of_three_axes(tmp_path):
@@ -97,21 +97,21 @@ def test_generation_leaves_no_trace_in_a_model_with_positions_of_three_axes(tmp_
     data = tiny.data(tmp_path / "data", tiny.rows(8, text_only=(3,), two_turns=(5,)))
     given = {"data": data, "images": data.parent / "images", "template": "qa", "objective": "sft", "switch": False}
     more = {"steps": 4, "batch_size": 2, "lr": 5e-3, "log_every": 1, "save_every": 2, "student": student}
-    for name, judged in (("plain", {}), ("run", {"eval_data": data, "eval_every": 1})):
-        train(TrainOptions(output=tmp_path / name, **given, **more, **judged))
+    for name, evaluated in (("plain", {}), ("run", {"eval_data": data, "eval_every": 1})):
+        train(TrainOptions(output=tmp_path / name, **given, **more, **evaluated))
     assert_same_weights(weights(tmp_path / "plain"), weights(tmp_path / "run"))
-    assert len(judgements(tmp_path / "run")) == 4
+    assert len(evaluations(tmp_path / "run")) == 4
 
 
 def test_losses_are_those_of_the_next_step_on_the_same_samples(plain, cached):
-    """With all samples in every batch, step 2 computes its losses with the weights that were judged after step 1."""
-    judged = {"eval_data": cached / "data.json", "eval_cache": cached / "stores", "eval_every": 1}
-    options = replace(plain, batch_size=12, steps=3, **judged)
+    """With all samples in every batch, step 2 computes its losses with the weights that were evaluated after step 1."""
+    evaluated = {"eval_data": cached / "data.json", "eval_cache": cached / "stores", "eval_every": 1}
+    options = replace(plain, batch_size=12, steps=3, **evaluated)
     train(options)
-    steps, found = training.logged(options.output), judgements(options.output)
-    for judged, after in zip(found[:2], steps[1:], strict=True):
+    steps, found = training.logged(options.output), evaluations(options.output)
+    for evaluated, after in zip(found[:2], steps[1:], strict=True):
         for name in LOSSES:
-            assert judged[name] == pytest.approx(after[name.removeprefix("eval_")], rel=1e-5, abs=1e-7)
+            assert evaluated[name] == pytest.approx(after[name.removeprefix("eval_")], rel=1e-5, abs=1e-7)
 
 
 def test_losses_are_those_of_whole_logits(options, held, teacher):
@@ -131,7 +131,7 @@ def test_losses_are_those_of_whole_logits(options, held, teacher):
                 ce -= own.log_softmax(-1)[label].item()
                 align += float(reference.dbild(own[None], word[None], 3.0, "reverse_kl"))
                 positions += 1
-    last = judgements(options.output)[-1]
+    last = evaluations(options.output)[-1]
     assert last["eval_positions"] == positions
     assert last["eval_loss_ce"] == pytest.approx(ce / positions, rel=1e-5)
     assert last["eval_loss_align"] == pytest.approx(align / positions, rel=1e-3)
@@ -146,36 +146,36 @@ def test_exact_match_is_that_of_eval(options, held, tmp_path):
     train(options)
     given = {"data": held / "data.json", "images": held / "images", "output": tmp_path / "eval"}
     scores = evaluate(EvalOptions(model=options.output, **given))
-    last = judgements(options.output)[-1]
+    last = evaluations(options.output)[-1]
     assert (last["eval_exact_match"], last["eval_answers"]) == (pytest.approx(scores.accuracy), scores.questions)
     assert scores.accuracy > 0 and scores.questions == 9
     assert last["eval_loss"] == last["eval_loss_ce"] and "eval_loss_align" not in last
 
 
-def test_packed_samples_are_judged_as_others(options, tmp_path):
+def test_packed_samples_are_evaluated_as_others(options, tmp_path):
     """Generation pads on the left, which the attention of packed rows cannot read."""
     train(options)
     packed = replace(options, output=tmp_path / "packed", packing=64)
     train(packed)
-    for ours, theirs in zip(judgements(options.output), judgements(packed.output), strict=True):
+    for ours, theirs in zip(evaluations(options.output), evaluations(packed.output), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
 
 
 def test_the_numbers_of_samples_and_answers_are_bounded(options):
     train(replace(options, eval_samples=3, eval_answers=0))
-    found = judgements(options.output)
+    found = evaluations(options.output)
     assert all("eval_exact_match" not in entry for entry in found)
     assert found[0]["eval_positions"] < 9
 
 
 def test_without_a_store_of_them_there_are_ce_and_exact_match(options):
     train(replace(options, eval_cache=None))
-    for entry in judgements(options.output):
+    for entry in evaluations(options.output):
         assert {name for name in entry if "loss" in name} == {"eval_loss_ce"}
         assert entry["eval_answers"] == 9
 
 
-def test_a_live_teacher_judges_without_a_store(options, plain, tmp_path):
+def test_a_live_teacher_evaluates_without_a_store(options, plain, tmp_path):
     train(options)
     live = replace(
         options, output=tmp_path / "live", teacher_mode="live", cache=None, eval_cache=None, template="qa", eval_images=None,
@@ -183,7 +183,7 @@ def test_a_live_teacher_judges_without_a_store(options, plain, tmp_path):
     )  # fmt: skip
     live = replace(live, eval_images=options.eval_images)
     train(live)
-    for ours, theirs in zip(judgements(options.output), judgements(live.output), strict=True):
+    for ours, theirs in zip(evaluations(options.output), evaluations(live.output), strict=True):
         assert [ours[name] for name in LOSSES] == pytest.approx([theirs[name] for name in LOSSES], rel=1e-2, abs=1e-3)
 
 
@@ -191,7 +191,7 @@ def test_the_best_student_is_kept_and_a_resumed_run_finds_the_same(options, monk
     options = replace(options, lr=5e-2, eval_every=1, save_every=1, keep=10, keep_best="align")
     whole = replace(options, output=tmp_path / "whole")
     train(whole)
-    found = judgements(whole.output)
+    found = evaluations(whole.output)
     least = min(found, key=lambda entry: entry["eval_loss_align"])
     kept = best.read_best(whole.output)
     assert (kept["step"], kept["value"]) == (least["step"], least["eval_loss_align"])
@@ -212,7 +212,7 @@ def test_the_best_student_is_kept_and_a_resumed_run_finds_the_same(options, monk
     with pytest.raises(ConfigError, match="best is the best by align of .*; now it is ce of"):
         train(replace(options, keep_best="ce"))
     train(options)
-    assert judgements(options.output) == judgements(whole.output)
+    assert evaluations(options.output) == evaluations(whole.output)
     assert history(options.output) == history(whole.output)
     again = best.read_best(options.output)
     assert (again["step"], again["value"]) == (kept["step"], kept["value"])
@@ -226,7 +226,7 @@ def test_the_best_student_is_kept_and_a_resumed_run_finds_the_same(options, monk
     assert f"| steps | {kept['step']} |" in card and "chosen as the best by | align of held-out samples" in card
 
 
-def test_a_signal_is_answered_first_and_the_judgement_made_up(options, monkeypatch, tmp_path):
+def test_a_signal_is_answered_first_and_the_evaluation_made_up(options, monkeypatch, tmp_path):
     """The checkpoint must be written in the time that a scheduler leaves."""
     whole = replace(options, output=tmp_path / "whole")
     train(whole)
@@ -244,7 +244,7 @@ def test_a_signal_is_answered_first_and_the_judgement_made_up(options, monkeypat
     saved = json.loads((options.output / "checkpoint-4/trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in saved if "eval_loss_ce" in entry] == [2]
     train(options)
-    assert judgements(options.output) == judgements(whole.output)
+    assert evaluations(options.output) == evaluations(whole.output)
     assert history(options.output) == history(whole.output)
     assert all(entry["seconds"] < 600 for entry in training.logged(options.output))
 
@@ -289,34 +289,34 @@ def test_as_many_checkpoints_are_kept_as_asked(plain, keep):
     ("samples", "given", "global_batch", "every"),
     [(256, None, 128, 200), (256, None, 1_000_000, 1), (9, None, 16, 57), (256, 7, 128, 7)],
 )
-def test_by_default_a_hundred_times_as_many_samples_train_as_are_judged(samples, given, global_batch, every):
+def test_by_default_a_hundred_times_as_many_samples_train_as_are_evaluated(samples, given, global_batch, every):
     assert HeldOutOptions(eval_every=given).every(samples, global_batch) == every
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", ("ddp", "fsdp"))
-def test_two_processes_judge_as_one(options, tmp_path, profile):
+def test_two_processes_evaluate_as_one(options, tmp_path, profile):
     """One sample at a time, so that the processes have different numbers of batches, and images in some of them only."""
     options = replace(options, keep_best="ce")
     train(options)
-    changed = judged_by(options.eval_data.parent, keep_best="ce")
+    changed = held_out_options(options.eval_data.parent, keep_best="ce")
     done = two_processes(options, tmp_path, profile=profile, batch_size=1, accumulation=2, **changed)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "two"
     training.assert_equal_runs(options.output, run)
-    for ours, theirs in zip(judgements(options.output), judgements(run), strict=True):
+    for ours, theirs in zip(evaluations(options.output), evaluations(run), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
     assert best.read_best(run)["step"] == best.read_best(options.output)["step"]
     LlavaForConditionalGeneration.from_pretrained(run / "best")
 
 
-def test_the_student_of_a_baseline_is_judged_without_its_own_terms(options, plain):
+def test_the_student_of_a_baseline_is_evaluated_without_its_own_terms(options, plain):
     """By CE and exact match; the best one is saved without the adapters that train beside it."""
     live = {"objective": "llava-kd", "switch": False, "teacher_mode": "live", "cache": None, "template": "qa"}
     train(replace(plain, **live))
     train(replace(options, **live, eval_cache=None, keep_best="ce"))
     assert history(options.output) == history(plain.output)
-    assert {name for name in judgements(options.output)[0] if "loss" in name} == {"eval_loss_ce"}
+    assert {name for name in evaluations(options.output)[0] if "loss" in name} == {"eval_loss_ce"}
     assert load_file(options.output / "best/model.safetensors").keys() == weights(options.output).keys()
 
 
@@ -339,7 +339,7 @@ def test_the_student_of_a_baseline_is_judged_without_its_own_terms(options, plai
         (
             {"objective": "sft", "switch": False},
             ConfigError,
-            "objective sft is judged by CE and exact match: leave it out",
+            "objective sft is evaluated by CE and exact match: leave it out",
         ),
         ({"teacher_mode": "live"}, ConfigError, "this one reads no teacher store: leave it out"),
         ({"profile": "zero3"}, ConfigError, "--eval-data goes with --profile ddp or fsdp"),
@@ -347,7 +347,7 @@ def test_the_student_of_a_baseline_is_judged_without_its_own_terms(options, plai
         ({"trainer": {"eval_steps": 5}}, ConfigError, "trainer: eval_steps is refused: use --eval-data"),
     ],
 )
-def test_what_cannot_be_judged_is_refused_first(options, change, error, message):
+def test_what_cannot_be_evaluated_is_refused_first(options, change, error, message):
     with pytest.raises(error, match=message):
         train(replace(options, **change))
     assert not options.output.exists()
@@ -372,7 +372,7 @@ def test_a_store_of_another_teacher_or_other_samples_is_refused(options, cached,
     assert not options.output.exists()
 
 
-def test_judgements_reach_log_plot_and_report(options, tmp_path, monkeypatch, caplog):
+def test_evaluations_reach_log_plot_and_report(options, tmp_path, monkeypatch, caplog):
     pytest.importorskip("matplotlib", reason="plots need the extra viz")
     from matplotlib import pyplot
 
@@ -381,7 +381,7 @@ def test_judgements_reach_log_plot_and_report(options, tmp_path, monkeypatch, ca
     monkeypatch.setattr(pyplot, "close", drawn.append)
     train(options)
     said = caplog.text
-    assert "held-out samples: 8 of 8, judged every 2 steps by CE, Align, VSD, and exact match of 9 answers" in said
+    assert "held-out samples: 8 of 8, evaluated every 2 steps by CE, Align, VSD, and exact match of 9 answers" in said
     assert "held-out samples after step 4: loss " in said and "exact match 0." in said
     lines = {line.get_label(): line.get_xdata() for axes in drawn[-1].axes for line in axes.get_lines()}
     assert list(lines["ce, held out"]) == list(lines["vsd, held out"]) == [2, 4, 6]

@@ -1,1 +1,1 @@
-"""Judging a student on held-out samples while it trains, and keeping the best one."""
+"""Evaluation of a student on held-out samples while it trains, and keeping the best one."""

@@ -44,7 +44,7 @@ class BestStudent:
         self.value: float | None = None if kept is None else kept["value"]
 
     def improves(self, metrics: dict[str, float]) -> bool:
-        """Whether a judgement is better than all before it."""
+        """Whether an evaluation is better than all before it."""
         value = metrics.get(NAMES[self.metric])
         if value is None or value != value:  # no answer, or NaN
             return False

@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out samples, as a run judges its student by them."""
+    """Held-out samples, as a run evaluates its student by them."""
 
     samples: TrainingSamples
     chosen: list[int]  # of the usable samples, whose losses are computed; ascending
     questions: list[tuple[Sample, int]]  # (sample, its turn) to answer; similar lengths are neighbours
     with_teacher: bool  # whether Align, and with a switch pathway VSD, are computed
     ce_alone: bool  # whether CE is the whole objective
-    every: int  # steps between two judgements
+    every: int  # steps between two evaluations
 
     @property
     def identity(self) -> str:

@@ -10,20 +10,20 @@ from switchkd.settings import BASELINE_OBJECTIVES, StoreLocation
 HELD_OUT = "Held-out samples"  # heading of the help
 Metric = Literal["loss", "ce", "align", "vsd", "exact-match"]
 SAMPLES, ANSWERS = 256, 64
-TRAINED_PER_JUDGED = 100  # samples; by default a judgement costs about half a per cent of the steps before it
+TRAINED_PER_EVALUATED = 100  # samples; by default an evaluation costs about half a per cent of the steps before it
 # Nothing of these changes what is trained.
 FREE = {"eval_data", "eval_images", "eval_cache", "eval_every", "eval_samples", "eval_answers", "keep_best"}
 
 
 @keyword_options_class
 class HeldOutOptions:
-    """By which samples a student is judged while it trains, how often, and by which metric the best one is kept."""
+    """By which samples a student is evaluated while it trains, how often, and by which metric the best one is kept."""
 
     eval_data: Path | None = option(
         names="data",
         default=None,
         group=HELD_OUT,
-        help="Data file of held-out samples, on which the student is judged while it trains: CE, exact match of greedy answers, "
+        help="Data file of held-out samples, on which the student is evaluated while it trains: CE, exact match of greedy answers, "
         "and with --eval-cache or a live teacher Align and VSD.",
     )
     eval_images: Path | None = option(
@@ -40,8 +40,8 @@ class HeldOutOptions:
         default=None,
         at_least=1,
         group=HELD_OUT,
-        help="Steps between two judgements; there is one after the last step, too.",
-        unset=f"as many as train {TRAINED_PER_JUDGED} times the samples that are judged",
+        help="Steps between two evaluations; there is one after the last step, too.",
+        unset=f"as many as train {TRAINED_PER_EVALUATED} times the samples that are evaluated",
     )
     eval_samples: int | None = option(
         default=None,
@@ -68,8 +68,8 @@ class HeldOutOptions:
         return ANSWERS if self.eval_answers is None else self.eval_answers
 
     def every(self, samples: int, global_batch: int) -> int:
-        """Return the steps between two judgements of `samples` samples."""
-        return self.eval_every or max(1, -(-TRAINED_PER_JUDGED * samples // global_batch))
+        """Return the steps between two evaluations of `samples` samples."""
+        return self.eval_every or max(1, -(-TRAINED_PER_EVALUATED * samples // global_batch))
 
 
 def check_held_out(options: HeldOutOptions, *, objective: str, switch: bool | None, cached: bool, profile: str) -> None:
@@ -87,11 +87,15 @@ def check_held_out(options: HeldOutOptions, *, objective: str, switch: bool | No
                 raise ConfigError(f"--{name.replace('_', '-')} is about held-out samples: pass --eval-data, too")
         return
     if profile == "zero3":
-        raise ConfigError("--eval-data goes with --profile ddp or fsdp: a student that DeepSpeed shards is not judged")
+        raise ConfigError(
+            "--eval-data goes with --profile ddp or fsdp: a student that DeepSpeed shards is not evaluated"
+        )
     with_teacher = objective != "sft" and objective not in BASELINE_OBJECTIVES
     if options.eval_cache is not None and not (with_teacher and cached):
         why = (
-            "reads no teacher store" if with_teacher else f"with objective {objective} is judged by CE and exact match"
+            "reads no teacher store"
+            if with_teacher
+            else f"with objective {objective} is evaluated by CE and exact match"
         )
         raise ConfigError(f"--eval-cache is for a run that trains from a store; this one {why}: leave it out")
     metric = options.keep_best

@@ -1,4 +1,4 @@
-"""One judgement of a student that trains: losses and exact match on held-out samples, without a trace in what is trained."""
+"""One evaluation of a student that trains: losses and exact match on held-out samples, without a trace in what is trained."""
 
 import time
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ NEW_TOKENS = 32  # of an answer, as `switchkd eval` cuts it
 PREFIX = "eval_"  # of the names of metrics in the log
 
 
-class Judge:
+class Evaluator:
     """Computes the metrics of held-out samples; every process of a run calls it at the same steps.
 
     Args:
@@ -40,14 +40,14 @@ class Judge:
         order = sorted(held_out.chosen, key=lambda item: -_length(held_out, item))  # neighbours need little padding
         self.batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
-    def judge(self, trainer: Any) -> dict[str, float]:
+    def measure(self, trainer: Any) -> dict[str, float]:
         """Return the metrics, by their names in the log.
 
         The model is put into evaluation mode and back; random states, the data's order and the trainer's own metrics stay as they
         are.
 
         Args:
-            trainer: a `SwitchTrainer` within a run, whose `objective` and `source` are those of the judgement.
+            trainer: a `SwitchTrainer` within a run, whose `objective` and `source` are those of the evaluation.
 
         Raises:
             DataError: no sample could be used. StoreMismatch: a sample is not the cached one.

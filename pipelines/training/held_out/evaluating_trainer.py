@@ -1,4 +1,4 @@
-"""A Trainer that judges its student on held-out samples, as `held_out.judge` does, and goes on as if it had not."""
+"""A Trainer that evaluates its student on held-out samples, as `held_out.evaluator` does, and goes on as if it had not."""
 
 import time
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from transformers import Trainer
 from switchkd.losses.objective import Objective
 from switchkd.models.prefix_cache import SharedPrefixCache
 from switchkd.pipelines.training.held_out.best import BestStudent
-from switchkd.pipelines.training.held_out.judge import Judge
+from switchkd.pipelines.training.held_out.evaluator import Evaluator
 
 
-class JudgedTrainer(Trainer):  # type: ignore[misc]
-    """Judges when a callback asks for it; `SwitchTrainer` sets what is declared here, and saves as `CheckpointHooks` does."""
+class EvaluatingTrainer(Trainer):  # type: ignore[misc]
+    """Evaluates when a callback asks for it; `SwitchTrainer` sets what is declared here, and saves as `CheckpointHooks` does."""
 
-    judge: Judge | None = None
+    evaluator: Evaluator | None = None
     best: BestStudent | None = None
     objective: Objective
     source: Any
@@ -29,14 +29,14 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Judge the student on held-out samples, log the metrics, and keep the student if it is the best so far.
+        """Evaluate the student on held-out samples, log the metrics, and keep the student if it is the best so far.
 
         transformers' Trainer calls it after the step in which a callback asked for it, before it saves a checkpoint. What the run
         computes next is what it would have computed without. The arguments are not used.
         """
-        assert self.judge is not None
-        with self._judging(self.judge.held_out.with_teacher):
-            found = self.judge.judge(self)
+        assert self.evaluator is not None
+        with self._evaluating(self.evaluator.held_out.with_teacher):
+            found = self.evaluator.measure(self)
         started = time.perf_counter()
         self.log(dict(found))
         if self.best is not None and self.best.improves(found):
@@ -49,7 +49,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         return found
 
     @contextmanager
-    def _judging(self, with_teacher: bool) -> Iterator[None]:
+    def _evaluating(self, with_teacher: bool) -> Iterator[None]:
         """Put aside what belongs to the run's own batches: metrics, the prefix that the teacher knows, terms of a baseline."""
         names = ("objective", "source", "extra_terms", "vocab_map", "meter", "prefix_cache")
         before = {name: getattr(self, name) for name in names}
