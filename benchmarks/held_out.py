@@ -3,7 +3,7 @@
     python benchmarks/held_out.py --workdir build/bench-held-out
 
 The demo's teacher, student and data (easy-VQA); the held-out samples are 256 of the test split, with a store of their own, so that
-CE, Align, VSD and exact match of 64 answers are computed. By default a student is evaluated each time it has trained on 100 times as
+CE, Align, VSD and exact match of 64 answers are computed. By default a student is evaluated when it has trained on 100 times as
 many samples, here after 800 steps of 32 samples. CPU seconds of the evaluation and of all else in one run of 800 steps: two runs,
 with and without, differ by more than that on a machine that does other work, too.
 """
