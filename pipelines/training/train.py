@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from itertools import groupby
 from typing import Any
 
 import transformers
@@ -18,7 +19,7 @@ from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
 from switchkd.pipelines.training.batches.collator import Collator, empty_sample, placeholder_sample
-from switchkd.pipelines.training.batches.dataset import TrainingSamples
+from switchkd.pipelines.training.batches.dataset import OrderedSamples
 from switchkd.pipelines.training.failures import report_last_checkpoint
 from switchkd.pipelines.training.held_out.best import BestStudent, read_best, recover_best
 from switchkd.pipelines.training.held_out.evaluator import Evaluator
@@ -74,10 +75,12 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
         require_checkpoint(options.profile, resume, arguments.world_size)
     inputs = open_inputs(options)
     options = inputs.options
-    fit_to_data(arguments, options, inputs.store, len(inputs.samples))
-    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()} | _lora_base(
-        inputs
-    )
+    fit_to_data(arguments, options, inputs.stores, len(inputs.samples))
+    made_from: dict[str, Any] = {
+        "teacher_signal": inputs.teacher_signal,
+        "samples": inputs.samples.order_identity(),
+    }
+    made_from |= inputs.mixture_record | _lora_base(inputs)
     if begun:
         check_record(run, made_from, later=made_from)
 
@@ -163,18 +166,19 @@ def _make_trainer(
     return trainer
 
 
-def _collator(inputs: TrainingInputs, samples: TrainingSamples) -> Collator:
+def _collator(inputs: TrainingInputs, samples: OrderedSamples) -> Collator:
     """Return the collator of the samples that train, or of held-out ones."""
     options, pad_id = inputs.options, pad_id_of(inputs.student.tokenizer)
+    two_views = samples.teacher_encoder is not None
+    several = samples is inputs.samples and len(inputs.teachers) > 1 and inputs.payload == "hidden"
     return Collator(
         pad_id,
         None if options.profile == "ddp" else placeholder_sample(samples.encoder, samples.teacher_encoder),
-        None if samples.store is None else samples.payload,
+        samples.payload if samples.stores else None,
         pad_id_of((inputs.teacher or inputs.student).tokenizer),
         options.packing,
-        empty_sample(
-            pad_id, samples.teacher_encoder is not None, options.vocab_map and samples.teacher_encoder is not None
-        ),
+        empty_sample(pad_id, two_views, options.vocab_map and two_views),
+        samples.teacher_of if several else None,
     )
 
 
@@ -206,11 +210,14 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
 
 
 def _made_from(inputs: TrainingInputs) -> dict[str, Any]:
-    samples = inputs.samples
+    """Return what a student is made from, for the records beside the last and the best one."""
+    identities = [store.manifest.identity for store in inputs.stores]
+    taught = [kind for kind, _ in groupby(store.manifest.teacher for store in inputs.stores)]
     return {
-        "template": samples.encoder.template.as_dict(),
-        "data": samples.samples.fingerprint,
+        "template": inputs.samples.template,
+        "data": inputs.samples.fingerprint,
         "teacher_signal": inputs.teacher_signal,
-        "store": None if samples.store is None else samples.store.manifest.identity,
-        "teacher": None if samples.store is None else samples.store.manifest.teacher,
+        "store": ", ".join(identities) or None,
+        "teacher": None if len(taught) != 1 else taught[0],
+        **inputs.mixture_record,
     }
