@@ -14,7 +14,7 @@
 
 A cell is one point of the matrix. Points that are the same run are one cell: without a distilled training stage, teacher, objective
 and switch have no effect; "sft" replaces distilled stages by plain ones; llava-kd and align-kd have no switch pathway, and run the
-teacher live.
+teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
 """
 
 import re
@@ -283,6 +283,8 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
         raise ConfigError(f"{where}: switch is true or false and seed a number, found {point}")
     if point["objective"] in BASELINE_OBJECTIVES:
         point["switch"] = False  # they have no switch pathway
+    if point["objective"] == "switch-ce":
+        point["switch"] = True  # it is nothing else
     cell = Cell(**point)
     if unknown := [stage for stage in cell.stages if stage not in STAGES]:
         raise ConfigError(f"{where} has no stage {unknown[0]!r} in {cell.scheme!r}; there are {', '.join(STAGES)}")

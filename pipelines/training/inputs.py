@@ -62,8 +62,8 @@ class TrainingInputs:
 
     @property
     def teacher_signal(self) -> str | None:
-        """Where the teacher's logits come from, in words; None for an objective without a teacher."""
-        if not self.objective.needs_teacher:
+        """Where the teacher's logits come from, in words; None for an objective that reads none."""
+        if not self.objective.needs_signal:
             return None
         if self.store is None or self.payload is None:
             return "live teacher"
@@ -97,7 +97,8 @@ def resolve_options(options: TrainOptions, processes: int | None = None) -> Trai
     if options.precision is None:
         options = replace(options, precision=precision_here())
     if options.switch is None:
-        options = replace(options, switch=options.switch_adapter is not None or _switches(options.student))
+        on = options.switch_adapter is not None or options.objective == "switch-ce" or _switches(options.student)
+        options = replace(options, switch=on)
     if options.workers is None:
         options = replace(options, workers=workers_beside(local_processes()))
     return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes)
@@ -255,7 +256,7 @@ def _open_store(
     samples: SampleFile,
 ) -> TeacherStore | None:
     """Open the store that fits the run; every entry of its manifest is compared with what the run would use."""
-    if not objective.needs_teacher or options.teacher_mode == "live":
+    if not objective.needs_signal or options.teacher_mode == "live":
         return None
     if options.cache is None:
         raise ConfigError(

@@ -37,6 +37,20 @@ def check_baseline(options: "TrainOptions") -> None:
         raise ConfigError(f"objective {options.objective} compares one tokenizer's logits: leave --vocab-map out")
 
 
+def check_switch_ce(options: "TrainOptions") -> None:
+    """Raise ConfigError for options of the teacher's logits, which objective switch-ce does not read."""
+    if options.objective != "switch-ce":
+        return
+    if options.cache is not None:
+        raise ConfigError("objective switch-ce reads no store: leave --cache out, it needs --teacher alone")
+    if options.teacher_mode == "live":
+        raise ConfigError("objective switch-ce reads no logits of the teacher: leave --teacher-mode live out")
+    if options.vocab_map:
+        raise ConfigError(
+            "objective switch-ce asks the teacher's LLM for the student's tokens, so both have one tokenizer: leave --vocab-map out"
+        )
+
+
 def check_int8_teacher(options: "TrainOptions") -> None:
     """Raise ConfigError for an int8 teacher where a run cannot use one."""
     if options.teacher_dtype != "int8":

@@ -145,6 +145,18 @@ def test_a_baseline_runs_the_teacher_live_and_caches_nothing(place, monkeypatch)
     assert not cached
 
 
+def test_switch_ce_reads_no_store_and_is_plain_where_the_tower_is_frozen(place, monkeypatch):
+    caching, training = counted(monkeypatch, "cache_teacher"), counted(monkeypatch, "train")
+    matrix = {"objective": "switch-ce", "scheme": "dpt-dft", "switch": [False, True], "seed": 0}
+    done = ablate(options_of(change(place, matrix=matrix)))
+    assert caching == []
+    assert done.cells == 2  # the teacher and one cell: the objective is nothing without its switch
+    first, second = training
+    assert (first.stage, first.objective, first.teacher) == ("pt", "sft", None)
+    assert (second.stage, second.objective, second.switch, second.cache) == ("dft", "switch-ce", True, None)
+    assert second.template == "qa"
+
+
 def test_a_trained_teacher_is_made_first(place, teacher, monkeypatch):
     trained = counted(monkeypatch, "train")
     own = {"t": {"vision": {}, "language": {}, "train": {"sft": {"steps": 1}}}}
