@@ -7,6 +7,7 @@ import click
 
 from switchkd.cli.common import PATH, echo, quiet_libraries
 from switchkd.cli.options import options_of
+from switchkd.pipelines.emoji_vqa.options import EmojiVQAOptions
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
 from switchkd.printable import printable
 from switchkd.settings import MAX_SKIPPED
@@ -24,7 +25,7 @@ BAR_WIDTH = 40  # characters of the longest bar
 
 @click.group("data")
 def command() -> None:
-    """Check a data file, or print samples, before a model is run over it."""
+    """Check a data file, print samples, or build a data set, before a model is run over it."""
 
 
 @command.command("check")
@@ -76,6 +77,18 @@ def show(data: Path, plain: bool, **options: Any) -> None:
         if sample.spans:
             tokens.rstrip()
             console.print(tokens, end="\n\n")
+
+
+@command.command("emoji-vqa")
+@options_of(EmojiVQAOptions)
+def emoji_vqa(**options: Any) -> None:
+    """Build EmojiVQA, a suite of small images and questions that asks for seeing, from pinned packages, in about a minute."""
+    quiet_libraries()
+    from switchkd.pipelines.emoji_vqa.build import build, lines_of
+
+    built = build(EmojiVQAOptions(**options))
+    echo("\n".join(lines_of(built)))
+    echo(f"suite: {built.folder}")
 
 
 def format_check(check: "DataCheck") -> list[str]:

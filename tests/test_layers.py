@@ -55,6 +55,7 @@ FLOORS = {
     "pipelines/evaluation/benchmarks": 7,
     "pipelines/capture/backends": 6,
     "pipelines/capture": 7,
+    "pipelines/emoji_vqa": 7,
     "pipelines/training/lifecycle": 6,
     "pipelines/training": 7,
     "pipelines/release": 8,
