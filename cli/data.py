@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, echo, quiet_libraries
+from switchkd.cli.common import PATH, default_device, echo, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.emoji_vqa.options import EmojiVQAOptions
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
@@ -33,12 +33,14 @@ def command() -> None:
 @options_of(CheckOptions)
 @click.option("--strict", is_flag=True, help="Exit 1 if a row would be skipped.")
 @click.pass_context
-def check(ctx: click.Context, /, strict: bool, data: Path, **options: Any) -> None:
+def check(ctx: click.Context, /, strict: bool, data: Path, device: str | None, **options: Any) -> None:
     """Report the contents of a data file: kinds, lengths, and what would be skipped and why."""
     quiet_libraries()
     from switchkd.pipelines.preflight.data_check import check_data
 
-    found = check_data(CheckOptions(data=data, **options))
+    if device is None and options["visual_advantage"]:
+        device = default_device()
+    found = check_data(CheckOptions(data=data, device=device or "cpu", **options))
     echo(f"{data}: " + "\n".join(format_check(found)))
     if strict and found.skipped:
         ctx.exit(1)
@@ -122,7 +124,12 @@ def format_check(check: "DataCheck") -> list[str]:
         ]
     if not check.images_read:
         out += ["", "images were not read: pass --images"]
-    return [*out, "", *histogram(check.lengths, check.unit, check.limit)]
+    out += ["", *histogram(check.lengths, check.unit, check.limit)]
+    if check.looking is not None:
+        from switchkd.pipelines.visual_advantage import lines_of
+
+        out += ["", *lines_of(check.looking)]
+    return out
 
 
 def _rows(rows: "NDArray[Any]") -> str:

@@ -50,6 +50,7 @@ FLOORS = {
     "pipelines/batch.py": 4,
     "pipelines/stored_teacher.py": 5,
     "pipelines/model_template.py": 5,
+    "pipelines/visual_advantage.py": 5,
     "pipelines/preflight": 6,
     "pipelines/evaluation": 6,
     "pipelines/evaluation/benchmarks": 7,
