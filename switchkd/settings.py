@@ -10,9 +10,23 @@ from typing import Literal, get_args
 from switchkd.errors import ConfigError
 
 ObjectiveName = Literal[
-    "sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl", "switch-ce", "llava-kd", "align-kd"
+    "sft",
+    "fkl",
+    "rkl",
+    "bild-fkl",
+    "bild-rkl",
+    "dbild-fkl",
+    "dbild-rkl",
+    "switch-ce",
+    "llava-kd",
+    "align-kd",
+    "compodistill",
 ]
-BASELINE_OBJECTIVES = ("llava-kd", "align-kd")  # baselines, which have no switch pathway and need a live teacher
+BASELINE_OBJECTIVES = (
+    "llava-kd",
+    "align-kd",
+    "compodistill",
+)  # baselines, which have no switch pathway and need a live teacher
 NormalizeBy = Literal["position", "sample"]
 TailPolicy = Literal["student", "uniform", "floor"]
 ImageMode = Literal["own", "square", "pad"]

@@ -13,8 +13,8 @@
     matrix: axes (objective, switch, scheme, teacher, student, seed), each a value or a list; or a list of such mappings
 
 A cell is one point of the matrix. Points that are the same run are one cell: without a distilled training stage, teacher, objective
-and switch have no effect; "sft" replaces distilled stages by plain ones; llava-kd and align-kd have no switch pathway, and run the
-teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
+and switch have no effect; "sft" replaces distilled stages by plain ones; llava-kd, align-kd and compodistill have no switch
+pathway, and run the teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
 """
 
 import re

@@ -24,7 +24,8 @@ def check_baseline(options: "TrainOptions") -> None:
     if options.objective not in BASELINE_OBJECTIVES:
         return
     if options.teacher_mode != "live":
-        what = "logits at visual tokens" if options.objective == "llava-kd" else "visual tokens and attention"
+        compared = {"llava-kd": "logits at visual tokens", "align-kd": "visual tokens and attention"}
+        what = compared.get(options.objective, "attention among visual tokens")
         raise ConfigError(
             f"objective {options.objective} compares {what}, which no store holds: pass --teacher-mode live, and the teacher "
             "runs in every step"

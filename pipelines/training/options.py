@@ -101,7 +101,7 @@ class TrainOptions:
         default="dbild-rkl",
         group=OBJECTIVE,
         help="The divergence that Align and VSD measure; sft is CE alone. switch-ce: CE, and CE of the true answers on the switch "
-        "pathway, without a store. llava-kd and align-kd are other methods: --no-switch --teacher-mode live.",
+        "pathway, without a store. llava-kd, align-kd and compodistill are other methods: --no-switch --teacher-mode live.",
     )
     switch: bool | None = option(
         default=None,
