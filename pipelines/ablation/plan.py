@@ -82,7 +82,7 @@ def _job(recipe: Recipe, options: AblateOptions, cell: Cell | None, name: str, r
 
 
 def _cell_run(recipe: Recipe, options: AblateOptions, cell: Cell, stage: str, untrained: Path, start: Path) -> Run:
-    given = dict(recipe.stages[stage])
+    given = dict(recipe.stages[stage]) | cell.options_of(stage)
     if stage not in DISTILLED:
         return _run(options, stage, start, cell.seed, given, untrained)
     assert cell.teacher is not None

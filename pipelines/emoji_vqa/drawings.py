@@ -1,5 +1,6 @@
 """The drawings of the concepts, by five artists, read from the packages' archives and rendered as RGBA images of one size."""
 
+import importlib.util
 import io
 import json
 import tarfile
@@ -29,7 +30,7 @@ def read_drawings(archives: Mapping[str, Path], concepts: Iterable[str], size: i
         archives: artist → archive, see `packages.fetch`. size: width and height in pixels.
 
     Raises:
-        ConfigError: the renderer resvg-py is not installed.
+        ConfigError: a package that draws is not installed.
         DataError: an archive has no drawing of a concept.
     """
     render = _renderer(size)
@@ -51,11 +52,15 @@ def read_drawings(archives: Mapping[str, Path], concepts: Iterable[str], size: i
     return found
 
 
+def require_renderer() -> None:
+    """Raise ConfigError if the packages that draw are not installed."""
+    if missing := [name for name in ("resvg_py", "matplotlib") if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"EmojiVQA is drawn with {missing[0]}: pip install 'switchkd[demo]'")
+
+
 def _renderer(size: int) -> Callable[[str], Image.Image]:
-    try:
-        import resvg_py
-    except ImportError:
-        raise ConfigError("drawings are rendered with resvg-py: pip install 'switchkd[demo]'") from None
+    require_renderer()
+    import resvg_py
 
     def render(svg: str) -> Image.Image:
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
