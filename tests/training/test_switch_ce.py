@@ -1,5 +1,6 @@
 """Objective switch-ce: CE, and CE of the true answers through the teacher's projector and LLM, against loops over positions."""
 
+import json
 from dataclasses import replace
 
 import families
@@ -192,3 +193,13 @@ def test_what_does_not_go_with_it_is_refused(control, change, message):
     with pytest.raises(ConfigError, match=message):
         train(replace(control, **change))
     assert not control.output.exists()
+
+
+def test_held_out_samples_are_measured_by_ce(control):
+    """As for the baselines: the objective's own terms need the teacher, and CE and answers tell what a student has learned."""
+    train(replace(control, steps=2, eval_data=control.data, eval_images=control.images, keep_best="ce", eval_every=1))
+    history = json.loads((control.output / "summary.json").read_text())["history"]
+    found = [entry for entry in history if "eval_loss_ce" in entry]
+    assert found and all("eval_loss" not in entry and "eval_loss_vsd" not in entry for entry in found)
+    with pytest.raises(ConfigError, match="--keep-best vsd is never computed with objective switch-ce"):
+        replace(control, eval_data=control.data, keep_best="vsd")
