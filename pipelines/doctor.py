@@ -30,6 +30,7 @@ EXTRAS = {
     "viz": "`store plot`, `report`, `attend`, pictures of `train` and `ablate`",
     "loggers": "`train --log-to`",
     "deepspeed": "`train` under DeepSpeed",
+    "lora": "`train --lora`",
     "torchao": "`train --teacher-dtype int8`",
     "eval": "`eval` of MMBench spreadsheets",
     "docs": "`make docs`",

@@ -14,6 +14,7 @@ from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import language_model_of, tower_of
 from switchkd.models.families import family_of, logit_map_of
 from switchkd.models.fit import probe_cuts
+from switchkd.models.lora import attach_lora, hold_frozen_in_bfloat16
 from switchkd.models.packing_probe import enable_packing_in
 from switchkd.models.switch_adapter import CutAdapters, SwitchAdapter
 from switchkd.models.vlm import (
@@ -42,7 +43,7 @@ class TrainingModels:
     """The models of a run on the CPU, frozen, checkpointed and, for the frozen ones, sharded as the options request."""
 
     student: Any  # float32; of the class that transformers has for its checkpoint
-    source: TeacherSource | None  # of the teacher's signals; None for an objective without a teacher
+    source: TeacherSource | None  # of the teacher's signals; None for an objective that reads none
     switch_teacher: Any | None  # of the switch pathway; may be the live teacher
     extra_terms: ExtraTerms | None  # of a baseline's objective
     cost_model: CostModel
@@ -71,7 +72,11 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         if (packed := switch_teacher or live) is not None:
             enable_packing_in(packed, str(options.teacher), inputs.teacher_media)
     freeze_other_parts(student, inputs.parts)
+    if (lora := options.as_lora(inputs.parts)) is not None:
+        attach_lora(student, lora, options.seed)
     unused = freeze_unused_vision(student, inputs.media) if "vision" in inputs.parts else []
+    if lora is not None and options.precision == "bfloat16" and options.profile == "ddp":
+        hold_frozen_in_bfloat16(student)  # FSDP keeps one dtype
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
     if options.switch_adapter is not None:
@@ -113,7 +118,7 @@ def _load_teacher(
     if not inputs.objective.needs_teacher:
         return None, None
     dtype = "" if teacher is None else _teacher_dtype(options, teacher)
-    if not stores:
+    if not stores and inputs.objective.needs_signal:
         assert teacher is not None
         whole = load_model(teacher, dtype=dtype)
         freeze(whole)
@@ -129,6 +134,8 @@ def _load_teacher(
             to_int8(language_model_of(switch))
         if options.teacher_checkpointing:
             enable_activation_checkpointing(language_model_of(switch))
+    if not stores:
+        return None, switch
     rows = stores[0].manifest.vocab_rows
     if inputs.payload == "topk":
         return StoredTopK(rows, options.tail), switch
