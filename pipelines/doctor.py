@@ -31,6 +31,7 @@ EXTRAS = {
     "loggers": "`train --log-to`",
     "deepspeed": "`train` under DeepSpeed",
     "lora": "`train --lora`",
+    "evidence": "tests of the arms that `ablate` compares",
     "torchao": "`train --teacher-dtype int8`",
     "eval": "`eval` of MMBench spreadsheets",
     "docs": "`make docs`",
