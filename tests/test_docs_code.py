@@ -18,6 +18,7 @@ import pytest
 import tiny
 import yaml
 from docs_pages import LANGUAGES, PAGES, ROOT, blocks, code_spans, commands
+from warm_programs import warm_programs
 
 pytest.importorskip("matplotlib", reason="the documents draw pictures: extra `viz`")
 
@@ -54,17 +55,8 @@ def place(tmp_path_factory, teacher, student):
 @pytest.fixture(scope="module")
 def bin_folder(tmp_path_factory):
     """A folder for PATH with a `switchkd` and a `python` that start at once."""
-    folder = tmp_path_factory.mktemp("bin")
-    warm, door = Path(__file__).parent / "helpers/warm_switchkd.py", folder / "socket"
-    for program in ("switchkd", "python"):
-        script = folder / program
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SE "{warm}" "{door}" {program} "$@"\n')
-        script.chmod(0o755)
-    serve = [sys.executable, warm, "serve", door]
-    with subprocess.Popen(serve, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        assert server.stdout.readline() == b"ready\n"
+    with warm_programs(tmp_path_factory.mktemp("bin")) as folder:
         yield folder
-        server.stdin.close()
 
 
 def run_page(page: Path, folder: Path, bin_folder: Path, slow: bool) -> None:
