@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -215,7 +214,11 @@ def all_options() -> set[str]:
 
 
 def make_problems(words: list[str]) -> list[str]:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    """Return what is wrong with the words after `make`, in this tree or in a project of `switchkd new`."""
+    files = (ROOT / "Makefile", ROOT / "pipelines/project/templates/Makefile")
+    targets = {
+        name for file in files for name in re.findall(r"^(?:@{\w+})?([a-z0-9-]+):", file.read_text(), re.MULTILINE)
+    }
     return [f"the Makefile has no target {word}" for word in words if "=" not in word and word not in targets]
 
 

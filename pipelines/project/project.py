@@ -1,7 +1,7 @@
 """Write a project folder for a pair of models: configurations, a Makefile with the commands in order, Slurm files, a README.
 
-The files are templates (`templates/`), in which `@{name}` is replaced. The pair is checked before anything is written, by the checks of
-`switchkd train`, and the settings that it needs are written into train.yaml with the reason.
+The files are templates (`templates/`), in which `@{name}` is replaced. The pair is checked before anything is written, as `switchkd
+train` does, and the settings that it needs are written into train.yaml with the reason.
 """
 
 import re
@@ -70,8 +70,8 @@ def new_project(options: NewOptions) -> NewProject:
     _require_new(options.out)
     if mixture_at(options.data) is not None:
         raise ConfigError(
-            f"--data {options.data} is a mixture: make the project for one of its data files, and name the mixture as `data` in its "
-            "cache.yaml (with `out: stores/`), train.yaml and baseline.yaml"
+            f"--data {options.data} is a mixture: make the project for one of its data files, and name the mixture as `data` in "
+            "its cache.yaml (with `out: stores/`), train.yaml and baseline.yaml"
         )
     if "\n" in f"{options.data}{options.images}":
         raise ConfigError("a line break in the path of the data or of the images cannot be written into a Makefile")
@@ -119,8 +119,8 @@ def _batch_size(options: NewOptions) -> int:
     if rest or not share:
         nearest = max(1, round(options.global_batch / devices)) * devices
         raise ConfigError(
-            f"a global batch of {options.global_batch} samples cannot be divided among {options.nodes} nodes x {options.gpus} GPUs: "
-            f"pass --global-batch {nearest}, or other --nodes and --gpus"
+            f"a global batch of {options.global_batch} samples cannot be divided among {options.nodes} nodes x {options.gpus} "
+            f"GPUs: pass --global-batch {nearest}, or other --nodes and --gpus"
         )
     return max(size for size in range(1, MAX_BATCH + 1) if share % size == 0)
 
@@ -138,10 +138,11 @@ def _values(options: NewOptions, pathway: Pathway, template: str, batch_size: in
     teacher, student, data = (path.resolve() for path in (options.teacher, options.student, options.data))
     images = None if options.images is None else options.images.resolve()
     code = {"trust-remote-code": True if options.trust_remote_code else None}
+    reason = f"The reason: {printable(pathway.reason)}." if pathway.reason else ""
     devices = options.nodes * options.gpus
     at_once = (
-        f"Samples of an optimizer step over all devices, and of one device at a time: {options.nodes} x {options.gpus} devices take "
-        f"{devices * batch_size:,} at a time. Where memory does not suffice, a smaller batch-size gives the same training."
+        f"Samples of an optimizer step over all devices, and of one device at a time: {options.nodes} x {options.gpus} devices "
+        f"take {devices * batch_size:,} at a time. Where memory does not suffice, a smaller batch-size gives the same training."
     )
     return {
         "title": f"{student.name} from {teacher.name}",
@@ -161,9 +162,9 @@ def _values(options: NewOptions, pathway: Pathway, template: str, batch_size: in
         "train_inputs": _yaml({"teacher": teacher, "student": student, "data": data, "images": images, **code}),
         "baseline_inputs": _yaml({"student": student, "data": data, "images": images, "template": template, **code}),
         "batches": f"{_comment(at_once)}\n{_yaml({'global-batch': options.global_batch, 'batch-size': batch_size})}",
-        "pathway": "\n".join(filter(None, [_comment(pathway.meaning), _yaml(pathway.options)])),
+        "pathway": "\n".join(filter(None, [_comment(f"{pathway.meaning} {reason}".strip()), _yaml(pathway.options)])),
         "pathway_meaning": pathway.meaning,
-        "pathway_reason": f"The reason: {printable(pathway.reason)}." if pathway.reason else "",
+        "pathway_reason": reason,
         **_scores(options, images, code),
     }
 
@@ -171,16 +172,11 @@ def _values(options: NewOptions, pathway: Pathway, template: str, batch_size: in
 def _scores(options: NewOptions, images: Path | None, code: Mapping[str, Any]) -> dict[str, str]:
     """Return the placeholders about the scores on held-out data; without it they say nothing."""
     data = options.eval_data
-    if data is None:
-        empty = ("eval_inputs", "eval_targets", "eval_rules", "eval_baseline", "eval_folder", "eval_words", "eval_command")
-        empty += ("eval_file", "eval_scores")
-        return dict.fromkeys(empty, "") | {"finish_words": "The report", "finish_text": "and the report on one"}
     folder = images if options.eval_images is None else options.eval_images.resolve()
-    rule = "eval:  ## score the student on held-out questions\n\t$(SWITCHKD) eval --config eval.yaml\n\n"
-    return {
-        "eval_inputs": _yaml({"data": data.resolve(), "images": folder, **code}),
+    told = {
+        "eval_inputs": _yaml({"data": None if data is None else data.resolve(), "images": folder, **code}),
         "eval_targets": "eval ",
-        "eval_rules": rule,
+        "eval_rules": "eval:  ## score the student on held-out questions\n\t$(SWITCHKD) eval --config eval.yaml\n\n",
         "eval_baseline": "\t$(SWITCHKD) eval --config eval.yaml --model runs/baseline --output eval/baseline",
         "eval_folder": "eval ",
         "eval_words": "eval, ",
@@ -190,6 +186,9 @@ def _scores(options: NewOptions, images: Path | None, code: Mapping[str, Any]) -
         "finish_words": "Scores and the report",
         "finish_text": "scores and the report on one",
     }
+    if data is not None:
+        return told
+    return dict.fromkeys(told, "") | {"finish_words": "The report", "finish_text": "and the report on one"}
 
 
 def _check_words(options: NewOptions, teacher: Path, data: Path, images: Path | None, template: str) -> str:
