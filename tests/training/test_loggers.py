@@ -159,3 +159,15 @@ def test_the_option_in_a_file_and_several_times(options, tmp_path):
     assert "'neptune' is not one of 'tensorboard', 'wandb', 'trackio'" in caught.value.format_message()
     with pytest.raises(ConfigError, match="log_to is one of tensorboard, wandb, trackio, got 'neptune'"):
         replace(options, log_to=("neptune",))
+
+
+@pytest.mark.slow
+@needs("tensorboard")
+def test_one_process_of_two_sends(options, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = training.two_processes(options, tmp_path, steps=2, batch_size=2, log_to="tensorboard")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "two/tensorboard").iterdir()
+    events = EventAccumulator(str(file)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
