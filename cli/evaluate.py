@@ -80,7 +80,10 @@ def _exact_match(options: dict[str, Any]) -> None:
     from switchkd.pipelines.evaluation.exact_match import evaluate
 
     scores = evaluate(EvalOptions(**options))
-    echo(f"exact match {scores.accuracy:.4f} over {scores.questions:,} questions; skipped: {lines_of(scores.skipped)}")
+    sample = "" if scores.limited_to is None else ", a sample"
+    echo(
+        f"exact match {scores.accuracy:.4f} over {scores.questions:,} questions{sample}; skipped: {lines_of(scores.skipped)}"
+    )
     for kind, share in scores.by_type.items():
         echo(f"  {kind:<16} {share:.4f}")
     echo(f"predictions: {scores.predictions}")
