@@ -194,7 +194,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_everything_is_looked_at_before_any_work(place, monkeypatch, mistake):
     entries, error, message = MISTAKES[mistake]
-    calls = [counted(monkeypatch, name) for name in ("train", "cache_teacher", "evaluate")]
+    calls = [counted(monkeypatch, name) for name in ("train", "cache_teacher", "judge")]
     with pytest.raises(error, match=message):
         ablate(options_of(change(place, **entries)))
     assert calls == [[], [], []]
@@ -245,7 +245,7 @@ def test_what_a_later_command_would_refuse_is_refused_before_any_work(place, mon
     else:
         content[entry] |= {name: str(place / value) if name == "images" else value for name, value in change_of.items()}
     save(place, content | {"matrix": {"seed": 0}})
-    calls = [counted(monkeypatch, name) for name in ("train", "cache_teacher", "evaluate")]
+    calls = [counted(monkeypatch, name) for name in ("train", "cache_teacher", "judge")]
     with pytest.raises(InputError, match=message):
         ablate(options_of(place))
     assert calls == [[], [], []]

@@ -53,7 +53,7 @@ def run_benchmarks(options: BenchmarkOptions) -> str:
     Raises:
         InputError: a file is missing, a task is unknown, or `output` holds answers of another model or to other questions.
     """
-    tasks = _read_tasks(options)
+    tasks = read_tasks(options)
     if options.score_only:
         for task in tasks:
             _check_record(task)
@@ -64,7 +64,7 @@ def run_benchmarks(options: BenchmarkOptions) -> str:
     return write_scoreboard(options.output, options.baseline)
 
 
-def _read_tasks(options: BenchmarkOptions) -> list[Task]:
+def read_tasks(options: BenchmarkOptions) -> list[Task]:
     """Read all questions first, so that a missing file of the last benchmark is reported before work on the first begins."""
     parsed = parse_tasks(options.tasks)
     found = [find_files(benchmark, options.benchmarks, split) for benchmark, split in parsed]
