@@ -106,10 +106,3 @@ def default_device() -> str:
 def lines_of(counts: dict[str, int]) -> str:
     """Return counts as words: "3 image_missing, 1 too_long", or "none"."""
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "none"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the most readable unit: "28 seconds", "12 minutes", "3.4 hours"."""
-    if seconds < 120:
-        return f"{seconds:,.0f} seconds"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

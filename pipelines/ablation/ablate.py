@@ -56,7 +56,7 @@ def ablate(options: AblateOptions) -> Ablation:
         for job in jobs:
             if job.result.is_file():
                 continue
-            log.info("cell: %s", job.name)
+            log.info("cell %d of %d: %s", progress.done + 1, len(jobs), job.name)
             found = _finish(job, options, watch)
             files = write_report(options.workdir, recipe, _results(jobs), final=False)
             progress.advance(1, note=f"{job.name}: {found.measure} {found}")

@@ -27,6 +27,7 @@ from switchkd.pipelines.evaluation.sampling import sample_of
 from switchkd.pipelines.model_template import template_of_model
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, RECORD, record, write_atomically
+from switchkd.waits import Waiting
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ def run_benchmarks(options: BenchmarkOptions) -> str:
     else:
         _answer_all(tasks, options)
     for task in tasks:
-        _score(task)
-    return write_scoreboard(options.output, options.baseline)
+        with Waiting(f"scoring {task.benchmark.name} ({task.split})"):
+            _score(task)
+    with Waiting("comparing with the baseline" if options.baseline else "writing the table"):
+        return write_scoreboard(options.output, options.baseline)
 
 
 def read_tasks(options: BenchmarkOptions) -> list[Task]:
@@ -71,7 +74,8 @@ def read_tasks(options: BenchmarkOptions) -> list[Task]:
     tasks = []
     for (benchmark, split), data in zip(parsed, found, strict=True):
         try:
-            questions = benchmark.read(data, split)
+            with Waiting(f"reading the questions of {benchmark.name} ({split})"):
+                questions = benchmark.read(data, split)
         except (KeyError, TypeError, IndexError) as error:
             raise DataError(f"{benchmark.name} ({split}): a file is not in the published format: {error!r}") from error
         if len({question.id for question in questions}) != len(questions) or not questions:
