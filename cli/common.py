@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from switchkd.printable import printable
+from switchkd.waits import Waiting
 
 PATH = click.Path(path_type=Path)
 
@@ -82,6 +83,11 @@ def quiet_libraries() -> None:
     logger = logging.getLogger("switchkd")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+
+
+def importing() -> Waiting:
+    """Return a context for the imports of a command that needs torch: they take seconds, more on a network file system."""
+    return Waiting("importing torch and transformers")
 
 
 class _Formatter(logging.Formatter):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from switchkd.cli.common import config_option, echo, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, echo, importing, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, options_of
 from switchkd.pipelines.given import require_given
 from switchkd.pipelines.run_folder import SUMMARY
@@ -43,7 +43,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     done = _finished(resolved)
     if done is None:
         require_given(TrainOptions, vars(resolved))
-        from switchkd.pipelines.training.train import train
+        with importing():
+            from switchkd.pipelines.training.train import train
 
         done = train(resolved)
     if not first:
