@@ -4,6 +4,7 @@ Each `Literal` is the type of an option. The meaning of its values is documented
 `losses/objective.py`, tail policies in `losses/signals.py`, image modes in `models/checkpoint.py`, payloads in `stores/layout.py`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,12 +20,18 @@ HiddenDtype = Literal["steps", "float16", "bfloat16"]
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 StoreLocation = Path | str  # a folder, or the URL of a prefix of an object store
+MIXTURE_ENDINGS = (".yaml", ".yml")  # by which a mixture of data files is told from a data file
 
 MAX_IMAGE_PIXELS = 1 << 26  # larger images are refused before decoding
 MAX_SKIPPED = 0.01  # share of a data file's samples; a run that skips more stops
 # Of transformers, for `train`: older versions cannot run Llava's LM head at selected rows only. Capture needs 5.16 or newer.
 OLDEST_FOR_TRAINING = "5.22"
 LDPV2_GRID = 12  # LDPv2's published output is 12×12 tokens
+
+
+def is_mixture(data: Path) -> bool:
+    """Whether a path given as data is that of a mixture of data files, by its ending."""
+    return data.suffix.lower() in MIXTURE_ENDINGS
 
 
 def check_objective(
@@ -51,3 +58,17 @@ def check_objective(
     ways = get_args(NormalizeBy)
     if normalize_by not in ways:
         raise ConfigError(f"the mean is one over {'s or over '.join(ways)}s, got {normalize_by!r}")
+
+
+LORA_PARTS = ("language", "vision")  # parts of a student that may train as LoRA; a projector is small and trains whole
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which linear layers of a student train as LoRA, and how; see `switchkd.models.lora`."""
+
+    rank: int
+    alpha: float  # the product of the two matrices is multiplied by alpha / rank
+    dropout: float = 0.0  # of what enters the matrices
+    parts: frozenset[str] = frozenset({"language"})  # of `LORA_PARTS`
+    targets: tuple[str, ...] | None = None  # last parts of module names, such as "q_proj"; None: every linear layer

@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from switchkd.errors import ConfigError
+from switchkd.pipelines.mixture import require_folder_of_stores
 from switchkd.pipelines.options import option, options_class
 from switchkd.settings import (
     MAX_IMAGE_PIXELS,
@@ -14,6 +15,7 @@ from switchkd.settings import (
     PayloadName,
     StoreLocation,
     TailPolicy,
+    is_mixture,
 )
 
 # Headings of the help, in its order.
@@ -41,9 +43,15 @@ class CacheOptions:
     teacher: Path = option(
         names="checkpoint", group=FIRST, help="Checkpoint folder of the teacher, of any family of `switchkd models`."
     )
-    data: Path = option(names="data", group=FIRST, help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow.")
+    data: Path = option(
+        names="data",
+        group=FIRST,
+        help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow; or a mixture of them (YAML).",
+    )
     out: StoreLocation = option(
-        group=FIRST, help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued."
+        group=FIRST,
+        help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued. Of a mixture: "
+        "the folder of its stores.",
     )
     images: Path | None = option(
         names="images", default=None, group=FIRST, help="Folder that the data file's image paths start from."
@@ -188,7 +196,9 @@ class CacheOptions:
         index, count = self.shard
         if not 0 <= index < count:
             raise ConfigError(f"shard {index}/{count}: the first number runs from 0 to {count - 1}")
-        if PurePosixPath(str(self.out)).suffix != ".zarr":
+        if is_mixture(self.data):
+            require_folder_of_stores(self.out, self.data)
+        elif PurePosixPath(str(self.out)).suffix != ".zarr":
             raise ConfigError(f"a store's name ends in .zarr, got {self.out}")
         if not self.fine <= self.coarse:
             raise ConfigError(f"0 < fine <= coarse is needed, got fine = {self.fine:g}, coarse = {self.coarse:g}")

@@ -63,19 +63,26 @@ class CaptureWorker:
     Args:
         manifest: of the store, if it is available already; else it is built, which reads the teacher's weights once.
         anew: committed parts that are to be replaced when they have been captured again.
+        lender: a worker with the same teacher, and the same options about it and images, whose teacher is used; None opens one.
 
     Raises:
         InputError: something given cannot be used.
     """
 
     def __init__(
-        self, options: CacheOptions, manifest: Manifest | None = None, anew: frozenset[int] = frozenset()
+        self,
+        options: CacheOptions,
+        manifest: Manifest | None = None,
+        anew: frozenset[int] = frozenset(),
+        lender: "CaptureWorker | None" = None,
     ) -> None:
-        self.anew = anew
+        self.anew, self.lender = anew, lender
         self.options = options = resolve_payload(options)
-        self.checkpoint = with_image_mode(
-            open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode, options.max_pixels
-        )
+        if lender is None:
+            opened = open_checkpoint(options.teacher, options.trust_remote_code)
+            self.checkpoint = with_image_mode(opened, options.image_mode, options.max_pixels)
+        else:
+            self.checkpoint = lender.checkpoint
         if options.backend == "transformers":
             self.checkpoint.require_whole_weights("pass it, or the checkpoint that it was made from")
         self.samples = SampleFile(options.data)
@@ -94,7 +101,9 @@ class CaptureWorker:
 
     @cached_property
     def backend(self) -> Backend:
-        """The teacher, compared with transformers' where `--check` asks for it."""
+        """The teacher, compared with transformers' where `--check` asks for it; that of `lender`, if there is one."""
+        if self.lender is not None:
+            return self.lender.backend
         samples, expected = self._samples_to_check(), list[States]()
         backend = self._open_backend(lambda: expected.extend(self._with_transformers(samples)))
         for states in expected:
@@ -149,6 +158,10 @@ class CaptureWorker:
     def writer(self) -> StoreWriter:
         """The store, created if it does not exist."""
         return StoreWriter(self.options.out, self.manifest, self._tables)
+
+    def open_store(self) -> None:
+        """Open the store, or create it. Raises StoreMismatch if it is that of another teacher, data file or payload."""
+        self.writer  # noqa: B018 - compares the manifests
 
     def _tables(self) -> StoreTables:
         return probe_tables(

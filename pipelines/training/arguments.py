@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
@@ -47,7 +47,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         "seed": options.seed,
         "logging_steps": options.log_every,
         "save_steps": options.save_every,
-        "save_total_limit": 2,
+        "save_total_limit": options.keep,
         "dataloader_num_workers": options.workers or 0,
         "remove_unused_columns": False,  # the collator's teacher columns are not arguments of the model's forward
         "ddp_find_unused_parameters": False,  # every trainable parameter receives a gradient in every batch, see SwitchTrainer
@@ -91,11 +91,13 @@ def _words(kind: Any) -> str:
     return text.replace("typing.", "").replace("transformers.", "")
 
 
-def fit_to_data(arguments: TrainingArguments, options: TrainOptions, store: TeacherStore | None, samples: int) -> None:
-    """Set the number of steps over `samples` usable samples, and how loader processes begin. Raises ConfigError."""
+def fit_to_data(
+    arguments: TrainingArguments, options: TrainOptions, stores: Sequence[TeacherStore], samples: int
+) -> None:
+    """Set the number of steps over `samples` samples an epoch, and how loader processes begin. Raises ConfigError."""
     assert options.global_batch is not None
     arguments.max_steps = options.steps or math.ceil(options.epochs * samples / options.global_batch)
-    if store is not None and not store.storage.survives_fork and arguments.dataloader_num_workers:
+    if arguments.dataloader_num_workers and not all(store.storage.survives_fork for store in stores):
         arguments.dataloader_multiprocessing_context = arguments.dataloader_multiprocessing_context or "spawn"
     _try_schedule(arguments)
 

@@ -37,6 +37,14 @@ def check_baseline(options: "TrainOptions") -> None:
         raise ConfigError(f"objective {options.objective} compares one tokenizer's logits: leave --vocab-map out")
 
 
+def check_lora(options: "TrainOptions", trained: frozenset[str]) -> None:
+    """Raise ConfigError for LoRA that does not go together with the `trained` parts, see `LoraOptions.as_lora`, or a profile."""
+    if options.as_lora(trained) is not None and options.profile == "zero3":
+        raise ConfigError(
+            "--lora trains with --profile ddp or fsdp: DeepSpeed's checkpoints, from which zero3 resumes, hold no merged student"
+        )
+
+
 def check_int8_teacher(options: "TrainOptions") -> None:
     """Raise ConfigError for an int8 teacher where a run cannot use one."""
     if options.teacher_dtype != "int8":

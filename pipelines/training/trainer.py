@@ -38,6 +38,9 @@ from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.stored_teacher import TeacherSource
 from switchkd.pipelines.training.batches.sampler import StepBatches
 from switchkd.pipelines.training.cost_model import CostModel
+from switchkd.pipelines.training.held_out.best import BestStudent
+from switchkd.pipelines.training.held_out.evaluating_trainer import EvaluatingTrainer
+from switchkd.pipelines.training.held_out.evaluator import Evaluator
 from switchkd.pipelines.training.lifecycle.stopping import begin_worker
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
@@ -50,7 +53,7 @@ NO_DISTANCE = 1e-6  # nats per position; a VSD that is mathematically 0 is at mo
 log = logging.getLogger(__name__)
 
 
-class SwitchTrainer(CheckpointHooks):
+class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
     """Minimises CE + λ1·Align + λ2·VSD; each the objective's mean over the global batch (all devices and micro-batches).
 
     Args:
@@ -65,6 +68,7 @@ class SwitchTrainer(CheckpointHooks):
         cost_model: computes the FLOPs of a step; None leaves them out of the log.
         peak_tflops: of one device, for MFU.
         left_out: counts the samples that turn out to be unusable; None where a store knows them all.
+        evaluator: of held-out samples; None without. best: keeps the best student by them.
         arguments: those of `transformers.Trainer`.
     """
 
@@ -82,10 +86,12 @@ class SwitchTrainer(CheckpointHooks):
         cost_model: CostModel | None = None,
         peak_tflops: float | None = None,
         left_out: LeftOut | None = None,
+        evaluator: Evaluator | None = None,
+        best: BestStudent | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.left_out = left_out
+        self.left_out, self.evaluator, self.best = left_out, evaluator, best
         self.objective, self.peak_tflops = objective, peak_tflops
         self.meter = StepMetrics(
             cost_model,

@@ -11,7 +11,7 @@ from training import history, interrupt_after
 
 from switchkd.errors import ConfigError, RunError, SwitchKDError
 from switchkd.pipelines.preflight import survey
-from switchkd.pipelines.training import inputs, model_setup
+from switchkd.pipelines.training import joining, model_setup
 from switchkd.pipelines.training import train as train_module
 from switchkd.pipelines.training.arguments import training_arguments
 from switchkd.pipelines.training.inputs import resolve_options
@@ -33,7 +33,7 @@ def untouched(monkeypatch):
         pytest.fail("a sample or a model was read")
 
     monkeypatch.setattr(survey.SampleInspector, "inspect", touched)
-    monkeypatch.setattr(inputs, "TrainingSamples", touched)
+    monkeypatch.setattr(joining, "TrainingSamples", touched)
     monkeypatch.setattr(model_setup, "load_model", touched)
 
 
@@ -107,7 +107,10 @@ def test_row_19_every_entry_with_every_kind_of_value(options, name):
         ({"torch_empty_cache_steps": 0}, "trainer: torch_empty_cache_steps should be at least 1 and finite, found 0"),
         ({"adam_epsilon": math.nan}, "trainer: adam_epsilon should be at least 0 and finite, found nan"),
         ({"full_determinism": "yes"}, "trainer: full_determinism should be bool, found 'yes'"),
-        ({"eval_strategy": "steps"}, "trainer: eval_strategy is refused: no evaluation runs while a student trains"),
+        (
+            {"eval_strategy": "steps"},
+            "trainer: eval_strategy is refused: use --eval-data, which evaluates a student while it trains",
+        ),
         ({"fsdp": "full_shard"}, "trainer: fsdp is refused: use --profile fsdp"),
     ],
 )
