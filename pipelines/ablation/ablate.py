@@ -7,6 +7,7 @@ once per data file that is distilled. What can be checked is checked before any 
 import json
 import logging
 import subprocess
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import yaml
 
 from switchkd.errors import RunError
 from switchkd.pipelines.ablation.checks import check, prepare
-from switchkd.pipelines.ablation.judge import Judgement, judge
+from switchkd.pipelines.ablation.comparisons import write_comparisons
+from switchkd.pipelines.ablation.evaluation import Evaluation, evaluate
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.plan import Job, Run, plan_jobs
 from switchkd.pipelines.ablation.recipe import read_recipe
@@ -36,6 +38,7 @@ class Ablation:
     files: tuple[Path, ...]
     cells: int
     done_before: int
+    left: int = 0  # not begun, because the time was up
 
 
 def ablate(options: AblateOptions) -> Ablation:
@@ -49,23 +52,30 @@ def ablate(options: AblateOptions) -> Ablation:
     jobs = list(plan_jobs(recipe, options))
     check(recipe, options, jobs)
     prepare(recipe, options, jobs)
-    watch = Stopwatch(options.workdir / "seconds.json")
+    watch, start = Stopwatch(options.workdir / "seconds.json"), time.monotonic()
     before = sum(job.result.is_file() for job in jobs)
     files: tuple[Path, ...] = ()
     with Progress(recipe.name, len(jobs), "cells", done=before, bar=False) as progress:
         for job in jobs:
             if job.result.is_file():
                 continue
+            if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+                break
             log.info("cell %d of %d: %s", progress.done + 1, len(jobs), job.name)
             found = _finish(job, options, watch)
             files = write_report(options.workdir, recipe, _results(jobs), final=False)
             progress.advance(1, note=f"{job.name}: {found.measure} {found}")
     results = _results(jobs)
-    files = write_report(options.workdir, recipe, results, final=True)
-    return Ablation(files[0].read_text(), files, len(jobs), before)
+    files = write_report(options.workdir, recipe, results, final=bool(results))
+    left = len(jobs) - len(results)
+    if recipe.compare is not None and not left:
+        files += (write_comparisons(options.workdir, recipe, jobs),)
+    return Ablation(
+        "\n".join(path.read_text() for path in files if path.suffix == ".md"), files, len(jobs), before, left
+    )
 
 
-def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> Judgement:
+def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> Evaluation:
     """Run the remaining steps of a job, write its result, and return its evaluation."""
     for run in job.runs:
         if run.cache is not None:
@@ -75,7 +85,7 @@ def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> Judgement:
             with watch.timing(run.name):
                 _train(run, options)
     with watch.timing(f"eval {job.evaluation.output.name}"):
-        found = judge(job.evaluation)
+        found = evaluate(job.evaluation)
     result = Result(
         cell=None if job.cell is None else asdict(job.cell),
         name=job.name,

@@ -8,14 +8,14 @@ from switchkd.pipelines.evaluation.benchmarks.layouts import find_files
 from switchkd.pipelines.evaluation.benchmarks.registry import parse_tasks
 from switchkd.pipelines.evaluation.benchmarks.results import read_results
 from switchkd.pipelines.evaluation.benchmarks.run import run_benchmarks
-from switchkd.pipelines.evaluation.exact_match import evaluate
+from switchkd.pipelines.evaluation.exact_match import evaluate as exact_match
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 
 ACCURACY, MEAN_SCORE = "accuracy", "mean score"
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Evaluation:
     """What an evaluation found."""
 
     measure: str  # ACCURACY, 0 … 1, or MEAN_SCORE, of benchmarks, 0 … 100
@@ -27,17 +27,17 @@ class Judgement:
         return f"{self.value:.4f}" if self.measure == ACCURACY else f"{self.value:.2f}"
 
 
-def judge(options: EvalOptions | BenchmarkOptions) -> Judgement:
+def evaluate(options: EvalOptions | BenchmarkOptions) -> Evaluation:
     """Evaluate a model; an interrupted evaluation goes on.
 
     Raises:
         RunError: a benchmark has no score, for the reason that it names.
     """
     if isinstance(options, EvalOptions):
-        scores = evaluate(options)
+        scores = exact_match(options)
         label = "" if scores.limited_to is None else f" (sample of {scores.limited_to:,})"
         parts = {kind + label: share for kind, share in scores.by_type.items()}
-        return Judgement(ACCURACY, scores.accuracy, parts, scores.questions)
+        return Evaluation(ACCURACY, scores.accuracy, parts, scores.questions)
     run_benchmarks(options)
     found = {(result.name, result.split): result for result in read_results(options.output)}
     parts, questions = {}, 0
@@ -52,7 +52,7 @@ def judge(options: EvalOptions | BenchmarkOptions) -> Judgement:
         said += [] if result.limited_to is None else [f"sample of {result.limited_to:,}"]
         parts[benchmark.title + (f" ({', '.join(said)})" if said else "")] = result.score
         questions += result.units
-    return Judgement(MEAN_SCORE, sum(parts.values()) / len(parts), parts, questions)
+    return Evaluation(MEAN_SCORE, sum(parts.values()) / len(parts), parts, questions)
 
 
 def check_tasks(options: BenchmarkOptions) -> None:

@@ -1,4 +1,4 @@
-"""Ablations that are judged on benchmarks: columns of scores, answers kept by benchmark, mistakes told before any work."""
+"""Ablations that are evaluated on benchmarks: columns of scores, answers kept by benchmark, mistakes told before any work."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ import yaml
 from switchkd.errors import ConfigError, DataError, InputError, RunError
 from switchkd.pipelines.ablation import ablate as module
 from switchkd.pipelines.ablation.ablate import ablate
-from switchkd.pipelines.ablation.judge import judge
+from switchkd.pipelines.ablation.evaluation import evaluate
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.plan import plan_jobs
 from switchkd.pipelines.ablation.recipe import read_recipe
@@ -29,7 +29,7 @@ def benchmarks(tmp_path_factory):
 
 @pytest.fixture
 def place(teacher, student, benchmarks, tmp_path):
-    """A recipe of one step of SFT on tiny checkpoints, judged on two benchmarks."""
+    """A recipe of one step of SFT on tiny checkpoints, evaluated on two benchmarks."""
     data = tiny.data(tmp_path / "data", tiny.rows(4))
     common = {"data": str(data), "images": str(data.parent / "images"), "template": "qa"}
     content = {
@@ -48,7 +48,7 @@ def save(folder, content):
     return folder
 
 
-def judged_on(place, **entries):
+def evaluated_on(place, **entries):
     content = yaml.safe_load((place / "tiny.yaml").read_text())
     content["evaluate"] |= entries
     return save(place, {name: value for name, value in content.items() if value is not None})
@@ -80,15 +80,15 @@ def test_scores_are_columns_and_answers_are_kept_by_benchmark(place, asked, monk
     # Another benchmark asks its own questions alone, and trains nothing.
     asked.clear()
     monkeypatch.setattr(module, "train", None)
-    again = ablate(options_of(judged_on(place, tasks=["gqa", "pope", "vizwiz"])))
+    again = ablate(options_of(evaluated_on(place, tasks=["gqa", "pope", "vizwiz"])))
     assert set(asked) == {"a.jpg", "b.jpg"} and len(asked) == 4
     assert "| GQA | POPE | VizWiz (val) |" in again.table
     asked.clear()
-    sample = ablate(options_of(judged_on(place, tasks=["gqa"], limit=2)))
+    sample = ablate(options_of(evaluated_on(place, tasks=["gqa"], limit=2)))
     assert "| GQA (sample of 2) |" in sample.table and asked == []
 
 
-def test_a_recipe_replaces_what_its_base_is_judged_on(benchmarks, tmp_path):
+def test_a_recipe_replaces_what_its_base_is_evaluated_on(benchmarks, tmp_path):
     evaluate = {"tasks": ["gqa:testdev"], "benchmarks": str(benchmarks)}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"base": "table3", "evaluate": evaluate}))
     names = ("teacher_3b", "student_05b", "pt_data", "pt_images", "ft_data", "ft_images")
@@ -98,6 +98,15 @@ def test_a_recipe_replaces_what_its_base_is_judged_on(benchmarks, tmp_path):
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(on_file))
     recipe = read_recipe(str(tmp_path / "file.yaml"), dict.fromkeys(names, "x"), Path("work"))
     assert recipe.evaluate == {"data": Path("d.json"), "template": "qwen2_base"}
+
+
+def test_comparisons_need_all_answers_to_a_data_file(place):
+    content = yaml.safe_load((place / "tiny.yaml").read_text())
+    compare = {"arms": {"a": {"objective": "sft"}}, "pairs": []}
+    for evaluate in (content["evaluate"], {"data": "d.json", "limit": 3}):
+        save(place, content | {"compare": compare, "evaluate": evaluate})
+        with pytest.raises(ConfigError, match="compare reads all answers to a data file"):
+            read_recipe(str(place / "tiny.yaml"), {}, place)
 
 
 MISTAKES = {
@@ -117,7 +126,7 @@ def test_mistakes_are_told_before_any_work(place, monkeypatch, mistake):
     entries, error, message = MISTAKES[mistake]
     monkeypatch.setattr(module, "train", None)
     with pytest.raises(error, match=message) as told:
-        ablate(options_of(judged_on(place, **entries)))
+        ablate(options_of(evaluated_on(place, **entries)))
     assert isinstance(told.value, InputError) and not (place / "work/runs").exists()
 
 
@@ -126,7 +135,7 @@ def test_a_benchmark_without_a_score_ends_the_run(teacher, benchmarks, tmp_path)
         tasks=("mme",), benchmarks=benchmarks, output=tmp_path, model=teacher, template="qa", max_length=4
     )
     with pytest.raises(RunError, match=r"mme \(test\) has no score: no answer at all, see .*retry_failed: true"):
-        judge(options)
+        evaluate(options)
 
 
 def test_names_of_earlier_evaluations_stay(place):
