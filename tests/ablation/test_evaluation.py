@@ -103,8 +103,8 @@ def test_a_recipe_replaces_what_its_base_is_evaluated_on(benchmarks, tmp_path):
 def test_comparisons_need_all_answers_to_a_data_file(place):
     content = yaml.safe_load((place / "tiny.yaml").read_text())
     compare = {"arms": {"a": {"objective": "sft"}}, "pairs": []}
-    for evaluate in (content["evaluate"], {"data": "d.json", "limit": 3}):
-        save(place, content | {"compare": compare, "evaluate": evaluate})
+    for given in (content["evaluate"], {"data": "d.json", "limit": 3}):
+        save(place, content | {"compare": compare, "evaluate": given})
         with pytest.raises(ConfigError, match="compare reads all answers to a data file"):
             read_recipe(str(place / "tiny.yaml"), {}, place)
 
