@@ -63,6 +63,7 @@ FLOORS = {
     "pipelines/training/lifecycle": 6,
     "pipelines/training": 7,
     "pipelines/release": 8,
+    "pipelines/project": 8,
     "pipelines/reporting": 8,
     "pipelines/demo": 8,
     "pipelines/ablation": 9,

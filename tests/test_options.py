@@ -24,6 +24,7 @@ from switchkd.pipelines.demo.options import DemoOptions
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 from switchkd.pipelines.options import bounds, fields_of, option, options_class, shown, value_of_option
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
+from switchkd.pipelines.project.options import NewOptions
 from switchkd.pipelines.release.options import ChatOptions, ExportOptions
 from switchkd.pipelines.reporting.options import AttendOptions, ReportOptions
 from switchkd.pipelines.training.options import Schedule, TrainOptions
@@ -47,6 +48,7 @@ COMMANDS = {
     ("export",): (ExportOptions,),
     ("chat",): (ChatOptions,),
     ("demo",): (DemoOptions,),
+    ("new",): (NewOptions,),
 }
 GROUPED = (("train",), ("cache-teacher",), ("eval",))
 # Each is refused when the options are made, wherever they come from, and names the option.
