@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-triton test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -73,6 +73,10 @@ test-deepspeed: install  ## --profile zero3 with DeepSpeed itself, two processes
 test-torchao: install  ## --teacher-dtype int8 with torchao itself
 	$(PIP) install --quiet --constraint constraints.txt torchao
 	$(BIN)/python -m pytest tests/training/test_int8_teacher.py
+
+test-triton: install  ## Triton's selection kernels in its interpreter, on a CPU (200 MB from PyPI)
+	$(PIP) install --quiet --no-deps 'triton>=3.7'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/losses/test_triton_selection.py
 
 test-gpu: install  ## selection, losses, capture and training on a CUDA device, beside the CPU
 	$(BIN)/python -m pytest -m gpu
