@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.options import option, options_class
-from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, parts_of
+from switchkd.pipelines.training.option_checks import (
+    PARTS,
+    check_baseline,
+    check_copies,
+    check_experimental,
+    check_int8_teacher,
+    check_vsd_share,
+    experimental_of,
+    parts_of,
+)
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     MAX_SKIPPED,
@@ -115,6 +124,15 @@ class TrainOptions:
         default=False,
         group=MODELS,
         help="The teacher has another tokenizer: compare entries and positions that stand for the same text.",
+    )
+    vsd_share: float | None = option(
+        default=None,
+        above=0,
+        at_most=1,
+        group=OBJECTIVE,
+        help="The share of the image samples that pass the switch pathway, drawn anew in every epoch; VSD is divided by it. "
+        "Less time, the same mean, more variance.",
+        unset="1: all of them",
     )
     temperature: float | None = option(
         default=None,
@@ -238,10 +256,11 @@ class TrainOptions:
         group=SCALE,
         help="Under torchrun: whole models in every process; sharded by FSDP2; sharded by DeepSpeed.",
     )
-    precision: Literal["float32", "bfloat16"] | None = option(
+    precision: Literal["float32", "bfloat16", "bfloat16-copies"] | None = option(
         default=None,
         group=SCALE,
-        help="bfloat16: autocast over float32 weights.",
+        help="bfloat16: autocast over float32 weights; bfloat16-copies: everything in bfloat16, with copies of the float32 "
+        "weights that are made once a step.",
         unset="bfloat16 on a GPU that computes in it, else float32; a begun run keeps its own",
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
@@ -250,6 +269,14 @@ class TrainOptions:
         help="The dtype of the frozen teacher's weights; auto: bfloat16 under --precision bfloat16, else as the "
         "checkpoint has them; "
         "int8: the layers of its LLM, everything else as auto.",
+    )
+    experimental: str | None = option(
+        default=None,
+        group=SCALE,
+        metavar="LIST",
+        help="Ways of running a step that no GPU has confirmed yet: varlen-attention (of packed rows, in one kernel), "
+        "triton-selection, compile-layers; separated by commas.",
+        unset="none",
     )
     student_checkpointing: bool = option(
         default=False,
@@ -297,6 +324,9 @@ class TrainOptions:
         self.as_parts()
         check_baseline(self)
         check_int8_teacher(self)
+        check_experimental(self)
+        check_copies(self)
+        check_vsd_share(self)
 
     def as_objective(self) -> "Objective":
         """Return the objective."""
@@ -328,6 +358,15 @@ class TrainOptions:
                 "the switch pathway teaches the vision tower alone: add vision to --train-parts, or pass --no-switch"
             )
         return parts
+
+    def as_experimental(self) -> frozenset[str]:
+        """Return the ways of running a step that `experimental` lists."""
+        return experimental_of(self.experimental)
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the models compute in bfloat16."""
+        return self.precision in ("bfloat16", "bfloat16-copies")
 
     def part_rates(self) -> dict[str, float]:
         """Return the peak learning rates of the parts that have their own."""

@@ -81,7 +81,7 @@ def tell_plan(
         width,
         processes=arguments.world_size,
         sharded=SHARDED[options.profile],
-        half=options.precision == "bfloat16",
+        half=options.in_bfloat16,
         student_checkpointed=options.student_checkpointing,
         teacher_checkpointed=options.teacher_checkpointing,
         masked=options.packing is not None and not uses_block_attention(language_model_of(cost_model.student)),
@@ -145,6 +145,8 @@ def line_of(logs: dict[str, Any]) -> str:
     ]
     if "left_out" in logs:
         said.append(f"left out {logs['left_out']:,} samples")
+    if "compiled_graphs" in logs:
+        said.append(f"compiled {logs['compiled_graphs']} graphs, {logs['not_compiled']} frames not")
     if "tflops_per_second" in logs:
         said.append(f"{logs['tflops_per_second']:.3g} TFLOP/s")
     if "mfu" in logs:

@@ -15,6 +15,7 @@ from switchkd.data.encoded import pad_id_of
 from switchkd.errors import ConfigError, Stopped
 from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
+from switchkd.pipelines.training import experimental
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
 from switchkd.pipelines.training.batches.collator import Collator, empty_sample, placeholder_sample
 from switchkd.pipelines.training.failures import report_last_checkpoint
@@ -24,6 +25,7 @@ from switchkd.pipelines.training.lifecycle.lock import one_run
 from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
 from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, leave_group, stop_requests
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
+from switchkd.pipelines.training.option_checks import COMPILE
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import require_checkpoint
 from switchkd.pipelines.training.plot import plot_run
@@ -68,6 +70,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     resume = agree_on_checkpoint(run, sealed=SEALED in before)
     if resume is not None:
         require_checkpoint(options.profile, resume, arguments.world_size)
+    experimental.begin(options, arguments)
     inputs = open_inputs(options)
     options = inputs.options
     fit_to_data(arguments, options, inputs.store, len(inputs.samples))
@@ -122,6 +125,8 @@ def _make_trainer(
         peak_tflops=options.peak_tflops,
         left_out=inputs.samples.left_out,
         part_rates=options.part_rates(),
+        half_copies=options.precision == "bfloat16-copies",
+        compiled=COMPILE in options.as_experimental(),
         model=models.student,
         args=arguments,
         train_dataset=inputs.samples,

@@ -38,6 +38,8 @@ from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.stored_teacher import TeacherSource
 from switchkd.pipelines.training.batches.sampler import StepBatches
 from switchkd.pipelines.training.cost_model import CostModel
+from switchkd.pipelines.training.experimental import compilations
+from switchkd.pipelines.training.half_copies import HalfCopies
 from switchkd.pipelines.training.lifecycle.stopping import begin_worker
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
@@ -64,6 +66,8 @@ class SwitchTrainer(CheckpointHooks):
         group_by: which samples share a batch, see `EpochOrder`.
         cost_model: computes the FLOPs of a step; None leaves them out of the log.
         peak_tflops: of one device, for MFU.
+        half_copies: the student computes with bfloat16 copies of its weights, see `half_copies.HalfCopies`.
+        compiled: the layers are compiled, see `experimental.compile_layers`; the log counts what was.
         left_out: counts the samples that turn out to be unusable; None where a store knows them all.
         arguments: those of `transformers.Trainer`.
     """
@@ -82,6 +86,8 @@ class SwitchTrainer(CheckpointHooks):
         cost_model: CostModel | None = None,
         peak_tflops: float | None = None,
         left_out: LeftOut | None = None,
+        half_copies: bool = False,
+        compiled: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -105,6 +111,10 @@ class SwitchTrainer(CheckpointHooks):
         if source is not None:
             source.to(self.args.device)
         self.part_rates = part_rates or {}
+        self.half_copies: HalfCopies | None = (
+            None  # made in the first step, when the model has its device and its weights
+        )
+        self.uses_half_copies, self.compiled = half_copies, compiled
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole accumulated batch
         self._logged = torch.zeros(
             len(LOSS_TERMS) + 2, dtype=torch.float64
@@ -143,6 +153,16 @@ class SwitchTrainer(CheckpointHooks):
             state = self.accelerator.state
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward passes of one micro-batch; both read the copies of the weights, where there are copies."""
+        if self.uses_half_copies and self.half_copies is None:
+            self.half_copies = HalfCopies(self.model, self.optimizer.optimizer)  # unwrap accelerate's wrapper
+        with nullcontext() if self.half_copies is None else self.half_copies.in_place():
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -326,6 +346,8 @@ class SwitchTrainer(CheckpointHooks):
                     logs["left_out"] = len(self.left_out.rows)
             peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
             logs |= self.meter.take(self.accelerator, self._averaged, peak)
+            if self.compiled:
+                logs |= compilations()
             first = self.state.log_history == [] and self.is_world_process_zero()
             if self.objective.switch and first and means["vsd"] < NO_DISTANCE:
                 log.warning(

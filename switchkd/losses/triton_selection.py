@@ -1,8 +1,8 @@
 """Selection of leading logits in Triton kernels: histogram and threshold, compaction, knee; the sort is torch's.
 
 Results are those of `selection`, which calls this module on CUDA if asked to (`selection.use_kernels`). A row is read three
-times and no tensor of its size is written. The host waits for the device once per call, for the number of entries to sort; the torch
-code waits six times. Kernels run one program a row. Triton's interpreter runs them on a CPU (`make test-triton`).
+times and no tensor of its size is written. The host waits for the device once per call, for the number of entries to sort; torch
+operators wait six times. Kernels run one program a row. Triton's interpreter runs them on a CPU (`make test-triton`).
 
 No GPU has confirmed this module yet: `--experimental triton-selection` selects it.
 """

@@ -9,7 +9,7 @@ No GPU has confirmed this module yet: `--experimental varlen-attention` selects 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor
         return None
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 or newer, see `check_kernel`
 
-    found: Callable[..., Tensor] = varlen_attn
-    return found
+    return cast(Callable[..., Tensor], varlen_attn)  # without `return_aux`, it returns one tensor
 
 
 def attend_varlen(
