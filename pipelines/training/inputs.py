@@ -34,6 +34,7 @@ from switchkd.pipelines.cores import local_processes, workers_beside
 from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.batches.dataset import TrainingSamples
+from switchkd.pipelines.training.batches.switch_share import SwitchShare
 from switchkd.pipelines.training.int8_teacher import check_int8
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.resuming import as_begun, resolve_batches
@@ -146,7 +147,7 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     student = with_image_mode(student, mode, max_pixels)
     teacher = None if teacher is None else with_image_mode(teacher, mode, max_pixels)
     encoder, other = _encoders(options, student, teacher, store)
-    samples = TrainingSamples(data, encoder, store, options.workers or 0, other, options.max_skipped)
+    samples = TrainingSamples(data, encoder, store, options.workers or 0, other, options.max_skipped, _share(options))
     if store is not None and store.manifest.data != samples.samples.fingerprint:
         samples.require_same_texts()
     if options.group_by is None:
@@ -167,6 +168,11 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
         media=_media_of_one_image(encoder),
         teacher_media=None if teacher is None else _media_of_one_image(other or encoder),
     )
+
+
+def _share(options: TrainOptions) -> SwitchShare | None:
+    share = options.vsd_share
+    return None if share in (None, 1.0) or not options.switch else SwitchShare(share, options.seed)
 
 
 def _media_of_one_image(encoder: SampleEncoder) -> dict[str, Tensor] | None:
@@ -190,6 +196,11 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
         raise CheckpointError(
             f"objective {objective.name} compares visual tokens and attention of two Llavas: {options.student} and "
             f"{options.teacher} are not; take another objective"
+        )
+    if options.vsd_share not in (None, 1.0) and objective.switch and not llavas:
+        raise CheckpointError(
+            f"--vsd-share takes the features of some images of a batch, as two Llavas have them: {options.student} and "
+            f"{options.teacher} are not; leave it out"
         )
     if options.packing is not None:
         check_packing(student.config, str(options.student))

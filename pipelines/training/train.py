@@ -125,6 +125,7 @@ def _make_trainer(
         peak_tflops=options.peak_tflops,
         left_out=inputs.samples.left_out,
         part_rates=options.part_rates(),
+        vsd_share=options.vsd_share or 1.0,
         half_copies=options.precision == "bfloat16-copies",
         compiled=COMPILE in options.as_experimental(),
         model=models.student,

@@ -28,6 +28,7 @@ HALF_TOLERANCE, TOLERANCE = (
 )  # relative change of a state; rounding stays below, mixing of samples does not
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer would be compiled again for other lengths
 def attend_in_blocks(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:

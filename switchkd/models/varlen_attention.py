@@ -64,6 +64,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor
     return cast(Callable[..., Tensor], varlen_attn)  # without `return_aux`, it returns one tensor
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as in `attend_in_blocks`; the kernel has nothing to fuse
 def attend_varlen(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:

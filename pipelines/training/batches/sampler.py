@@ -88,7 +88,7 @@ class EpochOrder:
 
 
 class StepBatches(Sampler[list[int]]):
-    """The micro-batches of one process, for every step of a run.
+    """The micro-batches of one process, for every step of a run: lists of epoch · n + sample, for sample 0 ≤ … < n.
 
     Args:
         order: of each epoch.
@@ -117,7 +117,7 @@ class StepBatches(Sampler[list[int]]):
 
     def _stream(self) -> Iterator[int]:
         for epoch in count():
-            yield from self.order.epoch(epoch).tolist()
+            yield from (self.order.epoch(epoch) + epoch * self.order.samples).tolist()
 
 
 def padding_share(order: NDArray[np.int64], lengths: NDArray[np.int64], batch: int) -> float:
