@@ -82,6 +82,26 @@ def entries_up_to(logits: Tensor, k: Tensor) -> Tensor:
     return found
 
 
+def tops_and_knees(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return `top_of_rows(logits, count)` and `kneedle(logits)` from one histogram and one sort, [T, count] and [T] int64.
+
+    Args:
+        logits: [T, N], T > 0; no gradient flows. count: 0 ≤ count ≤ N.
+
+    Raises:
+        ValueError: a row has fewer than two columns that are not masked.
+    """
+    found = [_top_and_knee(block, count) for block in _blocks(logits)]
+    return torch.cat([ids for ids, _ in found]), torch.cat([k for _, k in found])
+
+
+def _top_and_knee(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    heights, from_bin, low = _histogram(logits)
+    floor = torch.minimum(_floor_of_knee(from_bin), (from_bin >= count).sum(-1) - 1)
+    values, ids = _sorted_from(logits, heights, floor, from_bin)
+    return ids[:, :count], knee_of_sorted(values, row_size=from_bin[:, :1], row_min=low)
+
+
 # Custom torch operators: compiled and exported programs then contain a call to them, since the control flow depends on the logits.
 
 

@@ -78,7 +78,8 @@ def attend_varlen(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     kernel, position_ids = kernel_for(query.device, dtype), options.get("position_ids")
     if kernel is None or options.get("dropout") or position_ids is None:
-        return attend_in_blocks(module, query, key, value, attention_mask, **options)
+        looped: tuple[Tensor, None] = attend_in_blocks(module, query, key, value, attention_mask, **options)
+        return looped
     rows, heads, length, _ = query.shape
     blocks = blocks_of(position_ids, rows)
     flat = [each.transpose(1, 2).flatten(0, 1).to(dtype) for each in (query, key, value)]  # [R·N, heads, d]
