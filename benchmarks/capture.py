@@ -2,13 +2,13 @@
 
     make bench-capture            # python benchmarks/capture.py; writes docs/capture-table.md
 
-SmolLM2-135M (real_teacher.py; width 576, 30 layers, V = 49,152), float32, one thread, one window of 512 tokens of real text, of
-which 90 positions are supervised, as many as an answer of Mix-665K has. CPU time of a forked process; rounds alternate between the ways,
-medians of the rounds.
+SmolLM2-135M (real_teacher.py; width 576, 30 layers, V = 49,152), float32, one thread, one window of 512 tokens of real text. Of
+these, 90 positions are supervised, as many as an answer of Mix-665K has. CPU time of a forked process; rounds alternate between
+the ways, medians of the rounds.
 
 The *bare forward pass* is the model without its LM head. The *LM head* makes the logits at the supervised positions, which no way
-of reading a teacher's output can do without. *Packing* is what is ours: selection, knee, statistics, and the arrays that leave the
-device. How fast a store encodes and writes them is in payloads-table.md.
+of reading a teacher's output can do without. *Packing* is what is ours: selection, knee, statistics, and the arrays that leave
+the device. How fast a store encodes and writes them is in payloads-table.md.
 """
 
 import argparse

@@ -86,6 +86,8 @@ def tell_plan(
         teacher_checkpointed=options.teacher_checkpointing,
         masked=options.packing is not None and not uses_block_attention(language_model_of(cost_model.student)),
     )
+    if options.precision == "bfloat16-copies":
+        memory["copies"] = 2.0 * sum(p.numel() for p in cost_model.student.parameters())
     log.info(
         "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",
         rows, width, _gigabytes(sum(memory.values())),

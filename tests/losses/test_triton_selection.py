@@ -116,6 +116,22 @@ def test_the_loss_and_its_gradient_are_the_same(monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
 
 
+def test_the_check_before_a_run(monkeypatch):
+    from switchkd.errors import ConfigError
+    from switchkd.losses import triton_selection
+    from switchkd.pipelines.training.experimental import check_selection
+
+    monkeypatch.setattr(selection, "_in_triton", lambda rows: selection._kernels == "triton")
+    check_selection(torch.device(DEVICE))
+    assert selection._kernels == "triton"
+    selection.use_kernels("torch")
+    lead = triton_selection.lead
+    monkeypatch.setattr(triton_selection, "lead", lambda rows: (lead(rows)[0].flip(-1), lead(rows)[1]))
+    with pytest.raises(ConfigError, match="triton-selection: the kernels select otherwise than torch on"):
+        check_selection(torch.device(DEVICE))
+    assert selection._kernels == "torch"
+
+
 def test_one_wait_a_call(monkeypatch):
     """What reads a number from the device: `tolist` once, and nothing else."""
     from switchkd.losses import triton_selection

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import training
+import varlen
 import yaml
 from training import Stop, assert_equal_runs, assert_same_weights, history, interrupt_after, weights
 
 from switchkd.errors import ConfigError
 from switchkd.losses import selection
+from switchkd.models import varlen_attention
 from switchkd.pipelines.training import experimental
 from switchkd.pipelines.training.run_log import line_of
 from switchkd.pipelines.training.train import train
@@ -94,6 +96,27 @@ def test_inductor(options, tmp_path):
     train(compiled)
     train(replace(compiled, experimental=None, output=tmp_path / "eager"))
     assert_equal_runs(compiled.output, tmp_path / "eager")
+
+
+def test_packed_rows_in_one_kernel(options, hidden, monkeypatch, tmp_path):
+    """With a stand-in for the kernel, which a CPU has not: it is called in every layer of student and teacher, and changes nothing."""
+    calls = []
+
+    def kernel(*given, **named):
+        calls.append(given[0].dtype)
+        return varlen.varlen_attn(*given, **named)
+
+    monkeypatch.setattr(experimental, "check_kernel", lambda device: None)
+    monkeypatch.setattr(
+        varlen_attention, "kernel_for", lambda device, dtype: kernel if dtype == torch.bfloat16 else None
+    )
+    looped = replace(options, cache=hidden, steps=2, packing=40, precision="bfloat16")
+    train(replace(looped, output=tmp_path / "loop"))
+    assert not calls
+    train(replace(looped, experimental="varlen-attention"))
+    assert len(calls) >= 4 and set(calls) == {torch.bfloat16}
+    for mine, other in zip(history(options.output), history(tmp_path / "loop"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-2, abs=2.5e-3)
 
 
 @pytest.mark.parametrize(
