@@ -99,7 +99,7 @@ def test_inductor(options, tmp_path):
 
 
 def test_packed_rows_in_one_kernel(options, hidden, monkeypatch, tmp_path):
-    """With a stand-in for the kernel, which a CPU has not: it is called in every layer of student and teacher, and changes nothing."""
+    """With a stand-in for the kernel: it is called in every layer of student and teacher, and changes nothing."""
     calls = []
 
     def kernel(*given, **named):
