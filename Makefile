@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-triton test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-capture bench-store bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-triton test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-capture bench-store bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -106,13 +106,17 @@ bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what captu
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python benchmarks/backends.py
 
+bench-vllm-real: $(VLLM_VENV)/.installed  ## what capture adds to vLLM's and transformers' time at a published model's width and vocabularies
+	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+		$(VLLM_VENV)/bin/python benchmarks/backends.py --real
+
 bench-vllm-families: $(VLLM_VENV)/.installed  ## families of models in vLLM beside transformers (docs/vllm-table.md)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python benchmarks/vllm_parity.py
 
 # Parity, and what caching needs of the package under vLLM's older transformers.
 VLLM_TESTS := $(addprefix tests/,$(addprefix capture/test_,vllm.py vllm_families.py vllm_refusals.py vllm_environments.py \
-	vllm_checks.py vllm_export.py vllm_pooler.py cache_teacher.py dry_run.py) \
+	vllm_checks.py vllm_parity.py vllm_export.py vllm_pooler.py quantised_teacher.py cache_teacher.py dry_run.py) \
 	data/test_encoding.py models/test_vlm.py test_fingerprints.py)
 # vLLM pins its own torch and transformers. torchaudio and torchcodec do not load beside torch's CPU build; see tests/vllm_shim.
 VLLM_NEEDS := accelerate|cachetools|click|datasets|docopt|hypothesis|num2words|numcodecs|pcodec|pytest|pytest-timeout|rich|zarr

@@ -1,9 +1,12 @@
 """Capture with vLLM beside capture with transformers, and vLLM's engine without capture: same data, same teacher, one run.
 
     make bench-vllm                              # python benchmarks/backends.py in vLLM's environment
+    make bench-vllm-real                         # the same with --real: the width, depth and vocabularies of published models
 
 A Llava of random weights (LM 256-d, 4 layers, V = 8,000; 64 tokens an image; float32), 96 samples of about 140 tokens with about
 30 supervised ones, payload topk, k = 128. Encoding is done before. Rounds alternate between the ways; medians of samples/s.
+
+With --real the LLM has SmolLM2-135M's shape (576-d, 30 layers) and V = 49,152, then V = 151,936; 16 samples; both payloads.
 
 *The engine alone* gets the same requests for no position: no LM head, no selection, nothing returned. What capture adds to it is
 the overhead. *One image, eight questions* asks about 12 images only, with the prefix cache and, to compare, told not to read it.
@@ -14,14 +17,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import tiny  # tests/helpers, on PYTHONPATH
+import torch
+from transformers import LlamaConfig
 
-from switchkd.data.encoded import EncodedSample
+from switchkd.data.encoded import EncodedSample, collate
+from switchkd.models.vlm import states_at_positions
 from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
 from switchkd.pipelines.capture.backends.vllm_backend import VllmBackend
@@ -33,10 +40,10 @@ SAMPLES, QUESTIONS_AN_IMAGE, BATCH = 96, 8, 16
 PLAIN, VLLM, ENGINE = "transformers", "vLLM", "vLLM's engine alone"
 
 
-def write_data(folder: Path, images: int) -> Path:
+def write_data(folder: Path, images: int, samples: int = SAMPLES) -> Path:
     """Write questions of 20 to 60 words and answers of 10 to 50 about `images` images."""
     random = np.random.default_rng(0)
-    rows = tiny.rows(SAMPLES)
+    rows = tiny.rows(samples)
     for index, row in enumerate(rows):
         row["image"] = f"{index % images:03d}.png"
         question, answer = (
@@ -90,7 +97,7 @@ def engine_alone(backend: VllmBackend, samples: Sequence[EncodedSample], manifes
         backend._wait(name, sample)
 
 
-def rates(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def rates(ways: dict[str, Callable[[], None]], rounds: int, samples: int = SAMPLES) -> dict[str, float]:
     """Return the median samples/s of each way; the first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
@@ -98,14 +105,85 @@ def rates(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return {name: SAMPLES / statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: samples / statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def smollm2(vocabulary: int) -> LlamaConfig:
+    """Return a config of SmolLM2-135M's shape with another vocabulary."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+
+
+def real(vocabulary: int, rounds: int) -> None:
+    """Print what capture adds to each backend at a published model's width and vocabulary."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = tiny.WORDS + [f"w{i}" for i in range(vocabulary - len(tiny.WORDS))]
+        vision = tiny.vision_config(size=64, patch=8, layers=4)
+        teacher = tiny.checkpoint(folder / "teacher", 0, language=smollm2(vocabulary), words=words, vision=vision)
+        worker = open_worker(teacher, write_data(folder / "data", 16, 16))
+        samples = [worker.encoder.encode(sample) for sample in worker.samples]
+        topk, hidden = (replace(worker.manifest, payload=payload) for payload in ("topk", "hidden"))
+        hidden = replace(hidden, top_k=0, fine=0.0, coarse=0.0)
+        vllm = VllmBackend(worker.checkpoint, "float32", 256)
+        found = rates(
+            {
+                "vLLM, topk": partial(with_vllm, vllm, samples, topk),
+                "vLLM, hidden": partial(with_vllm, vllm, samples, hidden),
+                ENGINE: partial(engine_alone, vllm, samples, topk),
+            },
+            rounds,
+            len(samples),
+        )
+        vllm.engine.engine_core.shutdown()
+        plain = TransformersBackend(worker.checkpoint, "cpu", "float32")
+        found |= rates(
+            {
+                "transformers, topk": partial(in_batches, plain, samples, topk),
+                "transformers, hidden": partial(in_batches, plain, samples, hidden),
+                "transformers, its forward pass alone": partial(forward_alone, plain, samples),
+            },
+            rounds,
+            len(samples),
+        )
+        positions = np.mean([sample.positions for sample in samples])
+        tokens = np.mean([len(sample.input_ids) for sample in samples])
+        print(f"V = {vocabulary:,}: {len(samples)} samples of {tokens:.0f} tokens, {positions:.0f} positions")
+        for way, rate in found.items():
+            alone = found[ENGINE if "vLLM" in way else "transformers, its forward pass alone"]
+            print(f"{way:<44}{rate:>8.2f} samples/s, {alone / rate:.3f} of the time without capture")
+
+
+@torch.inference_mode()
+def forward_alone(backend: TransformersBackend, samples: Sequence[EncodedSample]) -> None:
+    """Run the teacher's body over the same batches, without LM head and selection."""
+    for first in range(0, len(samples), BATCH):
+        states_at_positions(backend.model, collate(samples[first : first + BATCH], backend.pad_id))
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--real", action="store_true", help="SmolLM2's width, V = 49,152 and 151,936")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[49_152, 151_936], help="with --real")
+    asked = parser.parse_args()
+    rounds = asked.rounds
+    if asked.real:
+        for vocabulary in asked.vocabulary:
+            real(vocabulary, rounds)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = tiny.WORDS + [f"w{i}" for i in range(8000 - len(tiny.WORDS))]

@@ -1,13 +1,17 @@
 """`switchkd cache-teacher`: capture."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from switchkd.cli.common import config_option, default_device, echo, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
 from switchkd.pipelines.capture.options import BATCH_SIZES, SCALE, CacheOptions
+from switchkd.pipelines.mixture import mixture_at
+
+if TYPE_CHECKING:
+    from switchkd.pipelines.capture.dry_run import Plan
 
 
 @click.command("cache-teacher", cls=GroupedCommand)
@@ -38,12 +42,13 @@ def command(
     vllm_options: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Store a teacher's output at every supervised position of a data file.
+    """Store a teacher's output at every supervised position of a data file, or of every data file of a mixture.
 
     Run the same command again to continue after an interruption, or run it on several machines at once: a part that has been
     committed is never written twice.
     """
     from switchkd.pipelines.capture.cache_teacher import cache_teacher
+    from switchkd.pipelines.capture.mixture import cache_mixture, plan_mixture
     from switchkd.pipelines.capture.sharding import resolve_shard
 
     vllm = options["backend"] == "vllm"
@@ -63,16 +68,24 @@ def command(
         vllm_options=tuple(_name_and_value(text) for text in vllm_options),
         **options,
     )
+    mixture = mixture_at(resolved.data)
     if dry_run:
-        _print_plan(resolved, egress_price)
+        if mixture is None:
+            _print_plan(resolved, egress_price)
+        else:
+            _print_plans(resolved, plan_mixture(mixture, resolved), egress_price)
         return
-    done = cache_teacher(resolved, tell=lambda line: echo(line, err=True))
-    echo(
-        f"{done.store}: {done.parts_written} parts written, {done.parts_already_there} were there, "
-        f"{done.parts_missing} left to other workers\n"
-        f"cached now: {done.samples:,} samples, {done.positions:,} positions, "
-        f"{done.written_bytes / 1e9:,.3f} GB; skipped: {lines_of(done.skipped)}"
-    )
+    if mixture is None:
+        found = [cache_teacher(resolved, tell=lambda line: echo(line, err=True))]
+    else:
+        found = list(cache_mixture(mixture, resolved, tell=lambda line: echo(line, err=True)).values())
+    for done in found:
+        echo(
+            f"{done.store}: {done.parts_written} parts written, {done.parts_already_there} were there, "
+            f"{done.parts_missing} left to other workers\n"
+            f"cached now: {done.samples:,} samples, {done.positions:,} positions, "
+            f"{done.written_bytes / 1e9:,.3f} GB; skipped: {lines_of(done.skipped)}"
+        )
 
 
 def _name_and_value(text: str) -> tuple[str, Any]:
@@ -85,10 +98,23 @@ def _name_and_value(text: str) -> tuple[str, Any]:
     return name.strip().replace("-", "_"), yaml.safe_load(value)
 
 
-def _print_plan(options: CacheOptions, egress_price: float) -> None:
+def _print_plans(options: CacheOptions, plans: "dict[str, Plan]", egress_price: float) -> None:
+    """Print the estimate of every entry of a mixture, and what they take together."""
+    for name, found in plans.items():
+        echo(f"{name}:")
+        _print_plan(options, egress_price, found)
+    every = plans.values()
+    echo(
+        f"together: {sum(found.samples for found in every):,} samples, about "
+        f"{sum(found.device_hours for found in every):,.2f} {'GPU hours' if all(p.on_gpu for p in every) else 'hours'}, about "
+        f"{sum(found.store_bytes() for found in every) / 1e9:,.3f} GB"
+    )
+
+
+def _print_plan(options: CacheOptions, egress_price: float, found: "Plan | None" = None) -> None:
     from switchkd.pipelines.capture.dry_run import plan
 
-    found = plan(options)
+    found = found or plan(options)
     free = "unknown" if found.free_bytes is None else f"{found.free_bytes / 1e9:,.1f} GB"
     kind = "GPU hours" if found.on_gpu else "hours on the CPU"
     size = found.store_bytes()

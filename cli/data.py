@@ -7,6 +7,7 @@ import click
 
 from switchkd.cli.common import PATH, echo, quiet_libraries
 from switchkd.cli.options import options_of
+from switchkd.pipelines.mixture import Mixture, mixture_at
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
 from switchkd.printable import printable
 from switchkd.settings import MAX_SKIPPED
@@ -33,13 +34,18 @@ def command() -> None:
 @click.option("--strict", is_flag=True, help="Exit 1 if a row would be skipped.")
 @click.pass_context
 def check(ctx: click.Context, /, strict: bool, data: Path, **options: Any) -> None:
-    """Report the contents of a data file: kinds, lengths, and what would be skipped and why."""
+    """Report the contents of a data file, or of every data file of a mixture: kinds, lengths, and what would be skipped and why."""
     quiet_libraries()
-    from switchkd.pipelines.preflight.data_check import check_data
+    from switchkd.pipelines.preflight.data_check import check_data, check_mixture
 
-    found = check_data(CheckOptions(data=data, **options))
-    echo(f"{data}: " + "\n".join(format_check(found)))
-    if strict and found.skipped:
+    asked = CheckOptions(data=data, **options)
+    mixture = mixture_at(data)
+    found = {str(data): check_data(asked)} if mixture is None else check_mixture(mixture, asked)
+    for name, check in found.items():
+        echo(f"{name}: " + "\n".join(format_check(check)) + ("" if mixture is None else "\n"))
+    if mixture is not None:
+        echo("\n".join(format_mixture(mixture, found)))
+    if strict and any(check.skipped for check in found.values()):
         ctx.exit(1)
 
 
@@ -53,13 +59,18 @@ def show(data: Path, plain: bool, **options: Any) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from switchkd.pipelines.preflight.data_show import show_data
+    from switchkd.pipelines.preflight.data_show import show_data, show_mixture
 
     console = Console(soft_wrap=True, highlight=False)
     in_colour = console.is_terminal and not console.no_color and not plain
     styles = {"prompt": "", "supervised": "bold green", "image": "cyan"}
-    for sample in show_data(ShowOptions(data=data, **options)):
-        about = printable(f"row {sample.row}, id {sample.id}, {sample.image or 'no image'}: ", 500)
+    asked = ShowOptions(data=data, **options)
+    mixture = mixture_at(data)
+    shown = (("", sample) for sample in show_data(asked)) if mixture is None else show_mixture(mixture, asked)
+    for name, sample in shown:
+        about = printable(
+            f"{name and name + ', '}row {sample.row}, id {sample.id}, {sample.image or 'no image'}: ", 500
+        )
         of = "a made-up image (pass --images: their number depends on the image)" if sample.stands_in else "the image"
         counts = f"{sample.tokens():,} tokens, {sample.tokens('image'):,} of {of}, {sample.tokens('supervised'):,} supervised"
         console.print(Text(about + printable(sample.problem or counts), "bold"))
@@ -110,6 +121,18 @@ def format_check(check: "DataCheck") -> list[str]:
     if not check.images_read:
         out += ["", "images were not read: pass --images"]
     return [*out, "", *histogram(check.lengths, check.unit, check.limit)]
+
+
+def format_mixture(mixture: Mixture, checks: "dict[str, DataCheck]") -> list[str]:
+    """Return what an epoch of a mixture takes of each data file, as lines of text."""
+    drawn = {entry.name: entry.drawn(checks[entry.name].rows - checks[entry.name].skipped) for entry in mixture.entries}
+    total = sum(drawn.values())
+    out = [f"{mixture.path}: {total:,} samples an epoch"]
+    for entry in mixture.entries:
+        check, share = checks[entry.name], entry.share()
+        usable = f"of {check.rows - check.skipped:,} usable" + (f", {share}" if share else "")
+        out.append(f"  {entry.name:<28}{drawn[entry.name]:>10,}  {drawn[entry.name] / max(total, 1):.1%}, {usable}")
+    return out
 
 
 def _rows(rows: "NDArray[Any]") -> str:

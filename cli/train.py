@@ -9,6 +9,7 @@ from click.core import ParameterSource
 
 from switchkd.cli.common import config_option, echo, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, options_of
+from switchkd.collector import without_collection
 from switchkd.pipelines.given import require_given
 from switchkd.pipelines.run_folder import SUMMARY
 from switchkd.pipelines.training.options import TrainOptions
@@ -43,8 +44,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     done = _finished(resolved)
     if done is None:
         require_given(TrainOptions, vars(resolved))
-        from switchkd.pipelines.training.train import train
-
+        with without_collection(lasting=True):
+            from switchkd.pipelines.training.train import train
         done = train(resolved)
     if not first:
         return

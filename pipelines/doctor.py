@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import switchkd
+from switchkd.settings import OLDEST_FOR_TRAINING
 
 # Extra → the features that it adds, for users. A test checks that it is complete.
 EXTRAS = {
@@ -57,6 +59,7 @@ def examine() -> Iterator[Finding]:
     yield from _codecs()
     yield from _disks()
     yield from _limits()
+    yield from _stages()
     yield from _extras()
 
 
@@ -180,6 +183,26 @@ def _limits() -> Iterator[Finding]:
         small = total < LEAST_SHARED_BYTES
         advice = "with --workers, start the container with --shm-size 8g" if small else ""
         yield Finding("limits", "note" if small else "ok", f"{total / 1e9:.1f} GB of shared memory", advice)
+
+
+def _stages() -> Iterator[Finding]:
+    """Which stage the versions that are here serve: an environment of vLLM has an older transformers, and only caches."""
+    transformers = importlib.metadata.version("transformers")
+    if Version(transformers) >= Version(OLDEST_FOR_TRAINING):
+        yield Finding("stages", "ok", f"transformers {transformers}: `cache-teacher` and `train`")
+    else:
+        what = f"transformers {transformers}: `cache-teacher` alone, since `train` needs {OLDEST_FOR_TRAINING} or newer"
+        yield Finding("stages", "note", what, "train in another environment, from the store that this one caches")
+    if importlib.util.find_spec("vllm") is None:
+        return
+    (wanted,) = (requirement for requirement in _requirements("vllm") if requirement.name == "vllm")
+    (distribution, *_) = importlib.metadata.packages_distributions()["vllm"]  # that for CPUs has another name
+    version = importlib.metadata.version(distribution)
+    if wanted.specifier.contains(version, prereleases=True):
+        yield Finding("stages", "ok", f"vLLM {version}: `cache-teacher --backend vllm`")
+    else:
+        what = f"vLLM {version}: `cache-teacher --backend vllm` is made for {wanted.specifier}"
+        yield Finding("stages", "note", what, "pip install 'switchkd[vllm]' in an environment of its own")
 
 
 def _extras() -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.errors import CheckpointError, ConfigError, DataError, StoreError
+from switchkd.pipelines.mixture import mixture_at
 from switchkd.pipelines.options import Named, fields_of, shown
 from switchkd.printable import printable
 
@@ -43,6 +44,14 @@ def _data(path: Path) -> None:
             f"no data file {printable(path)}: --data takes LLaVA-style JSON or JSON Lines, a .parquet or .arrow file, or a "
             "folder of a data set"
         )
+    if (mixture := mixture_at(path)) is not None:
+        for entry in mixture.entries:
+            with mixture.naming(entry):
+                _data(entry.data)
+                if entry.images is not None:
+                    _images(entry.images)
+                if entry.teacher is not None:
+                    _checkpoint(entry.teacher)
 
 
 def _images(path: Path) -> None:

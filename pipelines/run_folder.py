@@ -53,8 +53,30 @@ def check_record(
     known = [name for name in options if name not in free and (name in before or name not in later)]
     names = [name for name in known if before.get(name) != options[name]]
     if names:
-        lines = "\n  ".join(f"{name}: run {before.get(name)!r}, now {options[name]!r}" for name in names)
+        lines = "\n  ".join(line for name in names for line in _differing(name, before.get(name), options[name]))
         raise ConfigError(f"{folder} was begun with other options:\n  {lines}\nRepeat those, or pass another --output")
+
+
+def _differing(name: str, before: Any, now: Any) -> list[str]:
+    """Return a line for each difference of a value; of a dict of dicts (the entries of a mixture) only what differs."""
+    if not (
+        isinstance(before, dict) and isinstance(now, dict) and all(map(_is_dict, (*before.values(), *now.values())))
+    ):
+        return [f"{name}: run {before!r}, now {now!r}"]
+    lines = []
+    if list(before) != list(now):
+        lines.append(f"{name}: run has {', '.join(before)}, now {', '.join(now)}")
+    for key in before.keys() & now.keys():
+        lines += [
+            f"{name}, {key}: {part} {before[key].get(part)!r}, now {now[key].get(part)!r}"
+            for part in dict.fromkeys((*before[key], *now[key]))
+            if before[key].get(part) != now[key].get(part)
+        ]
+    return lines
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def record(folder: Path, options: dict[str, Any], free: Collection[str] = (), later: Collection[str] = ()) -> None:

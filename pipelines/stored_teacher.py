@@ -15,7 +15,7 @@ from switchkd.data.samples import SampleFile, Status
 from switchkd.errors import StoreMismatch
 from switchkd.fingerprints import SampleDigest
 from switchkd.losses.lm_head import IDENTITY, LogitMap
-from switchkd.losses.signals import HiddenSignal, SparseSignal, TeacherSignal
+from switchkd.losses.signals import HiddenSignal, MixedHiddenSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import (
     Checkpoint,
 )
@@ -105,6 +105,29 @@ class StoredHidden:
     def to(self, device: torch.device) -> None:
         """Move the LM head."""
         self.head = self.head.to(device)
+
+
+class StoredOfSeveral:
+    """Signals of payload `hidden` from the stores of several teachers with one vocabulary; each position has its teacher's LM head.
+
+    Args:
+        sources: in the order of `Batch.teacher_number`; all with stored knees, or none.
+    """
+
+    def __init__(self, sources: Sequence[StoredHidden]) -> None:
+        self.sources = list(sources)
+
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """See `TeacherSource.signal`."""
+        assert batch.teacher_hidden is not None and batch.teacher_number is not None
+        heads = tuple((source.head, source.logit_map) for source in self.sources)
+        knee = batch.teacher_knee if all(source.exact_knee for source in self.sources) else None
+        return MixedHiddenSignal(batch.teacher_hidden, heads, batch.teacher_number, knee)
+
+    def to(self, device: torch.device) -> None:
+        """Move the LM heads."""
+        for source in self.sources:
+            source.to(device)
 
 
 def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:

@@ -19,10 +19,18 @@ HiddenDtype = Literal["steps", "float16", "bfloat16"]
 ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 StoreLocation = Path | str  # a folder, or the URL of a prefix of an object store
+MIXTURE_ENDINGS = (".yaml", ".yml")  # by which a mixture of data files is told from a data file
 
 MAX_IMAGE_PIXELS = 1 << 26  # larger images are refused before decoding
 MAX_SKIPPED = 0.01  # share of a data file's samples; a run that skips more stops
+# Of transformers, for `train`: older versions cannot run Llava's LM head at selected rows only. Capture needs 5.16 or newer.
+OLDEST_FOR_TRAINING = "5.22"
 LDPV2_GRID = 12  # LDPv2's published output is 12×12 tokens
+
+
+def is_mixture(data: Path) -> bool:
+    """Whether a path given as data is that of a mixture of data files, by its ending."""
+    return data.suffix.lower() in MIXTURE_ENDINGS
 
 
 def check_objective(

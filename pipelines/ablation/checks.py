@@ -25,8 +25,9 @@ from switchkd.pipelines.capture.options import DEFAULT_PAYLOAD, CacheOptions
 from switchkd.pipelines.capture.ray_engine import require_ray
 from switchkd.pipelines.training.arguments import training_arguments
 from switchkd.pipelines.training.cross_tokenizer import check_vocab_map
-from switchkd.pipelines.training.inputs import check_models, choose_payload, resolve_options
+from switchkd.pipelines.training.inputs import check_models, resolve_options
 from switchkd.pipelines.training.int8_teacher import check_int8
+from switchkd.pipelines.training.joining import choose_payload
 from switchkd.pipelines.training.model_setup import make_switch_adapter
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import profile_arguments

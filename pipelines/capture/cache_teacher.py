@@ -49,8 +49,12 @@ def cache_teacher(options: CacheOptions, tell: Callable[[str], None] = lambda li
     check_available(options.backend, options.device)
     if options.engine == "ray":
         require_ray()
-    worker = CaptureWorker(options)
-    manifest = worker.manifest
+    return capture(CaptureWorker(options), tell)
+
+
+def capture(worker: CaptureWorker, tell: Callable[[str], None]) -> CacheSummary:
+    """Do the same with a worker; arguments and errors are those of `cache_teacher`."""
+    options, manifest = worker.options, worker.manifest
     tell(f"payload: {manifest.describe_all()}")
     if manifest.payload == "topk" and (caution := topk_caution(manifest)):
         tell(f"warning: {caution}; cache --payload both or hidden")

@@ -60,17 +60,20 @@ class Plan:
         return self.seconds * self.devices / 3600
 
 
-def plan(options: CacheOptions) -> Plan:
+def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
     """Run the teacher over a few random samples and extrapolate; leaves nothing on disk.
 
     The probe captures both payloads, so that each one's size is measured on the same positions.
+
+    Args:
+        lender: see `CaptureWorker`.
 
     Raises:
         InputError: as the capture itself would raise.
     """
     check_available(options.backend, options.device)
     options = resolve_payload(options)
-    worker = CaptureWorker(replace(options, payload="both"))
+    worker = CaptureWorker(replace(options, payload="both"), lender=lender)
     samples, manifest = worker.samples, worker.manifest
     wanted = max(PROBE_SAMPLES, 2 * options.batch_size)
     chosen = np.random.default_rng(0).choice(len(samples), min(wanted, len(samples)), replace=False)

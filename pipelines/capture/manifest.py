@@ -65,6 +65,7 @@ def build_manifest(
         statuses={str(int(status)): status.label for status in Status},
         written_by=software_of(options.backend)
         | {"image_mode": options.image_mode}
+        | ({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization})
         | ({} if options.max_pixels is None else {"max_pixels": str(options.max_pixels)}),
         hidden_error=options.hidden_error if hidden and options.hidden_dtype == "steps" else 0.0,
         stats_dtype=STATS_DTYPE,

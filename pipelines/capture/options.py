@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from switchkd.errors import ConfigError
+from switchkd.pipelines.mixture import require_folder_of_stores
 from switchkd.pipelines.options import option, options_class
 from switchkd.settings import (
     MAX_IMAGE_PIXELS,
@@ -14,6 +15,7 @@ from switchkd.settings import (
     PayloadName,
     StoreLocation,
     TailPolicy,
+    is_mixture,
 )
 
 # Headings of the help, in its order.
@@ -41,9 +43,15 @@ class CacheOptions:
     teacher: Path = option(
         names="checkpoint", group=FIRST, help="Checkpoint folder of the teacher, of any family of `switchkd models`."
     )
-    data: Path = option(names="data", group=FIRST, help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow.")
+    data: Path = option(
+        names="data",
+        group=FIRST,
+        help="Data file: LLaVA-style JSON or JSON Lines, parquet, Arrow; or a mixture of them (YAML).",
+    )
     out: StoreLocation = option(
-        group=FIRST, help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued."
+        group=FIRST,
+        help="The store, NAME.zarr or s3://BUCKET/NAME.zarr; an unfinished one is continued. Of a mixture: "
+        "the folder of its stores.",
     )
     images: Path | None = option(
         names="images", default=None, group=FIRST, help="Folder that the data file's image paths start from."
@@ -132,6 +140,15 @@ class CacheOptions:
         multiple=True,
         help="Further argument of vLLM's engine, as in gpu_memory_utilization=0.8; may be repeated.",
     )
+    check: int | None = option(
+        default=None,
+        at_least=0,
+        group=TEACHER,
+        metavar="N",
+        help="With --backend vllm: compare the final states of the first N samples with those of transformers, which runs the "
+        "teacher once before.",
+        unset="1 for the first worker of a store without parts, if the teacher fits into one device; else 0",
+    )
     dtype: ModelDtype = option(
         default="auto", group=TEACHER, help="The dtype that the teacher runs in; auto is the checkpoint's own."
     )
@@ -179,7 +196,9 @@ class CacheOptions:
         index, count = self.shard
         if not 0 <= index < count:
             raise ConfigError(f"shard {index}/{count}: the first number runs from 0 to {count - 1}")
-        if PurePosixPath(str(self.out)).suffix != ".zarr":
+        if is_mixture(self.data):
+            require_folder_of_stores(self.out, self.data)
+        elif PurePosixPath(str(self.out)).suffix != ".zarr":
             raise ConfigError(f"a store's name ends in .zarr, got {self.out}")
         if not self.fine <= self.coarse:
             raise ConfigError(f"0 < fine <= coarse is needed, got fine = {self.fine:g}, coarse = {self.coarse:g}")
@@ -187,8 +206,8 @@ class CacheOptions:
             raise ConfigError("--engine ray hands out the parts itself: leave out --shard")
         if self.actors is not None and self.engine != "ray":
             raise ConfigError("--actors is Ray's: add --engine ray")
-        if self.backend != "vllm" and (self.tensor_parallel != 1 or self.vllm_options):
-            raise ConfigError("--tensor-parallel and --vllm-option are vLLM's: add --backend vllm")
+        if self.backend != "vllm" and (self.tensor_parallel != 1 or self.vllm_options or self.check):
+            raise ConfigError("--tensor-parallel, --vllm-option and --check are vLLM's: add --backend vllm")
 
 
 @options_class

@@ -3,9 +3,10 @@
 A worker may be this process, one of several started by Slurm, Kubernetes or torchrun, or an actor of Ray; all work the same way.
 """
 
+import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,13 @@ from switchkd.data.samples import BadSample, SampleFile, Status
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
 from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
 from switchkd.pipelines.capture.backends.open import open_backend
+from switchkd.pipelines.capture.backends.vllm_parity import (
+    LeftOut,
+    States,
+    check_parity,
+    hidden_states,
+    states_with_transformers,
+)
 from switchkd.pipelines.capture.failing_sample import naming_failing_sample
 from switchkd.pipelines.capture.manifest import build_manifest, resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
@@ -30,7 +38,9 @@ from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.progress import Progress
 from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter
 from switchkd.stores.payload import empty_payload
+from switchkd.stores.storage.open import open_storage
 
+log = logging.getLogger(__name__)
 Encoded = EncodedSample | BadSample
 RETRY_ADVICE = " with --retry-skipped, which captures parts anew where an image was missing or unreadable"
 
@@ -53,19 +63,28 @@ class CaptureWorker:
     Args:
         manifest: of the store, if it is available already; else it is built, which reads the teacher's weights once.
         anew: committed parts that are to be replaced when they have been captured again.
+        lender: a worker with the same teacher, and the same options about it and images, whose teacher is used; None opens one.
 
     Raises:
         InputError: something given cannot be used.
     """
 
     def __init__(
-        self, options: CacheOptions, manifest: Manifest | None = None, anew: frozenset[int] = frozenset()
+        self,
+        options: CacheOptions,
+        manifest: Manifest | None = None,
+        anew: frozenset[int] = frozenset(),
+        lender: "CaptureWorker | None" = None,
     ) -> None:
-        self.anew = anew
+        self.anew, self.lender = anew, lender
         self.options = options = resolve_payload(options)
-        self.checkpoint = with_image_mode(
-            open_checkpoint(options.teacher, options.trust_remote_code), options.image_mode, options.max_pixels
-        )
+        if lender is None:
+            opened = open_checkpoint(options.teacher, options.trust_remote_code)
+            self.checkpoint = with_image_mode(opened, options.image_mode, options.max_pixels)
+        else:
+            self.checkpoint = lender.checkpoint
+        if options.backend == "transformers":
+            self.checkpoint.require_whole_weights("pass it, or the checkpoint that it was made from")
         self.samples = SampleFile(options.data)
         self.encoder = SampleEncoder(
             self.checkpoint,
@@ -82,7 +101,47 @@ class CaptureWorker:
 
     @cached_property
     def backend(self) -> Backend:
-        """The teacher."""
+        """The teacher, compared with transformers' where `--check` asks for it; that of `lender`, if there is one."""
+        if self.lender is not None:
+            return self.lender.backend
+        samples, expected = self._samples_to_check(), list[States]()
+        backend = self._open_backend(lambda: expected.extend(self._with_transformers(samples)))
+        for states in expected:
+            found = hidden_states(backend, samples, self.manifest)
+            relative = check_parity(self.checkpoint, self.manifest.teacher["dtype"], found, states)
+            log.info("vLLM's final states are transformers' to %.2g of their size", relative)
+        return backend
+
+    def _with_transformers(self, samples: Sequence[EncodedSample]) -> Iterator[States]:
+        """Yield the states of the samples to check from transformers; nothing without samples, or if it cannot run the teacher."""
+        if samples:
+            log.info(
+                "comparing vLLM with transformers on %d samples: transformers runs the teacher first", len(samples)
+            )
+            try:
+                yield states_with_transformers(self.checkpoint, self.manifest.teacher["dtype"], samples, self.manifest)
+            except LeftOut as reason:
+                log.warning("vLLM's states are not compared with transformers': %s", reason)
+
+    def _samples_to_check(self) -> list[EncodedSample]:
+        """Return the first usable samples, as many as `--check` asks for."""
+        options = self.options
+        if options.backend != "vllm":
+            return []
+        wanted = options.check
+        if wanted is None:
+            storage = open_storage(options.out)
+            begun = storage.exists() and bool(storage.parts())
+            wanted = 0 if begun or options.shard[0] or options.engine == "ray" else 1
+        found: list[EncodedSample] = []
+        for sample in self.samples:
+            if len(found) == wanted:
+                break
+            with suppress(BadSample):
+                found.append(self.encoder.encode(sample))
+        return found
+
+    def _open_backend(self, before_engine: Callable[[], None]) -> Backend:
         options = self.options
         return open_backend(
             options.backend,
@@ -92,12 +151,17 @@ class CaptureWorker:
             max_length=options.max_length,
             tensor_parallel=options.tensor_parallel,
             vllm_options=dict(options.vllm_options),
+            before_engine=before_engine,
         )
 
     @cached_property
     def writer(self) -> StoreWriter:
         """The store, created if it does not exist."""
         return StoreWriter(self.options.out, self.manifest, self._tables)
+
+    def open_store(self) -> None:
+        """Open the store, or create it. Raises StoreMismatch if it is that of another teacher, data file or payload."""
+        self.writer  # noqa: B018 - compares the manifests
 
     def _tables(self) -> StoreTables:
         return probe_tables(

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from switchkd.data.samples import Sample, SampleFile, Status
 from switchkd.errors import DataError
 from switchkd.pipelines.cores import workers_alone
+from switchkd.pipelines.mixture import Mixture
 from switchkd.pipelines.preflight.kept import BLOCK_ROWS
-from switchkd.pipelines.preflight.options import CheckOptions
+from switchkd.pipelines.preflight.options import CheckOptions, of_entry
 from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
 from switchkd.pipelines.run_folder import write_atomically
 
@@ -45,6 +47,28 @@ def check_data(options: CheckOptions) -> DataCheck:
         DataError: no such file or image folder, no usable row.
         CheckpointError: the model folder cannot be used.
     """
+    found, rows = _inspect(options)
+    _write_report(options.report, rows)
+    return found
+
+
+def check_mixture(mixture: Mixture, options: CheckOptions) -> dict[str, DataCheck]:
+    """Do the same for every data file of a mixture, and return entry → contents. The report's lines name the data file.
+
+    Raises:
+        DataError, CheckpointError: see `check_data`; names the entry.
+    """
+    found, lines = {}, []
+    for entry in mixture.entries:
+        with mixture.naming(entry):
+            found[entry.name], rows = _inspect(of_entry(entry, options))
+            lines += [{"data": str(entry.data)} | row for row in rows]
+    _write_report(options.report, lines)
+    return found
+
+
+def _inspect(options: CheckOptions) -> tuple[DataCheck, list[dict[str, Any]]]:
+    """Return the contents of a data file, and a record of each row that would be skipped."""
     samples = SampleFile(options.data)
     if options.model is not None:
         # A check without a model needs no torch, whose import takes longer than many a check.
@@ -66,14 +90,16 @@ def check_data(options: CheckOptions) -> DataCheck:
     if workers is None:  # a few rows are inspected before processes have begun
         workers = workers_alone() if len(samples) > BLOCK_ROWS else 0
     found = survey(samples, inspector, workers)
-    if options.report is not None:
-        _write_report(options.report, samples, found)
     if options.model is not None:
         lengths, unit = found.tokens[np.isin(found.status, (Status.OK, Status.TOO_LONG))], "tokens"
     else:
         usable = np.flatnonzero(found.status == Status.OK)
         lengths, unit = np.array([_words(samples[int(row)]) for row in usable], np.int64), "words"
-    return DataCheck(
+    skipped = [
+        {"row": row, "id": samples[row].id, "reason": Status(int(found.status[row])).label, "detail": detail}
+        for row, detail in found.details.items()
+    ]
+    check = DataCheck(
         rows=len(samples),
         kinds=dict(Counter(_kind(sample) for sample in samples if sample.status is Status.OK)),
         survey=found,
@@ -82,6 +108,7 @@ def check_data(options: CheckOptions) -> DataCheck:
         limit=options.max_length if options.model is not None else None,
         images_read=options.images is not None or not samples.needs_folder(),
     )
+    return check, skipped
 
 
 def _kind(sample: Sample) -> str:
@@ -92,13 +119,10 @@ def _words(sample: Sample) -> int:
     return sum(len(text.split()) for turn in sample.turns for text in turn)
 
 
-def _write_report(path: Path, samples: SampleFile, found: Survey) -> None:
-    rows = [
-        {"row": row, "id": samples[row].id, "reason": Status(int(found.status[row])).label, "detail": detail}
-        for row, detail in found.details.items()
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+def _write_report(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _images_word(count: int) -> str:

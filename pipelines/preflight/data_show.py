@@ -11,7 +11,8 @@ from switchkd.data.encoding import SampleEncoder
 from switchkd.data.load_template import load_template
 from switchkd.data.samples import BadSample, Sample, SampleFile
 from switchkd.models.checkpoint import open_checkpoint
-from switchkd.pipelines.preflight.options import ShowOptions
+from switchkd.pipelines.mixture import Mixture
+from switchkd.pipelines.preflight.options import ShowOptions, of_entry
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ def show_data(options: ShowOptions) -> Iterator[ShownSample]:
     encoder = SampleEncoder(checkpoint, load_template(options.template, checkpoint), options.images, options.max_length)
     for row in range(options.start, min(options.start + options.n, len(samples))):
         yield _shown(encoder, samples[row])
+
+
+def show_mixture(mixture: Mixture, options: ShowOptions) -> Iterator[tuple[str, ShownSample]]:
+    """Yield (name of the entry, sample), n samples from row `start` on of every data file of a mixture.
+
+    Raises:
+        InputError: see `show_data`; names the entry.
+    """
+    for entry in mixture.entries:
+        with mixture.naming(entry):
+            for sample in show_data(of_entry(entry, options)):
+                yield entry.name, sample
 
 
 def _shown(encoder: SampleEncoder, sample: Sample) -> ShownSample:

@@ -1,7 +1,10 @@
 """Options of `switchkd data check` and `switchkd data show`."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+from switchkd.pipelines.mixture import MixtureEntry
 from switchkd.pipelines.options import option, options_class
 from switchkd.settings import MAX_IMAGE_PIXELS
 
@@ -10,7 +13,7 @@ from switchkd.settings import MAX_IMAGE_PIXELS
 class CheckOptions:
     """The options of `switchkd data check`."""
 
-    data: Path = option(names="data", hidden=True, help="The data file.")
+    data: Path = option(names="data", hidden=True, help="The data file, or a mixture (YAML).")
     images: Path | None = option(
         names="images", default=None, help="Folder that the data file's image paths start from; each image is decoded."
     )
@@ -41,7 +44,7 @@ class CheckOptions:
 class ShowOptions:
     """The options of `switchkd data show`."""
 
-    data: Path = option(names="data", hidden=True, help="The data file.")
+    data: Path = option(names="data", hidden=True, help="The data file, or a mixture (YAML).")
     model: Path = option(names="checkpoint", help="Checkpoint folder, for its tokenizer.")
     images: Path | None = option(
         names="images",
@@ -58,3 +61,16 @@ class ShowOptions:
     start: int = option(default=0, at_least=0, help="The first one's row.")
     max_length: int = option(default=2048, at_least=2, help="In tokens with image tokens.")
     trust_remote_code: bool = option(default=False, help="Run code that comes with a checkpoint.")
+
+
+Options = TypeVar("Options", CheckOptions, ShowOptions)
+
+
+def of_entry(entry: MixtureEntry, options: Options) -> Options:
+    """Return the options for one data file of a mixture, with its own images and template."""
+    return replace(
+        options,
+        data=entry.data,
+        images=entry.images or options.images,
+        template=entry.template or options.template,
+    )

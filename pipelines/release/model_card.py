@@ -108,8 +108,13 @@ def _data(
     checkpoint: Checkpoint, record: dict[str, Any], summary: dict[str, Any], origin: dict[str, Any]
 ) -> dict[str, Any]:
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(summary["skipped"].items())) or "none"
+    mixed = {
+        f"entry {name}": f"{_name(about['data'])}, {about['samples_per_epoch']:,} of {about['usable']:,} usable samples an epoch"
+        for name, about in origin.get("mixture", {}).items()
+    }
     return {
         "data file": f"{_name(record['data'])}, SHA-256 {origin.get('data', 'not recorded')}",
+        **mixed,
         "samples": f"{summary['samples']:,}; skipped: {skipped}",
         "template": (origin.get("template") or {}).get("name", "not recorded"),
         "images": f"{type(checkpoint.image_processor).__name__}, "

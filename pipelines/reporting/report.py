@@ -75,6 +75,8 @@ def _training(inputs: Inputs) -> Section:
         section.missing.append("No training run was given: name a folder that `switchkd train --output` wrote.")
         return section
     section.tables.append(_train_table(inputs.trains))
+    if any("mixture" in run.options for run in inputs.trains):
+        section.tables.append(_mixture_table(inputs.trains))
     logged = {key for run in inputs.trains for entry in run.history for key in entry if key.startswith("loss_")}
     for key, word in (LOSSES | {key: key.removeprefix("loss_") for key in sorted(logged - LOSSES.keys())}).items():
         runs = [run for run in inputs.trains if any(entry.get(key) for entry in run.history)]
@@ -128,6 +130,18 @@ def _train_table(runs: list[TrainRun]) -> Table:
         teacher = "" if options.get("teacher") is None else f"{options['teacher']} ({options.get('teacher_mode')})"
         signal = options.get("teacher_signal") or ""
         rows.append([run.label, objective, teacher, signal, steps, samples, skipped, *losses])
+    return Table(head, rows)
+
+
+def _mixture_table(runs: list[TrainRun]) -> Table:
+    """The data files of runs that were trained on a mixture, and how many samples of each an epoch has."""
+    head = ["run", "entry", "data file", "samples an epoch", "usable", "rows", "weight or cap", "template", "store"]
+    rows = []
+    for run in runs:
+        for name, about in run.options.get("mixture", {}).items():
+            counts = [f"{about[key]:,}" for key in ("samples_per_epoch", "usable", "rows")]
+            said = [str(about.get(key, "")) for key in ("share", "template", "store")]
+            rows.append([run.label, name, about["data"], *counts, *said])
     return Table(head, rows)
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
@@ -91,11 +91,13 @@ def _words(kind: Any) -> str:
     return text.replace("typing.", "").replace("transformers.", "")
 
 
-def fit_to_data(arguments: TrainingArguments, options: TrainOptions, store: TeacherStore | None, samples: int) -> None:
-    """Set the number of steps over `samples` usable samples, and how loader processes begin. Raises ConfigError."""
+def fit_to_data(
+    arguments: TrainingArguments, options: TrainOptions, stores: Sequence[TeacherStore], samples: int
+) -> None:
+    """Set the number of steps over `samples` samples an epoch, and how loader processes begin. Raises ConfigError."""
     assert options.global_batch is not None
     arguments.max_steps = options.steps or math.ceil(options.epochs * samples / options.global_batch)
-    if store is not None and not store.storage.survives_fork and arguments.dataloader_num_workers:
+    if arguments.dataloader_num_workers and not all(store.storage.survives_fork for store in stores):
         arguments.dataloader_multiprocessing_context = arguments.dataloader_multiprocessing_context or "spawn"
     _try_schedule(arguments)
 

@@ -5,7 +5,7 @@ import logging
 from switchkd.errors import ConfigError
 from switchkd.losses.cross_tokenizer import VocabMap, map_vocabularies
 from switchkd.models.checkpoint import Checkpoint
-from switchkd.pipelines.training.batches.dataset import TrainingSamples
+from switchkd.pipelines.training.batches.dataset import OrderedSamples
 from switchkd.pipelines.training.options import TrainOptions
 
 PROBED = 64  # samples whose positions are aligned to measure how many have a partner
@@ -27,7 +27,7 @@ def check_vocab_map(options: TrainOptions, teacher: Checkpoint | None, payload: 
         raise ConfigError("--vocab-map needs the teacher's whole rows: cache payload hidden, or --teacher-mode live")
 
 
-def make_vocab_map(teacher: Checkpoint, student: Checkpoint, samples: TrainingSamples) -> VocabMap:
+def make_vocab_map(teacher: Checkpoint, student: Checkpoint, samples: OrderedSamples) -> VocabMap:
     """Map the vocabularies of two tokenizers, and log how much of them and of the positions is shared.
 
     Raises:

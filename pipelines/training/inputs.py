@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 from switchkd.data.encoding import SampleEncoder
-from switchkd.data.load_template import load_template
 from switchkd.data.media import MediaReader
-from switchkd.data.samples import SampleFile
-from switchkd.errors import CheckpointError, ConfigError, StoreMismatch
-from switchkd.fingerprints import hash_image_processor, hash_tokenizer
+from switchkd.errors import CheckpointError, ConfigError
+from switchkd.fingerprints import hash_image_processor
 from switchkd.losses.cross_tokenizer import VocabMap
 from switchkd.losses.objective import Objective
 from switchkd.models.checkpoint import (
@@ -24,22 +21,23 @@ from switchkd.models.checkpoint import (
     check_compatible,
     check_student,
     open_checkpoint,
-    teacher_identity,
     with_image_mode,
 )
 from switchkd.models.families import FAMILIES, family_of
 from switchkd.models.packing_probe import check_packing
 from switchkd.models.pair import check_pair
 from switchkd.pipelines.cores import local_processes, workers_beside
-from switchkd.pipelines.stored_teacher import encoder_of_store, topk_caution
+from switchkd.pipelines.mixture import mixture_at
+from switchkd.pipelines.stored_teacher import topk_caution
 from switchkd.pipelines.training import cross_tokenizer
-from switchkd.pipelines.training.batches.dataset import TrainingSamples
-from switchkd.pipelines.training.batches.switch_share import SwitchShare
+from switchkd.pipelines.training.batches.dataset import OrderedSamples
+from switchkd.pipelines.training.batches.mixture import MixedSamples
 from switchkd.pipelines.training.int8_teacher import check_int8
+from switchkd.pipelines.training.joining import join, read_samples
+from switchkd.pipelines.training.mixing import join_entries, read_entries, record_of
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.resuming import as_begun, resolve_batches
 from switchkd.stores import TeacherStore
-from switchkd.stores.reader import pick_store
 
 log = logging.getLogger(__name__)
 
@@ -53,31 +51,40 @@ class TrainingInputs:
     parts: frozenset[str]  # the student's trainable parts
     student: Checkpoint  # with the image mode of the run
     teacher: Checkpoint | None  # None where no teacher was named, or the objective has none
-    store: TeacherStore | None  # complete; None with a live teacher, or without one
-    payload: str | None  # of the store, "topk" or "hidden"; None without a store
-    samples: TrainingSamples
+    teachers: tuple[Checkpoint, ...]  # of the stores, those that were named; one but for a mixture of stores of several
+    stores: tuple[TeacherStore, ...]  # complete, of each data file; none with a live teacher, or without one
+    payload: str | None  # of the stores, "topk" or "hidden"; None without a store
+    samples: OrderedSamples
     vocabularies: VocabMap | None  # with `--vocab-map`
     two_views: bool  # whether the teacher encodes samples differently from the student
     media: dict[str, Tensor] | None = None  # of one image, as the student's processor makes it; None for a Llava
     teacher_media: dict[str, Tensor] | None = None  # of the same image, as the teacher's makes it
+    mixture: dict[str, dict[str, Any]] | None = None  # entry → what is recorded of it; None for one data file
+
+    @property
+    def mixture_record(self) -> dict[str, Any]:
+        """What a run records of its mixture, under the key "mixture"; nothing for one data file."""
+        return {} if self.mixture is None else {"mixture": self.mixture}
 
     @property
     def teacher_signal(self) -> str | None:
         """Where the teacher's logits come from, in words; None for an objective without a teacher."""
         if not self.objective.needs_teacher:
             return None
-        if self.store is None or self.payload is None:
+        if not self.stores or self.payload is None:
             return "live teacher"
-        manifest = self.store.manifest
         tail = f", tail {self.options.tail}" if self.payload == "topk" else ""
-        return f"{manifest.describe(self.payload)}{tail}; store {manifest.identity}"
+        told = [f"{of.manifest.describe(self.payload)}{tail}; store {of.manifest.identity}" for of in self.stores]
+        if isinstance(self.samples, MixedSamples):
+            return " | ".join(f"{file.name}: {words}" for file, words in zip(self.samples.files, told, strict=True))
+        return told[0]
 
     @property
     def caution(self) -> str | None:
         """What to know about the objective's error with this signal; None where there is nothing."""
-        if self.store is None or self.payload != "topk" or not self.objective.name.startswith("dbild"):
+        if not self.stores or self.payload != "topk" or not self.objective.name.startswith("dbild"):
             return None
-        return topk_caution(self.store.manifest, self.objective.window)
+        return topk_caution(self.stores[0].manifest, self.objective.window)
 
 
 def resolve_options(options: TrainOptions, processes: int | None = None) -> TrainOptions:
@@ -132,24 +139,31 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
     """
     objective = options.as_objective()
     student = open_checkpoint(options.student, options.trust_remote_code)
-    teacher = _open_teacher(options, objective, student)
-    check_models(options, student, teacher)
-    data = SampleFile(options.data)
-    store = _open_store(options, objective, teacher, student, data)
-    payload = None
-    if store is not None:
-        top_k = store.manifest.top_k if store.manifest.has_topk else None
-        payload = choose_payload(options, str(store.path), top_k, store.manifest.has_hidden, teacher is not None)
-    if store is not None and payload is not None:
-        store = store.only(payload)
+
+    def open_teacher(options: TrainOptions) -> Checkpoint | None:
+        opened = _open_teacher(options, objective, student)
+        check_models(options, student, opened)
+        return opened
+
+    teacher = open_teacher(options)
+    mixture = mixture_at(options.data)
+    if mixture is None:
+        joined = [join(options, objective, teacher, student)]
+    else:
+        joined = join_entries(mixture, options, objective, student, teacher, open_teacher)
+    payload = joined[0].payload
     cross_tokenizer.check_vocab_map(options, teacher, payload)
-    mode, max_pixels = _image_mode(options, teacher, store)
+    mode, max_pixels = joined[0].image_mode
     student = with_image_mode(student, mode, max_pixels)
     teacher = None if teacher is None else with_image_mode(teacher, mode, max_pixels)
-    encoder, other = _encoders(options, student, teacher, store)
-    samples = TrainingSamples(data, encoder, store, options.workers or 0, other, options.max_skipped, _share(options))
-    if store is not None and store.manifest.data != samples.samples.fingerprint:
-        samples.require_same_texts()
+    samples: OrderedSamples
+    record = None
+    if mixture is None:
+        samples, teachers = read_samples(joined[0], student, teacher), [] if teacher is None else [teacher]
+    else:
+        samples, teachers = mixed, _ = read_entries(mixture, joined, student)
+        record = record_of(mixture, mixed)
+    other = samples.teacher_encoder
     if options.group_by is None:
         assert options.global_batch is not None  # resolved
         options = replace(options, group_by=samples.grouping(options.batch_size, options.global_batch, options.packing))
@@ -160,19 +174,16 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
         parts=options.as_parts(),
         student=student,
         teacher=teacher,
-        store=store,
+        teachers=tuple(teachers),
+        stores=tuple(samples.stores),
         payload=payload,
         samples=samples,
         vocabularies=vocabularies,
         two_views=other is not None,
-        media=_media_of_one_image(encoder),
-        teacher_media=None if teacher is None else _media_of_one_image(other or encoder),
+        media=_media_of_one_image(samples.encoder),
+        teacher_media=None if teacher is None else _media_of_one_image(other or samples.encoder),
+        mixture=record,
     )
-
-
-def _share(options: TrainOptions) -> SwitchShare | None:
-    share = options.vsd_share
-    return None if share in (None, 1.0) or not options.switch else SwitchShare(share, options.seed)
 
 
 def _media_of_one_image(encoder: SampleEncoder) -> dict[str, Tensor] | None:
@@ -192,6 +203,11 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
     objective, live = options.as_objective(), options.teacher_mode == "live"
     llavas = all(family_of(side.config).is_llava for side in (student, teacher) if side is not None)
     check_student(student)
+    student.require_whole_weights("train the checkpoint that it was made from")
+    if teacher is not None and (objective.switch or live):
+        teacher.require_whole_weights(
+            "pass --no-switch to train from its store alone, or cache and pass the checkpoint that it was made from"
+        )
     if objective.baseline and not llavas:
         raise CheckpointError(
             f"objective {objective.name} compares visual tokens and attention of two Llavas: {options.student} and "
@@ -240,139 +256,3 @@ def _open_teacher(options: TrainOptions, objective: Objective, student: Checkpoi
             raise ConfigError("--teacher-mode live runs the teacher: pass --teacher")
         return None
     return open_checkpoint(options.teacher, options.trust_remote_code)
-
-
-def _preferences(
-    options: TrainOptions, teacher: Checkpoint | None, samples: SampleFile
-) -> list[Callable[[TeacherStore], bool]]:
-    """Return what decides between several stores that fit: this data file, completeness, and the payload that is read.
-
-    Without `--payload`, hidden states win over top-k logits where a teacher can read them, since they are nearer to it.
-    """
-    topk = options.payload == "topk" or (options.payload is None and teacher is None)
-    return [
-        lambda store: len(store) == len(samples),
-        lambda store: store.manifest.data == samples.fingerprint,
-        lambda store: len(store.parts()) == store.manifest.part_count,
-        lambda store: store.manifest.has_topk if topk else store.manifest.has_hidden,
-    ]
-
-
-def _open_store(
-    options: TrainOptions,
-    objective: Objective,
-    teacher: Checkpoint | None,
-    student: Checkpoint,
-    samples: SampleFile,
-) -> TeacherStore | None:
-    """Open the store that fits the run; every entry of its manifest is compared with what the run would use."""
-    if not objective.needs_teacher or options.teacher_mode == "live":
-        return None
-    if options.cache is None:
-        raise ConfigError(
-            f"objective {objective.name} reads a teacher store: pass --cache, --teacher-mode live, or "
-            "--objective sft --no-switch"
-        )
-    wanted: dict[str, Any] = {
-        "tokenizer": hash_tokenizer((teacher or student).tokenizer),
-        "image_tokens": (teacher or student).image_tokens,
-    }
-    if teacher is not None:
-        wanted["teacher"] = teacher_identity(teacher, vision=False)
-        if options.image_mode is not None or options.max_pixels is not None:
-            mine = with_image_mode(teacher, options.image_mode or "own", options.max_pixels).image_processor
-            wanted["image_processor"] = hash_image_processor(mine)
-    if options.template is not None:
-        wanted["template"] = load_template(options.template, teacher or student).as_dict()
-    if options.max_length is not None:
-        wanted["max_length"] = options.max_length
-    store = pick_store(options.cache, wanted, _preferences(options, teacher, samples))
-    store.check_complete()
-    return store
-
-
-def _image_mode(
-    options: TrainOptions, teacher: Checkpoint | None, store: TeacherStore | None
-) -> tuple[str, int | None]:
-    """Return how images become square, and their limit of pixels: as the options request, else as the store's manifest specifies.
-
-    Raises:
-        StoreMismatch: the teacher's image processor is not the one that the store was made with.
-    """
-    if store is None:
-        return options.image_mode or "own", options.max_pixels
-    manifest = store.manifest
-    mode, max_pixels = options.image_mode or manifest.image_mode, options.max_pixels or manifest.max_pixels
-    if teacher is not None:
-        processor = hash_image_processor(with_image_mode(teacher, mode, max_pixels).image_processor)
-        if mismatches := manifest.mismatches({"image_processor": processor}):
-            raise StoreMismatch(f"{store.path} does not fit {teacher.path}: {mismatches[0]}")
-    return mode, max_pixels
-
-
-def choose_payload(
-    options: TrainOptions, store: str, top_k: int | None, hidden: bool, with_teacher: bool = True
-) -> str:
-    """Choose which of a store's payloads to train from, "topk" or "hidden".
-
-    Args:
-        store: its name in messages. top_k: logits a position that it holds; None without payload topk.
-        hidden: whether it holds hidden states. with_teacher: whether the run opens the teacher, whose LM head reads them.
-
-    Raises:
-        ConfigError: it does not hold what the options ask for.
-    """
-    payload = options.payload or ("hidden" if hidden and with_teacher else "topk")
-    there = {"topk": top_k is not None, "hidden": hidden}
-    if not there[payload]:
-        advice = "pass --teacher, whose LM head turns its states into logits" if hidden else "cache again"
-        holds = " and ".join(name for name, here in there.items() if here)
-        raise ConfigError(f"{store} holds payload {holds}, this run reads {payload}; {advice}")
-    if payload == "hidden" and not with_teacher:
-        raise ConfigError("payload hidden needs the teacher's LM head: pass --teacher")
-    if payload == "topk" and options.window is not None and top_k is not None and options.window > top_k:
-        raise ConfigError(
-            f"--window {options.window} looks beyond the {top_k} logits a position that {store} holds; "
-            f"pass --window {top_k} or cache with a larger --k"
-        )
-    return payload
-
-
-def _encoders(
-    options: TrainOptions, student: Checkpoint, teacher: Checkpoint | None, store: TeacherStore | None
-) -> tuple[SampleEncoder, SampleEncoder | None]:
-    """Return the student's encoder, and the teacher's if it encodes samples differently.
-
-    The student's samples may be longer than the teacher's, if it has more tokens per image or a tokenizer that yields more tokens.
-    """
-    if teacher is None or not (options.vocab_map or _reads_images_otherwise(teacher, student)):
-        return _encoder(options, student, store), None
-    longer = max(0, student.image_tokens - teacher.image_tokens)
-    if options.vocab_map:
-        longer = student.config.text_config.max_position_embeddings  # the model's limit; the tokenizer has none
-    return _encoder(options, student, store, longer), _encoder(options, teacher, store)
-
-
-def _reads_images_otherwise(teacher: Checkpoint, student: Checkpoint) -> bool:
-    """Whether an image becomes other tokens, or other media, for the teacher; pixels alone do not count between two Llavas."""
-    if teacher.image_tokens != student.image_tokens:
-        return True
-    if all(family_of(side.config).is_llava for side in (teacher, student)):
-        return False
-    kinds = [
-        (family_of(side.config).model_type, hash_image_processor(side.image_processor)) for side in (teacher, student)
-    ]
-    return kinds[0] != kinds[1]
-
-
-def _encoder(
-    options: TrainOptions, checkpoint: Checkpoint, store: TeacherStore | None, longer: int = 0
-) -> SampleEncoder:
-    """Return an encoder with the settings in the store's manifest; without a store, with those of the options."""
-    starts = options.vocab_map
-    if store is None:
-        template = load_template(options.template, checkpoint)
-        return SampleEncoder(
-            checkpoint, template, options.images, (options.max_length or 2048) + longer, with_starts=starts
-        )
-    return encoder_of_store(store.manifest, checkpoint, options.images, longer, starts)

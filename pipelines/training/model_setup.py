@@ -23,7 +23,7 @@ from switchkd.models.vlm import (
     load_lm_head,
     load_model,
 )
-from switchkd.pipelines.stored_teacher import StoredHidden, StoredTopK, TeacherSource
+from switchkd.pipelines.stored_teacher import StoredHidden, StoredOfSeveral, StoredTopK, TeacherSource
 from switchkd.pipelines.training.cost_model import CostModel, patches_of
 from switchkd.pipelines.training.experimental import compile_layers
 from switchkd.pipelines.training.inputs import TrainingInputs
@@ -93,7 +93,8 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         fit_fsdp(arguments, student)
         for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
             shard_frozen(whole)
-    stored_head = source.head.numel() if isinstance(source, StoredHidden) else 0
+    stored = source.sources if isinstance(source, StoredOfSeveral) else [source]
+    stored_head = sum(each.head.numel() for each in stored if isinstance(each, StoredHidden))
     vision_tokens = inputs.student.feature_tokens
     if inputs.media is not None:
         vision_tokens = int(patches_of(student.config, inputs.media)[0])
@@ -113,11 +114,11 @@ def _load_teacher(
     inputs: TrainingInputs,
 ) -> tuple[TeacherSource | None, Any | None]:
     """Load only what the run needs of the teacher: (source of its signals, model of the switch pathway)."""
-    options, teacher, store = inputs.options, inputs.teacher, inputs.store
+    options, teacher, stores = inputs.options, inputs.teacher, inputs.stores
     if not inputs.objective.needs_teacher:
         return None, None
     dtype = "" if teacher is None else _teacher_dtype(options, teacher)
-    if store is None:
+    if not stores:
         assert teacher is not None
         whole = load_model(teacher, dtype=dtype)
         freeze(whole)
@@ -133,12 +134,15 @@ def _load_teacher(
             to_int8(language_model_of(switch))
         if options.teacher_checkpointing:
             enable_activation_checkpointing(language_model_of(switch))
+    rows = stores[0].manifest.vocab_rows
     if inputs.payload == "topk":
-        return StoredTopK(store.manifest.vocab_rows, options.tail), switch
-    assert teacher is not None
-    head = load_lm_head(teacher, dtype) if switch is None else switch.lm_head.weight
-    logit_map = logit_map_of(teacher.config, teacher.path)
-    return StoredHidden(head, store.manifest.vocab_rows, store.manifest.has_exact_knee, logit_map), switch
+        return StoredTopK(rows, options.tail), switch
+    exact_knee = all(store.manifest.has_exact_knee for store in stores)
+    sources = []
+    for each in inputs.teachers:  # with the switch pathway there is one
+        head = load_lm_head(each, _teacher_dtype(options, each)) if switch is None else switch.lm_head.weight
+        sources.append(StoredHidden(head, rows, exact_knee, logit_map_of(each.config, each.path)))
+    return sources[0] if len(sources) == 1 else StoredOfSeveral(sources), switch
 
 
 def make_switch_adapter(

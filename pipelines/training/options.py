@@ -82,7 +82,7 @@ class TrainOptions:
     student: Path = option(
         names="checkpoint", group=FIRST, help="Checkpoint folder of the student, of any family of `switchkd models`."
     )
-    data: Path = option(names="data", group=FIRST, help="The data file that was cached.")
+    data: Path = option(names="data", group=FIRST, help="The data file that was cached, or a mixture (YAML).")
     output: Path = option(group=FIRST, help="The run: checkpoints, options, losses, the trained student.")
     teacher: Path | None = option(
         names="checkpoint",

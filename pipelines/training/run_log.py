@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from switchkd.data.oddities import warnings_about
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.models.components import language_model_of
 from switchkd.pipelines.preflight.skip_limit import allowed_skips
@@ -32,13 +31,13 @@ def tell_plan(
     """Log the teacher's signal, the options, the models' parts and trainable parameters, the data, and the estimated memory."""
     options, samples = inputs.options, inputs.samples
     log.info("objective: %s%s", options.objective, " with the switch pathway" if options.switch else "")
-    if (count := samples.skipped.total()) > allowed_skips(len(samples.samples), MAX_SKIPPED):
+    if (count := samples.skipped.total()) > allowed_skips(samples.rows, MAX_SKIPPED):
         log.warning(
             "warning: %s of %s samples (%.1f %%) do not train, since they could not be used. `switchkd data check` says why; "
             "`switchkd cache-teacher --retry-skipped` adds those whose images can now be read to the store",
-            f"{count:,}", f"{len(samples.samples):,}", 100 * count / len(samples.samples),
+            f"{count:,}", f"{samples.rows:,}", 100 * count / samples.rows,
         )  # fmt: skip
-    for line in warnings_about(samples.samples.notes()):
+    for line in samples.warnings():
         log.warning("warning: %s", line)
     if inputs.teacher_signal is not None:
         log.info("teacher's signal: %s", inputs.teacher_signal)
@@ -60,14 +59,21 @@ def tell_plan(
             )
     if unused:
         log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
-    log.info("samples: %s usable, skipped: %s", f"{len(samples):,}", dict(samples.skipped) or "none")
+    what = "usable" if inputs.mixture is None else "an epoch"
+    log.info("samples: %s %s, skipped: %s", f"{len(samples):,}", what, dict(samples.skipped) or "none")
+    for name, about in (inputs.mixture or {}).items():
+        share = f", {about['share']}" if "share" in about else ""
+        log.info(
+            "  %s: %s an epoch, of %s usable (%s rows%s), template %s",
+            name, f"{about['samples_per_epoch']:,}", f"{about['usable']:,}", f"{about['rows']:,}", share, about.get("template"),
+        )  # fmt: skip
     if not samples.surveyed:
         log.info(
             "  as far as is known before images are read: a sample that cannot be used is left out of its step and counted, up to "
             "--max-skipped %g", options.max_skipped,
         )  # fmt: skip
-    if samples.store is not None:
-        log.info("store: %s", samples.store.path)
+    for store in inputs.stores:
+        log.info("store: %s", store.path)
     log.info(
         "steps: %s of %d samples: %d processes (%s) x batch size %d x accumulation %d",
         f"{arguments.max_steps:,}", options.global_batch, arguments.world_size, options.profile,

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from itertools import groupby
 from typing import Any
 
 import transformers
@@ -32,9 +33,8 @@ from switchkd.pipelines.training.plot import plot_run
 from switchkd.pipelines.training.resuming import TrainSummary, finished
 from switchkd.pipelines.training.run_log import RunReport, tell_plan
 from switchkd.pipelines.training.trainer import SwitchTrainer
+from switchkd.settings import OLDEST_FOR_TRAINING
 
-# Older versions cannot run Llava's LM head at selected rows only; capture needs 5.16 or newer.
-OLDEST_TRANSFORMERS = Version("5.22")
 SEALED = "checkpoints_have_digests"  # in the record of a run: a checkpoint without them is damaged, not old
 
 
@@ -73,8 +73,11 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     experimental.begin(options, arguments)
     inputs = open_inputs(options)
     options = inputs.options
-    fit_to_data(arguments, options, inputs.store, len(inputs.samples))
-    made_from = {"teacher_signal": inputs.teacher_signal, "samples": inputs.samples.order_identity()}
+    fit_to_data(arguments, options, inputs.stores, len(inputs.samples))
+    made_from: dict[str, Any] = {
+        "teacher_signal": inputs.teacher_signal,
+        "samples": inputs.samples.order_identity(),
+    } | inputs.mixture_record
     if begun:
         check_record(run, made_from, later=made_from)
 
@@ -92,9 +95,9 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
 
 
 def _require_transformers() -> None:
-    if Version(transformers.__version__) < OLDEST_TRANSFORMERS:
+    if Version(transformers.__version__) < Version(OLDEST_FOR_TRAINING):
         raise ConfigError(
-            f"training needs transformers {OLDEST_TRANSFORMERS} or newer, found {transformers.__version__}; "
+            f"training needs transformers {OLDEST_FOR_TRAINING} or newer, found {transformers.__version__}; "
             "an environment for vLLM only caches: train in another"
         )
 
@@ -108,10 +111,11 @@ def _make_trainer(
         None
         if options.profile == "ddp"
         else placeholder_sample(inputs.samples.encoder, inputs.samples.teacher_encoder),
-        None if inputs.store is None else inputs.samples.payload,
+        inputs.samples.payload if inputs.stores else None,
         pad_id_of((inputs.teacher or student).tokenizer),
         options.packing,
         empty_sample(pad_id_of(student.tokenizer), inputs.two_views, options.vocab_map),
+        inputs.samples.teacher_of if len(inputs.teachers) > 1 and inputs.payload == "hidden" else None,
     )
     trainer = SwitchTrainer(
         objective=inputs.objective,
@@ -148,6 +152,8 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
     last: dict[str, Any] = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
     left_out = Counter() if samples.left_out is None else samples.left_out.counts()
     used = len(samples) - left_out.total()
+    identities = [store.manifest.identity for store in inputs.stores]
+    taught = [kind for kind, _ in groupby(store.manifest.teacher for store in inputs.stores)]
     summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "samples": used,
@@ -155,11 +161,12 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
         "losses": {name: value for name, value in last.items() if name.startswith("loss")},
         "history": history,
         "made_from": {
-            "template": samples.encoder.template.as_dict(),
-            "data": samples.samples.fingerprint,
+            "template": samples.template,
+            "data": samples.fingerprint,
             "teacher_signal": inputs.teacher_signal,
-            "store": None if samples.store is None else samples.store.manifest.identity,
-            "teacher": None if samples.store is None else samples.store.manifest.teacher,
+            "store": ", ".join(identities) or None,
+            "teacher": None if len(taught) != 1 else taught[0],
+            **inputs.mixture_record,
         },
     }
     if trainer.is_world_process_zero():

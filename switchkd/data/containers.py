@@ -14,6 +14,7 @@ from switchkd.data.json_rows import JsonRows
 from switchkd.data.row_cache import cache_folder, from_cache
 from switchkd.errors import DataError, ReadFailure
 from switchkd.printable import printable
+from switchkd.settings import is_mixture
 
 ROWS_PER_BATCH = 1000
 DOCUMENTED_COLUMNS = ("image", "images")
@@ -56,6 +57,11 @@ def open_container(path: Path) -> Container:
         raise DataError(
             f"no data file {printable(path)}: --data takes LLaVA-style JSON or JSON Lines, a .parquet or .arrow file, or a "
             "folder that datasets saved"
+        )
+    if is_mixture(path):
+        raise DataError(
+            f"{printable(path)} is a mixture of data files, and one data file is needed here: train, cache-teacher and data "
+            "take mixtures"
         )
     if not (path.is_file() or path.is_dir()):
         raise DataError(f"{printable(path)} is neither a file nor a folder: --data takes a file that can be read again")

@@ -141,21 +141,11 @@ class DenseSignal:
         return DenseSignal(self.logits[rows], None if self.knee is None else self.knee[rows])
 
 
-@dataclass(frozen=True)
-class HiddenSignal:
-    """Signal that holds the teacher's final hidden states, stored or live; the LM head computes the logits of what is read."""
+class _FromStates:
+    """What signals of hidden states have in common: all is read from the logits of `slice_rows`."""
 
-    hidden: Tensor  # [T, d]
-    head: Tensor  # [N, d], the LM head's rows in use; its logits are float32, see `float32_logits`
-    knee: Tensor | None = (
-        None  # [T] int64, over all N rows, of the exact logits; None: found on the logits computed here
-    )
-    logit_map: LogitMap = IDENTITY  # what the model makes of the LM head's product
-
-    @property
-    def vocab_rows(self) -> int:
-        """N."""
-        return len(self.head)
+    hidden: Tensor
+    knee: Tensor | None
 
     @property
     def positions(self) -> int:
@@ -174,6 +164,27 @@ class HiddenSignal:
         """See `TeacherSignal.rows`."""
         return self.slice_rows(slice(None)).logits
 
+    def slice_rows(self, rows: slice) -> DenseSignal:
+        """See `TeacherSignal.slice_rows`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HiddenSignal(_FromStates):
+    """Signal that holds the teacher's final hidden states, stored or live; the LM head computes the logits of what is read."""
+
+    hidden: Tensor  # [T, d]
+    head: Tensor  # [N, d], the LM head's rows in use; its logits are float32, see `float32_logits`
+    knee: Tensor | None = (
+        None  # [T] int64, over all N rows, of the exact logits; None: found on the logits computed here
+    )
+    logit_map: LogitMap = IDENTITY  # what the model makes of the LM head's product
+
+    @property
+    def vocab_rows(self) -> int:
+        """N."""
+        return len(self.head)
+
     def select(self, keep: Tensor) -> "HiddenSignal":
         """See `TeacherSignal.select`."""
         knee = None if self.knee is None else self.knee[keep]
@@ -183,6 +194,42 @@ class HiddenSignal:
         """See `TeacherSignal.slice_rows`."""
         with torch.no_grad():
             logits = self.logit_map(float32_logits(self.hidden[rows], self.head))
+        return DenseSignal(logits, None if self.knee is None else self.knee[rows])
+
+
+@dataclass(frozen=True)
+class MixedHiddenSignal(_FromStates):
+    """Signal that holds the final hidden states of several teachers with one vocabulary, each position of one of them."""
+
+    hidden: Tensor  # [T, d], d of the widest teacher; narrower states are filled up on the right
+    heads: tuple[
+        tuple[Tensor, LogitMap], ...
+    ]  # of each teacher: LM head [N, d_i], d_i ≤ d, and what is made of its product
+    teacher: Tensor  # [T] int64, number of each position's teacher
+    knee: Tensor | None = None  # see `HiddenSignal`
+
+    @property
+    def vocab_rows(self) -> int:
+        """N."""
+        return len(self.heads[0][0])
+
+    def select(self, keep: Tensor) -> "MixedHiddenSignal":
+        """See `TeacherSignal.select`."""
+        knee = None if self.knee is None else self.knee[keep]
+        return MixedHiddenSignal(self.hidden[keep], self.heads, self.teacher[keep], knee)
+
+    def slice_rows(self, rows: slice) -> DenseSignal:
+        """See `TeacherSignal.slice_rows`."""
+        hidden, teacher = self.hidden[rows], self.teacher[rows]
+        logits = hidden.new_empty(
+            (len(hidden), self.vocab_rows), dtype=torch.promote_types(self.heads[0][0].dtype, torch.float32)
+        )
+        with torch.no_grad():
+            for number, (head, logit_map) in enumerate(self.heads):
+                own = teacher == number
+                states = hidden[own, : head.shape[1]]
+                if len(states):
+                    logits[own] = logit_map(float32_logits(states, head))
         return DenseSignal(logits, None if self.knee is None else self.knee[rows])
 
 

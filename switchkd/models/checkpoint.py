@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, LlavaConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from switchkd.collector import without_collection
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
 from switchkd.library_errors import as_checkpoint_error
@@ -62,11 +63,42 @@ class Checkpoint:
     def _token_rows(self) -> int:
         return token_rows(self.tokenizer)
 
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """See `hash_tokenizer`; the tokenizer of a checkpoint does not change."""
+        return hash_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _known_hashes(self) -> dict[tuple[str, ...], dict[str, str]]:
+        return {}
+
+    def hash_weights(self, components: tuple[str, ...]) -> dict[str, str]:
+        """See `fingerprints.hash_weights`; the files are read once, however many stores are compared with this teacher."""
+        if components not in self._known_hashes:
+            self._known_hashes[components] = hash_weights(self.path, components)
+        return self._known_hashes[components]
+
     @property
     def image_token_id(self) -> int:
         """Id of the token that an image's features replace."""
         token: int = self.config.image_token_id
         return token
+
+    @property
+    def quantization(self) -> str | None:
+        """How its weights are quantised, by transformers' name of the method ("fp8", "awq", …); None if they are not."""
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is None:
+            return None
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        return str(getattr(method, "value", method))
+
+    def require_whole_weights(self, remedy: str) -> None:
+        """Raise CheckpointError, with a remedy, if the weights are quantised, which is tested with vLLM alone."""
+        if self.quantization is not None:
+            raise CheckpointError(
+                f"{self.path} has quantised weights ({self.quantization}), which only `cache-teacher --backend vllm` runs: {remedy}"
+            )
 
     def resolve_dtype(self, dtype: str) -> str:
         """Return the dtype that "auto" stands for, or `dtype` itself."""
@@ -107,7 +139,8 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
         config = AutoConfig.from_pretrained(folder)
         family = family_of(config, folder)
         logit_map_of(config, folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with without_collection():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES):
             raise CheckpointError(
                 f"{folder} has no image processor: {IMAGE_PROCESSOR_FILES[0]} is missing; copy it from the model's origin"
@@ -126,10 +159,11 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
             raise CheckpointError(f"{folder} has a slow tokenizer; a tokenizer.json is needed")
         check_image_token(config.image_token_id, tokenizer, folder)
         tokenizer.encode("a", add_special_tokens=False)
-        hash_tokenizer(tokenizer)  # reads everything that is used of it later
-    return Checkpoint(
-        folder, config, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
-    )
+        opened = Checkpoint(
+            folder, config, tokenizer, processor, image_tokens, feature_tokens, feature_width, trust_remote_code
+        )
+        opened.tokenizer_hash  # noqa: B018 - reads everything that is used of it later
+    return opened
 
 
 IMAGE_MODES: tuple[str, ...] = get_args(ImageMode)
@@ -206,7 +240,7 @@ def teacher_identity(checkpoint: Checkpoint, vision: bool = True) -> dict[str, s
     components = ("vision", "projector", "language") if vision else ("projector", "language")
     logit_map = logit_map_of(checkpoint.config, checkpoint.path)
     found = {} if logit_map.is_identity else {"logit_map": str(logit_map)}
-    return found | {"config": hash_config(checkpoint.config.to_dict())} | hash_weights(checkpoint.path, components)
+    return found | {"config": hash_config(checkpoint.config.to_dict())} | checkpoint.hash_weights(components)
 
 
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # one of which describes it
@@ -305,7 +339,7 @@ def check_compatible(
         CheckpointError: names both values of the first property that does not match.
     """
     sides = f"teacher {teacher.path}, student {student.path}"
-    if not vocab_map and hash_tokenizer(teacher.tokenizer) != hash_tokenizer(student.tokenizer):
+    if not vocab_map and teacher.tokenizer_hash != student.tokenizer_hash:
         raise CheckpointError(
             f"the tokenizers differ ({len(teacher.tokenizer)} and {len(student.tokenizer)} entries): {sides}. "
             "Logits can only be compared over one vocabulary; give both models the same tokenizer, or pass --vocab-map"

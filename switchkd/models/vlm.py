@@ -56,6 +56,9 @@ for _kind in WITHOUT_VISION.values():
     register_weight_names(_kind)
 
 
+HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def load_model(checkpoint: Checkpoint, *, vision: bool = True, dtype: str | torch.dtype = "auto") -> Any:
     """Load a checkpoint's weights on the CPU, in evaluation mode; safetensors only.
 
@@ -69,6 +72,7 @@ def load_model(checkpoint: Checkpoint, *, vision: bool = True, dtype: str | torc
     Raises:
         CheckpointError: weights missing, of another shape, or not safetensors.
     """
+    checkpoint.require_whole_weights("pass the checkpoint that it was made from")
     config = checkpoint.config
     kind = AutoModelForImageTextToText._model_mapping[type(config)]
     _require_enough_weights(checkpoint, vision)
@@ -102,7 +106,13 @@ def load_lm_head(checkpoint: Checkpoint, dtype: str) -> Tensor:
     for ending in endings:
         for name, tensors in _saved_tensors(checkpoint.path, ("language",)):
             if name.endswith(ending):
-                head: Tensor = tensors.get_tensor(name).to(getattr(torch, dtype))
+                saved = tensors.get_tensor(name)
+                if saved.dtype not in HEAD_DTYPES:
+                    raise CheckpointError(
+                        f"{checkpoint.path}: {name} is {saved.dtype}, whose scale is stored elsewhere; expected a checkpoint whose "
+                        "LM head is not quantised"
+                    )
+                head: Tensor = saved.to(getattr(torch, dtype))
                 if head.shape != (rows, width):
                     raise CheckpointError(
                         f"{checkpoint.path}: {name} is {tuple(head.shape)}, its config says {(rows, width)}: copy the weights or "

@@ -25,13 +25,43 @@ pytestmark = [
 ray = pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
 
 
+def both_begin(folder):
+    """Return what Ray runs in each of its processes: an actor waits with its first part until two have begun.
+
+    So one can be killed while both are at work, however busy the machine is. It is a function inside a function, since Ray's
+    processes cannot import this module.
+    """
+
+    def hold_back():
+        import os
+        import time
+
+        from switchkd.pipelines.capture.ray_engine import CaptureActor
+
+        capture = CaptureActor._capture
+
+        def held_back(self, part):
+            (folder / str(os.getpid())).touch()
+            deadline = time.monotonic() + 100
+            while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            return capture(self, part)
+
+        CaptureActor._capture = held_back
+
+    return hold_back
+
+
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_USAGE_STATS_ENABLED", "0"), ("OMP_NUM_THREADS", "1")):
             patch.setenv(name, value)
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)  # two actors, and Ray's own tasks
-        yield
+        hook = {"worker_process_setup_hook": both_begin(folder)}
+        # Two actors, and Ray's own tasks.
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=hook)
+        yield folder
         ray.shutdown()
 
 
@@ -79,6 +109,7 @@ def test_an_actor_is_killed_and_the_store_is_whole(cluster, options, tmp_path):
     done = cache_teacher(options)
     killer.join()
     assert found, "no actor was killed: the test tests nothing"
+    assert len(list(cluster.iterdir())) >= 2, "actors were not held back"
     assert done.parts_missing == 0
     assert done.parts_written <= 30  # one that was committed just before the kill is counted as there
     store = TeacherStore(options.out)

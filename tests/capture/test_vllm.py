@@ -6,6 +6,7 @@ has processes of its own.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -247,7 +248,7 @@ def switchkd(python, *words, **variables):
         env=environment(python) | variables,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def cache(python, teacher, data, out, *more, **variables):
@@ -277,7 +278,8 @@ def assert_stores_agree(found, expected, backend):
 def test_two_ways_to_the_same_store_and_training_takes_either(teachers, data, tmp_path):
     """The engine in its own process; its store has the identity of the trainer's environment, which trains from it."""
     made = {"vllm": tmp_path / "v.zarr", "transformers": tmp_path / "t.zarr"}
-    cache(sys.executable, teachers["clip"], data, made["vllm"], *ENGINE)
+    said = cache(sys.executable, teachers["clip"], data, made["vllm"], *ENGINE)
+    assert float(re.search(r"vLLM's final states are transformers' to (\S+) of their size", said)[1]) < 1e-5
     cache(TRAINER, teachers["clip"], data, made["transformers"])
     assert_stores_agree(made["vllm"], made["transformers"], "vllm")
     written_by = TeacherStore(made["vllm"]).manifest.written_by
@@ -314,9 +316,9 @@ def test_two_ways_to_the_same_store_and_training_takes_either(teachers, data, tm
 def test_a_bfloat16_teacher_is_stored_with_float32_logits(teachers, data, tmp_path):
     """Top-k logits and knees are those of the stored states times the LM head in float32, not of logits rounded to bfloat16."""
     kept = ("--dtype", "bfloat16", "--payload", "both", "--hidden-dtype", "bfloat16", "--k", 32)
-    cache(
-        sys.executable, teachers["siglip"], data, tmp_path / "s.zarr", *ENGINE, *kept, "--fine", 1e-3, "--coarse", 1e-3
-    )
+    fine = ("--fine", 1e-3, "--coarse", 1e-3, "--check", 4)
+    said = cache(sys.executable, teachers["siglip"], data, tmp_path / "s.zarr", *ENGINE, *kept, *fine)
+    assert float(re.search(r"vLLM's final states are transformers' to (\S+) of their size", said)[1]) < 0.03
     store = TeacherStore(tmp_path / "s.zarr")
     payload = store.payload(range(len(store)))
     head = load_lm_head(open_checkpoint(teachers["siglip"]), "bfloat16")[: store.manifest.vocab_rows]

@@ -49,9 +49,9 @@ def environment(python):
     return kept | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
-def run(python, code, *words):
+def run(python, code, *words, **variables):
     done = subprocess.run(
-        [python, "-c", code, *map(str, words)], capture_output=True, text=True, env=environment(python)
+        [python, "-c", code, *map(str, words)], capture_output=True, text=True, env=environment(python) | variables
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -86,7 +86,7 @@ def test_both_environments_read_samples_alike(data, tmp_path):
         assert ours["transformers"] != trainers["transformers"], "two environments, one transformers: nothing compared"
 
 
-def cache(python, teacher, data, out, *more):
+def cache(python, teacher, data, out, *more, **variables):
     words = (
         "--teacher",
         teacher,
@@ -102,7 +102,7 @@ def cache(python, teacher, data, out, *more):
     sizes = ("--payload", "both", "--k", 16, "--max-length", 256, "--part-size", 4, "--dtype", "float32")
     exact = ("--fine", 1 / 4096, "--coarse", 1 / 4096, "--hidden-dtype", "float16")
     code = "from switchkd.cli.main import main; main()"
-    return run(python, code, "cache-teacher", *words, *sizes, *exact, *more)
+    return run(python, code, "cache-teacher", *words, *sizes, *exact, *more, **variables)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "smolvlm"])
@@ -115,6 +115,24 @@ def test_one_backend_finishes_what_the_other_began(family, data, tmp_path):
     assert "3 parts written, 1 were there" in cache(sys.executable, teacher, data, mixed, *ENGINE).stdout
     found, expected = TeacherStore(mixed), TeacherStore(plain)
     assert found.manifest.identity == expected.manifest.identity
+    assert not missing_parts(found) and not any(findings for _, findings in verify(found))
+    for index in range(found.manifest.samples):
+        assert found[index].digest == expected[index].digest
+        ours, theirs = found[index].payload, expected[index].payload
+        np.testing.assert_allclose(ours.logits, theirs.logits, atol=2e-4 + 2 / 4096, rtol=0)
+        np.testing.assert_allclose(ours.hidden, theirs.hidden, atol=1e-4, rtol=2e-3)
+
+
+def test_a_mixture_of_experts_is_shared_by_two_processes(data, tmp_path):
+    """Tensor parallel; expert parallel does not run on a CPU."""
+    teacher = vllm_families.write_teacher("qwen3_vl_moe", tmp_path / "teacher")
+    spread, plain = tmp_path / "spread.zarr", tmp_path / "plain.zarr"
+    cache(TRAINER, teacher, data, plain)
+    said = cache(
+        sys.executable, teacher, data, spread, *ENGINE, "--tensor-parallel", "2", VLLM_CPU_OMP_THREADS_BIND="0|1"
+    )
+    assert "vLLM's final states are transformers'" in said.stderr + said.stdout
+    found, expected = TeacherStore(spread), TeacherStore(plain)
     assert not missing_parts(found) and not any(findings for _, findings in verify(found))
     for index in range(found.manifest.samples):
         assert found[index].digest == expected[index].digest

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from switchkd.cli.main import main
 from switchkd.data.media import MediaReader
-from switchkd.errors import CheckpointError, RunError
+from switchkd.errors import CheckpointError, ConfigError, RunError
 from switchkd.losses.lm_head import LogitMap
 from switchkd.models import checkpoint, components
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
@@ -85,6 +85,12 @@ def test_a_processor_that_cuts_an_image_otherwise_is_refused(tmp_path, monkeypat
     monkeypatch.undo()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     start(limited, enforce_eager=True).engine.engine_core.shutdown()
+
+
+def test_expert_parallel_on_a_cpu_is_refused(tmp_path):
+    opened = open_checkpoint(vllm_families.write_teacher("qwen3_vl_moe", tmp_path / "teacher"))
+    with pytest.raises(ConfigError, match="kernel for experts on a CPU crashes with it"):
+        start(opened, enable_expert_parallel=True)
 
 
 def test_arguments_that_vllm_does_not_take_are_told(tmp_path):

@@ -103,11 +103,11 @@ def checkpoint(
 ) -> Path:
     """Save a tiny Llava with tokenizer and image processor, and return its folder; with `grid` its projector is LDPv2.
 
-    `words_of` is a tokenizer instead of one of `words`.
+    `words_of` is a tokenizer instead of one of `words`; `language` may be a config of the text model.
     """
     words_of = words_of or tokenizer(words)
     torch.manual_seed(seed)
-    text = text_config(language, width, layers, rows or len(words_of), tied)
+    text = text_config(language, width, layers, rows or len(words_of), tied) if isinstance(language, str) else language
     vision = vision or vision_config()
     kind = LlavaConfig if grid is None else partial(SwitchLlavaConfig, projector_grid=grid)
     config = kind(

@@ -1,5 +1,7 @@
 """Small tokenizers of every kind that language models have, trained on a few sentences."""
 
+from random import Random
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -103,3 +105,22 @@ def make(kind, adds="nothing", strip=""):
         end = AddedToken("<|im_end|>", lstrip="l" in strip, rstrip="r" in strip, normalized=False, special=True)
         found.add_special_tokens({"extra_special_tokens": [end]}, replace_extra_special_tokens=False)
     return found
+
+
+def large(entries):
+    """A byte-level BPE tokenizer with this many entries, nearly all from merges of made-up words: the size of Qwen's."""
+    random = Random(0)
+    known = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: number for number, piece in enumerate(known)}
+    merges = []
+    while len(vocabulary) < entries:
+        pair = random.choice(known), random.choice(known)
+        if len(word := "".join(pair)) <= 12 and word not in vocabulary:
+            vocabulary[word] = len(vocabulary)
+            merges.append(pair)
+            known.append(word)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    ends = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=["<image>"], **ends)

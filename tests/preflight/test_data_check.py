@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import re
 
 import defects
+import mixtures
 import numpy as np
 import pytest
 import tiny
@@ -181,3 +183,24 @@ def test_every_length_is_in_one_bar():
         drawn = histogram(lengths, "tokens", limit)
         assert sum(int(line[19:28].replace(",", "")) for line in drawn[1:]) == 1000
     assert histogram(np.array([], np.int64), "tokens", 64) == ["tokens a sample: none is known"]
+
+
+def test_a_mixture_is_checked_file_by_file(tmp_path, teacher):
+    mixtures.cut(tmp_path)
+    mixture = mixtures.write(tmp_path, a={"weight": 2}, b={"cap": 3})
+    (tmp_path / "images/008.png").write_bytes(b"none")
+    words = ["--images", tmp_path / "images", "--report", tmp_path / "report.jsonl", "--workers", 0]
+    done = CliRunner().invoke(main, ["data", "check", str(mixture), *map(str, words)])
+    assert done.exit_code == 0, done.output
+    assert "a: 7 rows\n" in done.output
+    assert "b: 5 rows\n" in done.output
+    assert f"{mixture}: 17 samples an epoch\n" in done.output
+    assert re.search(r"\n  a +14  82.4%, of 7 usable, weight 2\n  b +3  17.6%, of 4 usable, cap 3\n", done.output)
+    (line,) = map(json.loads, (tmp_path / "report.jsonl").read_text().splitlines())
+    assert (line["data"], line["row"], line["reason"]) == (str(tmp_path / "b.json"), 1, "image_unreadable")
+    assert CliRunner().invoke(main, ["data", "check", str(mixture), *map(str, words), "--strict"]).exit_code == 1
+    words = ["--model", teacher, "--template", "qa", "-n", 1, "--start", 1]
+    shown = CliRunner().invoke(main, ["data", "show", str(mixture), *map(str, words)])
+    assert shown.exit_code == 0, shown.output
+    assert "a, row 1, id s1, " in shown.output
+    assert "b, row 1, id s8, " in shown.output

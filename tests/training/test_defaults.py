@@ -13,6 +13,7 @@ from training import Stop, interrupt_after
 from switchkd.data.samples import SampleFile
 from switchkd.pipelines import cores
 from switchkd.pipelines.training import inputs
+from switchkd.pipelines.training.batches.dataset import TrainingSamples
 from switchkd.pipelines.training.batches.sampler import EpochOrder
 from switchkd.pipelines.training.inputs import resolve_options
 from switchkd.pipelines.training.resuming import as_begun
@@ -64,7 +65,7 @@ def test_a_begun_run_keeps_what_it_chose(options, monkeypatch):
     ],
 )
 def test_samples_are_grouped_where_it_saves_padding(cached, tmp_path, monkeypatch, lengths, packing, grouping):
-    samples = object.__new__(inputs.TrainingSamples)
+    samples = object.__new__(TrainingSamples)
     count = 300 if lengths == "few" else 3000
     random = np.random.default_rng(0)
     sizes = np.full(count, 100) if lengths == "equal" else random.integers(20, 400, count)

@@ -11,7 +11,7 @@ from training import history, interrupt_after
 
 from switchkd.errors import ConfigError, RunError, SwitchKDError
 from switchkd.pipelines.preflight import survey
-from switchkd.pipelines.training import inputs, model_setup
+from switchkd.pipelines.training import joining, model_setup
 from switchkd.pipelines.training import train as train_module
 from switchkd.pipelines.training.arguments import training_arguments
 from switchkd.pipelines.training.inputs import resolve_options
@@ -33,7 +33,7 @@ def untouched(monkeypatch):
         pytest.fail("a sample or a model was read")
 
     monkeypatch.setattr(survey.SampleInspector, "inspect", touched)
-    monkeypatch.setattr(inputs, "TrainingSamples", touched)
+    monkeypatch.setattr(joining, "TrainingSamples", touched)
     monkeypatch.setattr(model_setup, "load_model", touched)
 
 

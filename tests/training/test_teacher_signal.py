@@ -47,10 +47,10 @@ def test_of_several_stores_the_one_of_this_data_and_of_the_exact_payload_is_read
         )
         cache_teacher(made)
     inputs = open_inputs(resolve_options(replace(options, cache=folder)))
-    assert inputs.store.path == folder / "both.zarr" and inputs.payload == "hidden"
+    assert inputs.stores[0].path == folder / "both.zarr" and inputs.payload == "hidden"
     without = replace(options, cache=folder, teacher=None, switch=False)
     shutil.rmtree(folder / "both.zarr")
-    assert open_inputs(resolve_options(without)).store.path == folder / "topk.zarr"
+    assert open_inputs(resolve_options(without)).stores[0].path == folder / "topk.zarr"
     shutil.copytree(folder / "topk.zarr", folder / "again.zarr")
     with pytest.raises(StoreMismatch, match=r"2 stores in .* fit, name one: .*again\.zarr, .*topk\.zarr"):
         open_inputs(resolve_options(without))

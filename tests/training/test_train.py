@@ -106,7 +106,7 @@ def test_samples_are_encoded_within_the_bounds_of_the_store(options, cached, tmp
         used.append((encoder.template.name, encoder.max_length, encoder.max_image_pixels))
         raise Stop
 
-    monkeypatch.setattr("switchkd.pipelines.training.inputs.TrainingSamples", stop)
+    monkeypatch.setattr("switchkd.pipelines.training.joining.TrainingSamples", stop)
     with pytest.raises(Stop):
         train(replace(options, cache=made.out))
     assert used == [("qa", 77, 1 << 30)]

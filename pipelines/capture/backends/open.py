@@ -1,6 +1,6 @@
 """Loading of a teacher in a backend given by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def open_backend(
     max_length: int,
     tensor_parallel: int = 1,
     vllm_options: Mapping[str, Any] | None = None,
+    before_engine: Callable[[], None] = lambda: None,
 ) -> Backend:
     """Load the teacher.
 
@@ -47,6 +48,7 @@ def open_backend(
         name: "transformers" or "vllm". dtype: "float32", "bfloat16" or "float16".
         device: of the transformers backend; vLLM selects its own. max_length: in tokens, image tokens included.
         tensor_parallel: devices that share one teacher; vLLM only. vllm_options: further arguments of vLLM's engine.
+        before_engine: see `VllmBackend`.
 
     Raises:
         CheckpointError: the weights cannot be loaded.
@@ -55,5 +57,5 @@ def open_backend(
     if name == "vllm":
         from switchkd.pipelines.capture.backends.vllm_backend import VllmBackend
 
-        return VllmBackend(checkpoint, dtype, max_length, tensor_parallel, dict(vllm_options or {}))
+        return VllmBackend(checkpoint, dtype, max_length, tensor_parallel, dict(vllm_options or {}), before_engine)
     return TransformersBackend(checkpoint, device, dtype)

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ class VllmBackend(Backend):
     Args:
         dtype: "float32", "bfloat16" or "float16". max_length: tokens of the longest sample.
         tensor_parallel: devices that share the teacher. options: further arguments of `vllm.EngineArgs`.
+        before_engine: called after the checks that need no engine, and before it takes the device's memory.
 
     Raises:
         CheckpointError: a teacher that vLLM does not have, or would run with other results; see `vllm_checks`.
@@ -70,6 +71,7 @@ class VllmBackend(Backend):
         max_length: int,
         tensor_parallel: int = 1,
         options: dict[str, Any] | None = None,
+        before_engine: Callable[[], None] = lambda: None,
     ) -> None:
         self.checkpoint = checkpoint
         self.max_length = min(max_length, checkpoint.config.text_config.max_position_embeddings)
@@ -89,6 +91,7 @@ class VllmBackend(Backend):
             **(options or {}),
         }
         self._item, probe = _checked(checkpoint, arguments)
+        before_engine()
         self.engine = _start_engine(arguments)
         self._names = count()
         self._under_way: set[str] = set()
@@ -235,7 +238,7 @@ def _checked(checkpoint: Checkpoint, arguments: dict[str, Any]) -> tuple["ItemMa
 
     with _refused():
         model_config = EngineArgs(**arguments).create_model_config()
-    check_platform(model_config, checkpoint)
+    check_platform(model_config, checkpoint, bool(arguments.get("enable_expert_parallel")))
     with as_checkpoint_error(checkpoint.path, "vLLM cannot open the processor of {}"):
         processor = MULTIMODAL_REGISTRY.create_processor(model_config)
     make = ItemMaker(processor, checkpoint.config, model_config.dtype)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from switchkd.data.media import Media, MediaReader
-from switchkd.errors import CheckpointError
+from switchkd.errors import CheckpointError, ConfigError
 from switchkd.library_errors import as_checkpoint_error
 from switchkd.losses.lm_head import LogitMap
 from switchkd.models.checkpoint import Checkpoint, open_checkpoint
@@ -59,17 +59,23 @@ def _class_name(config: Any) -> str:
     return str(AutoModelForImageTextToText._model_mapping[type(config)].__name__)
 
 
-def check_platform(model_config: Any, checkpoint: Checkpoint) -> None:
+def check_platform(model_config: Any, checkpoint: Checkpoint, expert_parallel: bool = False) -> None:
     """Check that vLLM's attention on this platform does what the family's class does.
 
     Args:
-        model_config: vLLM's, of the checkpoint.
+        model_config: vLLM's, of the checkpoint. expert_parallel: whether its experts are to be spread over devices.
 
     Raises:
+        ConfigError: expert parallel on a CPU, where vLLM's process crashes.
         CheckpointError: a mask or a layer that vLLM does not implement here; it would run, with other states.
     """
     from vllm.platforms import current_platform
 
+    if expert_parallel and current_platform.is_cpu():
+        raise ConfigError(
+            "--vllm-option enable_expert_parallel: vLLM's kernel for experts on a CPU crashes with it (seen in 0.32): leave it "
+            "out, or use GPUs"
+        )
     kind, family = checkpoint.config.model_type, family_of(checkpoint.config, checkpoint.path)
     where = str(current_platform.device_name).upper()
     if family.type_ids.endswith("suffix"):

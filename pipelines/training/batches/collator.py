@@ -35,6 +35,7 @@ class Collator:
         empty: takes the place of a batch of which no sample can be used, see `empty_sample`.
         row_tokens: packs the samples into rows of this many tokens: the samples are ordered row by row, and the batch contains
             their layout, see `switchkd.models.packing`. None keeps their order.
+        teacher_of: with the stores of several teachers, returns the number of the teacher of a sample, by its index.
 
     It returns those columns of a `Batch` that exist, as a dict, because transformers' Trainer moves a dict to its device.
     """
@@ -47,9 +48,10 @@ class Collator:
         teacher_pad_id: int | None = None,
         row_tokens: int | None = None,
         empty: EncodedSample | None = None,
+        teacher_of: Callable[[int], int] | None = None,
     ) -> None:
         self.pad_id, self.stand_in, self.payload = pad_id, stand_in, payload
-        self.row_tokens, self.empty = row_tokens, empty
+        self.row_tokens, self.empty, self.teacher_of = row_tokens, empty, teacher_of
         self.teacher_pad_id = pad_id if teacher_pad_id is None else teacher_pad_id
 
     def __call__(self, given: Sequence[tuple[EncodedSample, int] | Unusable]) -> dict[str, Any]:
@@ -83,9 +85,17 @@ class Collator:
             start = time.perf_counter()
             batch |= teacher_columns(self.payload([item for item in items if item[1] != _NOT_IN_THE_FILE]))
             batch["store_seconds"] = time.perf_counter() - start
+        if self.teacher_of is not None:
+            batch["teacher_number"] = self._teacher_numbers(items)
         if left_out:
             batch["left_out"] = tuple(map(tuple, left_out))  # the Trainer cannot make named tuples anew
         return batch
+
+    def _teacher_numbers(self, items: Sequence[tuple[EncodedSample, int]]) -> torch.Tensor:
+        """Return the number of each position's teacher, [P] int64; samples that are not in the file have no position."""
+        assert self.teacher_of is not None
+        own = [(self.teacher_of(index), encoded.positions) for encoded, index in items if index != _NOT_IN_THE_FILE]
+        return torch.tensor([number for number, count in own for _ in range(count)], dtype=torch.int64)
 
 
 def _layouts(samples: Sequence[EncodedSample], per_row: Sequence[int], row_tokens: int) -> dict[str, torch.Tensor]:

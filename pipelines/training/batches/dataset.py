@@ -1,12 +1,13 @@
 """The training data: samples joined with the stored teacher's output, each checked against the store's digest."""
 
 import hashlib
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from switchkd.data.encoded import EncodedSample
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.files import check_folder
+from switchkd.data.oddities import warnings_about
 from switchkd.data.samples import BadSample, SampleFile, Status
 from switchkd.errors import DataError, StoreMismatch
 from switchkd.fingerprints import SampleDigest
@@ -25,7 +27,7 @@ from switchkd.pipelines.preflight.survey import probe, survey
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import changed_since
 from switchkd.pipelines.training.batches.collator import aligned_positions, reads_own_media
-from switchkd.pipelines.training.batches.sampler import POOL_BATCHES, EpochOrder, padding_share
+from switchkd.pipelines.training.batches.sampler import POOL_BATCHES, EpochOrder, Order, padding_share
 from switchkd.pipelines.training.batches.switch_share import SwitchShare
 from switchkd.pipelines.training.lifecycle.together import from_first_process
 from switchkd.stores import Payload, TeacherStore
@@ -39,7 +41,80 @@ CHARACTERS_PER_TOKEN = 4
 ESTIMATED_BY = 32  # samples, by whose images the tokens of an image are estimated where its size decides
 
 
-class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
+class OrderedSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
+    """The samples of a run, of one data file or of several; `len` is how many an epoch has."""
+
+    encoder: SampleEncoder  # the student's
+    teacher_encoder: SampleEncoder | None  # the teacher's, if it encodes samples differently
+    skipped: Counter[str]  # rows that are known to be unusable, by reason
+    left_out: LeftOut | None  # None where stores know all samples
+    surveyed: bool  # whether all rows were inspected
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Rows of the data, usable or not."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of the data's content."""
+
+    @property
+    @abstractmethod
+    def stores(self) -> list[TeacherStore]:
+        """The stores of the data files; none with a live teacher, or without a teacher."""
+
+    @property
+    @abstractmethod
+    def template(self) -> dict[str, Any]:
+        """The conversation template, as plain data."""
+
+    def teacher_of(self, index: int) -> int:
+        """Return the number of the teacher that a sample's store is of, by the sample's index; 0 where there is one."""
+        return 0
+
+    @abstractmethod
+    def warnings(self) -> list[str]:
+        """Return lines about usable rows that may lack their image."""
+
+    @abstractmethod
+    def payload(self, items: Sequence[tuple[EncodedSample, int]]) -> Payload:
+        """Return the stored teacher's output for some of these samples, the positions of all of them concatenated."""
+
+    @abstractmethod
+    def aligned(self, count: int) -> float:
+        """Return the share of the student's positions that have a partner among the teacher's, over some `count` samples."""
+
+    @abstractmethod
+    def order(self, grouping: str, seed: int, global_batch: int) -> Order:
+        """Return the order in which epochs take the samples."""
+
+    @abstractmethod
+    def longest(self) -> int:
+        """Return the estimated length of the longest sample, in tokens, at most the encoder's limit."""
+
+    @abstractmethod
+    def order_identity(self) -> str:
+        """Return what the order of epochs is made of, besides seed and grouping; equal if a resumed run takes the same samples."""
+
+    def grouping(self, batch_size: int, global_batch: int, packing: int | None) -> Literal["none", "modality-length"]:
+        """Return the grouping that a run should have where none is asked for.
+
+        With few steps an epoch, batches of similar samples would be few different ones; with packing there is little padding.
+        """
+        if packing is not None or len(self) < POOL_BATCHES * global_batch:
+            return "none"
+        plain, grouped = (self.order(name, 0, global_batch) for name in ("none", "modality-length"))
+        assert grouped.lengths is not None
+        shares = [padding_share(order.epoch(0), grouped.lengths, batch_size) for order in (plain, grouped)]
+        return "modality-length" if shares[0] - shares[1] >= WORTH_GROUPING else "none"
+
+
+class TrainingSamples(OrderedSamples):
     """The usable samples of a data file, each with its index in the file, and the stored teacher's output for them.
 
     Without a store (`sft`, a live teacher), nothing is known of the samples at first. Up to `SURVEYED_ROWS` are inspected before
@@ -98,6 +173,30 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
 
     def __len__(self) -> int:
         return len(self.usable)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the data file, usable or not."""
+        return len(self.samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `SampleFile`."""
+        return self.samples.fingerprint
+
+    @property
+    def stores(self) -> list[TeacherStore]:
+        """The store, if there is one."""
+        return [] if self.store is None else [self.store]
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """The conversation template, as plain data."""
+        return self.encoder.template.as_dict()
+
+    def warnings(self) -> list[str]:
+        """Return lines about usable rows that may lack their image."""
+        return warnings_about(self.samples.notes())
 
     def __getitem__(self, item: int) -> tuple[EncodedSample, int] | Unusable:
         """Encode one sample: `item` is epoch · n + its number, see `StepBatches`."""
@@ -166,8 +265,12 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
         Lengths are those that the store records. Without them they are estimated from characters, so that no text need be
         tokenized before the first step.
         """
-        has_image = self.samples.has_image()[self.usable]
-        return EpochOrder(grouping, seed, len(self), self._lengths, has_image, global_batch)
+        return EpochOrder(grouping, seed, len(self), self.lengths, self.has_image, global_batch)
+
+    @property
+    def has_image(self) -> NDArray[np.bool_]:
+        """Which of the usable samples name an image, [n]."""
+        return self.samples.has_image()[self.usable]
 
     @cached_property
     def _recorded(self) -> NDArray[np.int64]:
@@ -180,7 +283,7 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
         return self.store.tokens()[self.usable]
 
     @cached_property
-    def _lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> NDArray[np.int64]:
         """Tokens of every usable sample, image tokens included, [n]: recorded or estimated."""
         known = self._recorded
         if known.all():
@@ -188,18 +291,6 @@ class TrainingSamples(Dataset[tuple[EncodedSample, int] | Unusable]):
         of_images = self.samples.image_counts()[self.usable] * self.image_tokens
         estimated = self.samples.characters()[self.usable] // CHARACTERS_PER_TOKEN + of_images
         return np.where(known > 0, known, estimated)
-
-    def grouping(self, batch_size: int, global_batch: int, packing: int | None) -> Literal["none", "modality-length"]:
-        """Return the grouping that a run should have where none is asked for.
-
-        With few steps an epoch, batches of similar samples would be few different ones; with packing there is little padding.
-        """
-        if packing is not None or len(self) < POOL_BATCHES * global_batch:
-            return "none"
-        plain, grouped = (self.order(name, 0, global_batch) for name in ("none", "modality-length"))
-        assert grouped.lengths is not None
-        shares = [padding_share(order.epoch(0), grouped.lengths, batch_size) for order in (plain, grouped)]
-        return "modality-length" if shares[0] - shares[1] >= WORTH_GROUPING else "none"
 
     def longest(self) -> int:
         """Return the estimated length of the longest sample, in tokens, at most the encoder's limit."""

@@ -9,6 +9,7 @@ and the beginning of the next.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,24 @@ GROUPINGS = ("none", "length", "modality-length")
 POOL_BATCHES = (
     50  # global batches that are sorted by length together: enough for little padding, few enough for a random order
 )
+
+
+class Order(Protocol):
+    """The items of a data set in every epoch, in order."""
+
+    @property
+    def samples(self) -> int:
+        """Items of the data set, n."""
+        ...
+
+    @property
+    def lengths(self) -> NDArray[np.int64] | None:
+        """Tokens of each item of the data set, [n]; None where no grouping needs them."""
+        ...
+
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """Return the items of epoch `number`, counted from 0."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ class StepBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, order: EpochOrder, steps: int, batch_size: int, accumulation: int, process: int = 0, processes: int = 1
+        self, order: Order, steps: int, batch_size: int, accumulation: int, process: int = 0, processes: int = 1
     ) -> None:
         self.order, self.steps = order, steps
         self.batch_size, self.accumulation = batch_size, accumulation
@@ -124,8 +143,9 @@ def padding_share(order: NDArray[np.int64], lengths: NDArray[np.int64], batch: i
     """Return the share of padding among the tokens of an epoch, 0 … 1.
 
     Args:
-        order: [n]. lengths: [n], in tokens. batch: samples that are padded together, those of one device and forward pass.
+        order: [m], an epoch's items, of n. lengths: [n], in tokens.
+        batch: samples that are padded together, those of one device and forward pass.
     """
     batches = [lengths[order[start : start + batch]] for start in range(0, len(order), batch)]
     padded = sum(len(of_batch) * int(of_batch.max()) for of_batch in batches)
-    return 1 - int(lengths.sum()) / padded
+    return 1 - int(lengths[order].sum()) / padded

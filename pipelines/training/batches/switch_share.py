@@ -15,12 +15,14 @@ class SwitchShare:
     Poisson sampling).
 
     Args:
-        share: above 0, at most 1. seed: of the run.
+        share: above 0, at most 1. seed: of the run. file: number of the data file in a mixture. A sample that an epoch of a mixture
+            holds more than once is drawn once for all.
     """
 
     share: float
     seed: int
+    file: int = 0
 
     def takes(self, epoch: int, sample: int) -> bool:
         """Return whether a sample, by its number among the usable ones, passes the switch pathway in an epoch."""
-        return bool(np.random.default_rng([self.seed, epoch, sample]).random() < self.share)
+        return bool(np.random.default_rng([self.seed % (1 << 63), self.file, epoch, sample]).random() < self.share)

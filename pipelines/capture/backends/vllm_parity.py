@@ -1,0 +1,109 @@
+"""Comparison of vLLM's final states with those of transformers, on the first samples and before a store has a part.
+
+The teacher runs once in a process of its own, with transformers, and ends before vLLM's engine starts: so its memory is free again,
+and this process has not touched a device, which would keep vLLM from forking.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from switchkd.data.encoded import EncodedSample
+from switchkd.errors import CheckpointError
+from switchkd.fingerprints import weight_files
+from switchkd.models.checkpoint import Checkpoint
+from switchkd.pipelines.capture.backends.base import Backend
+from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
+from switchkd.stores import Manifest
+
+# The largest median over the positions of |states of vLLM - states of transformers| / |states of transformers|. Float32 was
+# measured below 1e-4 in every family; the others are rounding through a deep model, below what another mask, other positions or
+# pixels that are normalised twice do (0.3 and more). The median, since an expert of a mixture may be chosen otherwise at a tie.
+TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
+ROOM = 1.25  # times the weights: activations of a few samples
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+States = list[NDArray[np.float32]]  # of each sample, [positions, d]
+
+
+class LeftOut(Exception):
+    """Transformers cannot run the teacher here; says why."""
+
+
+def states_with_transformers(
+    checkpoint: Checkpoint, dtype: str, samples: Sequence[EncodedSample], manifest: Manifest
+) -> States:
+    """Return the final states of samples from transformers, in a process of its own.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16", of the teacher as vLLM will run it. manifest: of the store.
+
+    Raises:
+        LeftOut: the weights are quantised, or do not fit into the memory of one device (without a GPU, of this machine).
+        CheckpointError: the weights cannot be loaded.
+    """
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        raise LeftOut("its weights are quantised, and transformers would run others")
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        try:
+            return process.submit(_run, checkpoint, dtype, list(samples), manifest).result()
+        except BrokenProcessPool:
+            raise LeftOut("the process that ran it with transformers was killed, as where memory runs out") from None
+
+
+def _run(checkpoint: Checkpoint, dtype: str, samples: list[EncodedSample], manifest: Manifest) -> States:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    needed, free = ROOM * _weight_bytes(checkpoint, dtype), _free_bytes(device)
+    if needed > free:
+        raise LeftOut(f"it takes {needed / 1e9:.1f} GB with transformers, and {free / 1e9:.1f} GB are free on {device}")
+    backend = TransformersBackend(checkpoint, device, dtype)
+    return hidden_states(backend, samples, manifest)
+
+
+def hidden_states(backend: Backend, samples: Sequence[EncodedSample], manifest: Manifest) -> States:
+    """Return the final states of samples from a backend, whatever payload the manifest names."""
+    width = manifest.hidden_width or 1  # only whether there are any matters to a backend
+    wanted = replace(manifest, payload="hidden", hidden_dtype="float16", hidden_width=width, hidden_error=0.0, top_k=0)
+    wanted = replace(wanted, fine=0.0, coarse=0.0)
+    found: States = []
+    for sample in samples:
+        (payload,) = backend.capture([sample], wanted)
+        assert payload.hidden is not None
+        found.append(np.asarray(payload.hidden, np.float32))
+    return found
+
+
+def check_parity(checkpoint: Checkpoint, dtype: str, states: States, expected: States) -> float:
+    """Compare the final states of a few samples; returns the median relative difference.
+
+    Raises:
+        CheckpointError: it is above the dtype's tolerance; names both.
+    """
+    distances = [np.linalg.norm(one - other, axis=-1) for one, other in zip(states, expected, strict=True)]
+    sizes = [np.linalg.norm(other, axis=-1) for other in expected]
+    relative = float(np.median(np.concatenate(distances) / np.concatenate(sizes)))
+    if not relative <= TOLERANCES[dtype]:
+        raise CheckpointError(
+            f"{checkpoint.path}: vLLM's final states differ from transformers' by {relative:.2g} of their size (median over "
+            f"{sum(map(len, sizes))} positions), expected at most {TOLERANCES[dtype]:g} in {dtype}: vLLM would be another "
+            "teacher. Use --backend transformers; --check 0 leaves this comparison out"
+        )
+    return relative
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    on_disk = sum(path.stat().st_size for path in weight_files(checkpoint.path))
+    return on_disk * BYTES[dtype] // BYTES.get(checkpoint.resolve_dtype("auto"), 4)
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
