@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import training
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import Stop, assert_same_weights, history, interrupt_after, logged, two_processes, weights
 from transformers import TrainingArguments
@@ -32,6 +32,7 @@ cached, hidden, options = training.cached, training.hidden, training.options
 SHARE = 0.25  # VSD times 4: exact in the float32 that norms of a model compute in
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.floats(0.05, 1), st.integers(0, 99), st.integers(0, 3))
 def test_draws_depend_on_seed_epoch_and_sample_alone(share, seed, epoch):
     draw = SwitchShare(share, seed)

@@ -86,7 +86,8 @@ class MixedOrder:
 class MixedSamples(OrderedSamples):
     """The usable samples of several data files, each with its own encoder and store.
 
-    An item is epoch · Σ n and a number in 0 … Σ n - 1, file by file, as `StepBatches` yields them; the index of a sample counts the rows of all files.
+    An item is epoch · Σ n and a number in 0 … Σ n - 1, file by file, as `StepBatches` yields them; the index of a sample counts the
+    rows of all files.
     `len` is the number of samples in an epoch.
 
     Args:
