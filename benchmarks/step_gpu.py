@@ -45,10 +45,10 @@ from switchkd.models.packing import layout, pack_rows
 from switchkd.models.packing_probe import enable_packing_in
 from switchkd.models.varlen_attention import check_kernel
 from switchkd.pipelines.stored_teacher import StoredHidden
-from switchkd.pipelines.training import experimental
 from switchkd.pipelines.training.cost_model import CostModel, Work
-from switchkd.pipelines.training.half_copies import HalfCopies
 from switchkd.pipelines.training.live.teacher_source import LiveTeacher
+from switchkd.pipelines.training.step_ways import experimental
+from switchkd.pipelines.training.step_ways.half_copies import HalfCopies
 from switchkd.pipelines.training.trainer import SwitchTrainer
 
 ROOT = Path(__file__).parent.parent

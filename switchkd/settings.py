@@ -4,6 +4,7 @@ Each `Literal` is the type of an option. The meaning of its values is documented
 `losses/objective.py`, tail policies in `losses/signals.py`, image modes in `models/checkpoint.py`, payloads in `stores/layout.py`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -57,3 +58,17 @@ def check_objective(
     ways = get_args(NormalizeBy)
     if normalize_by not in ways:
         raise ConfigError(f"the mean is one over {'s or over '.join(ways)}s, got {normalize_by!r}")
+
+
+LORA_PARTS = ("language", "vision")  # parts of a student that may train as LoRA; a projector is small and trains whole
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which linear layers of a student train as LoRA, and how; see `switchkd.models.lora`."""
+
+    rank: int
+    alpha: float  # the product of the two matrices is multiplied by alpha / rank
+    dropout: float = 0.0  # of what enters the matrices
+    parts: frozenset[str] = frozenset({"language"})  # of `LORA_PARTS`
+    targets: tuple[str, ...] | None = None  # last parts of module names, such as "q_proj"; None: every linear layer

@@ -14,6 +14,7 @@ from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import language_model_of, tower_of
 from switchkd.models.families import family_of, logit_map_of
 from switchkd.models.fit import probe_cuts
+from switchkd.models.lora import attach_lora, hold_frozen_in_bfloat16
 from switchkd.models.packing_probe import enable_packing_in
 from switchkd.models.switch_adapter import CutAdapters, SwitchAdapter
 from switchkd.models.vlm import (
@@ -25,15 +26,15 @@ from switchkd.models.vlm import (
 )
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredOfSeveral, StoredTopK, TeacherSource
 from switchkd.pipelines.training.cost_model import CostModel, patches_of
-from switchkd.pipelines.training.experimental import compile_layers
 from switchkd.pipelines.training.inputs import TrainingInputs
 from switchkd.pipelines.training.int8_teacher import NAME as INT8
 from switchkd.pipelines.training.int8_teacher import to_int8
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms, make_extra_terms
 from switchkd.pipelines.training.live.teacher_source import LiveTeacher
-from switchkd.pipelines.training.option_checks import COMPILE, VARLEN
+from switchkd.pipelines.training.option_groups.step import COMPILE, VARLEN
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import fit_fsdp, loading_whole, shard_frozen
+from switchkd.pipelines.training.step_ways.experimental import compile_layers
 from switchkd.pipelines.training.student_parts import freeze_other_parts
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,11 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
         if (packed := switch_teacher or live) is not None:
             enable_packing_in(packed, str(options.teacher), inputs.teacher_media, VARLEN in chosen)
     freeze_other_parts(student, inputs.parts)
+    if (lora := options.as_lora(inputs.parts)) is not None:
+        attach_lora(student, lora, options.seed)
     unused = freeze_unused_vision(student, inputs.media) if "vision" in inputs.parts else []
+    if lora is not None and options.precision == "bfloat16" and options.profile == "ddp":
+        hold_frozen_in_bfloat16(student)  # FSDP keeps one dtype
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
     if COMPILE in chosen:

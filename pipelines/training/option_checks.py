@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from switchkd.pipelines.training.options import TrainOptions
 
 PARTS = ("vision", "projector", "language")
-VARLEN, TRITON, COMPILE = "varlen-attention", "triton-selection", "compile-layers"
-EXPERIMENTAL = (VARLEN, TRITON, COMPILE)  # of `--experimental`
 
 
 def parts_of(text: str) -> frozenset[str]:
@@ -19,56 +17,6 @@ def parts_of(text: str) -> frozenset[str]:
     if unknown := [part for part in parts if part not in PARTS]:
         raise ConfigError(f"no part {unknown[0]!r} to train; parts are {', '.join(PARTS)}, separated by commas")
     return frozenset(parts)
-
-
-def experimental_of(text: str | None) -> frozenset[str]:
-    """Read a list such as "varlen-attention,compile-layers". Raises ConfigError for an unknown name."""
-    names = [] if text is None else [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in EXPERIMENTAL]:
-        raise ConfigError(
-            f"--experimental has no {unknown[0]!r}; there are {', '.join(EXPERIMENTAL)}, separated by commas"
-        )
-    return frozenset(names)
-
-
-def check_experimental(options: "TrainOptions") -> None:
-    """Raise ConfigError for ways of running a step that do not fit the other options."""
-    chosen = experimental_of(options.experimental)
-    if VARLEN in chosen and options.packing is None:
-        raise ConfigError(f"--experimental {VARLEN} is the attention of packed rows: pass --packing TOKENS")
-    if VARLEN in chosen and options.precision == "float32":
-        raise ConfigError(f"--experimental {VARLEN} computes in half precision: pass --precision bfloat16")
-    if COMPILE in chosen and options.profile != "ddp":
-        raise ConfigError(f"--experimental {COMPILE} compiles whole layers: pass --profile ddp, got {options.profile}")
-    if COMPILE in chosen and options.objective in BASELINE_OBJECTIVES:
-        raise ConfigError(
-            f"--experimental {COMPILE} cannot be combined with objective {options.objective}, which hooks layers"
-        )
-
-
-def check_copies(options: "TrainOptions") -> None:
-    """Raise ConfigError for bfloat16 copies of the weights where a run cannot have them."""
-    if options.precision != "bfloat16-copies":
-        return
-    if options.profile != "ddp":
-        raise ConfigError(
-            f"--profile {options.profile} makes bfloat16 copies of its own: pass --precision bfloat16, got bfloat16-copies"
-        )
-    if options.objective in BASELINE_OBJECTIVES:
-        raise ConfigError(f"objective {options.objective} trains under autocast: pass --precision bfloat16")
-
-
-def check_vsd_share(options: "TrainOptions") -> None:
-    """Raise ConfigError for a share of the samples on the switch pathway where there is none, or all processes run it together."""
-    if options.vsd_share in (None, 1.0):
-        return
-    if options.switch is False:
-        raise ConfigError("--vsd-share belongs to the switch pathway: leave it out, or pass --switch")
-    if options.profile != "ddp":
-        raise ConfigError(
-            f"--vsd-share lets processes pass the switch pathway at different times, which --profile {options.profile} "
-            "cannot: pass --profile ddp"
-        )
 
 
 def check_baseline(options: "TrainOptions") -> None:
@@ -87,6 +35,14 @@ def check_baseline(options: "TrainOptions") -> None:
         raise ConfigError(f"objective {options.objective} trains with --profile ddp only, got {options.profile}")
     if options.vocab_map:
         raise ConfigError(f"objective {options.objective} compares one tokenizer's logits: leave --vocab-map out")
+
+
+def check_lora(options: "TrainOptions", trained: frozenset[str]) -> None:
+    """Raise ConfigError for LoRA that does not go together with the `trained` parts, see `LoraOptions.as_lora`, or a profile."""
+    if options.as_lora(trained) is not None and options.profile == "zero3":
+        raise ConfigError(
+            "--lora trains with --profile ddp or fsdp: DeepSpeed's checkpoints, from which zero3 resumes, hold no merged student"
+        )
 
 
 def check_int8_teacher(options: "TrainOptions") -> None:

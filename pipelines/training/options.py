@@ -4,17 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.options import option, options_class
-from switchkd.pipelines.training.option_checks import (
-    PARTS,
-    check_baseline,
-    check_copies,
-    check_experimental,
-    check_int8_teacher,
-    check_vsd_share,
-    experimental_of,
-    parts_of,
-)
+from switchkd.pipelines.options import keyword_options_class, option
+from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, check_lora, parts_of
+from switchkd.pipelines.training.option_groups.held_out import FREE, HeldOutOptions, check_held_out
+from switchkd.pipelines.training.option_groups.lora import LoraOptions
+from switchkd.pipelines.training.option_groups.step import StepOptions, check_step
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     MAX_SKIPPED,
@@ -45,7 +39,8 @@ RESUMABLE_CHANGES = {
     "peak_tflops",
     "batch_size",
     "accumulation",
-}
+    "keep",
+} | FREE
 # The names of transformers' schedulers (`transformers.trainer_utils.SchedulerType`; a test compares).
 Schedule = Literal[
     "linear",
@@ -71,8 +66,8 @@ SCALE = "Scale"
 LOGGING = "Logging and checkpoints"
 
 
-@options_class
-class TrainOptions:
+@keyword_options_class
+class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
     """The options of `switchkd train`. Defaults follow LLaVA-KD's fine-tuning stage.
 
     Raises:
@@ -124,15 +119,6 @@ class TrainOptions:
         default=False,
         group=MODELS,
         help="The teacher has another tokenizer: compare entries and positions that stand for the same text.",
-    )
-    vsd_share: float | None = option(
-        default=None,
-        above=0,
-        at_most=1,
-        group=OBJECTIVE,
-        help="The share of the image samples that pass the switch pathway, drawn anew in every epoch; VSD is divided by it. "
-        "Less time, the same mean, more variance.",
-        unset="1: all of them",
     )
     temperature: float | None = option(
         default=None,
@@ -270,14 +256,6 @@ class TrainOptions:
         "checkpoint has them; "
         "int8: the layers of its LLM, everything else as auto.",
     )
-    experimental: str | None = option(
-        default=None,
-        group=SCALE,
-        metavar="LIST",
-        help="Ways of running a step that no GPU has confirmed yet: varlen-attention (of packed rows, in one kernel), "
-        "triton-selection, compile-layers; separated by commas.",
-        unset="none",
-    )
     student_checkpointing: bool = option(
         default=False,
         group=SCALE,
@@ -304,6 +282,7 @@ class TrainOptions:
         help="Also save a checkpoint after the first step that ends this many minutes after the last one.",
         unset="by steps alone",
     )
+    keep: int = option(default=2, at_least=1, group=LOGGING, help="Checkpoints that are kept, the newest ones.")
     workers: int | None = option(
         default=None,
         at_least=0,
@@ -321,12 +300,17 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_objective(self.objective, self.switch is not False, self.temperature, self.window, self.mean)
         check_trainer_entries(self.trainer)
-        self.as_parts()
+        check_lora(self, self.as_parts())
         check_baseline(self)
         check_int8_teacher(self)
-        check_experimental(self)
-        check_copies(self)
-        check_vsd_share(self)
+        check_step(self)
+        check_held_out(
+            self,
+            objective=self.objective,
+            switch=self.switch,
+            cached=self.teacher_mode == "cached",
+            profile=self.profile,
+        )
 
     def as_objective(self) -> "Objective":
         """Return the objective."""
@@ -358,10 +342,6 @@ class TrainOptions:
                 "the switch pathway teaches the vision tower alone: add vision to --train-parts, or pass --no-switch"
             )
         return parts
-
-    def as_experimental(self) -> frozenset[str]:
-        """Return the ways of running a step that `experimental` lists."""
-        return experimental_of(self.experimental)
 
     @property
     def in_bfloat16(self) -> bool:

@@ -38,11 +38,13 @@ from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.stored_teacher import TeacherSource
 from switchkd.pipelines.training.batches.sampler import StepBatches
 from switchkd.pipelines.training.cost_model import CostModel
-from switchkd.pipelines.training.experimental import compilations
-from switchkd.pipelines.training.half_copies import HalfCopies
+from switchkd.pipelines.training.held_out.best import BestStudent
+from switchkd.pipelines.training.held_out.evaluating_trainer import EvaluatingTrainer
+from switchkd.pipelines.training.held_out.evaluator import Evaluator
 from switchkd.pipelines.training.lifecycle.stopping import begin_worker
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
+from switchkd.pipelines.training.step_ways.experimental import compilations
 from switchkd.pipelines.training.student_parts import set_part_rates
 from switchkd.pipelines.training.trainer_hooks import CheckpointHooks
 from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
@@ -52,7 +54,7 @@ NO_DISTANCE = 1e-6  # nats per position; a VSD that is mathematically 0 is at mo
 log = logging.getLogger(__name__)
 
 
-class SwitchTrainer(CheckpointHooks):
+class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
     """Minimises CE + λ1·Align + λ2·VSD; each the objective's mean over the global batch (all devices and micro-batches).
 
     Args:
@@ -70,6 +72,7 @@ class SwitchTrainer(CheckpointHooks):
         half_copies: the student computes with bfloat16 copies of its weights, see `half_copies.HalfCopies`.
         compiled: the layers are compiled, see `experimental.compile_layers`; the log counts what was.
         left_out: counts the samples that turn out to be unusable; None where a store knows them all.
+        evaluator: of held-out samples; None without. best: keeps the best student by them.
         arguments: those of `transformers.Trainer`.
     """
 
@@ -90,10 +93,12 @@ class SwitchTrainer(CheckpointHooks):
         vsd_share: float = 1.0,
         half_copies: bool = False,
         compiled: bool = False,
+        evaluator: Evaluator | None = None,
+        best: BestStudent | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.left_out = left_out
+        self.left_out, self.evaluator, self.best = left_out, evaluator, best
         self.objective, self.peak_tflops = objective, peak_tflops
         self.meter = StepMetrics(
             cost_model,
@@ -113,9 +118,6 @@ class SwitchTrainer(CheckpointHooks):
         if source is not None:
             source.to(self.args.device)
         self.part_rates = part_rates or {}
-        self.half_copies: HalfCopies | None = (
-            None  # made in the first step, when the model has its device and its weights
-        )
         self.uses_half_copies, self.compiled = half_copies, compiled
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole accumulated batch
         self._logged = torch.zeros(
@@ -155,16 +157,6 @@ class SwitchTrainer(CheckpointHooks):
             state = self.accelerator.state
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Run forward and backward passes of one micro-batch; both read the copies of the weights, where there are copies."""
-        if self.uses_half_copies and self.half_copies is None:
-            self.half_copies = HalfCopies(self.model, self.optimizer.optimizer)  # unwrap accelerate's wrapper
-        with nullcontext() if self.half_copies is None else self.half_copies.in_place():
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -5,6 +5,8 @@ attention, attention is computed for each sample of a row separately, at the cos
 use transformers' masks. Both identify samples by their position ids, which restart at 0 with each sample.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from switchkd.errors import ConfigError
 
 # Of the attention functions; transformers builds no mask for a name without a mask function.
 NAME, VARLEN = "switchkd_blocks", "switchkd_varlen"
+PLAIN = "sdpa"  # the only one that block attention takes the place of
 ATTENTION = {
     "full_attention",
     "sliding_attention",
@@ -82,13 +85,27 @@ def attention_ways(config: Any, varlen: bool, plain: bool = True) -> tuple[str, 
     return (VARLEN if varlen else NAME, before) if plain and is_plain(config) else (before,)
 
 
+@contextmanager
+def without_block_attention(language: Any) -> Iterator[None]:
+    """Let a language model attend as its checkpoint does inside the block: generation pads on the left and keeps keys."""
+    if not uses_block_attention(language):
+        yield
+        return
+    before = language.config._attn_implementation
+    language.set_attn_implementation(PLAIN)
+    try:
+        yield
+    finally:
+        language.set_attn_implementation(before)
+
+
 def is_plain(config: Any) -> bool:
     """Return whether every layer is full causal attention, computed by torch's fused attention."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
-        return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
+        return set(kinds) == {"full_attention"} and config._attn_implementation == PLAIN
     windows = ("sliding_window", "attention_chunk_size")
-    return config._attn_implementation == "sdpa" and all(getattr(config, name, None) is None for name in windows)
+    return config._attn_implementation == PLAIN and all(getattr(config, name, None) is None for name in windows)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

@@ -119,7 +119,7 @@ def test_the_loss_and_its_gradient_are_the_same(monkeypatch):
 def test_the_check_before_a_run(monkeypatch):
     from switchkd.errors import ConfigError
     from switchkd.losses import triton_selection
-    from switchkd.pipelines.training.experimental import check_selection
+    from switchkd.pipelines.training.step_ways.experimental import check_selection
 
     monkeypatch.setattr(selection, "_in_triton", lambda rows: selection._kernels == "triton")
     check_selection(torch.device(DEVICE))

@@ -12,8 +12,8 @@ from training import Stop, assert_equal_runs, assert_same_weights, history, inte
 from switchkd.errors import ConfigError
 from switchkd.losses import selection
 from switchkd.models import varlen_attention
-from switchkd.pipelines.training import experimental
 from switchkd.pipelines.training.run_log import line_of
+from switchkd.pipelines.training.step_ways import experimental
 from switchkd.pipelines.training.train import train
 
 cached, hidden, options = training.cached, training.hidden, training.options

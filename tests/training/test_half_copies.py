@@ -9,7 +9,7 @@ from torch import nn
 from training import Stop, assert_same_weights, history, interrupt_after, two_processes, weights
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.training.half_copies import HalfCopies
+from switchkd.pipelines.training.step_ways.half_copies import HalfCopies
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
 

@@ -1,5 +1,6 @@
 """A share of the image samples on the switch pathway: drawn by seed, epoch and sample, without bias, and resumed exactly."""
 
+import json
 import tempfile
 from dataclasses import replace
 from itertools import product
@@ -156,3 +157,30 @@ def test_what_does_not_go_together(options):
         replace(options, vsd_share=0.5, profile="fsdp")
     with pytest.raises(ConfigError, match="vsd_share should be a number above 0 and at most 1, got 0"):
         replace(options, vsd_share=0)
+
+
+def test_held_out_samples_all_pass_the_switch_pathway(options, hidden, tmp_path):
+    """With copies of the weights, too, which an evaluation reads and a saved student does not hold; the first step changes nothing."""
+    evaluated = replace(
+        options,
+        cache=hidden,
+        steps=1,
+        eval_data=options.data,
+        eval_images=options.images,
+        eval_cache=hidden,
+        keep_best="vsd",
+    )
+    found = {}
+    for name, changed in {
+        "all": {"precision": "bfloat16"},
+        "share": {"precision": "bfloat16", "vsd_share": 0.25},
+        "copies": {"precision": "bfloat16-copies", "vsd_share": 0.25},
+    }.items():
+        train(replace(evaluated, output=tmp_path / name, **changed))
+        entries = json.loads((tmp_path / name / "summary.json").read_text())["history"]
+        found[name] = next(entry for entry in entries if "eval_loss_vsd" in entry)
+    assert found["share"]["eval_loss_vsd"] == found["all"]["eval_loss_vsd"]
+    for name in ("eval_loss_ce", "eval_loss_vsd"):
+        assert found["copies"][name] == pytest.approx(found["all"][name], rel=5e-2)
+    assert found["copies"]["eval_loss_ce"] != found["all"]["eval_loss_ce"]
+    assert {value.dtype for value in weights(tmp_path / "copies").values()} == {torch.float32}

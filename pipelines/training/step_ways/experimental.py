@@ -6,26 +6,26 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 
 from switchkd.errors import ConfigError
 from switchkd.losses.selection import leading_entries, use_kernels
 from switchkd.models.components import language_model_of, layers_of, tower_layers_of
 from switchkd.models.varlen_attention import check_kernel
-from switchkd.pipelines.training.option_checks import TRITON, VARLEN
-from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.option_groups.step import TRITON, VARLEN
 
 BACKEND = "inductor"
 log = logging.getLogger(__name__)
 
 
-def begin(options: TrainOptions, arguments: TrainingArguments) -> None:
+def begin(chosen: frozenset[str], arguments: Any) -> None:
     """Try what was asked for on this run's device, and choose Triton's kernels if they were; before any model is loaded.
+
+    Args:
+        chosen: of `StepOptions.as_experimental`. arguments: of the Trainer; they know the device.
 
     Raises:
         ConfigError: a kernel does not exist here, or computes something else than its reference.
     """
-    chosen = options.as_experimental()
     use_kernels("torch")
     if VARLEN in chosen:
         check_kernel(arguments.device)
