@@ -160,7 +160,7 @@ def test_what_does_not_go_together(options):
 
 
 def test_held_out_samples_all_pass_the_switch_pathway(options, hidden, tmp_path):
-    """With copies of the weights, too, which an evaluation reads and a saved student does not hold; the first step changes nothing."""
+    """With copies of the weights, too, which an evaluation reads and a saved student does not hold."""
     evaluated = replace(
         options,
         cache=hidden,
