@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-triton test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -85,6 +85,9 @@ test-torchao: install  ## --teacher-dtype int8 with torchao itself
 test-triton: install  ## Triton's selection kernels in its interpreter, on a CPU (200 MB from PyPI)
 	$(PIP) install --quiet --no-deps 'triton>=3.7'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/losses/test_triton_selection.py
+
+test-emoji-vqa: install  ## EmojiVQA whole, from npm packages (26 MB): the published bytes
+	$(BIN)/python -m pytest -m slow tests/emoji_vqa
 
 test-gpu: install  ## selection, losses, capture and training on a CUDA device, beside the CPU
 	$(BIN)/python -m pytest -m gpu

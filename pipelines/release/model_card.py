@@ -93,7 +93,9 @@ def _name(path: Any) -> str:
 
 def _method(record: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {"objective": record["objective"], "visual switch": "yes" if record["switch"] else "no"}
-    if record["objective"] != "sft":
+    if record["objective"] == "switch-ce":
+        rows["λ2 (CE on the switch pathway)"] = f"{record['vsd_weight']:g}"
+    elif record["objective"] != "sft":
         rows["λ1 (Align), λ2 (VSD)"] = f"{record['align_weight']:g}, {record['vsd_weight']:g}"
         rows["temperature"] = record["temperature"] or "the objective's default"
     rows["began as"] = _name(record["student"])

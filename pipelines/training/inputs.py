@@ -71,8 +71,8 @@ class TrainingInputs:
 
     @property
     def teacher_signal(self) -> str | None:
-        """Where the teacher's logits come from, in words; None for an objective without a teacher."""
-        if not self.objective.needs_teacher:
+        """Where the teacher's logits come from, in words; None for an objective that reads none."""
+        if not self.objective.needs_signal:
             return None
         if not self.stores or self.payload is None:
             return "live teacher"
@@ -110,7 +110,8 @@ def resolve_options(options: TrainOptions, processes: int | None = None) -> Trai
     if options.precision is None:
         options = replace(options, precision=precision_here())
     if options.switch is None:
-        options = replace(options, switch=options.switch_adapter is not None or _switches(options.student))
+        on = options.switch_adapter is not None or options.objective == "switch-ce" or _switches(options.student)
+        options = replace(options, switch=on)
     if options.workers is None:
         options = replace(options, workers=workers_beside(local_processes()))
     return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes)

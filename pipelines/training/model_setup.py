@@ -45,7 +45,7 @@ class TrainingModels:
     """The models of a run on the CPU, frozen, checkpointed and, for the frozen ones, sharded as the options request."""
 
     student: Any  # float32; of the class that transformers has for its checkpoint
-    source: TeacherSource | None  # of the teacher's signals; None for an objective without a teacher
+    source: TeacherSource | None  # of the teacher's signals; None for an objective that reads none
     switch_teacher: Any | None  # of the switch pathway; may be the live teacher
     extra_terms: ExtraTerms | None  # of a baseline's objective
     cost_model: CostModel
@@ -123,7 +123,7 @@ def _load_teacher(
     if not inputs.objective.needs_teacher:
         return None, None
     dtype = "" if teacher is None else _teacher_dtype(options, teacher)
-    if not stores:
+    if not stores and inputs.objective.needs_signal:
         assert teacher is not None
         whole = load_model(teacher, dtype=dtype)
         freeze(whole)
@@ -139,6 +139,8 @@ def _load_teacher(
             to_int8(language_model_of(switch))
         if options.teacher_checkpointing:
             enable_activation_checkpointing(language_model_of(switch))
+    if not stores:
+        return None, switch
     rows = stores[0].manifest.vocab_rows
     if inputs.payload == "topk":
         return StoredTopK(rows, options.tail), switch

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.options import keyword_options_class, option
-from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, check_lora, parts_of
+from switchkd.pipelines.training.option_checks import (
+    PARTS,
+    check_baseline,
+    check_int8_teacher,
+    check_lora,
+    check_switch_ce,
+    parts_of,
+)
 from switchkd.pipelines.training.option_groups.held_out import FREE, HeldOutOptions, check_held_out
 from switchkd.pipelines.training.option_groups.lora import LoraOptions
 from switchkd.pipelines.training.option_groups.step import StepOptions, check_step
@@ -98,8 +105,8 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
     objective: ObjectiveName = option(
         default="dbild-rkl",
         group=OBJECTIVE,
-        help="The divergence that Align and VSD measure; sft is CE alone. llava-kd and align-kd are other methods: "
-        "--no-switch --teacher-mode live.",
+        help="The divergence that Align and VSD measure; sft is CE alone. switch-ce: CE, and CE of the true answers on the switch "
+        "pathway, without a store. llava-kd, align-kd and compodistill are other methods: --no-switch --teacher-mode live.",
     )
     switch: bool | None = option(
         default=None,
@@ -108,7 +115,9 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
         unset="on; off for families where it teaches nothing, see `switchkd models`",
     )
     align_weight: float = option(default=1.0, group=OBJECTIVE, help="λ1, the weight of Align.")
-    vsd_weight: float = option(default=1.0, group=OBJECTIVE, help="λ2, the weight of VSD.")
+    vsd_weight: float = option(
+        default=1.0, group=OBJECTIVE, help="λ2, the weight of VSD, or of the second CE of switch-ce."
+    )
     switch_adapter: Literal["linear", "mlp"] | None = option(
         default=None,
         group=MODELS,
@@ -302,6 +311,7 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
         check_trainer_entries(self.trainer)
         check_lora(self, self.as_parts())
         check_baseline(self)
+        check_switch_ce(self)
         check_int8_teacher(self)
         check_step(self)
         check_held_out(

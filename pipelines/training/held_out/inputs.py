@@ -83,7 +83,7 @@ def open_held_out(
     asked = [(row, turn) for row in rows for turn in range(len(row.turns))]
     questions = [asked[number] for number in _spread(len(asked), options.answers())]
     questions.sort(key=lambda question: (question[0].image is None, len(question[0].turns[question[1]][0])))
-    with_teacher = found is not None or (store is None and objective.needs_teacher and not objective.baseline)
+    with_teacher = found is not None or (store is None and objective.needs_signal and not objective.baseline)
     if options.keep_best == "vsd" and not any(row.image is not None for row in rows):
         raise ConfigError(f"--keep-best vsd: no held-out sample of {data.path} has an image, so VSD is never computed")
     if options.keep_best == "vsd" and not objective.switch:

@@ -90,7 +90,7 @@ def check_held_out(options: HeldOutOptions, *, objective: str, switch: bool | No
         raise ConfigError(
             "--eval-data goes with --profile ddp or fsdp: a student that DeepSpeed shards is not evaluated"
         )
-    with_teacher = objective != "sft" and objective not in BASELINE_OBJECTIVES
+    with_teacher = objective not in ("sft", "switch-ce", *BASELINE_OBJECTIVES)
     if options.eval_cache is not None and not (with_teacher and cached):
         why = (
             "reads no teacher store"
