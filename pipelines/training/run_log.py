@@ -100,11 +100,13 @@ def tell_plan(
         width,
         processes=arguments.world_size,
         sharded=SHARDED[options.profile],
-        half=options.precision == "bfloat16",
+        half=options.in_bfloat16,
         student_checkpointed=options.student_checkpointing,
         teacher_checkpointed=options.teacher_checkpointing,
         masked=options.packing is not None and not uses_block_attention(language_model_of(cost_model.student)),
     )
+    if options.precision == "bfloat16-copies":
+        memory["copies"] = 2.0 * sum(p.numel() for p in cost_model.student.parameters())
     log.info(
         "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",
         rows, width, _gigabytes(sum(memory.values())),
@@ -201,6 +203,8 @@ def line_of(logs: dict[str, Any]) -> str:
     ]
     if "left_out" in logs:
         said.append(f"left out {logs['left_out']:,} samples")
+    if "compiled_graphs" in logs:
+        said.append(f"compiled {logs['compiled_graphs']} graphs, {logs['not_compiled']} frames not")
     if "tflops_per_second" in logs:
         said.append(f"{logs['tflops_per_second']:.3g} TFLOP/s")
     if "mfu" in logs:
