@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from switchkd.cli.common import config_option, echo, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, echo, importing, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, options_of
 from switchkd.collector import without_collection
 from switchkd.pipelines.given import require_given
@@ -44,8 +44,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     done = _finished(resolved)
     if done is None:
         require_given(TrainOptions, vars(resolved))
-        with without_collection(lasting=True):
+        with without_collection(lasting=True), importing():
             from switchkd.pipelines.training.train import train
+
         done = train(resolved)
     if not first:
         return

@@ -33,6 +33,7 @@ FLOORS = {
     "switchkd/positions.py": 1,
     "switchkd/printable.py": 0,
     "switchkd/settings.py": 1,
+    "switchkd/waits.py": 0,
     "switchkd/fingerprints.py": 2,
     "switchkd/losses": 2,
     "switchkd/models": 3,

@@ -53,7 +53,7 @@ COMMANDS = {
 GROUPED = (("train",), ("cache-teacher",), ("eval",))
 # Each is refused when the options are made, wherever they come from, and names the option.
 REFUSED = [
-    (TrainOptions, TRAIN, {"precision": "fp8"}, "precision is float32 or bfloat16, got 'fp8'"),
+    (TrainOptions, TRAIN, {"precision": "fp8"}, "precision is one of float32, bfloat16, bfloat16-copies, got 'fp8'"),
     (TrainOptions, TRAIN, {"tail": "studnet"}, "tail is one of student, uniform, floor, got 'studnet'"),
     (TrainOptions, TRAIN, {"group_by": "zzz"}, "group_by is one of none, length, modality-length, got 'zzz'"),
     (TrainOptions, TRAIN, {"profile": "nope"}, "profile is one of ddp, fsdp, zero3, got 'nope'"),
