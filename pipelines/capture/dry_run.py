@@ -1,6 +1,5 @@
 """`switchkd cache-teacher --dry-run`: estimate the time and disk space of a capture from a probe of random samples."""
 
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from switchkd.pipelines.capture.manifest import resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.tables import head_spread, tables_of
 from switchkd.pipelines.capture.worker import CaptureWorker, assemble
-from switchkd.settings import StoreLocation
+from switchkd.pipelines.run_folder import free_bytes
 from switchkd.stores import Payload, StoreWriter
 from switchkd.stores.info import describe
 from switchkd.stores.layout import HIDDEN_DTYPES
@@ -92,7 +91,7 @@ def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
         payload=_payload_name(requested),
         trained_from=_payload_name(read),
         payload_bytes={name: _measure_bytes(found, kind, spread) for name, kind in kinds.items()},
-        free_bytes=_free_bytes(options.out),
+        free_bytes=None if "://" in str(options.out) else free_bytes(Path(options.out)),
         samples_per_second=rate,
         seconds=len(samples) / rate,
         devices=options.tensor_parallel,
@@ -159,11 +158,3 @@ def _measure_bytes(found: _Found, manifest: Manifest, spread: NDArray[np.float64
         path = Path(folder) / "probe.zarr"
         StoreWriter(path, small, lambda: tables_of(payloads, small, spread)).write_part(0, assemble(found, small))
         return describe(path).bytes_per_position
-
-
-def _free_bytes(out: StoreLocation) -> int | None:
-    """Return the free bytes of the file system of `out`."""
-    if "://" in str(out):
-        return None
-    there = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free

@@ -84,7 +84,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     if not before and trainer.is_world_process_zero():
         plain = yaml.safe_dump(to_plain(options) | made_from | ({} if begun else {SEALED: True}), sort_keys=False)
         write_atomically(run / RECORD, plain, durable=True)
-    tell_plan(inputs, arguments, models.cost_model, models.unused, resume)
+    tell_plan(inputs, arguments.max_steps, arguments.world_size, models.cost_model, models.unused, resume)
     with report_last_checkpoint(run):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         stopping.require_end(run)
@@ -99,21 +99,24 @@ def _require_transformers() -> None:
         )
 
 
+def collator_of(inputs: TrainingInputs) -> Collator:
+    """Return what makes batches of a run's samples."""
+    options, samples, pad_id = inputs.options, inputs.samples, pad_id_of(inputs.student.tokenizer)
+    return Collator(
+        pad_id,
+        None if options.profile == "ddp" else placeholder_sample(samples.encoder, samples.teacher_encoder),
+        samples.payload if inputs.stores else None,
+        pad_id_of((inputs.teacher or inputs.student).tokenizer),
+        options.packing,
+        empty_sample(pad_id, inputs.two_views, options.vocab_map),
+        samples.teacher_of if len(inputs.teachers) > 1 and inputs.payload == "hidden" else None,
+    )
+
+
 def _make_trainer(
     inputs: TrainingInputs, models: TrainingModels, arguments: TrainingArguments, stopping: Stopping
 ) -> SwitchTrainer:
     options, student = inputs.options, inputs.student
-    collator = Collator(
-        pad_id_of(student.tokenizer),
-        None
-        if options.profile == "ddp"
-        else placeholder_sample(inputs.samples.encoder, inputs.samples.teacher_encoder),
-        inputs.samples.payload if inputs.stores else None,
-        pad_id_of((inputs.teacher or student).tokenizer),
-        options.packing,
-        empty_sample(pad_id_of(student.tokenizer), inputs.two_views, options.vocab_map),
-        inputs.samples.teacher_of if len(inputs.teachers) > 1 and inputs.payload == "hidden" else None,
-    )
     trainer = SwitchTrainer(
         objective=inputs.objective,
         source=models.source,
@@ -129,7 +132,7 @@ def _make_trainer(
         model=models.student,
         args=arguments,
         train_dataset=inputs.samples,
-        data_collator=collator,
+        data_collator=collator_of(inputs),
         processing_class=readers_of(student),  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
