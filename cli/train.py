@@ -105,8 +105,8 @@ def _print_plan(options: TrainOptions, devices: int) -> None:
         "memory": f"about {gigabytes(sum(found.memory.values()))} of each device ({kinds})",
         "compute": f"about {_petaflop(found.step_flops)} a step{again}, from {found.probed_samples:,} samples",
         "time": "pass --peak-tflops, what one device can do at this precision",
-        "disk": f"about {gigabytes(found.disk_bytes)}: {found.checkpoints} checkpoints of {gigabytes(found.checkpoint_bytes)}, one of "
-        f"them being written, and the student; free {gigabytes(found.free_bytes)}",
+        "disk": f"about {gigabytes(found.disk_bytes)}: {found.checkpoints} checkpoints of {gigabytes(found.checkpoint_bytes)}, "
+        f"one of them being written, and the student; free {gigabytes(found.free_bytes)}",
     }
     if (peak := options.peak_tflops) is not None:
         at_peak = found.hours(peak, 1.0)

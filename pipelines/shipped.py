@@ -1,6 +1,6 @@
 """Configurations that come with the package: one file for each command and pair of models, `recipes/COMMAND/NAME.yaml`.
 
-`--config switchkd:NAME` takes one. Each is an ordinary configuration file, so that a copy of it can be changed and passed by its path.
+`--config switchkd:NAME` takes one. Each is an ordinary configuration file, so a copy of it can be changed and passed by its path.
 """
 
 from pathlib import Path

@@ -112,8 +112,8 @@ def _open(options: TrainOptions) -> tuple[TrainingInputs, bool]:
     if options.teacher is None:
         raise ConfigError("a plan needs the store, or the teacher that is to make it: pass --cache or --teacher")
     log.info(
-        "no --cache: planned as with a store of hidden states of all usable samples, which is still to be made; pass what it will be "
-        "made with (--template, --max-length, --max-pixels). Until then, lengths are estimated from characters"
+        "no --cache: planned as with a store of hidden states of all usable samples, which is still to be made; pass what it will "
+        "be made with (--template, --max-length, --max-pixels). Until then, lengths are estimated from characters"
     )
     # A live teacher is what a run without a store opens; int8 weights are refused for one.
     inputs = open_inputs(replace(options, teacher_mode="live", teacher_dtype="auto"))
@@ -130,7 +130,7 @@ def probe_work(inputs: TrainingInputs, cost_model: CostModel, steps: int) -> tup
     Returns:
         The work of these micro-batches, and how many samples they have.
     """
-    options, samples, collator = inputs.options, inputs.samples, collator_of(inputs)
+    samples, collator = inputs.samples, collator_of(inputs)
     switch = cost_model.switch
     metrics = StepMetrics(
         cost_model,

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import groupby
 from typing import Any
 
+import torch
 import transformers
 import yaml
 from packaging.version import Version
@@ -26,7 +27,7 @@ from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
 from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, leave_group, stop_requests
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
-from switchkd.pipelines.training.parallelism import require_checkpoint
+from switchkd.pipelines.training.parallelism import check_processes, require_checkpoint
 from switchkd.pipelines.training.plot import plot_run
 from switchkd.pipelines.training.resuming import TrainSummary, finished
 from switchkd.pipelines.training.run_log import RunReport, tell_plan
@@ -46,6 +47,7 @@ def train(options: TrainOptions) -> TrainSummary:
         RunError: the run cannot go on, see `failures.report_last_checkpoint`.
     """
     _require_transformers()
+    check_processes(os.environ, torch.cuda.device_count())
     options = resolve_options(options)
     if (done := finished(options)) is not None:
         return done

@@ -1,4 +1,4 @@
-"""Models without weights: built from a checkpoint's config alone, for what depends on shapes only, such as plans of memory and FLOPs.
+"""Models without weights, built from a checkpoint's config alone: for what depends on shapes only, such as plans of memory.
 
 Every parameter is one zero that is expanded to the parameter's shape, so a model of any size takes no memory to speak of, while
 shapes, dtypes, ties and `requires_grad` are those of the loaded model. Buffers are real, and a forward pass runs: code that reads
