@@ -107,10 +107,14 @@ def echo(text: object = "", *, nl: bool = True, err: bool = False) -> None:
 
 
 def default_device() -> str:
-    """Return "cuda" if a CUDA device exists, else "cpu"."""
+    """Return "cuda" if a CUDA device exists, under torchrun that of this process; else "cpu"."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # A launcher may also have shown each process one device alone.
+    return f"cuda:{rank}" if 0 < rank < torch.cuda.device_count() else "cuda"
 
 
 def lines_of(counts: dict[str, int]) -> str:
