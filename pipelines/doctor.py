@@ -29,6 +29,7 @@ EXTRAS = {
     "fast": "faster reading of stores on local disks",
     "viz": "`store plot`, `report`, `attend`, pictures of `train` and `ablate`",
     "deepspeed": "`train` under DeepSpeed",
+    "lora": "`train --lora`",
     "torchao": "`train --teacher-dtype int8`",
     "eval": "`eval` of MMBench spreadsheets",
     "docs": "`make docs`",

@@ -5,15 +5,15 @@ import json
 from switchkd.data.load_template import load_template, template_from_dict
 from switchkd.data.templates import ConversationFormat
 from switchkd.models.checkpoint import Checkpoint
-from switchkd.pipelines.run_folder import SUMMARY
+from switchkd.pipelines.run_folder import BEST, SUMMARY
 
 
 def template_of_run(checkpoint: Checkpoint) -> ConversationFormat | None:
-    """Return the template that the summary of a training run records; None if the checkpoint is not a run's."""
-    summary = checkpoint.path / SUMMARY
-    if not summary.is_file():
+    """Return the template that a training run records beside its last or best student; None if the checkpoint is no such one."""
+    records = [path for path in (checkpoint.path / SUMMARY, checkpoint.path / BEST) if path.is_file()]
+    if not records:
         return None
-    made_from = json.loads(summary.read_text(encoding="utf-8")).get("made_from")
+    made_from = json.loads(records[0].read_text(encoding="utf-8")).get("made_from")
     return template_from_dict(made_from["template"]) if made_from else None
 
 

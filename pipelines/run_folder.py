@@ -13,6 +13,7 @@ from switchkd.errors import ConfigError
 
 RECORD = "run.yaml"
 SUMMARY = "summary.json"  # of a training run, written last: a run that contains it is finished
+BEST = "best.json"  # in the folder of a run's best student
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 

@@ -4,13 +4,30 @@ Each `Literal` is the type of an option. The meaning of its values is documented
 `losses/objective.py`, tail policies in `losses/signals.py`, image modes in `models/checkpoint.py`, payloads in `stores/layout.py`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from switchkd.errors import ConfigError
 
-ObjectiveName = Literal["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl", "llava-kd", "align-kd"]
-BASELINE_OBJECTIVES = ("llava-kd", "align-kd")  # baselines, which have no switch pathway and need a live teacher
+ObjectiveName = Literal[
+    "sft",
+    "fkl",
+    "rkl",
+    "bild-fkl",
+    "bild-rkl",
+    "dbild-fkl",
+    "dbild-rkl",
+    "switch-ce",
+    "llava-kd",
+    "align-kd",
+    "compodistill",
+]
+BASELINE_OBJECTIVES = (
+    "llava-kd",
+    "align-kd",
+    "compodistill",
+)  # baselines, which have no switch pathway and need a live teacher
 NormalizeBy = Literal["position", "sample"]
 TailPolicy = Literal["student", "uniform", "floor"]
 ImageMode = Literal["own", "square", "pad"]
@@ -39,13 +56,20 @@ def check_objective(
     """Check that the settings of an objective are consistent; see `losses.objective.Objective` for their meaning.
 
     Raises:
-        ConfigError: unknown name, `switch` or `window` set for an objective without it, a temperature that is not positive.
+        ConfigError: unknown name, `switch` or `window` set for an objective without it, `switch-ce` without switch or with a
+            temperature, a temperature that is not positive.
     """
     names = get_args(ObjectiveName)
     if name not in names:
         raise ConfigError(f"no objective {name!r}; there are {', '.join(names)}")
     if name == "sft" and switch:
         raise ConfigError("objective sft has no teacher to switch to: pass --no-switch")
+    if name == "switch-ce" and not switch:
+        raise ConfigError(
+            "objective switch-ce is a cross-entropy on the switch pathway: leave --no-switch out, or take sft"
+        )
+    if name == "switch-ce" and temperature is not None:
+        raise ConfigError("objective switch-ce compares no logits with a teacher's: leave --temperature out")
     if name in BASELINE_OBJECTIVES and switch:
         raise ConfigError(f"objective {name} has no switch pathway: pass --no-switch")
     if window is not None and not name.startswith("dbild"):
@@ -57,3 +81,17 @@ def check_objective(
     ways = get_args(NormalizeBy)
     if normalize_by not in ways:
         raise ConfigError(f"the mean is one over {'s or over '.join(ways)}s, got {normalize_by!r}")
+
+
+LORA_PARTS = ("language", "vision")  # parts of a student that may train as LoRA; a projector is small and trains whole
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which linear layers of a student train as LoRA, and how; see `switchkd.models.lora`."""
+
+    rank: int
+    alpha: float  # the product of the two matrices is multiplied by alpha / rank
+    dropout: float = 0.0  # of what enters the matrices
+    parts: frozenset[str] = frozenset({"language"})  # of `LORA_PARTS`
+    targets: tuple[str, ...] | None = None  # last parts of module names, such as "q_proj"; None: every linear layer

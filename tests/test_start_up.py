@@ -180,7 +180,7 @@ def walk():
 
 
 # Paths that are written, or may be missing: (command, parameter).
-WRITTEN = {"out", "output", "target", "report", "workdir", "config"}
+WRITTEN = {"out", "output", "target", "report", "workdir", "config", "packages"}
 
 
 def test_every_path_option_says_what_it_names():

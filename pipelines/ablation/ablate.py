@@ -7,6 +7,7 @@ once per data file that is distilled. What can be checked is checked before any 
 import json
 import logging
 import subprocess
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 
 from switchkd.errors import RunError
 from switchkd.pipelines.ablation.checks import check, prepare
+from switchkd.pipelines.ablation.comparisons import write_comparisons
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.plan import Job, Run, plan_jobs
 from switchkd.pipelines.ablation.recipe import read_recipe
@@ -36,6 +38,7 @@ class Ablation:
     files: tuple[Path, ...]
     cells: int
     done_before: int
+    left: int = 0  # not begun, because the time was up
 
 
 def ablate(options: AblateOptions) -> Ablation:
@@ -49,20 +52,27 @@ def ablate(options: AblateOptions) -> Ablation:
     jobs = list(plan_jobs(recipe, options))
     check(recipe, options, jobs)
     prepare(recipe, options, jobs)
-    watch = Stopwatch(options.workdir / "seconds.json")
+    watch, start = Stopwatch(options.workdir / "seconds.json"), time.monotonic()
     before = sum(job.result.is_file() for job in jobs)
     files: tuple[Path, ...] = ()
     with Progress(recipe.name, len(jobs), "cells", done=before, bar=False) as progress:
         for job in jobs:
             if job.result.is_file():
                 continue
+            if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+                break
             log.info("cell: %s", job.name)
             score = _finish(job, options, watch)
             files = write_report(options.workdir, recipe, _results(jobs), final=False)
             progress.advance(1, note=f"{job.name}: {score:.4f}")
     results = _results(jobs)
-    files = write_report(options.workdir, recipe, results, final=True)
-    return Ablation(files[0].read_text(), files, len(jobs), before)
+    files = write_report(options.workdir, recipe, results, final=bool(results))
+    left = len(jobs) - len(results)
+    if recipe.compare is not None and not left:
+        files += (write_comparisons(options.workdir, recipe, jobs),)
+    return Ablation(
+        "\n".join(path.read_text() for path in files if path.suffix == ".md"), files, len(jobs), before, left
+    )
 
 
 def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> float:

@@ -17,6 +17,7 @@ from switchkd.errors import CheckpointError, ConfigError, DataError
 from switchkd.models.checkpoint import Checkpoint, open_checkpoint
 from switchkd.models.families import family_of
 from switchkd.pipelines.ablation import small_models
+from switchkd.pipelines.ablation.comparisons import require_statistics
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.plan import Job, Run, naming
 from switchkd.pipelines.ablation.recipe import Recipe
@@ -47,7 +48,9 @@ def check(recipe: Recipe, options: AblateOptions, jobs: Sequence[Job]) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError("the table's plot is drawn with matplotlib: pip install 'switchkd[viz]'") from None
-    small_models.check_small_models(recipe.easy_vqa, {**recipe.teachers, **recipe.students})
+    small_models.check_small_models(recipe.easy_vqa, recipe.emoji_vqa, {**recipe.teachers, **recipe.students})
+    if recipe.compare is not None:
+        require_statistics()
     runs = _runs(jobs)
     evaluation = jobs[0].evaluation
     with naming(f"recipe {recipe.name}: evaluate"):
@@ -71,9 +74,10 @@ def _check_paths(recipe: Recipe, options: AblateOptions, jobs: Sequence[Job]) ->
     """Raise DataError or CheckpointError for a data file, image folder or checkpoint that is missing and will not be made."""
     runs = _runs(jobs)
     needed = {path for o in [r.options for r in runs] + [jobs[0].evaluation] for path in (o.data, o.images) if path}
-    made = options.workdir / "easy-vqa"
+    given = {"easy-vqa": recipe.easy_vqa, "emoji-vqa": recipe.emoji_vqa}
+    made = [options.workdir / name for name, entry in given.items() if entry is not None]
     for path in sorted(needed):
-        if not path.exists() and not (recipe.easy_vqa is not None and path.is_relative_to(made)):
+        if not path.exists() and not any(path.is_relative_to(folder) for folder in made):
             raise DataError(f"recipe {recipe.name}: there is no {path}")
     for path in sorted({run.options.student for run in runs} | {job.evaluation.model for job in jobs}):
         if not path.is_relative_to(options.workdir) and not (path / "config.json").is_file():
@@ -133,14 +137,19 @@ def prepare(recipe: Recipe, options: AblateOptions, jobs: Sequence[Job]) -> None
     """
     if recipe.easy_vqa is not None:
         small_models.write_small_data(options.workdir / "easy-vqa", recipe.easy_vqa)
+    words = None
+    if recipe.emoji_vqa is not None:
+        words = small_models.write_emoji_vqa(options.workdir / "emoji-vqa", recipe.emoji_vqa)
     models = options.workdir / "models"
     models.mkdir(parents=True, exist_ok=True)
     for name, model in recipe.teachers.items():
-        small_models.write_untrained(small_models.untrained_path(models, name, model, seed=0), model, seed=0)
+        small_models.write_untrained(
+            small_models.untrained_path(models, name, model, seed=0), model, seed=0, words=words
+        )
     for cell in recipe.cells:
         model = recipe.students[cell.student]
         path = small_models.untrained_path(models, cell.student, model, cell.seed)
-        small_models.write_untrained(path, model, cell.seed)
+        small_models.write_untrained(path, model, cell.seed, words)
     opened = cache(open_checkpoint)
     seen: set[tuple[object, ...]] = set()
     for run in _runs(jobs):

@@ -28,5 +28,11 @@ class AblateOptions:
         help='Start every training run with this, as "torchrun --nproc-per-node 8 --no-python".',
         unset="in this process",
     )
+    minutes: float | None = option(
+        default=None,
+        above=0,
+        help="Begin no further cell after so many minutes; the same command goes on.",
+        unset="until all are done",
+    )
     # For the teacher and evaluation only; training selects its devices itself.
     device: str = option(default="cpu", help="Of teacher and evaluation.", unset="cuda if there is one")

@@ -82,7 +82,7 @@ def _job(recipe: Recipe, options: AblateOptions, cell: Cell | None, name: str, r
 
 
 def _cell_run(recipe: Recipe, options: AblateOptions, cell: Cell, stage: str, untrained: Path, start: Path) -> Run:
-    given = dict(recipe.stages[stage])
+    given = dict(recipe.stages[stage]) | cell.options_of(stage)
     if stage not in DISTILLED:
         return _run(options, stage, start, cell.seed, given, untrained)
     assert cell.teacher is not None
@@ -92,6 +92,11 @@ def _cell_run(recipe: Recipe, options: AblateOptions, cell: Cell, stage: str, un
     parts = with_stage(stage, given)["train_parts"]
     # VSD trains the vision tower; a distilled training stage that leaves it frozen has Align alone.
     given |= {"objective": cell.objective, "switch": cell.switch and "vision" in parts, "teacher": teacher}
+    if cell.objective == "switch-ce":
+        if not given["switch"]:  # no pathway, no second CE
+            plain = {name: value for name, value in given.items() if name not in ("objective", "switch", "teacher")}
+            return _run(options, DISTILLED[stage], start, cell.seed, plain, untrained)
+        return _run(options, stage, start, cell.seed, given, untrained, teacher_start)
     if cell.objective in BASELINES:
         given["teacher_mode"] = "live"
     if given.get("teacher_mode") == "live":

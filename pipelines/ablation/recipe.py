@@ -5,16 +5,18 @@
     variables: {NAME: meaning}   variables that `--set NAME=VALUE` must set; used as ${NAME} below; ${workdir} is always set
     defaults: {NAME: value}      default values, which `--set` may change
     notes: …                     printed below the table
-    easy_vqa: …                  creates data and tiny models below ${workdir}, see `small_models.py`
-    teachers, students: {NAME: checkpoint folder, or with easy_vqa the model to create}
+    easy_vqa, emoji_vqa: …       creates data and tiny models below ${workdir}, see `small_models.py`
+    teachers, students: {NAME: checkpoint folder, or with easy_vqa or emoji_vqa the model to create}
     stages: {all, pt, dpt, sft, dft: options of `switchkd train`}; dpt inherits those of pt, dft those of sft
     cache: options of `switchkd cache-teacher`; one store per teacher and distilled training stage
     evaluate: options of `switchkd eval`
-    matrix: axes (objective, switch, scheme, teacher, student, seed), each a value or a list; or a list of such mappings
+    matrix: axes (objective, switch, scheme, teacher, student, seed), each a value or a list; or a list of such mappings. The axes
+            align_weight, vsd_weight and lr are options of the fine-tuning stage that differ between cells
+    compare: {arms: {NAME: values of axes}, pairs: [[NAME, NAME]]}: paired tests between arms over seeds, see `comparisons.py`
 
 A cell is one point of the matrix. Points that are the same run are one cell: without a distilled training stage, teacher, objective
-and switch have no effect; "sft" replaces distilled stages by plain ones; llava-kd and align-kd have no switch pathway, and run the
-teacher live.
+and switch have no effect; "sft" replaces distilled stages by plain ones; llava-kd, align-kd and compodistill have no switch
+pathway, and run the teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
 """
 
 import re
@@ -36,6 +38,7 @@ from switchkd.settings import BASELINE_OBJECTIVES, ObjectiveName
 
 SHIPPED = Path(__file__).parent / "recipes"
 AXES = ("student", "scheme", "objective", "switch", "teacher", "seed")
+OPTION_AXES = ("align_weight", "vsd_weight", "lr")  # None: the stage's own
 DISTILLED = {"dpt": "pt", "dft": "sft"}  # training stage with a teacher → the same without
 _KEYS = {
     "title",
@@ -44,12 +47,14 @@ _KEYS = {
     "defaults",
     "notes",
     "easy_vqa",
+    "emoji_vqa",
     "teachers",
     "students",
     "stages",
     "cache",
     "evaluate",
     "matrix",
+    "compare",
 }
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # Options that are set by a recipe's cells.
@@ -70,6 +75,9 @@ class Cell:
     switch: bool = False
     teacher: str | None = None
     seed: int = 0
+    align_weight: float | None = None
+    vsd_weight: float | None = None
+    lr: float | None = None
 
     @property
     def stages(self) -> list[str]:
@@ -78,7 +86,21 @@ class Cell:
 
     def __str__(self) -> str:
         words = [self.student, self.scheme, self.objective, "switch" if self.switch else "", self.teacher or ""]
+        words += [f"{axis} {value:g}" for axis in OPTION_AXES if (value := getattr(self, axis)) is not None]
         return ", ".join([*filter(None, words), f"seed {self.seed}"])
+
+    def options_of(self, stage: str) -> dict[str, Any]:
+        """Return the options of `stage` that this cell decides: the learning rate of fine-tuning, and weights of terms in it."""
+        names = {"sft": ("lr",), "dft": OPTION_AXES}.get(stage, ())
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms of an ablation, each named by values of its cells' axes, and the pairs that are compared."""
+
+    arms: Mapping[str, Mapping[str, Any]]
+    pairs: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -95,11 +117,13 @@ class Recipe:
     cache: Mapping[str, Any]
     evaluate: Mapping[str, Any]
     easy_vqa: Mapping[str, Any] | None
+    emoji_vqa: Mapping[str, Any] | None
+    compare: Comparison | None
 
 
 def shipped_recipes() -> dict[str, str]:
     """Return the recipes in the package: name → title. Recipes that only serve as a base of others are left out."""
-    found = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(SHIPPED.glob("*.yaml"))}
+    found = {path.stem: _read_with_base(path, ()) for path in sorted(SHIPPED.glob("*.yaml"))}
     return {name: content["title"] for name, content in found.items() if "matrix" in content}
 
 
@@ -131,7 +155,10 @@ def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -
     names = _used([*(stage for cell in cells for stage in cell.stages), *(stage for _, stage in trained)])
     stages = {name: fill(_stage(given, name)) for name in names}
     cache, evaluation = fill(content.get("cache", {})), fill(content.get("evaluate", {}))
-    easy_vqa = fill(content["easy_vqa"]) if "easy_vqa" in content else None
+    easy_vqa, emoji_vqa = (fill(content[key]) if key in content else None for key in ("easy_vqa", "emoji_vqa"))
+    if easy_vqa is not None and emoji_vqa is not None:
+        raise ConfigError(f"recipe {path}: easy_vqa and emoji_vqa both make data: leave one out")
+    compare = _comparison(fill(content["compare"]), cells, path) if "compare" in content else None
     notes = str(fill(content.get("notes", "")))
     fill.require_all(path, content)
     for entry, options in [*((f"stages: {name}", stages[name]) for name in names), ("evaluate", evaluation)]:
@@ -152,6 +179,8 @@ def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -
         cache=_options(CacheOptions, cache, "cache", path),
         evaluate=_options(EvalOptions, evaluation, "evaluate", path),
         easy_vqa=easy_vqa,
+        emoji_vqa=emoji_vqa,
+        compare=compare,
     )
 
 
@@ -259,14 +288,16 @@ def _cells(matrix: Any, content: Mapping[str, Any], path: Path) -> tuple[Cell, .
     for axes in matrix if isinstance(matrix, list) else [matrix]:
         if not isinstance(axes, Mapping):
             raise ConfigError(f"recipe {path}: matrix should hold axes by name, found {axes!r}")
-        _require_known("matrix", axes, set(AXES), path)
+        _require_known("matrix", axes, {*AXES, *OPTION_AXES}, path)
         for key in ("teacher", "student"):
             there = list(content.get(f"{key}s", {}))
             axes = {key: there[0] if len(there) == 1 else None} | dict(axes)
         values = {"scheme": "pt-dft", "objective": "dbild-rkl", "switch": True, "seed": [0, 1, 2]} | dict(axes)
-        lists = [value if isinstance(value, list) else [value] for value in (values[axis] for axis in AXES)]
+        values = dict.fromkeys(OPTION_AXES) | values
+        every = (*AXES, *OPTION_AXES)
+        lists = [value if isinstance(value, list) else [value] for value in (values[axis] for axis in every)]
         for point in product(*lists):
-            cells[_cell(dict(zip(AXES, point, strict=True)), content, path)] = None
+            cells[_cell(dict(zip(every, point, strict=True)), content, path)] = None
     if not cells:
         raise ConfigError(f"recipe {path}: the matrix is empty")
     return tuple(cells)
@@ -281,15 +312,26 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
             raise ConfigError(f"{where} has no {axis} {point[axis]!r}; there are {', '.join(known)}")
     if not isinstance(point["switch"], bool) or isinstance(point["seed"], bool) or not isinstance(point["seed"], int):
         raise ConfigError(f"{where}: switch is true or false and seed a number, found {point}")
+    for axis in OPTION_AXES:
+        if point[axis] is not None:
+            try:
+                point[axis] = value_of_option(TrainOptions, axis, point[axis])
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
     if point["objective"] in BASELINE_OBJECTIVES:
         point["switch"] = False  # they have no switch pathway
+    if point["objective"] == "switch-ce":
+        point["switch"] = True  # it is nothing else
+        point["align_weight"] = None
+    if not point["switch"]:
+        point["vsd_weight"] = None
     cell = Cell(**point)
     if unknown := [stage for stage in cell.stages if stage not in STAGES]:
         raise ConfigError(f"{where} has no stage {unknown[0]!r} in {cell.scheme!r}; there are {', '.join(STAGES)}")
     if cell.objective == "sft":
         cell = replace(cell, scheme="-".join(DISTILLED.get(stage, stage) for stage in cell.stages))
     if not any(stage in DISTILLED for stage in cell.stages):
-        return replace(cell, objective="sft", switch=False, teacher=None)
+        return replace(cell, objective="sft", switch=False, teacher=None, align_weight=None, vsd_weight=None)
     if cell.teacher not in content.get("teachers", {}):
         there = ", ".join(content.get("teachers", {})) or "none"
         raise ConfigError(f"{where} has no teacher {cell.teacher!r}; there are {there}")
@@ -303,3 +345,29 @@ def _options(kind: type, given: Mapping[str, Any], entry: str, path: Path) -> di
         return {name: value_of_option(kind, name, value) for name, value in given.items()}
     except ConfigError as error:
         raise ConfigError(f"recipe {path}: {entry}: {error}") from None
+
+
+def _comparison(given: Any, cells: Iterable[Cell], path: Path) -> Comparison:
+    """Check that the arms of a comparison are cells of the matrix, one for each seed."""
+    if not isinstance(given, Mapping) or given.keys() != {"arms", "pairs"} or not isinstance(given["arms"], Mapping):
+        raise ConfigError(f"recipe {path}: compare should hold arms, by name, and pairs of names; found {given!r}")
+    arms, pairs = given["arms"], given["pairs"]
+    for name, axes in arms.items():
+        if not isinstance(axes, Mapping):
+            raise ConfigError(f"recipe {path}: compare: the arm {name} should hold axes by name, found {axes!r}")
+        _require_known(f"compare: the arm {name}", axes, {*AXES, *OPTION_AXES} - {"seed"}, path)
+        seeds = [cell.seed for cell in cells if is_of_arm(cell, axes)]
+        if not seeds or len(seeds) != len(set(seeds)):
+            raise ConfigError(
+                f"recipe {path}: compare: the arm {name} should be one cell of the matrix for each seed, it is {len(seeds)} cells"
+            )
+    if not isinstance(pairs, list) or not all(
+        isinstance(p, list) and len(p) == 2 and set(p) <= arms.keys() for p in pairs
+    ):
+        raise ConfigError(f"recipe {path}: compare: pairs should be pairs of {', '.join(arms)}, found {pairs!r}")
+    return Comparison(arms, tuple((one, other) for one, other in pairs))
+
+
+def is_of_arm(cell: Cell, axes: Mapping[str, Any]) -> bool:
+    """Whether a cell has the values that name an arm; an axis that is not named may have any."""
+    return all(getattr(cell, axis) == value for axis, value in axes.items())

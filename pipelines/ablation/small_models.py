@@ -1,7 +1,8 @@
-"""Data and tiny models for the small versions of the paper's recipes: easy-VQA, below the working folder of an ablation."""
+"""Data and tiny models of recipes that need no checkpoint: easy-VQA or EmojiVQA, below the working folder of an ablation."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +10,43 @@ from switchkd.errors import ConfigError
 from switchkd.fingerprints import hash_json
 from switchkd.pipelines.demo import easy_vqa
 from switchkd.pipelines.demo.easy_vqa import TEACHER_LANGUAGE, TEACHER_VISION, TEACHER_WEIGHTS
+from switchkd.pipelines.emoji_vqa.drawings import require_renderer
+from switchkd.pipelines.emoji_vqa.options import IMAGES, EmojiVQAOptions
+from switchkd.pipelines.options import fields_of, value_of_option
 from switchkd.pipelines.run_folder import write_atomically
 
 FILES = ("train", "what", "test")
+PRIMARY_SPLITS = ("style", "combo")  # of EmojiVQA, on which methods are compared
 _SHIPPED: dict[str, Any] = {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "shipped": True}
 
 
-def check_small_models(sizes: Mapping[str, Any] | None, models: Mapping[str, Any]) -> None:
-    """Check a recipe's entries about easy-VQA, before anything is created.
+def check_small_models(
+    sizes: Mapping[str, Any] | None, emoji: Mapping[str, Any] | None, models: Mapping[str, Any]
+) -> None:
+    """Check a recipe's entries about easy-VQA and EmojiVQA, before anything is created.
 
     Args:
-        sizes: rows of each data file. models: name → a checkpoint folder, or a specification: `vision` and `language` (arguments
-            of SiglipVisionConfig and Qwen2Config), `train` (stage → options of `switchkd train`), or `shipped: true` for the
-            demo's teacher.
+        sizes: rows of each data file of easy-VQA. emoji: options of `switchkd data emoji-vqa`, without `out`.
+        models: name → a checkpoint folder, or a specification: `vision` and `language` (arguments of SiglipVisionConfig and
+            Qwen2Config), `train` (stage → options of `switchkd train`), or `shipped: true` for the demo's teacher.
 
     Raises:
-        ConfigError: names the entry; also if the package easy-vqa is missing.
+        ConfigError: names the entry; also if a package that makes the data is missing.
     """
+    if emoji is not None:
+        _emoji_options(Path("emoji-vqa"), emoji)
+        require_renderer()
     specs = {name: model for name, model in models.items() if not isinstance(model, str)}
-    if sizes is None:
+    if sizes is None and emoji is None:
         if specs:
             raise ConfigError(
-                f"{next(iter(specs))} should be a checkpoint folder: only a recipe with easy_vqa makes models"
+                f"{next(iter(specs))} should be a checkpoint folder: only a recipe with easy_vqa or emoji_vqa makes models"
             )
         return
-    easy_vqa.package_folder()
-    if sizes.keys() != set(FILES) or not all(isinstance(n, int) and n > 0 for n in sizes.values()):
-        raise ConfigError(f"easy_vqa should give the rows of {', '.join(FILES)}, found {dict(sizes)}")
+    if sizes is not None:
+        easy_vqa.package_folder()
+        if sizes.keys() != set(FILES) or not all(isinstance(n, int) and n > 0 for n in sizes.values()):
+            raise ConfigError(f"easy_vqa should give the rows of {', '.join(FILES)}, found {dict(sizes)}")
     for name, spec in specs.items():
         wanted = {"shipped"} if "shipped" in spec else {"vision", "language"}
         if (
@@ -44,6 +55,8 @@ def check_small_models(sizes: Mapping[str, Any] | None, models: Mapping[str, Any
             or ("shipped" in spec and "train" in spec)
         ):
             raise ConfigError(f"{name} should have vision, language and maybe train, or shipped: true; found {spec}")
+        if "shipped" in spec and emoji is not None:
+            raise ConfigError(f"{name}: the shipped teacher knows easy-VQA alone; give vision, language and train")
 
 
 def write_small_data(folder: Path, sizes: Mapping[str, int]) -> None:
@@ -62,6 +75,38 @@ def write_small_data(folder: Path, sizes: Mapping[str, int]) -> None:
         write_atomically(path, json.dumps(easy_vqa.spread(rows[name], sizes[name])))
 
 
+def write_emoji_vqa(folder: Path, given: Mapping[str, Any]) -> list[str]:
+    """Build EmojiVQA, and `primary.json`, the splits style and combo in one file; return the words of all questions and answers.
+
+    In `primary.json` the kinds are named "style/what", "combo/where" and so on.
+
+    Raises:
+        ConfigError, DataError, RunError: see `emoji_vqa.build.build`.
+    """
+    from switchkd.pipelines.emoji_vqa.build import build
+
+    build(_emoji_options(folder, given))
+    primary = folder / "primary.json"
+    if not primary.is_file():
+        rows = [
+            row | {"question_type": f"{split}/{row['question_type']}"}
+            for split in PRIMARY_SPLITS
+            for row in json.loads((folder / f"{split}.json").read_text())
+        ]
+        write_atomically(primary, json.dumps(rows))
+    texts = [turn["value"] for split in IMAGES for row in json.loads((folder / f"{split}.json").read_text())
+             for turn in row["conversations"]]  # fmt: skip
+    words = {word for text in texts for word in re.findall(r"\w+|[.?]", text.replace("<image>", "").lower())}
+    return [*easy_vqa.SPECIAL, *sorted(words)]
+
+
+def _emoji_options(folder: Path, given: Mapping[str, Any]) -> EmojiVQAOptions:
+    known = set(fields_of(EmojiVQAOptions)) - {"out"}
+    if unknown := given.keys() - known:
+        raise ConfigError(f"emoji_vqa has no {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
+    return EmojiVQAOptions(out=folder, **{name: value_of_option(EmojiVQAOptions, name, v) for name, v in given.items()})
+
+
 def untrained_path(folder: Path, name: str, model: Any, seed: int) -> Path:
     """Return the path of a model: a given checkpoint folder with {seed} replaced, or a folder to create, named by a hash."""
     if isinstance(model, str):
@@ -70,12 +115,17 @@ def untrained_path(folder: Path, name: str, model: Any, seed: int) -> Path:
     return folder / f"{name}-{hash_json([made, seed])[:8]}"
 
 
-def write_untrained(path: Path, model: Any, seed: int) -> None:
-    """Create a model at its `untrained_path`; does nothing for a checkpoint folder, or if the model exists."""
+def write_untrained(path: Path, model: Any, seed: int, words: Sequence[str] | None = None) -> None:
+    """Create a model at its `untrained_path`; does nothing for a checkpoint folder, or if the model exists.
+
+    Args:
+        words: of its tokenizer; None are those of easy-VQA.
+    """
     if isinstance(model, str) or path.exists():
         return
     spec = _SHIPPED if model.get("shipped") else model
     unfinished = path.with_name(f".{path.name}")
     weights = TEACHER_WEIGHTS if spec.get("shipped") else None
-    easy_vqa.write_checkpoint(unfinished, vision=spec["vision"], language=spec["language"], seed=seed, weights=weights)
+    made = {"vision": spec["vision"], "language": spec["language"], "seed": seed, "weights": weights}
+    easy_vqa.write_checkpoint(unfinished, **made, words=words)
     unfinished.rename(path)

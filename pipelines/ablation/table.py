@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from switchkd.pipelines.ablation.recipe import AXES, Recipe
+from switchkd.pipelines.ablation.recipe import AXES, OPTION_AXES, Recipe
 from switchkd.pipelines.run_folder import write_atomically
 from switchkd.printable import markdown_text
 
@@ -59,7 +59,8 @@ class Row:
 def rows_of(results: list[Result]) -> tuple[list[str], list[Row]]:
     """Group results over seeds: (the axes that vary, rows in order of appearance; teachers have no axes' values but one)."""
     cells = [result.cell for result in results if result.cell is not None]
-    axes = [axis for axis in AXES if axis != "seed" and len({cell[axis] for cell in cells}) > 1] or ["student"]
+    every = [axis for axis in (*AXES, *OPTION_AXES) if axis != "seed"]
+    axes = [axis for axis in every if len({cell.get(axis) for cell in cells}) > 1] or ["student"]
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         if result.cell is None:
@@ -71,11 +72,13 @@ def rows_of(results: list[Result]) -> tuple[list[str], list[Row]]:
 
 
 def _word(axis: str, cell: Mapping[str, Any]) -> str:
-    value = cell[axis]
+    value = cell.get(axis)  # a result of an earlier version has no option axes
     if value is None or (axis == "switch" and cell["teacher"] is None):
         return NONE
     if axis == "switch":
         return "with" if value else "without"
+    if axis in OPTION_AXES:
+        return f"{value:g}"
     return str(value).upper() if axis == "scheme" else str(value)
 
 
@@ -95,9 +98,12 @@ def write_report(workdir: Path, recipe: Recipe, results: list[Result], final: bo
         for row in rows
     ]
     write_atomically(paths[1], _csv(summary))
-    cells: list[list[Any]] = [[*AXES, "accuracy", *kinds, "questions", "train_seconds", "run"]]
+    varied = [axis for axis in OPTION_AXES if any(r.cell is not None and r.cell.get(axis) is not None for r in results)]
+    columns = [*AXES, *varied]
+    cells: list[list[Any]] = [[*columns, "accuracy", *kinds, "questions", "train_seconds", "run"]]
     for result in results:
-        values = [result.name, *[""] * (len(AXES) - 1)] if result.cell is None else [result.cell[axis] for axis in AXES]
+        of_teacher = [result.name, *[""] * (len(columns) - 1)]
+        values = of_teacher if result.cell is None else [result.cell.get(axis) for axis in columns]
         scores = [result.accuracy, *(result.by_type.get(kind) for kind in kinds)]
         cells.append([*values, *scores, result.questions, result.seconds, (result.runs or [""])[-1]])
     write_atomically(paths[2], _csv(cells))
@@ -129,7 +135,8 @@ def _name(axes: list[str], row: Row) -> str:
     """Name a row in the plot: "student small, teacher large"."""
     if row.results[0].cell is None:
         return row.labels[0]
-    spoken = {"student": "student {}", "teacher": "teacher {}", "switch": "{} switch"}
+    spoken = {"student": "student {}", "teacher": "teacher {}", "switch": "{} switch", "lr": "rate {}"}
+    spoken |= {"align_weight": "λ1 {}", "vsd_weight": "λ2 {}"}
     pairs = zip(axes, row.labels, strict=True)
     return ", ".join(spoken.get(axis, "{}").format(word) for axis, word in pairs if word != NONE)
 

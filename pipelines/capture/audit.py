@@ -16,10 +16,11 @@ from switchkd.data.encoded import EncodedSample, collate, pad_id_of
 from switchkd.data.samples import SampleFile
 from switchkd.fingerprints import hash_tokenizer
 from switchkd.losses.lm_head import LMHead
-from switchkd.losses.signals import TeacherSignal
+from switchkd.losses.signals import HiddenSignal, SparseSignal, TeacherSignal
 from switchkd.models.checkpoint import Checkpoint, check_compatible, open_checkpoint, teacher_identity, with_image_mode
 from switchkd.models.components import lm_head_of
 from switchkd.models.vlm import freeze, load_model, states_at_positions
+from switchkd.pipelines import visual_advantage
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.capture.fidelity import Fidelity, Student, compare, exact_signal, make_students
 from switchkd.pipelines.capture.options import AuditOptions
@@ -33,6 +34,7 @@ from switchkd.pipelines.stored_teacher import (
     encoder_of_store,
     teacher_columns,
 )
+from switchkd.positions import targets
 from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
@@ -60,6 +62,7 @@ class AuditReport:
     trained_from: str  # the payload that training reads: the name of its rows
     dtype: str  # of the teacher
     rows: list[AuditRow]  # by payload, then the rows of the teacher itself; of each, one a student
+    looking: visual_advantage.VisualAdvantage | None = None  # None where it was not asked for
 
     def gradient_error(self, name: str) -> float:
         """Return the error of the gradient with respect to the student's logits, mean over students; 0 without such rows."""
@@ -89,6 +92,7 @@ class _Positions:
     alone: Tensor  # sample by sample
     whole: Tensor | None  # of the same weights in float32
     student: Tensor | None  # the final states of a student that was given, [P, d_S]
+    looking: visual_advantage.VisualAdvantage | None
 
 
 def audit(options: AuditOptions) -> AuditReport:
@@ -108,8 +112,8 @@ def audit(options: AuditOptions) -> AuditReport:
     chosen = choose_samples(store, options.samples, options.seed)
     found, heads = _gather(options, store, teacher, student, chosen)
     rows = _compare(options, store, found, heads)
-    names = list(found.signals)
-    return AuditReport(store.path, len(chosen), len(found.live), names[-1], store.manifest.teacher["dtype"], rows)
+    names, dtype = list(found.signals), store.manifest.teacher["dtype"]
+    return AuditReport(store.path, len(chosen), len(found.live), names[-1], dtype, rows, found.looking)
 
 
 def _gather(
@@ -121,7 +125,7 @@ def _gather(
     dtype = manifest.teacher["dtype"]
     with_float32 = options.own_precision and dtype != "float32"
     batches = [chosen[start : start + options.batch_size] for start in range(0, len(chosen), options.batch_size)]
-    passes = 1 + with_float32 + (student is not None)
+    passes = 1 + with_float32 + (student is not None) + options.visual_advantage
     encoded: list[list[EncodedSample]] = []
     live, alone, whole, of_student = [], [], [], []
     with Progress("auditing", passes * len(chosen), "samples") as progress:
@@ -133,6 +137,12 @@ def _gather(
             live.append(_states(model, encoded[-1], teacher))
             alone += [_states(model, [sample], teacher) for sample in encoded[-1]]
             progress.advance(len(indices), positions=len(live[-1]))
+        measured = None
+        if options.visual_advantage:
+            shown = [samples[index] for index in chosen]
+            pad = pad_id_of(teacher.tokenizer)
+            measured = visual_advantage.measure(model, head, encoder, shown, pad, options.batch_size)
+            progress.advance(len(chosen))
         if with_float32:
             model = model.float()
             for batch in encoded:
@@ -150,13 +160,23 @@ def _gather(
     stored = {name: column.to(options.device) for name, column in teacher_columns(store.payload(chosen)).items()}
     read = Batch.of(columns | stored)
     keep = _some(sum(map(len, live)), options.positions, options.seed).to(options.device)
-    signals = {name: source.signal(read).select(keep) for name, source in _sources(store, head, options).items()}
+    whole_signals = {name: source.signal(read) for name, source in _sources(store, head, options).items()}
+    signals = {name: signal.select(keep) for name, signal in whole_signals.items()}
+    looking = None
+    if measured is not None:
+        trained_from = list(whole_signals.values())[-1]
+        assert isinstance(trained_from, HiddenSignal | SparseSignal)
+        kept = visual_advantage.log_probs_of_signal(trained_from, targets(columns["labels"]))
+        counts = torch.tensor([sample.positions for batch in encoded for sample in batch])
+        on_image = columns["has_image"].repeat_interleave(counts)
+        looking = visual_advantage.summarise(measured, kept[on_image])
     found = _Positions(
         signals,
         torch.cat(live)[keep],
         torch.cat(alone)[keep],
         torch.cat(whole)[keep] if whole else None,
         torch.cat(of_student)[keep] if of_student else None,
+        looking,
     )
     return found, (head, student_head)
 

@@ -234,6 +234,10 @@ class AuditOptions:
         default=True,
         help="Also run the teacher's weights in float32, to tell what its own dtype costs; takes their memory in float32.",
     )
+    visual_advantage: bool = option(
+        default=True,
+        help="Also tell by how much the teacher looks: log p(answer | image) - log p(answer | blurred image), by kind of question.",
+    )
     batch_size: int = option(default=8, at_least=1, help="Samples per forward pass.")
     tail: TailPolicy = option(default="student", hidden=True, help="See `switchkd train --tail`.")
     seed: int = option(default=0, help="Of the choice of samples.")

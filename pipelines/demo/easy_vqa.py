@@ -6,7 +6,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,20 @@ def vocabulary() -> list[str]:
 
 
 def write_checkpoint(
-    folder: Path, *, vision: dict[str, int], language: dict[str, int], seed: int, weights: Path | None = None
+    folder: Path,
+    *,
+    vision: dict[str, int],
+    language: dict[str, int],
+    seed: int,
+    weights: Path | None = None,
+    words: Sequence[str] | None = None,
 ) -> None:
-    """Save a Llava checkpoint for easy-VQA: SigLIP tower, two-layer projector, Qwen2 LLM, word tokenizer, image processor.
+    """Save a tiny Llava checkpoint: SigLIP tower, two-layer projector, Qwen2 LLM, word tokenizer, image processor.
 
     Args:
         vision, language: arguments of SiglipVisionConfig and Qwen2Config. seed: of the random weights.
         weights: a safetensors file that replaces them.
+        words: of the tokenizer, with `SPECIAL` first; None are those of easy-VQA.
     """
     import torch
     from safetensors.torch import load_file
@@ -136,7 +143,7 @@ def write_checkpoint(
     )
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    words = vocabulary()
+    words = vocabulary() if words is None else list(words)
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -76,7 +76,7 @@ class GreedyGenerator:
         self.pad_id = pad_id_of(self.tokenizer)
         self.stop_ids = stop_ids_of(template, self.tokenizer)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a student that goes on training is asked, too
     def answer(self, prompts: Sequence[Prompt | BadSample]) -> list[str | BadSample]:
         """Return the answer to each prompt; an entry that could not be encoded is returned unchanged."""
         results: list[str | BadSample] = [prompt if isinstance(prompt, BadSample) else "" for prompt in prompts]

@@ -4,19 +4,24 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.data.samples import Sample, SampleFile, Status
-from switchkd.errors import DataError
+from switchkd.errors import ConfigError, DataError
 from switchkd.pipelines.cores import workers_alone
 from switchkd.pipelines.mixture import Mixture
 from switchkd.pipelines.preflight.kept import BLOCK_ROWS
 from switchkd.pipelines.preflight.options import CheckOptions, of_entry
 from switchkd.pipelines.preflight.survey import SampleInspector, Survey, survey
 from switchkd.pipelines.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from switchkd.data.encoding import SampleEncoder
+    from switchkd.models.checkpoint import Checkpoint
+    from switchkd.pipelines.visual_advantage import VisualAdvantage
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class DataCheck:
     unit: str  # "tokens" or "words"
     limit: int | None  # max_length, if lengths are in tokens
     images_read: bool
+    looking: "VisualAdvantage | None" = None  # None where it was not asked for
 
     @property
     def skipped(self) -> int:
@@ -45,6 +51,7 @@ def check_data(options: CheckOptions) -> DataCheck:
 
     Raises:
         DataError: no such file or image folder, no usable row.
+        ConfigError: the visual advantage is asked for without a model or images.
         CheckpointError: the model folder cannot be used.
     """
     found, rows = _inspect(options)
@@ -70,6 +77,9 @@ def check_mixture(mixture: Mixture, options: CheckOptions) -> dict[str, DataChec
 def _inspect(options: CheckOptions) -> tuple[DataCheck, list[dict[str, Any]]]:
     """Return the contents of a data file, and a record of each row that would be skipped."""
     samples = SampleFile(options.data)
+    looking = None
+    if options.visual_advantage and (options.model is None or options.images is None):
+        raise ConfigError("--visual-advantage runs a model over images: pass --model and --images")
     if options.model is not None:
         # A check without a model needs no torch, whose import takes longer than many a check.
         from switchkd.data.encoding import SampleEncoder
@@ -92,6 +102,8 @@ def _inspect(options: CheckOptions) -> tuple[DataCheck, list[dict[str, Any]]]:
     found = survey(samples, inspector, workers)
     if options.model is not None:
         lengths, unit = found.tokens[np.isin(found.status, (Status.OK, Status.TOO_LONG))], "tokens"
+        if options.visual_advantage:
+            looking = _looking(options, samples, found, checkpoint, encoder)
     else:
         usable = np.flatnonzero(found.status == Status.OK)
         lengths, unit = np.array([_words(samples[int(row)]) for row in usable], np.int64), "words"
@@ -107,8 +119,27 @@ def _inspect(options: CheckOptions) -> tuple[DataCheck, list[dict[str, Any]]]:
         unit=unit,
         limit=options.max_length if options.model is not None else None,
         images_read=options.images is not None or not samples.needs_folder(),
+        looking=looking,
     )
     return check, skipped
+
+
+def _looking(
+    options: CheckOptions, samples: SampleFile, found: Survey, checkpoint: "Checkpoint", encoder: "SampleEncoder"
+) -> "VisualAdvantage":
+    """Run the model over random usable samples with an image, sharp and blurred."""
+    from switchkd.data.encoded import pad_id_of
+    from switchkd.models.components import lm_head_of
+    from switchkd.models.vlm import freeze, load_model
+    from switchkd.pipelines.visual_advantage import measure, summarise
+
+    usable = np.flatnonzero((found.status == Status.OK) & samples.has_image())
+    count = min(options.visual_advantage, len(usable))
+    rows = np.sort(np.random.default_rng(0).choice(usable, count, replace=False)) if count else usable
+    model = freeze(load_model(checkpoint, dtype="auto")).to(options.device)
+    head = lm_head_of(model).rows(checkpoint.vocab_rows)
+    chosen = [samples[int(row)] for row in rows]
+    return summarise(measure(model, head, encoder, chosen, pad_id_of(checkpoint.tokenizer), options.batch_size))
 
 
 def _kind(sample: Sample) -> str:

@@ -37,6 +37,15 @@ class CheckOptions:
         unset="from the cores there are: one each, at most 16; 0 for up to 1,024 rows",
     )
     report: Path | None = option(default=None, help="Write a JSON line for each row that would be skipped.")
+    visual_advantage: int = option(
+        default=0,
+        at_least=0,
+        metavar="N",
+        help="Also run the model over N random samples with an image, and tell by how much it looks: log p(answer | image) - "
+        "log p(answer | blurred image), by kind of question.",
+    )
+    batch_size: int = option(default=8, at_least=1, help="Samples per forward pass, with --visual-advantage.")
+    device: str = option(default="cpu", help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
     trust_remote_code: bool = option(default=False, help="Run code that comes with a checkpoint.")
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from switchkd.pipelines.release.chat import template_of
 from switchkd.pipelines.release.model_card import EvalScores, model_card
 from switchkd.pipelines.release.options import ExportOptions
 from switchkd.pipelines.run_folder import RECORD, SCORES, SUMMARY
+from switchkd.pipelines.training.held_out.best import FOLDER, read_best
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ def export(options: ExportOptions) -> Path:
     the run's template as chat template, and a model card. It is written completely or not at all.
 
     Raises:
-        ConfigError: no finished run, no record of its template, or `out` exists already.
+        ConfigError: no finished run, no best student if it is asked for, no record of its template, or `out` exists already.
         DataError: scores of another model.
         RunError: pushing failed; the folder is complete.
     """
@@ -47,9 +49,12 @@ def export(options: ExportOptions) -> Path:
         raise ConfigError(f"{options.out} is there already; remove it, or name another folder")
     summary = json.loads((options.run / SUMMARY).read_text(encoding="utf-8"))
     record = yaml.safe_load((options.run / RECORD).read_text(encoding="utf-8"))
-    checkpoint = open_checkpoint(options.run, options.trust_remote_code)
+    folder = options.run
+    if options.best:
+        folder, summary = _best(options.run, summary)
+    checkpoint = open_checkpoint(folder, options.trust_remote_code)
     template = template_of(checkpoint, options.template)
-    scores = _scores(options)
+    scores = _scores(options, folder)
     unfinished = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
     try:
         _write_model(checkpoint, template, unfinished, options.dtype)
@@ -117,9 +122,21 @@ def _name_as_published(folder: Path) -> None:
         index.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _scores(options: ExportOptions) -> list[EvalScores]:
-    """Read the evaluations whose weights are exactly this student's."""
-    weights = hash_json(hash_weights(options.run))
+def _best(run: Path, summary: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a run's best student, and the run's summary as it would be of that student."""
+    kept = read_best(run)
+    if kept is None:
+        raise ConfigError(
+            f"{run} has kept no best student: it needs `switchkd train --keep-best METRIC`; leave --best out"
+        )
+    losses = {n.removeprefix("eval_"): v for n, v in kept["metrics"].items() if n.startswith("eval_loss")}
+    by = f"{kept['metric']} of held-out samples, {kept['value']:.4f}"
+    return run / FOLDER, summary | {"steps": kept["step"], "losses": losses, "kept_by": by}
+
+
+def _scores(options: ExportOptions, student: Path) -> list[EvalScores]:
+    """Read the evaluations whose weights are exactly this student's, which lies in `student`."""
+    weights = hash_json(hash_weights(student))
     found = []
     for folder, asked in [*((folder, True) for folder in options.scores), *((f, False) for f in _below(options.run))]:
         if not (folder / SCORES).is_file() or not (folder / RECORD).is_file():
@@ -130,7 +147,7 @@ def _scores(options: ExportOptions) -> list[EvalScores]:
         if record.get("weights") != weights:
             if asked:
                 raise DataError(
-                    f"{folder} has the scores of other weights than those of {options.run}; evaluate this student"
+                    f"{folder} has the scores of other weights than those of {student}; evaluate this student"
                 )
             log.warning("left out: %s has the scores of other weights", folder)
             continue

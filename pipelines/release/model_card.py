@@ -64,7 +64,7 @@ def model_card(
         _rows(_data(checkpoint, record, summary, origin)),
         "## Teacher\n",
         _rows(_teacher(record, origin)),
-        "## Last losses\n",
+        f"## {'Losses on held-out samples' if 'kept_by' in summary else 'Last losses'}\n",
         _rows({key.removeprefix("loss_"): f"{value:.4f} nats" for key, value in summary["losses"].items()}),
     ]
     if scores:
@@ -93,12 +93,17 @@ def _name(path: Any) -> str:
 
 def _method(record: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {"objective": record["objective"], "visual switch": "yes" if record["switch"] else "no"}
-    if record["objective"] != "sft":
+    if record["objective"] == "switch-ce":
+        rows["λ2 (CE on the switch pathway)"] = f"{record['vsd_weight']:g}"
+    elif record["objective"] != "sft":
         rows["λ1 (Align), λ2 (VSD)"] = f"{record['align_weight']:g}, {record['vsd_weight']:g}"
         rows["temperature"] = record["temperature"] or "the objective's default"
     rows["began as"] = _name(record["student"])
     rows["steps"] = f"{summary['steps']:,}"
-    for option in ("train_parts", "batch_size", "accumulation", "group_by", "lr", "schedule", "precision", "seed"):
+    if "kept_by" in summary:
+        rows["chosen as the best by"] = summary["kept_by"]
+    trained = ("train_parts", "lora", "lora_parts")
+    for option in (*trained, "batch_size", "accumulation", "group_by", "lr", "schedule", "precision", "seed"):
         if record.get(option) is not None:
             rows[option.replace("_", " ")] = record[option]
     return rows

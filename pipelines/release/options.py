@@ -26,6 +26,7 @@ class ExportOptions:
     push_to: str | None = option(
         default=None, metavar="REPO", help="Upload the folder to this repository of the Hugging Face hub."
     )
+    best: bool = option(default=False, help="The best student (`train --keep-best`) instead of the last one.")
     private: bool = option(default=False, help="Make that repository private if it is new.")
     trust_remote_code: bool = option(default=False, help="Run code that comes with the checkpoint.")
 

@@ -29,6 +29,7 @@ class TrainRun:
     options: dict[str, Any]  # its run.yaml
     history: list[dict[str, Any]]  # entries with loss parts, one per logging interval
     summary: dict[str, Any] | None  # None: not finished
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # entries with metrics of held-out samples
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def _read_train(label: str, folder: Path) -> TrainRun:
         history = _json(checkpoint / STATE)["log_history"]
     else:
         history = summary["history"]
-    return TrainRun(label, folder, _yaml(folder / RECORD), [e for e in history if "loss_ce" in e], summary)
+    logged, evaluated = ([entry for entry in history if key in entry] for key in ("loss_ce", "eval_loss_ce"))
+    return TrainRun(label, folder, _yaml(folder / RECORD), logged, summary, evaluated)
 
 
 def _labels(given: Sequence[tuple[str | None, StoreLocation]]) -> list[str]:

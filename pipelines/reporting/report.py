@@ -33,6 +33,13 @@ CURVES = {
     "grad_norm": ("Gradient norm", "norm before clipping", LOGGED),
     "vsd_gradient_norm": ("Gradient of VSD in the vision features", "norm", f"train with `--switch`; {LOGGED}"),
 }
+# Metrics of held-out samples → title, unit; left out without a word where no run has one.
+EVALUATED = {
+    "eval_loss_ce": ("CE on held-out samples, nats per position", "nats per position"),
+    "eval_loss_align": ("Align on held-out samples, nats per position", "nats per position"),
+    "eval_loss_vsd": ("VSD on held-out samples, nats per position", "nats per position"),
+    "eval_exact_match": ("Exact match on held-out samples", "share of the answers"),
+}
 TEACHER = {"teacher": len(figures.SERIES) - 1}  # a stored teacher has the same colour in all figures
 
 
@@ -93,6 +100,12 @@ def _training(inputs: Inputs) -> Section:
             section.figures.append(_curve(inputs, runs, key, key.replace("_", "-"), title, unit))
         else:
             section.missing.append(f"No run has “{title}”: {remedy}.")
+    for key, (title, unit) in EVALUATED.items():
+        runs = [run for run in inputs.trains if any(key in entry for entry in run.evaluations)]
+        if runs:
+            section.figures.append(_curve(inputs, runs, key, key.replace("_", "-"), title, unit))
+    if not any(run.evaluations for run in inputs.trains):
+        section.missing.append("No run was evaluated on held-out samples while it trained: train with `--eval-data`.")
     for number, run in enumerate(inputs.trains):
         entries = [entry for entry in run.history if "knee_student_mean" in entry]
         if entries:
@@ -111,7 +124,7 @@ def _training(inputs: Inputs) -> Section:
 def _curve(inputs: Inputs, runs: list[TrainRun], key: str, name: str, title: str, unit: str) -> Figure:
     curves = {}
     for run in runs:
-        entries = [entry for entry in run.history if key in entry]
+        entries = [entry for entry in [*run.history, *run.evaluations] if key in entry]
         curves[run.label] = ([entry["step"] for entry in entries], [entry[key] for entry in entries])
     return figures.lines(name, title, curves, "step", unit, inputs.series)
 

@@ -47,7 +47,7 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         "seed": options.seed,
         "logging_steps": options.log_every,
         "save_steps": options.save_every,
-        "save_total_limit": 2,
+        "save_total_limit": options.keep,
         "dataloader_num_workers": options.workers or 0,
         "remove_unused_columns": False,  # the collator's teacher columns are not arguments of the model's forward
         "ddp_find_unused_parameters": False,  # every trainable parameter receives a gradient in every batch, see SwitchTrainer

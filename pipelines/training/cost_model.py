@@ -5,7 +5,7 @@ memory with what one step keeps, and the FLOPs with torch's own count. Linear at
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from switchkd.fingerprints import component_of
 from switchkd.losses.fused import CHUNK_LOGITS
 from switchkd.models.components import language_model_of, layers_of, tower_layers_of, tower_of
+from switchkd.models.lora import is_lora
 from switchkd.pipelines.training.int8_teacher import stored_bytes
 from switchkd.pipelines.training.option_checks import PARTS
 from switchkd.pipelines.training.student_parts import part_of
@@ -41,6 +42,9 @@ class _Stack:
     attention: int  # heads x width of a head
     weights: int  # of the linear layers
     convolved: int  # weights of a patch embedding
+    lora: tuple[int, int, int] = (0, 0, 0)  # layers with LoRA: their number, the sum of their inputs, of their ranks
+    lora_weights: int = 0  # of A and B, which `weights` contains, too
+    lora_dropout: bool = False
 
     @classmethod
     def of(cls, module: Any) -> "_Stack":
@@ -60,6 +64,10 @@ class _Stack:
         width = getattr(config, "embed_dim", config.hidden_size)  # Qwen2-VL's tower calls its width embed_dim
         heads = getattr(config, "num_attention_heads", None) or config.num_heads
         head = getattr(config, "head_dim", None) or width // heads
+        with_lora: list[Any] = [
+            m for m in inside if hasattr(m, "lora_A") and isinstance(getattr(m, "base_layer", None), nn.Linear)
+        ]
+        down = [a for m in with_lora for a in m.lora_A.values()]
         return cls(
             layers=layers,
             width=width,
@@ -68,6 +76,9 @@ class _Stack:
             attention=heads * head,
             weights=sum(m.weight.numel() for m in inside if isinstance(m, nn.Linear)),
             convolved=sum(m.weight.numel() for m in inside if isinstance(m, nn.Conv2d | nn.Conv3d)),
+            lora=(len(down), sum(a.in_features for a in down), sum(a.out_features for a in down)),
+            lora_weights=sum(p.numel() for m in with_lora for name, p in m.named_parameters() if "lora_" in name),
+            lora_dropout=any(isinstance(drop, nn.Dropout) for m in with_lora for drop in m.lora_dropout.values()),
         )
 
     def forward_flops(self, tokens: float, pairs: float) -> float:
@@ -80,10 +91,18 @@ class _Stack:
         A layer keeps the inputs of its norms, q, k, v and the attention's output, and the inputs of its activation and product;
         a linear layer keeps its input only if its weight trains. With checkpointing, each layer keeps only its input, and one
         layer at a time keeps the rest.
+
+        A layer with LoRA keeps the input of A and that of B. Under autocast and with dropout each such layer has a copy of its
+        own of the former, and with dropout a mask of bytes; else layers that read the same tensor share it.
         """
         if checkpointed:
             return self.layers * self.width * element + self.kept_bytes(element, trains) // self.layers
         d, f = self.width, self.inner
+        count, inputs, ranks = self.lora
+        if count:
+            apart = element == 2 or self.lora_dropout
+            own = element * ranks + apart * element * inputs + self.lora_dropout * inputs
+            return own + replace(self, lora=(0, 0, 0)).kept_bytes(element, trains or not apart)
         attention = 4 * self.attention
         if self.gated:
             values = attention + 3 * f + (4 * d + f if trains else 0)
@@ -148,7 +167,10 @@ class CostModel:
     ) -> None:
         self.student, self.switch, self.live = student, switch, live
         self.stored_head, self.vision_tokens = stored_head, vision_tokens
-        trains = {part for part, (_, trained) in count_parameters(student).items() if trained}
+        # A part with LoRA passes gradients through its frozen weights.
+        trains = {part_of(name) for name, p in student.named_parameters() if p.requires_grad and not is_lora(name)}
+        with_lora = {part_of(name) for name, p in student.named_parameters() if p.requires_grad and is_lora(name)}
+        self.vision_lora = "vision" in with_lora
         self.vision_trains, self.language_trains = "vision" in trains, "language" in trains
         self.projector_trains = "projector" in trains
 
@@ -159,9 +181,13 @@ class CostModel:
         """
         student = self.student
         language = self._language(student, work.tokens, work.pairs) + self._head(student, work.positions)
-        total = (2 + self.language_trains) * language
-        total += (1 + self.projector_trains + self.vision_trains) * self._projector(student, work)
-        total += (1 + 2 * self.vision_trains) * self._vision(student, work)
+        total = (2 + self.language_trains) * language + 2 * _Stack.of(
+            language_model_of(student)
+        ).lora_weights * work.tokens
+        reaches_vision = self.vision_trains or self.vision_lora
+        total += (1 + self.projector_trains + reaches_vision) * self._projector(student, work)
+        total += (1 + self.vision_trains + reaches_vision) * self._vision(student, work)
+        total += 2 * _Stack.of_tower(student).lora_weights * (work.patches or work.images * self.vision_tokens)
         if self.switch is not None:
             total += 2 * self._language(self.switch, work.image_tokens, work.image_pairs)
             total += 2 * self._head(self.switch, work.image_positions)
@@ -223,9 +249,9 @@ class CostModel:
         tokens, vision = rows * length, rows * self.vision_tokens
         language = _Stack.of(language_model_of(self.student))
         kept = tokens * language.kept_bytes(element, self.language_trains, student_checkpointed)
-        if self.vision_trains:
+        if self.vision_trains or self.vision_lora:
             tower = _Stack.of_tower(self.student)
-            kept += vision * tower.kept_bytes(element, True, student_checkpointed)
+            kept += vision * tower.kept_bytes(element, self.vision_trains, student_checkpointed)
         if self.switch is not None:
             through, size = _Stack.of(language_model_of(self.switch)), self.switch.lm_head.weight.element_size()
             kept += tokens * through.kept_bytes(size, False, teacher_checkpointed)

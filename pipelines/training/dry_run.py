@@ -41,7 +41,7 @@ class TrainPlan:
     probed_samples: int  # from which both are extrapolated
     checkpoint_bytes: int
     checkpoints: int  # that are on the disk at the same time, the one that is being written included
-    student_bytes: int
+    student_bytes: int  # of the finished student, and with --keep-best of the best one
     free_bytes: int  # on the file system of the run's folder
     has_store: bool  # False: the plan is that of a run with a store that is still to be made
 
@@ -97,7 +97,7 @@ def plan(options: TrainOptions, devices: int) -> TrainPlan:
         probed_samples=probed,
         checkpoint_bytes=models.cost_model.checkpoint_bytes(),
         checkpoints=(arguments.save_total_limit or 0) + 1,
-        student_bytes=sum(p.nbytes for p in models.student.parameters()),
+        student_bytes=(1 + (options.keep_best is not None)) * sum(p.nbytes for p in models.student.parameters()),
         free_bytes=free_bytes(options.output),
         has_store=has_store,
     )
@@ -107,7 +107,7 @@ def _open(options: TrainOptions) -> tuple[TrainingInputs, bool]:
     """Return the inputs of a run, and whether its stores are there; without stores, as if they were still to be made."""
     mixture = mixture_at(options.data)
     named = options.cache is not None or (mixture is not None and any(entry.store for entry in mixture.entries))
-    if named or options.teacher_mode == "live" or not options.as_objective().needs_teacher:
+    if named or options.teacher_mode == "live" or not options.as_objective().needs_signal:
         return open_inputs(options), True
     if options.teacher is None:
         raise ConfigError("a plan needs the store, or the teacher that is to make it: pass --cache or --teacher")
@@ -130,7 +130,7 @@ def probe_work(inputs: TrainingInputs, cost_model: CostModel, steps: int) -> tup
     Returns:
         The work of these micro-batches, and how many samples they have.
     """
-    samples, collator = inputs.samples, collator_of(inputs)
+    samples, collator = inputs.samples, collator_of(inputs, inputs.samples)
     switch = cost_model.switch
     metrics = StepMetrics(
         cost_model,

@@ -24,6 +24,7 @@ from switchkd.models.checkpoint import (
     with_image_mode,
 )
 from switchkd.models.families import FAMILIES, family_of
+from switchkd.models.lora import check_targets, has_peft
 from switchkd.models.packing_probe import check_packing
 from switchkd.models.pair import check_pair
 from switchkd.pipelines.cores import local_processes, workers_beside
@@ -32,8 +33,9 @@ from switchkd.pipelines.stored_teacher import topk_caution
 from switchkd.pipelines.training import cross_tokenizer
 from switchkd.pipelines.training.batches.dataset import OrderedSamples
 from switchkd.pipelines.training.batches.mixture import MixedSamples
+from switchkd.pipelines.training.held_out.inputs import HeldOut, open_held_out
 from switchkd.pipelines.training.int8_teacher import check_int8
-from switchkd.pipelines.training.joining import join, read_samples
+from switchkd.pipelines.training.joining import JoinedFile, encoders_of, join, read_samples
 from switchkd.pipelines.training.mixing import join_entries, read_entries, record_of
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.resuming import as_begun, resolve_batches
@@ -59,6 +61,7 @@ class TrainingInputs:
     two_views: bool  # whether the teacher encodes samples differently from the student
     media: dict[str, Tensor] | None = None  # of one image, as the student's processor makes it; None for a Llava
     teacher_media: dict[str, Tensor] | None = None  # of the same image, as the teacher's makes it
+    held_out: HeldOut | None = None
     mixture: dict[str, dict[str, Any]] | None = None  # entry → what is recorded of it; None for one data file
 
     @property
@@ -68,8 +71,8 @@ class TrainingInputs:
 
     @property
     def teacher_signal(self) -> str | None:
-        """Where the teacher's logits come from, in words; None for an objective without a teacher."""
-        if not self.objective.needs_teacher:
+        """Where the teacher's logits come from, in words; None for an objective that reads none."""
+        if not self.objective.needs_signal:
             return None
         if self.options.teacher_mode == "live":
             return "live teacher"
@@ -103,11 +106,14 @@ def resolve_options(options: TrainOptions, processes: int | None = None) -> Trai
         ConfigError: a package that they need is missing, or the global batch differs from the run's.
     """
     check_int8(options)
+    if options.lora is not None and not has_peft():
+        raise ConfigError("--lora trains through peft, which is not installed: pip install 'switchkd[lora]'")
     options = as_begun(options)
     if options.precision is None:
         options = replace(options, precision=precision_here())
     if options.switch is None:
-        options = replace(options, switch=options.switch_adapter is not None or _switches(options.student))
+        on = options.switch_adapter is not None or options.objective == "switch-ce" or _switches(options.student)
+        options = replace(options, switch=on)
     if options.workers is None:
         options = replace(options, workers=workers_beside(local_processes()))
     return resolve_batches(options, int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes)
@@ -185,6 +191,33 @@ def open_inputs(options: TrainOptions) -> TrainingInputs:
         media=_media_of_one_image(samples.encoder),
         teacher_media=None if teacher is None else _media_of_one_image(other or samples.encoder),
         mixture=record,
+        held_out=_open_held_out(options, objective, joined[0], student, teacher, len(teachers), samples.fingerprint),
+    )
+
+
+def _open_held_out(
+    options: TrainOptions,
+    objective: Objective,
+    joined: JoinedFile,
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    teachers: int,
+    trained: str,
+) -> HeldOut | None:
+    """Open the held-out samples, which are read as the first data file of the run is."""
+    if options.eval_cache is not None and teachers > 1:
+        raise ConfigError("--eval-cache goes with one teacher, and this mixture has several: leave it out")
+    as_first = replace(joined.options, images=options.eval_images or joined.options.images)
+    return open_held_out(
+        options,
+        objective,
+        lambda: encoders_of(as_first, student, teacher, joined.store),
+        joined.store,
+        joined.payload,
+        trained,
+        workers=options.workers or 0,
+        max_skipped=options.max_skipped,
+        global_batch=options.global_batch or 1,
     )
 
 
@@ -210,6 +243,8 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
         teacher.require_whole_weights(
             "pass --no-switch to train from its store alone, or cache and pass the checkpoint that it was made from"
         )
+    if (lora := options.as_lora(options.as_parts())) is not None:
+        check_targets(student.config, lora)
     if objective.baseline and not llavas:
         raise CheckpointError(
             f"objective {objective.name} compares visual tokens and attention of two Llavas: {options.student} and "

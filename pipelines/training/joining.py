@@ -97,7 +97,7 @@ def open_store(
     samples: SampleFile,
 ) -> TeacherStore | None:
     """Open the store that fits the run; every entry of its manifest is compared with what the run would use."""
-    if not objective.needs_teacher or options.teacher_mode == "live":
+    if not objective.needs_signal or options.teacher_mode == "live":
         return None
     if options.cache is None:
         raise ConfigError(

@@ -57,6 +57,15 @@ class StepMetrics:
         self._waited += waited
         self._store += sum(batch.store_seconds for batch in batches)
 
+    def unlogged(self) -> "StepMetrics":
+        """Return metrics for batches that do not belong to the run: they measure nothing that is costly, and nobody takes them."""
+        return StepMetrics(None, knees=False, window=None)
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time in which something else than training ran."""
+        if self._since:  # the clock has started
+            self._since += seconds
+
     def count(self, batch: Batch) -> None:
         """Count one micro-batch before it enters the model."""
         read = batch.teacher_inputs

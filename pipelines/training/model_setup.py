@@ -14,6 +14,7 @@ from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import language_model_of, tower_of
 from switchkd.models.families import family_of, logit_map_of
 from switchkd.models.fit import probe_cuts
+from switchkd.models.lora import attach_lora, hold_frozen_in_bfloat16
 from switchkd.models.packing_probe import enable_packing_in
 from switchkd.models.switch_adapter import CutAdapters, SwitchAdapter
 from switchkd.models.vlm import (
@@ -23,7 +24,7 @@ from switchkd.models.vlm import (
     load_lm_head,
     load_model,
 )
-from switchkd.models.weightless import build_weightless, expect_packing
+from switchkd.models.weightless import build_weightless, expect_frozen_in_bfloat16, expect_packing
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredOfSeveral, StoredTopK, TeacherSource
 from switchkd.pipelines.training.cost_model import CostModel, patches_of
 from switchkd.pipelines.training.inputs import TrainingInputs
@@ -43,7 +44,7 @@ class TrainingModels:
     """The models of a run on the CPU, frozen, checkpointed and, for the frozen ones, sharded as the options request."""
 
     student: Any  # float32; of the class that transformers has for its checkpoint
-    source: TeacherSource | None  # of the teacher's signals; None for an objective without a teacher
+    source: TeacherSource | None  # of the teacher's signals; None for an objective that reads none
     switch_teacher: Any | None  # of the switch pathway; may be the live teacher
     extra_terms: ExtraTerms | None  # of a baseline's objective
     cost_model: CostModel
@@ -73,7 +74,14 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments, weights:
         if (packed := switch_teacher or live) is not None:
             _enable_packing(packed, str(options.teacher), inputs.teacher_media, weights)
     freeze_other_parts(student, inputs.parts)
+    if (lora := options.as_lora(inputs.parts)) is not None:
+        attach_lora(student, lora, options.seed)
     unused = freeze_unused_vision(student, inputs.media) if "vision" in inputs.parts else []
+    if lora is not None and options.precision == "bfloat16" and options.profile == "ddp":
+        if weights:
+            hold_frozen_in_bfloat16(student)  # FSDP keeps one dtype
+        elif inputs.student.resolve_dtype("auto") == "bfloat16":
+            expect_frozen_in_bfloat16(student)
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
     if options.switch_adapter is not None:
@@ -124,7 +132,7 @@ def _load_teacher(inputs: TrainingInputs, weights: bool) -> tuple[TeacherSource 
     if not inputs.objective.needs_teacher:
         return None, None
     dtype = "" if teacher is None else _teacher_dtype(options, teacher)
-    if options.teacher_mode == "live":
+    if inputs.objective.needs_signal and options.teacher_mode == "live":
         assert teacher is not None
         whole = load(teacher, dtype=dtype)
         freeze(whole)
@@ -140,6 +148,8 @@ def _load_teacher(inputs: TrainingInputs, weights: bool) -> tuple[TeacherSource 
             (to_int8 if weights else count_as_int8)(language_model_of(switch))
         if options.teacher_checkpointing:
             enable_activation_checkpointing(language_model_of(switch))
+    if not inputs.objective.needs_signal:
+        return None, switch
     if stores:
         rows = stores[0].manifest.vocab_rows
     else:

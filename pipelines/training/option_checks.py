@@ -24,7 +24,8 @@ def check_baseline(options: "TrainOptions") -> None:
     if options.objective not in BASELINE_OBJECTIVES:
         return
     if options.teacher_mode != "live":
-        what = "logits at visual tokens" if options.objective == "llava-kd" else "visual tokens and attention"
+        compared = {"llava-kd": "logits at visual tokens", "align-kd": "visual tokens and attention"}
+        what = compared.get(options.objective, "attention among visual tokens")
         raise ConfigError(
             f"objective {options.objective} compares {what}, which no store holds: pass --teacher-mode live, and the teacher "
             "runs in every step"
@@ -35,6 +36,28 @@ def check_baseline(options: "TrainOptions") -> None:
         raise ConfigError(f"objective {options.objective} trains with --profile ddp only, got {options.profile}")
     if options.vocab_map:
         raise ConfigError(f"objective {options.objective} compares one tokenizer's logits: leave --vocab-map out")
+
+
+def check_switch_ce(options: "TrainOptions") -> None:
+    """Raise ConfigError for options of the teacher's logits, which objective switch-ce does not read."""
+    if options.objective != "switch-ce":
+        return
+    if options.cache is not None:
+        raise ConfigError("objective switch-ce reads no store: leave --cache out, it needs --teacher alone")
+    if options.teacher_mode == "live":
+        raise ConfigError("objective switch-ce reads no logits of the teacher: leave --teacher-mode live out")
+    if options.vocab_map:
+        raise ConfigError(
+            "objective switch-ce asks the teacher's LLM for the student's tokens, so both have one tokenizer: leave --vocab-map out"
+        )
+
+
+def check_lora(options: "TrainOptions", trained: frozenset[str]) -> None:
+    """Raise ConfigError for LoRA that does not go together with the `trained` parts, see `LoraOptions.as_lora`, or a profile."""
+    if options.as_lora(trained) is not None and options.profile == "zero3":
+        raise ConfigError(
+            "--lora trains with --profile ddp or fsdp: DeepSpeed's checkpoints, from which zero3 resumes, hold no merged student"
+        )
 
 
 def check_int8_teacher(options: "TrainOptions") -> None:

@@ -4,8 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.options import option, options_class
-from switchkd.pipelines.training.option_checks import PARTS, check_baseline, check_int8_teacher, parts_of
+from switchkd.pipelines.options import keyword_options_class, option
+from switchkd.pipelines.training.option_checks import (
+    PARTS,
+    check_baseline,
+    check_int8_teacher,
+    check_lora,
+    check_switch_ce,
+    parts_of,
+)
+from switchkd.pipelines.training.option_groups.held_out import FREE, HeldOutOptions, check_held_out
+from switchkd.pipelines.training.option_groups.lora import LoraOptions
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     MAX_SKIPPED,
@@ -36,7 +45,8 @@ RESUMABLE_CHANGES = {
     "peak_tflops",
     "batch_size",
     "accumulation",
-}
+    "keep",
+} | FREE
 # The names of transformers' schedulers (`transformers.trainer_utils.SchedulerType`; a test compares).
 Schedule = Literal[
     "linear",
@@ -62,8 +72,8 @@ SCALE = "Scale"
 LOGGING = "Logging and checkpoints"
 
 
-@options_class
-class TrainOptions:
+@keyword_options_class
+class TrainOptions(HeldOutOptions, LoraOptions):
     """The options of `switchkd train`. Defaults follow LLaVA-KD's fine-tuning stage.
 
     Raises:
@@ -94,8 +104,8 @@ class TrainOptions:
     objective: ObjectiveName = option(
         default="dbild-rkl",
         group=OBJECTIVE,
-        help="The divergence that Align and VSD measure; sft is CE alone. llava-kd and align-kd are other methods: "
-        "--no-switch --teacher-mode live.",
+        help="The divergence that Align and VSD measure; sft is CE alone. switch-ce: CE, and CE of the true answers on the switch "
+        "pathway, without a store. llava-kd, align-kd and compodistill are other methods: --no-switch --teacher-mode live.",
     )
     switch: bool | None = option(
         default=None,
@@ -104,7 +114,9 @@ class TrainOptions:
         unset="on; off for families where it teaches nothing, see `switchkd models`",
     )
     align_weight: float = option(default=1.0, group=OBJECTIVE, help="λ1, the weight of Align.")
-    vsd_weight: float = option(default=1.0, group=OBJECTIVE, help="λ2, the weight of VSD.")
+    vsd_weight: float = option(
+        default=1.0, group=OBJECTIVE, help="λ2, the weight of VSD, or of the second CE of switch-ce."
+    )
     switch_adapter: Literal["linear", "mlp"] | None = option(
         default=None,
         group=MODELS,
@@ -277,6 +289,7 @@ class TrainOptions:
         help="Also save a checkpoint after the first step that ends this many minutes after the last one.",
         unset="by steps alone",
     )
+    keep: int = option(default=2, at_least=1, group=LOGGING, help="Checkpoints that are kept, the newest ones.")
     workers: int | None = option(
         default=None,
         at_least=0,
@@ -294,9 +307,17 @@ class TrainOptions:
     def __post_init__(self) -> None:
         check_objective(self.objective, self.switch is not False, self.temperature, self.window, self.mean)
         check_trainer_entries(self.trainer)
-        self.as_parts()
+        check_lora(self, self.as_parts())
         check_baseline(self)
+        check_switch_ce(self)
         check_int8_teacher(self)
+        check_held_out(
+            self,
+            objective=self.objective,
+            switch=self.switch,
+            cached=self.teacher_mode == "cached",
+            profile=self.profile,
+        )
 
     def as_objective(self) -> "Objective":
         """Return the objective."""

@@ -1,4 +1,4 @@
-"""Plots of a run: parts of the loss, learning rate, positions per second."""
+"""Plots of a run: parts of the loss, also on held-out samples, exact match, learning rate, positions per second."""
 
 import logging
 from pathlib import Path
@@ -32,19 +32,30 @@ def plot_run(history: list[dict[str, Any]], folder: Path) -> Path | None:
     titles = {"Loss": [name for name in shown if name in OF_DATA]} | (
         {"Distance to the teacher": distances} if distances else {}
     )
-    columns = len(titles) + 2
+    evaluated = [entry for entry in history if "eval_loss_ce" in entry]
+    answered = [entry for entry in evaluated if "eval_exact_match" in entry]
+    columns = len(titles) + 2 + bool(answered)
     figure, panels = pyplot.subplots(1, columns, figsize=(13 * columns / 3, 3.8), layout="constrained")
-    *of_losses, rates, speeds = panels
+    of_losses, (rates, speeds, *of_answers) = panels[: len(titles)], panels[len(titles) :]
     for axes, (title, named) in zip(of_losses, titles.items(), strict=True):
         for name in named:
             color = COLORS[names.index(name) % len(COLORS)]
             axes.plot(steps, shown[name], color=color, label=name.removeprefix("loss_"))
+            found = [entry for entry in evaluated if f"eval_{name}" in entry]
+            if found:
+                values = [entry[f"eval_{name}"] for entry in found]
+                label = f"{name.removeprefix('loss_')}, held out"
+                axes.plot([entry["step"] for entry in found], values, "o--", ms=3, color=color, label=label)
         axes.set(title=title, xlabel="step", ylabel="nats per position")
         axes.legend(frameon=False)
     rates.plot(steps, [entry["learning_rate"] for entry in logged], color=COLORS[1])
     rates.set(title="Learning rate", xlabel="step")
     speeds.plot(steps, [entry.get("positions_per_second", float("nan")) for entry in logged], color=COLORS[3])
     speeds.set(title="Speed", xlabel="step", ylabel="positions per second", ylim=(0, None))
+    for axes in of_answers:
+        values = [entry["eval_exact_match"] for entry in answered]
+        axes.plot([entry["step"] for entry in answered], values, "o--", ms=3, color=COLORS[2])
+        axes.set(title="Exact match, held out", xlabel="step", ylabel="share of the answers", ylim=(0, 1))
     for axes in panels:
         axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.5
         axes.spines[["top", "right"]].set_visible(False)

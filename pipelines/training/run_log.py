@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.models.components import language_model_of
+from switchkd.models.lora import lora_layers
 from switchkd.pipelines.preflight.skip_limit import allowed_skips
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import RECORD, to_plain
@@ -62,6 +63,11 @@ def tell_plan(
             log.info(
                 "%s: %s of %s parameters train (%s), %s", who, f"{trained:,}", f"{every:,}", told, str(model.dtype)[6:]
             )
+    if (lora := options.as_lora(inputs.parts)) is not None:
+        log.info(
+            "LoRA: rank %d, alpha %g, dropout %g, beside %d linear layers of %s, whose own weights are frozen",
+            lora.rank, lora.alpha, lora.dropout, len(lora_layers(cost_model.student)), " and ".join(sorted(lora.parts)),
+        )  # fmt: skip
     if unused:
         log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
     what = "usable" if inputs.mixture is None else "an epoch"
@@ -79,6 +85,12 @@ def tell_plan(
         )  # fmt: skip
     for store in inputs.stores:
         log.info("store: %s", store.path)
+    if (held_out := inputs.held_out) is not None:
+        log.info(
+            "held-out samples: %s of %s, evaluated every %s steps by CE%s, and exact match of %s answers",
+            f"{len(held_out.chosen):,}", f"{len(held_out.samples):,}", f"{held_out.every:,}",
+            "" if not held_out.with_teacher else ", Align, VSD" if options.switch else ", Align", f"{len(held_out.questions):,}",
+        )  # fmt: skip
     log.info(
         "steps: %s of %d samples: %d processes (%s) x batch size %d x accumulation %d",
         f"{steps:,}", options.global_batch, processes, options.profile,
@@ -136,10 +148,46 @@ class RunReport(TrainerCallback):
         if logs and "loss_ce" in logs and state.is_world_process_zero:
             count = state.global_step - self.progress.done
             self.progress.advance(count, int(logs["positions"]), line_of(logs))
+        elif logs and "eval_loss_ce" in logs and state.is_world_process_zero:
+            log.info("held-out samples after step %s: %s", f"{state.global_step:,}", line_of_held_out(logs))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
             log.info("memory, the most that was used: %s", _gigabytes(torch.cuda.max_memory_allocated()))
+
+
+class EvaluationSchedule(TrainerCallback):
+    """Lets a trainer evaluate its student every `every` steps, and after the last one.
+
+    Where a signal ends the run, its checkpoint must be written in the time that is left, so the evaluation follows when the run is
+    resumed. Add it after `Stopping`, which knows of signals.
+    """
+
+    def __init__(self, every: int, trainer: Any) -> None:
+        self.every, self.trainer = every, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step = state.global_step
+        evaluated = any(entry["step"] == step and "eval_loss_ce" in entry for entry in state.log_history)
+        if step and step % self.every == 0 and not evaluated:
+            self.trainer.evaluate()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        last = state.global_step == state.max_steps
+        if last or (state.global_step % self.every == 0 and not control.should_training_stop):
+            control.should_evaluate = True
+
+
+def line_of_held_out(logs: dict[str, Any]) -> str:
+    """Return the metrics of held-out samples as a line; docs/training.md explains each."""
+    said = [
+        f"{name.rpartition('_')[2]} {logs[name]:.4f}"
+        for name in ("eval_loss", "eval_loss_ce", "eval_loss_align", "eval_loss_vsd")
+        if name in logs
+    ]
+    if "eval_exact_match" in logs:
+        said.append(f"exact match {logs['eval_exact_match']:.3f} of {logs['eval_answers']:,.0f} answers")
+    return ", ".join([*said, f"{logs['eval_seconds']:.1f} s"])
 
 
 def line_of(logs: dict[str, Any]) -> str:

@@ -15,22 +15,27 @@ from transformers.trainer_callback import PrinterCallback
 
 from switchkd.data.encoded import pad_id_of
 from switchkd.errors import ConfigError, Stopped
+from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.models.checkpoint import readers_of
 from switchkd.pipelines.run_folder import RECORD, SUMMARY, check_record, read_record, sync, to_plain, write_atomically
 from switchkd.pipelines.training.arguments import fit_to_data, training_arguments
 from switchkd.pipelines.training.batches.collator import Collator, empty_sample, placeholder_sample
+from switchkd.pipelines.training.batches.dataset import OrderedSamples
 from switchkd.pipelines.training.failures import report_last_checkpoint
+from switchkd.pipelines.training.held_out.best import BestStudent, read_best, recover_best
+from switchkd.pipelines.training.held_out.evaluator import Evaluator
 from switchkd.pipelines.training.inputs import TrainingInputs, open_inputs, resolve_options
 from switchkd.pipelines.training.lifecycle.begun import has_begun
 from switchkd.pipelines.training.lifecycle.lock import one_run
 from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
 from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, leave_group, stop_requests
+from switchkd.pipelines.training.lifecycle.together import from_first_process
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import check_processes, require_checkpoint
 from switchkd.pipelines.training.plot import plot_run
 from switchkd.pipelines.training.resuming import TrainSummary, finished
-from switchkd.pipelines.training.run_log import RunReport, tell_plan
+from switchkd.pipelines.training.run_log import EvaluationSchedule, RunReport, tell_plan
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.settings import OLDEST_FOR_TRAINING
 
@@ -76,13 +81,15 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     made_from: dict[str, Any] = {
         "teacher_signal": inputs.teacher_signal,
         "samples": inputs.samples.order_identity(),
-    } | inputs.mixture_record
+    }
+    made_from |= inputs.mixture_record | _lora_base(inputs)
     if begun:
         check_record(run, made_from, later=made_from)
 
+    best = _best_student(inputs)
     models = set_up_models(inputs, arguments)
     stopping = Stopping(request, options.save_minutes)
-    trainer = _make_trainer(inputs, models, arguments, stopping)
+    trainer = _make_trainer(inputs, models, arguments, stopping, best)
     if not before and trainer.is_world_process_zero():
         plain = yaml.safe_dump(to_plain(options) | made_from | ({} if begun else {SEALED: True}), sort_keys=False)
         write_atomically(run / RECORD, plain, durable=True)
@@ -93,6 +100,24 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
         return _finish(inputs, trainer)
 
 
+def _lora_base(inputs: TrainingInputs) -> dict[str, str]:
+    """Return the hash of the weights beside which LoRA trains: checkpoints hold them merged, so a resumed run reads them again."""
+    lora = inputs.options.as_lora(inputs.parts)
+    if lora is None:
+        return {}
+    return {"lora_base": hash_json(hash_weights(inputs.student.path, tuple(sorted(lora.parts))))}
+
+
+def _best_student(inputs: TrainingInputs) -> BestStudent | None:
+    """Return what keeps the best student; None if none was asked for. Every process of the run calls it."""
+    options, held_out = inputs.options, inputs.held_out
+    if options.keep_best is None or held_out is None:
+        return None
+    from_first_process(lambda: recover_best(options.output))
+    about = {"made_from": _made_from(inputs)}
+    return BestStudent(options.output, options.keep_best, held_out.identity, about)
+
+
 def _require_transformers() -> None:
     if Version(transformers.__version__) < Version(OLDEST_FOR_TRAINING):
         raise ConfigError(
@@ -101,24 +126,19 @@ def _require_transformers() -> None:
         )
 
 
-def collator_of(inputs: TrainingInputs) -> Collator:
-    """Return what makes batches of a run's samples."""
-    options, samples, pad_id = inputs.options, inputs.samples, pad_id_of(inputs.student.tokenizer)
-    return Collator(
-        pad_id,
-        None if options.profile == "ddp" else placeholder_sample(samples.encoder, samples.teacher_encoder),
-        samples.payload if inputs.stores else None,
-        pad_id_of((inputs.teacher or inputs.student).tokenizer),
-        options.packing,
-        empty_sample(pad_id, inputs.two_views, options.vocab_map),
-        samples.teacher_of if len(inputs.teachers) > 1 and inputs.payload == "hidden" else None,
-    )
-
-
 def _make_trainer(
-    inputs: TrainingInputs, models: TrainingModels, arguments: TrainingArguments, stopping: Stopping
+    inputs: TrainingInputs,
+    models: TrainingModels,
+    arguments: TrainingArguments,
+    stopping: Stopping,
+    best: BestStudent | None,
 ) -> SwitchTrainer:
     options, student = inputs.options, inputs.student
+    evaluator, held_out = None, inputs.held_out
+    if held_out is not None:
+        evaluator = Evaluator(
+            held_out, collator_of(inputs, held_out.samples), options.batch_size, options.profile != "ddp"
+        )
     trainer = SwitchTrainer(
         objective=inputs.objective,
         source=models.source,
@@ -130,18 +150,38 @@ def _make_trainer(
         cost_model=models.cost_model,
         peak_tflops=options.peak_tflops,
         left_out=inputs.samples.left_out,
+        evaluator=evaluator,
+        best=best,
         part_rates=options.part_rates(),
         model=models.student,
         args=arguments,
         train_dataset=inputs.samples,
-        data_collator=collator_of(inputs),
+        data_collator=collator_of(inputs, inputs.samples),
         processing_class=readers_of(student),  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
     assert options.global_batch is not None  # resolved
     trainer.add_callback(RunReport(len(inputs.samples), options.global_batch))
     trainer.add_callback(stopping)
+    if held_out is not None:
+        trainer.add_callback(EvaluationSchedule(held_out.every, trainer))
     return trainer
+
+
+def collator_of(inputs: TrainingInputs, samples: OrderedSamples) -> Collator:
+    """Return the collator of the samples that train, or of held-out ones."""
+    options, pad_id = inputs.options, pad_id_of(inputs.student.tokenizer)
+    two_views = samples.teacher_encoder is not None
+    several = samples is inputs.samples and len(inputs.teachers) > 1 and inputs.payload == "hidden"
+    return Collator(
+        pad_id,
+        None if options.profile == "ddp" else placeholder_sample(samples.encoder, samples.teacher_encoder),
+        samples.payload if samples.stores else None,
+        pad_id_of((inputs.teacher or inputs.student).tokenizer),
+        options.packing,
+        empty_sample(pad_id, two_views, options.vocab_map and two_views),
+        samples.teacher_of if several else None,
+    )
 
 
 def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
@@ -151,23 +191,16 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
     last: dict[str, Any] = next((entry for entry in reversed(history) if "loss_ce" in entry), {})
     left_out = Counter() if samples.left_out is None else samples.left_out.counts()
     used = len(samples) - left_out.total()
-    identities = [store.manifest.identity for store in inputs.stores]
-    taught = [kind for kind, _ in groupby(store.manifest.teacher for store in inputs.stores)]
     summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "samples": used,
         "skipped": dict(samples.skipped + left_out),
         "losses": {name: value for name, value in last.items() if name.startswith("loss")},
         "history": history,
-        "made_from": {
-            "template": samples.template,
-            "data": samples.fingerprint,
-            "teacher_signal": inputs.teacher_signal,
-            "store": ", ".join(identities) or None,
-            "teacher": None if len(taught) != 1 else taught[0],
-            **inputs.mixture_record,
-        },
+        "made_from": _made_from(inputs),
     }
+    if (kept := read_best(options.output)) is not None:
+        summary["best"] = {name: kept[name] for name in ("metric", "value", "step")}
     if trainer.is_world_process_zero():
         plot_run(history, options.output)
         # The summary says that the run is finished, so the student must be on the disk before it.
@@ -176,3 +209,17 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
                 sync(path)
         write_atomically(options.output / SUMMARY, json.dumps(summary, indent=1), durable=True)
     return TrainSummary(options.output, summary["steps"], used, summary["skipped"], summary["losses"], False)
+
+
+def _made_from(inputs: TrainingInputs) -> dict[str, Any]:
+    """Return what a student is made from, for the records beside the last and the best one."""
+    identities = [store.manifest.identity for store in inputs.stores]
+    taught = [kind for kind, _ in groupby(store.manifest.teacher for store in inputs.stores)]
+    return {
+        "template": inputs.samples.template,
+        "data": inputs.samples.fingerprint,
+        "teacher_signal": inputs.teacher_signal,
+        "store": ", ".join(identities) or None,
+        "teacher": None if len(taught) != 1 else taught[0],
+        **inputs.mixture_record,
+    }

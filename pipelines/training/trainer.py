@@ -38,6 +38,9 @@ from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.stored_teacher import TeacherSource
 from switchkd.pipelines.training.batches.sampler import StepBatches
 from switchkd.pipelines.training.cost_model import CostModel
+from switchkd.pipelines.training.held_out.best import BestStudent
+from switchkd.pipelines.training.held_out.evaluating_trainer import EvaluatingTrainer
+from switchkd.pipelines.training.held_out.evaluator import Evaluator
 from switchkd.pipelines.training.lifecycle.stopping import begin_worker
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
@@ -45,18 +48,17 @@ from switchkd.pipelines.training.student_parts import set_part_rates
 from switchkd.pipelines.training.trainer_hooks import CheckpointHooks
 from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
 
-LOSS_TERMS = ("ce", "align", "vsd")
 NO_DISTANCE = 1e-6  # nats per position; a VSD that is mathematically 0 is at most this large after rounding
 log = logging.getLogger(__name__)
 
 
-class SwitchTrainer(CheckpointHooks):
+class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
     """Minimises CE + λ1·Align + λ2·VSD; each the objective's mean over the global batch (all devices and micro-batches).
 
     Args:
         objective: what is minimised.
         part_rates: peak learning rates of parts of the student that have their own, see `stages.set_part_rates`.
-        source: of the teacher's signal for Align and VSD; None for "sft".
+        source: of the teacher's signal for Align and VSD; None for an objective that reads none.
         teacher: frozen, for the switch pathway; None if VSD is off.
         sample_media: of any image, as the student's processor makes it, for text-only batches; a Llava takes a blank image.
         extra_terms: what a baseline's objective adds to CE and Align.
@@ -65,6 +67,7 @@ class SwitchTrainer(CheckpointHooks):
         cost_model: computes the FLOPs of a step; None leaves them out of the log.
         peak_tflops: of one device, for MFU.
         left_out: counts the samples that turn out to be unusable; None where a store knows them all.
+        evaluator: of held-out samples; None without. best: keeps the best student by them.
         arguments: those of `transformers.Trainer`.
     """
 
@@ -82,10 +85,12 @@ class SwitchTrainer(CheckpointHooks):
         cost_model: CostModel | None = None,
         peak_tflops: float | None = None,
         left_out: LeftOut | None = None,
+        evaluator: Evaluator | None = None,
+        best: BestStudent | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.left_out = left_out
+        self.left_out, self.evaluator, self.best = left_out, evaluator, best
         self.objective, self.peak_tflops = objective, peak_tflops
         self.meter = StepMetrics(
             cost_model,
@@ -107,7 +112,7 @@ class SwitchTrainer(CheckpointHooks):
         self.part_rates = part_rates or {}
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole accumulated batch
         self._logged = torch.zeros(
-            len(LOSS_TERMS) + 2, dtype=torch.float64
+            len(objective.term_names) + 2, dtype=torch.float64
         )  # sums since the last log; their count; positions
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -308,12 +313,11 @@ class SwitchTrainer(CheckpointHooks):
             sums = self.accelerator.reduce(self._logged.clone(), reduction="sum")
             *values, count, positions = sums.tolist()
             self._logged.zero_()
-            means = dict(zip(LOSS_TERMS, (value / max(count, 1) for value in values), strict=True))
+            means = dict(zip(self.objective.term_names, (value / max(count, 1) for value in values), strict=True))
             logs |= {f"loss_{name}": mean for name, mean in means.items()}
             # The Trainer averages over steps, whatever their length; this is the objective's mean, as the parts are.
-            logs["loss"] = (
-                means["ce"] + self.objective.align_weight * means["align"] + self.objective.vsd_weight * means["vsd"]
-            )
+            weights = (1.0, self.objective.align_weight, self.objective.vsd_weight)
+            logs["loss"] = sum(weight * mean for weight, mean in zip(weights, means.values(), strict=True))
             extra = {} if self.extra_terms is None else self.extra_terms.take(self.accelerator)
             for name, (mean, weight) in extra.items():
                 logs[f"loss_{name}"] = mean
@@ -327,7 +331,7 @@ class SwitchTrainer(CheckpointHooks):
             peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
             logs |= self.meter.take(self.accelerator, self._averaged, peak)
             first = self.state.log_history == [] and self.is_world_process_zero()
-            if self.objective.switch and first and means["vsd"] < NO_DISTANCE:
+            if self.objective.switch and first and means.get("vsd", 1.0) < NO_DISTANCE:
                 log.warning(
                     "VSD is %.1e at the start: the student sees as the teacher does, so the switch pathway teaches it nothing. "
                     "That is right if both have the same vision tower",

@@ -10,7 +10,7 @@ from typing import Any
 from switchkd.errors import ConfigError
 
 _SAVED = "every checkpoint is whole, so that a run resumes exactly: use --save-every"
-_JUDGED = "no evaluation runs while a student trains: use `switchkd eval` on its checkpoints"
+_EVALUATED = "use --eval-data, which evaluates a student while it trains, and --keep-best"
 _CHECKPOINTING = "it is for other models: pass --student-checkpointing"
 _LOADED = "the batches are switchkd's own"
 _PUSHED = "use `switchkd export --push`"
@@ -52,7 +52,7 @@ REFUSED: dict[str, str] = {
     "save_steps": "use --save-every",
     "save_only_model": _SAVED,
     "save_on_each_node": "checkpoints lie on a file system that all nodes share",
-    "save_total_limit": "two checkpoints are kept",
+    "save_total_limit": "use --keep",
     "enable_jit_checkpoint": _SAVED,
     "restore_callback_states_from_checkpoint": "a run resumes exactly without it",
     "ignore_data_skip": "a run resumes exactly: it takes the samples that come next",
@@ -81,7 +81,7 @@ REFUSED: dict[str, str] = {
             "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "load_best_model_at_end",
             "metric_for_best_model", "greater_is_better", "bf16_full_eval", "fp16_full_eval",
         ),
-        _JUDGED,
+        _EVALUATED,
     ),
     **dict.fromkeys(
         (

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from switchkd.losses.baselines import ADAPTERS
 from switchkd.pipelines.preflight.left_out import LeftOut
 from switchkd.pipelines.run_folder import sync_tree
 from switchkd.pipelines.training.lifecycle import begun, checkpointing, sealed
@@ -83,9 +84,12 @@ class CheckpointHooks(Trainer):  # type: ignore[misc]
         folder = output_dir or self.args.output_dir
         # The finished student is saved with the usual parameter names of Llava checkpoints; a checkpoint of the run with those that
         # the model itself uses, since a resumed run finds every weight only under these names.
-        finished = folder == self.args.output_dir
+        finished = self.writing_into is None
         if state_dict is not None:
+            if finished:  # while a run goes on, the best student is saved beside the adapters of a baseline's objective
+                state_dict = {name: each for name, each in state_dict.items() if f"{ADAPTERS}." not in name}
             state_dict = checkpointing.set_apart_adapter(Path(folder), state_dict)
+            state_dict = checkpointing.set_apart_lora(Path(folder), self.model, state_dict, finished)
         self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=finished)
         for processor in self.processing_class:
             with _plain_failures(folder):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from switchkd.data.chat_template import ChatTemplate, TemplateNotInvertible
 from switchkd.data.encoded import EncodedSample, Prompt
-from switchkd.data.images import check_enlarged, decode, images_of, was_decoded_otherwise
+from switchkd.data.images import blurred, check_enlarged, decode, images_of, was_decoded_otherwise
 from switchkd.data.media import Media, MediaReader
 from switchkd.data.samples import BadSample, Sample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat, NoPlaceForSystem
@@ -71,6 +71,9 @@ class SampleEncoder:
         self.max_length = max_length
         self.max_image_pixels = max_image_pixels
         self.with_starts = with_starts
+        self.blur = (
+            0.0  # standard deviation of a Gaussian, as a share of an image's longer side; see `visual_advantage`
+        )
         self.words = ConversationTokenizer(
             checkpoint.tokenizer, checkpoint.image_token_id, not isinstance(template, ChatTemplate)
         )
@@ -221,7 +224,7 @@ class SampleEncoder:
         converted = [decode(data, name, self.max_image_pixels) for data, name in zip(images, names, strict=False)]
         for one, name in zip(converted, names, strict=False):
             check_enlarged(one.image, self.reader.image_processor, name, self.max_image_pixels)
-        media = self.reader.read([one.image for one in converted])
+        media = self.reader.read([blurred(one.image, self.blur) for one in converted])
         found = _Images(media, any(one.changed for one in converted))
         if found.nbytes <= PIXEL_CACHE_BYTES:
             self._media_cache[key] = found

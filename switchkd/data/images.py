@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from switchkd.data.files import read_file
 from switchkd.data.samples import BadSample, Sample, Status
@@ -94,6 +94,15 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Conver
                 Status.IMAGE_TOO_LARGE, f"{name!r} has {image.width}×{image.height} pixels, the limit is {max_pixels}"
             )
         return to_rgb(image)
+
+
+def blurred(image: Image.Image, share: float) -> Image.Image:
+    """Return an image of the same size, blurred with a Gaussian.
+
+    Args:
+        share: its standard deviation, as a share of the longer side; 0 returns the image itself.
+    """
+    return image.filter(ImageFilter.GaussianBlur(share * max(image.size))) if share else image
 
 
 def was_decoded_otherwise(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> bool:

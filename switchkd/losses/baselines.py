@@ -1,15 +1,17 @@
-"""Extra loss terms of the baselines LLaVA-KD and Align-KD (paper, Tables 1 and 2), beside CE and KL on the response.
+"""Extra loss terms of the baselines LLaVA-KD, Align-KD (paper, Tables 1 and 2) and CompoDistill, beside CE and KL on the response.
 
 LLaVA-KD (arXiv 2410.16236): KL on the logits at the visual tokens, and a cosine distance between the two models' Gram matrices of
 these logits.
 Align-KD (arXiv 2412.01282): mean squared errors on the visual tokens (over all of them, and over those that the text attends to
 most) and on the first layer's attention from text to vision. Learned adapters map the teacher's widths to the student's.
+CompoDistill (arXiv 2510.12184): cosine distance of the attention among visual tokens in the middle layers, without its peaks.
 Each function here computes the loss of one image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +24,15 @@ from switchkd.losses.reduction import at_least_float32
 BASELINES: dict[str, tuple[str, ...]] = {
     "llava-kd": ("visual", "relation"),
     "align-kd": ("tokens", "focus", "attention"),
+    "compodistill": ("visual_attention",),
 }
 """Objective → the names of its terms beside CE and Align."""
 
 FOCUS_TOKENS = 16  # Align-KD: visual tokens that the text attends to most
-# LLaVA-KD weights its terms equally. Align-KD's weight of the most attended tokens is that of its released code.
-TERM_WEIGHTS = {"visual": 1.0, "relation": 1.0, "tokens": 1.0, "focus": 0.1, "attention": 1.0}
+# LLaVA-KD and CompoDistill weight their terms equally. Align-KD's weight of the most attended tokens is that of its released code.
+TERM_WEIGHTS = {"visual": 1.0, "relation": 1.0, "tokens": 1.0, "focus": 0.1, "attention": 1.0, "visual_attention": 1.0}
+ATTENTION_GROUPS = 7  # CompoDistill: pairs of a student's layer and a group of the teacher's
+TEACHER_GROUP = {24: 2, 28: 3, 32: 3, 40: 5}  # CompoDistill's released code: depth of the teacher → layers in a group
 ADAPTERS = "peer_adapters"  # attribute of a student in training; the adapters are not saved with the student
 
 
@@ -66,6 +71,56 @@ def most_attended(attention: Tensor, count: int = FOCUS_TOKENS) -> Tensor:
     return attention.mean(0).sum(0).topk(min(count, attention.shape[-1])).indices
 
 
+class MiddleLayers(NamedTuple):
+    """The layers whose attention CompoDistill compares, pair by pair."""
+
+    student: tuple[int, ...]
+    teacher: tuple[tuple[int, ...], ...]  # a group of consecutive layers for each of the student's
+
+
+def middle_layers(student_depth: int, teacher_depth: int) -> MiddleLayers:
+    """Choose the middle layers of two LLMs, which begin after a third of the depth.
+
+    Seven layers of the student, each with a group of the teacher's; the groups overlap, one layer apart. For the depths that
+    CompoDistill's released code lists (24, 28, 32 and 40 layers) layers and groups are its own. For other depths there are at most
+    as many pairs as the middle third of either model has layers, and the groups span the teacher's middle third.
+    """
+    thirds = [max(1, round(depth / 3)) for depth in (student_depth, teacher_depth)]
+    starts = [min(round(depth / 3), depth - 1) for depth in (student_depth, teacher_depth)]
+    pairs = min(ATTENTION_GROUPS, *thirds)
+    size = TEACHER_GROUP.get(teacher_depth, max(1, thirds[1] - pairs + 1))
+    groups = [range(starts[1] + pair, min(starts[1] + pair + size, teacher_depth)) for pair in range(pairs)]
+    return MiddleLayers(tuple(starts[0] + pair for pair in range(pairs)), tuple(map(tuple, groups)))
+
+
+def visual_attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Sum over layers of 1 - cosine between the attention that each visual token of an image receives from the others.
+
+    Peaks (entries above mean + standard deviation of their map, in either map) and the entries that causal attention leaves at 0
+    are removed from both maps; the rest is averaged over the n queries, and the two vectors of n values are compared. So does
+    CompoDistill's released code.
+
+    Args:
+        student, teacher: attention among an image's tokens, mean over heads (and over the teacher's group), [layers, n, n]; rows
+            are queries.
+
+    Returns:
+        Scalar, 0 … layers.
+    """
+    kept = _without_peaks(student) & _without_peaks(teacher) & (teacher != 0)
+    count = kept.sum(-2).clamp_min(1)
+    mine, theirs = ((each * kept).sum(-2) / count for each in (student, teacher))  # [layers, n]
+    return (1 - F.cosine_similarity(mine, theirs, dim=-1)).sum()
+
+
+def _without_peaks(maps: Tensor) -> Tensor:
+    """Mark the entries up to mean + standard deviation of their map, [layers, n, n] bool."""
+    entries = maps.detach().flatten(1)
+    spread = entries.std(-1, correction=min(1, entries.shape[-1] - 1))
+    found: Tensor = maps.detach() <= (entries.mean(-1) + spread)[:, None, None]
+    return found
+
+
 class AlignAdapters(nn.Module):
     """Align-KD's learned maps from the teacher's visual tokens and attention heads to the student's.
 
@@ -91,24 +146,24 @@ class AlignAdapters(nn.Module):
 
 @dataclass
 class Seen:
-    """Values captured from a model's forward pass: visual tokens, and the first layer's attention if requested."""
+    """Values captured from a model's forward pass: visual tokens, and the attention of the requested layers."""
 
     tokens: list[Tensor] = field(default_factory=list)  # [images, n, d], one per forward pass
-    attention: list[Tensor] = field(default_factory=list)  # [B, h, L, L]
+    attention: list[Tensor] = field(default_factory=list)  # [B, h, L, L] of each requested layer, in order
 
 
 @contextmanager
-def capture_visual_tokens(model: nn.Module, attention: bool) -> Iterator[Seen]:
-    """Capture the visual tokens (and attention) of `model`'s forward passes inside the block, with graph; see `Seen`.
+def capture_visual_tokens(model: nn.Module, layers: Sequence[int] = ()) -> Iterator[Seen]:
+    """Capture the visual tokens and the attention of `layers` of `model`'s forward passes inside the block, with graph; see `Seen`.
 
     Attention maps need the LLM's eager attention, see `use_eager_attention`.
     """
     seen = Seen()
     projector = model.get_submodule("model.multi_modal_projector")
     hooks = [projector.register_forward_hook(lambda _module, _inputs, output: seen.tokens.append(output))]
-    if attention:
-        first = first_attention(model)
-        hooks.append(first.register_forward_hook(lambda _module, _inputs, output: seen.attention.append(output[1])))
+    for layer in layers:
+        module = attention_of(model, layer)
+        hooks.append(module.register_forward_hook(lambda _module, _inputs, output: seen.attention.append(output[1])))
     try:
         yield seen
     finally:
@@ -116,13 +171,15 @@ def capture_visual_tokens(model: nn.Module, attention: bool) -> Iterator[Seen]:
             hook.remove()
 
 
-def first_attention(model: nn.Module) -> nn.Module:
-    """Return the self-attention of the LLM's first layer. Raises CheckpointError if it is not at Llama's module path."""
+def attention_of(model: nn.Module, layer: int) -> nn.Module:
+    """Return the self-attention of a layer of the LLM. Raises CheckpointError if it is not at Llama's module path."""
     try:
-        return model.get_submodule("model.language_model.layers.0.self_attn")
+        return model.get_submodule(f"model.language_model.layers.{layer}.self_attn")
     except AttributeError:
         kind = type(model.get_submodule("model.language_model")).__name__
-        raise CheckpointError(f"align-kd reads layers.0.self_attn of the LLM, which {kind} does not have") from None
+        raise CheckpointError(
+            f"the objective reads layers.{layer}.self_attn of the LLM, which {kind} does not have"
+        ) from None
 
 
 def use_eager_attention(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ OBJECTIVES: dict[str, _Divergence | None] = {
     "bild-rkl": partial(bild_loss, divergence="reverse_kl"),
     "dbild-fkl": partial(dbild_loss, divergence="forward_kl"),
     "dbild-rkl": partial(dbild_loss, divergence="reverse_kl"),
+    "switch-ce": None,
     # Align of the baselines; their additional terms are in `baselines`.
     **dict.fromkeys(BASELINES, partial(kl_loss, direction="forward")),
 }
@@ -39,7 +40,7 @@ class LossTerms(NamedTuple):
 
     ce: Tensor
     align: Tensor | None
-    vsd: Tensor | None
+    vsd: Tensor | None  # with "switch-ce", the cross-entropy on the switch pathway
 
 
 class FusedLoss(NamedTuple):
@@ -54,9 +55,11 @@ class Objective:
     """The loss that the student minimises, as a weighted sum of terms.
 
     Args:
-        name: one of `OBJECTIVES`; "sft" is CE alone.
+        name: one of `OBJECTIVES`; "sft" is CE alone. "switch-ce" is CE + λ2·CE(L_T(P_T(V_S(x))), y), the cross-entropy of the true
+            answers y on the switch pathway (eq. 5) at the positions of image samples, in place of VSD, and no Align. It reads no
+            logit of the teacher: the control that tells what its frozen projector and LLM do from what its output does.
         switch: whether VSD is one of the terms (paper, Table 3).
-        align_weight, vsd_weight: λ1, λ2.
+        align_weight, vsd_weight: λ1, λ2; λ2 is also the weight of the cross-entropy on the switch pathway.
         temperature: τ; None selects 3 for (D)BiLD, as in the paper, and 1 for plain KL.
         window: restricts DBiLD's knee search, see `kneedle`; None is the paper's setting.
         normalize_by: "position" is the mean over all supervised positions of the global batch; "sample" takes each sample's mean
@@ -81,6 +84,16 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether any term other than CE is computed, so that a teacher is required."""
         return self.name != "sft"
+
+    @property
+    def needs_signal(self) -> bool:
+        """Whether any term compares with the teacher's logits, so that a store or a live teacher is required."""
+        return OBJECTIVES[self.name] is not None
+
+    @property
+    def term_names(self) -> tuple[str, str, str]:
+        """Names of the three `LossTerms` in the log."""
+        return ("ce", "align", "switch_ce" if self.name == "switch-ce" else "vsd")
 
     @property
     def baseline(self) -> bool:
@@ -122,13 +135,16 @@ class Objective:
 
         Args:
             student_logits: [P, V_S]. targets: [P] int64.
-            teacher: signal over the same P positions and N ≤ V_S rows; None for "sft".
+            teacher: signal over the same P positions and N ≤ V_S rows; None for an objective without `needs_signal`.
             switch: z_switch at the positions of image samples, [P_image, V_T]; None if there are none or VSD is off.
             on_image: [P] bool, which positions belong to image samples.
             weights: [P], of each position; see `Objective.weights`. VSD uses those of image samples.
         """
-        ce = _weighted_sum(F.cross_entropy(at_least_float32(student_logits), targets, reduction="none"), weights)
-        if not self.needs_teacher or teacher is None:
+        ce = _cross_entropy(student_logits, targets, weights)
+        if self.name == "switch-ce" and switch is not None:
+            of_images = None if weights is None else weights[on_image]
+            return LossTerms(ce, None, _cross_entropy(switch, targets[on_image], of_images))
+        if not self.needs_signal or teacher is None:
             return LossTerms(ce, None, None)
         rows = teacher.vocab_rows
         align = self.divergence(student_logits[:, :rows], teacher, weights)
@@ -197,12 +213,17 @@ class Objective:
 
         total, sums = loss_in_chunks(hidden, head, open_chunk, switch=switch, chunk_positions=chunk_positions)
         ce, align, vsd = sums if len(sums) else total.detach().expand(3)
-        there = self.needs_teacher and teacher is not None
+        there = self.needs_signal and teacher is not None
         return FusedLoss(total, LossTerms(ce, align if there else None, None if switch is None else vsd))
 
 
 def _weighted_sum(per_position: Tensor, weights: Tensor | None) -> Tensor:
     return per_position.sum() if weights is None else (per_position * weights.to(per_position.dtype)).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the sum of cross-entropies over positions, in float32 at least: [P, V], [P] → scalar, nats."""
+    return _weighted_sum(F.cross_entropy(at_least_float32(logits), targets, reduction="none"), weights)
 
 
 def fused_dbild(

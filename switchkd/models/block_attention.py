@@ -5,6 +5,8 @@ attention, attention is computed for each sample of a row separately, at the cos
 use transformers' masks. Both identify samples by their position ids, which restart at 0 with each sample.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from switchkd.errors import ConfigError
 
 NAME = "switchkd_blocks"  # of the attention function; transformers builds no mask for a name without a mask function
+PLAIN = "sdpa"  # the only one that block attention takes the place of
 ATTENTION = {
     "full_attention",
     "sliding_attention",
@@ -70,13 +73,26 @@ def uses_block_attention(language: Any) -> bool:
     return bool(language.config._attn_implementation == NAME)
 
 
+@contextmanager
+def without_block_attention(language: Any) -> Iterator[None]:
+    """Let a language model attend as its checkpoint does inside the block: generation pads on the left and keeps keys."""
+    if not uses_block_attention(language):
+        yield
+        return
+    language.set_attn_implementation(PLAIN)
+    try:
+        yield
+    finally:
+        language.set_attn_implementation(NAME)
+
+
 def is_plain(config: Any) -> bool:
     """Return whether every layer is full causal attention, computed by torch's fused attention."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
-        return set(kinds) == {"full_attention"} and config._attn_implementation == "sdpa"
+        return set(kinds) == {"full_attention"} and config._attn_implementation == PLAIN
     windows = ("sliding_window", "attention_chunk_size")
-    return config._attn_implementation == "sdpa" and all(getattr(config, name, None) is None for name in windows)
+    return config._attn_implementation == PLAIN and all(getattr(config, name, None) is None for name in windows)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

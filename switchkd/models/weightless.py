@@ -13,12 +13,14 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from switchkd.fingerprints import component_of
 from switchkd.library_errors import as_checkpoint_error
 from switchkd.models.block_attention import NAME, is_plain
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import language_model_of
 from switchkd.models.families import family_of
 from switchkd.models.hollow import hollow_class
+from switchkd.models.lora import lora_layers
 from switchkd.models.packing_probe import check_packing
 from switchkd.models.vlm import WITHOUT_VISION
 
@@ -48,6 +50,14 @@ def build_weightless(checkpoint: Checkpoint, *, vision: bool = True, dtype: str 
                 module._parameters[name] = nn.Parameter(zero.expand(parameter.shape))
     model.tie_weights()
     return model.eval()
+
+
+def expect_frozen_in_bfloat16(model: Any) -> None:
+    """Give the frozen weights that `lora.hold_frozen_in_bfloat16` would convert that dtype, for a checkpoint in bfloat16."""
+    for name in lora_layers(model):
+        if component_of(name) == "language":
+            weight = model.get_submodule(name).base_layer.weight
+            weight.data = torch.zeros(1, dtype=torch.bfloat16).expand(weight.shape)
 
 
 def expect_packing(model: Any, name: str) -> None:

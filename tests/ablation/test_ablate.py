@@ -6,6 +6,7 @@ import json
 import statistics
 from dataclasses import replace
 
+import drawn_packages
 import pytest
 import tiny
 import yaml
@@ -143,6 +144,75 @@ def test_a_baseline_runs_the_teacher_live_and_caches_nothing(place, monkeypatch)
         ("dft", "llava-kd", "live"),
     ]
     assert not cached
+
+
+def test_switch_ce_reads_no_store_and_is_plain_where_the_tower_is_frozen(place, monkeypatch):
+    caching, training = counted(monkeypatch, "cache_teacher"), counted(monkeypatch, "train")
+    matrix = {"objective": "switch-ce", "scheme": "dpt-dft", "switch": [False, True], "seed": 0}
+    done = ablate(options_of(change(place, matrix=matrix)))
+    assert caching == []
+    assert done.cells == 2  # the teacher and one cell: the objective is nothing without its switch
+    first, second = training
+    assert (first.stage, first.objective, first.teacher) == ("pt", "sft", None)
+    assert (second.stage, second.objective, second.switch, second.cache) == ("dft", "switch-ce", True, None)
+    assert second.template == "qa"
+
+
+def test_arms_differ_in_options_and_are_compared(place, monkeypatch):
+    pytest.importorskip("statsmodels", reason="arms are compared by scipy and statsmodels: extra `evidence`")
+    training = counted(monkeypatch, "train")
+    matrix = [{"objective": "sft", "scheme": "sft", "lr": [1e-3, 1e-2], "seed": [0, 1]},
+              {"scheme": "dft", "align_weight": 0, "seed": [0, 1]}]  # fmt: skip
+    arms = {"slow": {"lr": 1e-3}, "fast": {"lr": 1e-2}, "VSD": {"align_weight": 0}}
+    done = ablate(
+        options_of(change(place, matrix=matrix, compare={"arms": arms, "pairs": [["fast", "slow"], ["VSD", "slow"]]}))
+    )
+    assert sorted((run.objective, run.lr, run.align_weight) for run in training) == [
+        ("dbild-rkl", 1e-3, 0.0), ("dbild-rkl", 1e-3, 0.0),
+        ("sft", 1e-3, 1.0), ("sft", 1e-3, 1.0), ("sft", 1e-2, 1.0), ("sft", 1e-2, 1.0),
+    ]  # fmt: skip
+    tests = (place / "work/tiny-tests.md").read_text()
+    assert "| fast - slow |" in tests and "| VSD - slow |" in tests and tests in done.table
+    cells = list(csv.DictReader((place / "work/tiny-cells.csv").read_text().splitlines()))
+    assert [cell["lr"] for cell in cells if cell["objective"] == "sft"] == ["0.001", "0.01", "0.001", "0.01"]
+    assert "align_weight" in cells[0] and "vsd_weight" not in cells[0]
+
+
+def test_no_cell_begins_after_the_time_is_up(place, monkeypatch):
+    training = counted(monkeypatch, "train")
+    change(place, matrix={"objective": "sft", "scheme": "sft", "seed": [0, 1]})
+    first = ablate(options_of(place, minutes=1e-9))
+    assert (first.left, training) == (2, []) and "cells are still missing" in first.table
+    assert ablate(options_of(place, minutes=60)).left == 0
+
+
+def test_emoji_vqa_and_its_models_are_made(tmp_path, monkeypatch):
+    """A suite of a few images of our own drawings, models with its words, and kinds named by split."""
+    for needed in ("resvg_py", "statsmodels"):
+        pytest.importorskip(needed, reason="extras `demo` and `evidence`")
+    from switchkd.pipelines.emoji_vqa import build as suite
+
+    packages = drawn_packages.write_archives(tmp_path / "work/packages")
+    monkeypatch.setattr(suite, "kind_of", drawn_packages.kinds)
+    monkeypatch.setattr(suite.build, "__defaults__", (packages,))
+    tiny_vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tiny_language = tiny_vision | {"num_key_value_heads": 2}
+    model = {"vision": tiny_vision | {"image_size": 32, "patch_size": 16}, "language": tiny_language}
+    content = {
+        "base": "emoji",
+        "emoji_vqa": {"share": 0.005, "size": 48, "workers": 0},
+        "teachers": {"large": model},
+        "students": {"small": model},
+        "matrix": [{"objective": o, "scheme": "dft", "seed": 0} for o in ("sft", "switch-ce")],
+        "compare": {"arms": {"SFT": {"objective": "sft"}, "CE": {"objective": "switch-ce"}}, "pairs": [["CE", "SFT"]]},
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    given = {"steps": "2", "teacher_steps": "2", "batch": "4"}
+    done = ablate(AblateOptions(str(tmp_path / "small.yaml"), tmp_path / "work", given))
+    assert done.cells == 3  # with the teacher
+    primary = json.loads((tmp_path / "work/emoji-vqa/primary.json").read_text())
+    assert {row["question_type"].split("/")[0] for row in primary} == {"style", "combo"}
+    assert "CE - SFT" in done.table
 
 
 def test_a_trained_teacher_is_made_first(place, teacher, monkeypatch):

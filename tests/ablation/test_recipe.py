@@ -80,12 +80,88 @@ def test_a_base_gives_what_a_recipe_leaves_out(tmp_path):
         read_recipe(str(over), {}, WORK)
 
 
+def test_options_are_axes_too(tmp_path):
+    """They reach the fine-tuning stage alone, and are dropped where they have no effect."""
+    matrix = [
+        {"objective": "sft", "lr": [1e-3, "3e-3"], "align_weight": 0, "seed": 0},
+        {"switch": [False, True], "align_weight": 0, "vsd_weight": 2, "seed": 0},
+        {"objective": "switch-ce", "switch": False, "align_weight": 0, "vsd_weight": 2, "seed": 0},
+    ]
+    first, second, plain, switched, control = recipe_of(tmp_path, matrix=matrix).cells
+    assert (first.lr, second.lr, first.align_weight) == (1e-3, 3e-3, None)
+    assert (plain.align_weight, plain.vsd_weight) == (0.0, None)
+    assert (switched.align_weight, switched.vsd_weight) == (0.0, 2.0)
+    assert (control.switch, control.align_weight, control.vsd_weight) == (True, None, 2.0)
+    assert first.options_of("pt") == {} and first.options_of("sft") == {"lr": 1e-3}
+    assert switched.options_of("dft") == {"align_weight": 0.0, "vsd_weight": 2.0} and switched.options_of("dpt") == {}
+    assert str(switched).endswith("switch, t, align_weight 0, vsd_weight 2, seed 0")
+
+
+def test_arms_are_one_cell_for_each_seed(tmp_path):
+    matrix = [
+        {"objective": "sft", "seed": [0, 1]},
+        {"switch": [False, True], "align_weight": [None, 0], "seed": [0, 1]},
+    ]
+    arms = {
+        "plain": {"objective": "sft"},
+        "both": {"switch": True, "align_weight": None},
+        "vsd": {"switch": True, "align_weight": 0},
+    }
+    found = recipe_of(tmp_path, matrix=matrix, compare={"arms": arms, "pairs": [["both", "plain"], ["both", "vsd"]]})
+    assert found.compare.pairs == (("both", "plain"), ("both", "vsd"))
+    assert recipe_of(tmp_path).compare is None
+    for compare, message in (
+        (
+            {"arms": {"a": {"switch": True}}, "pairs": []},
+            "the arm a should be one cell of the matrix for each seed, it is 4",
+        ),
+        ({"arms": {"a": {"objective": "rkl"}}, "pairs": []}, "it is 0 cells"),
+        ({"arms": {"a": {"seed": 1}}, "pairs": []}, "the arm a has no 'seed'"),
+        ({"arms": arms, "pairs": [["both", "nobody"]]}, "pairs should be pairs of plain, both, vsd"),
+        ({"arms": arms}, "compare should hold arms, by name, and pairs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipe_of(tmp_path, matrix=matrix, compare=compare)
+
+
+def test_the_registered_experiment_has_its_arms():
+    """docs/evidence.md registers them."""
+    found = read_recipe("evidence", {"lr_vsd": "0.003"}, WORK)
+    cells = [cell for cell in found.cells if cell.seed == 0]
+    assert [(c.objective, c.switch, c.align_weight) for c in cells] == [
+        ("sft", False, None),
+        ("dbild-rkl", False, None),
+        ("dbild-rkl", True, 0.0),
+        ("dbild-rkl", True, None),
+        ("switch-ce", True, None),
+        ("llava-kd", False, None),
+    ]
+    assert [cell.lr for cell in cells] == [0.001, 0.001, 0.003, 0.001, 0.001, 0.001]
+    assert found.compare.pairs[:2] == (("Switch-KD", "Align"), ("Switch-KD", "SFT"))
+    tuned = read_recipe("evidence-tune", {}, WORK)
+    assert [(c.objective, c.switch, c.align_weight) for c in tuned.cells[::3]] == [
+        (c.objective, c.switch, c.align_weight) for c in cells
+    ]
+    assert tuned.evaluate["data"].name == "val.json" and found.evaluate["data"].name == "primary.json"
+    assert not {cell.seed for cell in tuned.cells} & {cell.seed for cell in found.cells}
+
+
 MISTAKES = {
+    "an option axis out of bounds": (
+        {"matrix": {"lr": -1}},
+        ("teacher=T",),
+        "matrix: lr cannot be -1: it should be a number above 0",
+    ),
+    "two kinds of data": ({"easy_vqa": {}, "emoji_vqa": {}}, ("teacher=T",), "easy_vqa and emoji_vqa both make data"),
     "a variable without value": ({}, (), r"also needs:\n  --set teacher=…  \(the teacher's folder\)"),
     "an unknown variable": ({}, ("teachr=T",), "has no variable 'teachr'; there are teacher, steps, seeds"),
     "a variable that is listed once": ({}, ("teacher=T", "teachr=T"), "there are teacher, steps, seeds$"),
     "an unknown entry": ({"matrx": {}}, ("teacher=T",), "a recipe has no 'matrx'"),
-    "an unknown axis": ({"matrix": {"colour": 1}}, ("teacher=T",), "matrix has no 'colour'; there are objective"),
+    "an unknown axis": (
+        {"matrix": {"colour": 1}},
+        ("teacher=T",),
+        "matrix has no 'colour'; there are align_weight, lr, objective",
+    ),
     "an unknown objective": ({"matrix": {"objective": "kl"}}, ("teacher=T",), "no objective 'kl'; there are sft, fkl"),
     "an unknown stage": ({"matrix": {"scheme": "pt-xft"}}, ("teacher=T",), "no stage 'xft' in 'pt-xft'"),
     "an unknown student": ({"matrix": {"student": "x"}}, ("teacher=T",), "no student 'x'; there are s"),
@@ -125,12 +201,13 @@ def test_a_recipe_that_is_not_there_names_those_that_are():
 def test_every_table_has_its_recipe_and_its_small_twin():
     tables = {f"table{n}" for n in (3, 4, 5, 6)}
     shipped = set(shipped_recipes())
-    assert shipped == {"table1", "table2", "peers-small"} | tables | {f"{name}-small" for name in tables}
+    evidence = {"evidence", "evidence-tune", "evidence-pilot"}
+    assert shipped == {"table1", "table2", "peers-small"} | evidence | tables | {f"{name}-small" for name in tables}
 
 
 def needed_by(name):
     """A value for every variable that a shipped recipe may need."""
-    if name.endswith("small"):
+    if name.endswith("small") or name.startswith("evidence"):
         return {}
     contents = [yaml.safe_load((SHIPPED / f"{file}.yaml").read_text()) for file in ("paper", name)]
     return {variable: f"/{variable}" for content in contents for variable in content.get("variables", {})}
@@ -139,7 +216,8 @@ def needed_by(name):
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_shipped_recipe_can_be_read(name):
     found = read_recipe(name, needed_by(name), WORK)
-    assert len({cell.seed for cell in found.cells}) == (3 if name.endswith("small") else 1)
+    seeds = {"evidence": 8, "evidence-pilot": 3}.get(name, 3 if name.endswith("small") else 1)
+    assert len({cell.seed for cell in found.cells}) == seeds
 
 
 def rows_of(name):

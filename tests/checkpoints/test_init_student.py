@@ -151,7 +151,8 @@ def test_what_was_assembled_trains(tmp_path):
         "steps": 2,
         "batch_size": 4,
     }
-    train(TrainOptions(tmp_path / "s", data, tmp_path / "run", images=tmp_path / "data/images", warmup=0.0, **options))
+    given = {"student": tmp_path / "s", "data": data, "output": tmp_path / "run", "images": tmp_path / "data/images"}
+    train(TrainOptions(**given, warmup=0.0, **options))
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("s", "run"))
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert moved and all("multi_modal_projector" in name for name in moved)

@@ -265,10 +265,41 @@ ANSWERS["pope"] |= {f"adversarial/{n}": "There is not" for n in range(1, 5)}
 SCORES["pope"] = 100 * 5 / 9
 
 
+def emoji_vqa(root: Path) -> None:
+    kinds = {"0": ("what", "owl"), "1": ("what", "gem stone"), "2": ("count", "two")}
+    rows = [
+        {"id": n, "image": f"style/{n}.png", "question_type": kind, "conversations": _turns("What?", answer)}
+        for n, (kind, answer) in kinds.items()
+    ]
+    rows += [
+        {
+            "id": f"3/{n}",
+            "image": "style/2.png",
+            "question_type": "choice",
+            "unit": f"3/{unit}",
+            "conversations": _turns("?", "b"),
+        }
+        for n, unit in enumerate(("x", "x", "y"))
+    ]
+    for split in ("style", "combo", "iid", "concept", "degraded", "val"):
+        _json(root / f"emoji-vqa/{split}.json", rows)
+    for n in range(3):
+        tiny.image(root / f"emoji-vqa/images/style/{n}.png", n)
+
+
+def _turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+
+
+# what: one of two right. count: none. choice: of two units, the one whose two rotations are both right. (50 + 0 + 50) / 3.
+ANSWERS["emoji-vqa"] = {"0": "Owl.", "1": "stone", "2": "3", "3/0": "b", "3/1": "B", "3/2": "a"}
+SCORES["emoji-vqa"] = 100 / 3
+
+
 def everything(root: Path) -> Path:
-    """Write all ten below a folder, and return it."""
+    """Write all ten and EmojiVQA below a folder, and return it."""
     root.mkdir(parents=True, exist_ok=True)
-    for write in (mme, mmbench, mmbench_cn, vqav2, gqa, scienceqa, mmmu, textvqa, vizwiz, pope):
+    for write in (mme, mmbench, mmbench_cn, vqav2, gqa, scienceqa, mmmu, textvqa, vizwiz, pope, emoji_vqa):
         write(root)
     return root
 

@@ -146,6 +146,30 @@ def mixed_heads(attention: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     )
 
 
+def visual_attention(student: Tensor, teacher: Tensor) -> Tensor:
+    """CompoDistill (arXiv 2510.12184), one image, entry by entry: [layers, n, n], rows are queries → Σ over layers of 1 - cos."""
+    total = torch.zeros((), dtype=student.dtype)
+    for mine, theirs in zip(student, teacher, strict=True):
+        n, limits = len(mine), []
+        for each in (mine, theirs):
+            values = each.detach().flatten().tolist()
+            mean = sum(values) / len(values)
+            limits.append(mean + math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)))
+        columns: list[list[Tensor]] = [[], []]
+        for key in range(n):
+            kept = [
+                query
+                for query in range(n)
+                if mine[query, key] <= limits[0] and theirs[query, key] <= limits[1] and theirs[query, key] != 0
+            ]
+            for place, each in enumerate((mine, theirs)):
+                columns[place].append(sum((each[query, key] for query in kept), torch.zeros(())) / max(1, len(kept)))
+        a, b = columns
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        total = total + 1 - dot / (sum(x * x for x in a).sqrt() * sum(y * y for y in b).sqrt())
+    return total
+
+
 def attention_within_samples(query: Tensor, key: Tensor, value: Tensor, samples: list[list[int]]) -> Tensor:
     """Softmax attention, token by token, to those of the same sample up to it: [R, h, N, d], [R, h_kv, N, d] twice → [R, N, h, d].
 

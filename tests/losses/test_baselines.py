@@ -78,6 +78,53 @@ def test_the_most_attended_tokens_are_the_teachers_sixteen():
     assert len(baselines.most_attended(attention[:, :, :5])) == 5
 
 
+def causal(layers, tokens, seed):
+    """Attention maps of tokens that see themselves and those before, in float64; a text before them takes a share."""
+    scores = normal(layers, tokens, tokens + 1, seed=seed) * 2
+    hidden = torch.ones(tokens, tokens + 1).triu(2).bool()
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)[:, :, 1:]
+
+
+@pytest.mark.parametrize(("layers", "tokens"), [(1, 1), (1, 2), (3, 5), (7, 12)])
+def test_the_term_of_compodistill_is_the_loop(layers, tokens):
+    student, teacher = causal(layers, tokens, 0).requires_grad_(), causal(layers, tokens, 1)
+    compare(baselines.visual_attention_loss(student, teacher), reference.visual_attention(student, teacher), student)
+
+
+def test_the_term_of_compodistill_vanishes_at_the_teacher_and_ignores_peaks():
+    maps = causal(2, 9, 4)
+    torch.testing.assert_close(baselines.visual_attention_loss(maps, maps), torch.zeros((), dtype=torch.float64))
+    assert baselines.visual_attention_loss(3 * maps, maps) < 1e-9  # a cosine does not see a common factor
+    student = causal(2, 9, 5).requires_grad_()
+    (gradient,) = torch.autograd.grad(baselines.visual_attention_loss(student, maps), student)
+    for mine, theirs, moved in zip(student.detach(), maps, gradient, strict=True):
+        peaks = (mine > mine.mean() + mine.std()) | (theirs > theirs.mean() + theirs.std())
+        assert peaks.any() and not moved[peaks].any() and not moved.triu(1).any() and moved.any()
+    even = torch.full((1, 4, 4), 0.25, dtype=torch.float64).tril()
+    assert baselines.visual_attention_loss(even, even) == 0
+
+
+@pytest.mark.parametrize(
+    ("depths", "student", "first_group", "last_group"),
+    [
+        ((24, 24), range(8, 15), (8, 9), (14, 15)),
+        ((24, 40), range(8, 15), (13, 14, 15, 16, 17), (19, 20, 21, 22, 23)),
+        ((28, 28), range(9, 16), (9, 10, 11), (15, 16, 17)),
+        ((24, 32), range(8, 15), (11, 12, 13), (17, 18, 19)),
+        ((4, 6), (1,), (2, 3), (2, 3)),
+        ((2, 3), (1,), (1,), (1,)),
+        ((1, 1), (0,), (0,), (0,)),
+    ],
+)
+def test_the_middle_layers_are_those_of_the_released_code(depths, student, first_group, last_group):
+    found = baselines.middle_layers(*depths)
+    assert found.student == tuple(student)
+    assert len(found.teacher) == len(found.student)
+    assert (found.teacher[0], found.teacher[-1]) == (first_group, last_group)
+    for depth, layers in zip(depths, (found.student, sum(found.teacher, ())), strict=True):
+        assert all(0 <= layer < depth for layer in layers)
+
+
 @pytest.fixture
 def live(options):
     """Options of a run with a baseline's objective; the data file has a text-only row and one of two turns."""
@@ -106,7 +153,7 @@ def by_hand(options, cached):
         model.set_attn_implementation("eager")
         with torch.no_grad():
             done = model(**batch, output_attentions=True)
-        out.append((done.logits, done.image_hidden_states, done.attentions[0]))
+        out.append((done.logits, done.image_hidden_states, done.attentions[0], done.attentions))
     return out, rows, has_image, is_image, batch["attention_mask"].bool()
 
 
@@ -128,6 +175,28 @@ def test_llava_kd_trains_on_what_two_models_say_by_hand(live, cached):
     for name, value in expected.items():
         assert logged[f"loss_{name}"] == pytest.approx(float(value), rel=1e-4), name
     assert logged["loss"] == pytest.approx(logged["loss_ce"] + sum(map(float, expected.values())), rel=1e-4)
+
+
+def test_compodistill_trains_on_what_two_models_attend_to_by_hand(live, cached):
+    run = live("compodistill", batch_size=12, steps=1)
+    train(run)
+    (student, teacher), rows, has_image, is_image, _ = by_hand(run, cached)
+    layers = baselines.middle_layers(len(student[3]), len(teacher[3]))
+    total, images = 0.0, [int(i) for i in has_image.nonzero().flatten()]
+    for i in images:
+        block = [
+            [maps[i].double().mean(0)[is_image[i]][:, is_image[i]] for maps in model[3]] for model in (student, teacher)
+        ]
+        mine = torch.stack([block[0][layer] for layer in layers.student])
+        theirs = torch.stack([sum(block[1][layer] for layer in group) / len(group) for group in layers.teacher])
+        total += float(reference.visual_attention(mine, theirs))
+    logged = history(run.output)[0]
+    assert logged["loss_visual_attention"] == pytest.approx(total / len(images), rel=1e-3)
+    assert logged["loss_align"] == pytest.approx(
+        float(reference.visual_kl(student[0][rows], teacher[0][rows])), rel=1e-4
+    )
+    parts = logged["loss_ce"] + logged["loss_align"] + logged["loss_visual_attention"]
+    assert logged["loss"] == pytest.approx(parts, rel=1e-4)
 
 
 def test_align_kd_trains_on_what_two_models_show_by_hand(live, cached, monkeypatch):
@@ -246,7 +315,7 @@ def test_what_a_baseline_needs_is_said_before_anything_runs(live, name, change, 
 def test_an_llm_without_llamas_layers_is_named():
     model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"language_model": torch.nn.Linear(1, 1)})})
     with pytest.raises(CheckpointError, match="layers.0.self_attn of the LLM, which Linear does not have"):
-        baselines.first_attention(model)
+        baselines.attention_of(model, 0)
 
 
 def test_the_objective_of_a_baseline_is_forward_kl_at_temperature_one():

@@ -43,7 +43,7 @@ SIGNALS = {
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("name", ("sft", "fkl", "bild-fkl", "dbild-fkl", "dbild-rkl"))
+@pytest.mark.parametrize("name", ("sft", "switch-ce", "fkl", "bild-fkl", "dbild-fkl", "dbild-rkl"))
 def test_an_objective_is_one_graph(name, signal):
     assert name in OBJECTIVES
     teacher = SIGNALS[signal]()

@@ -29,11 +29,11 @@ def parts(objective, switch=None):
 
 
 def test_the_names_are_those_of_the_paper():
-    names = ["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl", *BASELINES]
+    names = ["sft", "fkl", "rkl", "bild-fkl", "bild-rkl", "dbild-fkl", "dbild-rkl", "switch-ce", *BASELINES]
     assert list(OBJECTIVES) == names
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sft"])
+@pytest.mark.parametrize("name", [name for name, loss in OBJECTIVES.items() if loss is not None])
 def test_each_objective_has_ce_and_align(name):
     found = parts(Objective(name, switch=False))
     torch.testing.assert_close(found.ce, F.cross_entropy(normal(1, V), torch.tensor([0, 3, 8, 2]), reduction="sum"))
@@ -72,6 +72,8 @@ def test_the_total_weighs_the_parts():
     [
         ({"name": "sft"}, "sft has no teacher to switch to: pass --no-switch"),
         ({"name": "dbild"}, "no objective 'dbild'; there are sft, fkl"),
+        ({"name": "switch-ce", "switch": False}, "switch-ce is a cross-entropy on the switch pathway"),
+        ({"name": "switch-ce", "temperature": 2.0}, "switch-ce compares no logits"),
         ({"name": "fkl", "window": 8}, "window belongs to dbild-fkl and dbild-rkl"),
         ({"window": 1}, "at least 2 logits, got 1"),
         ({"temperature": 0.0}, "temperature must be positive"),

@@ -79,8 +79,9 @@ def without_key_bias(names):
     return {name for name in names if not name.endswith("k_proj.bias")}
 
 
-def test_vsd_reaches_every_student_vit_parameter_and_nothing_else(batch, teacher, student_model):
-    parts, blind = parts_of(batch, teacher, student_model, Objective())
+@pytest.mark.parametrize("name", ("dbild-rkl", "switch-ce"))
+def test_the_switch_term_reaches_every_student_vit_parameter_and_nothing_else(batch, teacher, student_model, name):
+    parts, blind = parts_of(batch, teacher, student_model, Objective(name))
     parts.vsd.backward()
     vit = without_key_bias(trainable(student_model, "vision_tower"))
     assert vit

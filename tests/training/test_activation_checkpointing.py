@@ -84,7 +84,7 @@ def test_towers_that_do_not_train_are_not_run_again(options, tmp_path, watched):
     assert calls_less["student language_model"] == 2 * calls["student language_model"]
 
 
-@pytest.mark.parametrize("objective", ("llava-kd", "align-kd"))
+@pytest.mark.parametrize("objective", ("llava-kd", "align-kd", "compodistill"))
 def test_baselines_too(options, tmp_path, objective):
     """Their losses read hidden states and attention maps from inside the layers."""
     live = {"cache": None, "teacher_mode": "live", "template": "qa", "switch": False}

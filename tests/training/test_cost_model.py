@@ -15,11 +15,13 @@ from switchkd.losses.signals import HiddenSignal
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.components import replace_lm_head
 from switchkd.models.features import capture_features
+from switchkd.models.lora import attach_lora
 from switchkd.models.switch import switch_states
 from switchkd.models.vlm import enable_activation_checkpointing, freeze, load_model
 from switchkd.pipelines.training.cost_model import CostModel, Work, count_parameters
 from switchkd.pipelines.training.student_parts import freeze_other_parts
 from switchkd.positions import predicting_rows, targets
+from switchkd.settings import Lora
 
 ROWS, LENGTH, VISION = 3, 24, 16
 
@@ -175,3 +177,33 @@ def test_parameters_are_counted_by_part(models):
     counts = count_parameters(student)
     assert [name for name, (_, trained) in counts.items() if trained] == ["projector"]
     assert sum(every for every, _ in counts.values()) == sum(p.numel() for p in student.parameters())
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+@pytest.mark.parametrize("parts", ("language", "language,vision"))
+def test_lora_is_counted(models, parts, dropout):
+    """FLOPs within 5 %, weights, gradients and optimizer exact, activations within a third, as above."""
+    pytest.importorskip("peft", reason="--lora needs peft: extra `lora`")
+    student, teacher = copy.deepcopy(models)
+    freeze(teacher)
+    attach_lora(student.requires_grad_(True), Lora(8, 16, dropout, frozenset(parts.split(","))), seed=0)
+    student.train()
+    student.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        total, count = step(student, teacher, switch=False)
+        total.backward()
+    cost_model = CostModel(student, None, None, teacher.lm_head.weight.numel(), VISION)
+    work = Work(ROWS * LENGTH, ROWS * LENGTH**2, ROWS, 0, 0, count, 0)
+    assert cost_model.flops(work) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+    memory = cost_model.memory(ROWS, LENGTH, processes=1, sharded=None, half=False)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    assert memory["student"] == sum(p.nbytes for p in student.parameters())
+    assert memory["gradients"] == sum(p.nbytes for p in trained)
+    student.set_attn_implementation("sdpa")
+    with kept_bytes((student, teacher)) as kept:
+        step(student, teacher, switch=False)
+    assert 1 / 1.34 < sum(size for size, _ in kept.values()) / memory["activations"] < 1.34
+    counts = count_parameters(student)
+    lora = sum(p.numel() for name, p in student.named_parameters() if "lora_" in name and "language" in name)
+    assert counts["language"][1] == lora

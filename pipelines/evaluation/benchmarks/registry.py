@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.evaluation.benchmarks.base import Benchmark
+from switchkd.pipelines.evaluation.benchmarks.emoji_vqa import EMOJI_VQA
 from switchkd.pipelines.evaluation.benchmarks.gqa import GQA
 from switchkd.pipelines.evaluation.benchmarks.mmbench import MMBENCH, MMBENCH_CN
 from switchkd.pipelines.evaluation.benchmarks.mme import MME
@@ -13,7 +14,7 @@ from switchkd.pipelines.evaluation.benchmarks.scienceqa import SCIENCEQA
 from switchkd.pipelines.evaluation.benchmarks.vqa import TEXTVQA, TEXTVQA_NO_OCR, VIZWIZ, VQAV2
 
 TEN = (MME, MMBENCH, MMBENCH_CN, VQAV2, GQA, SCIENCEQA, MMMU, TEXTVQA, VIZWIZ, POPE)
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (*TEN, TEXTVQA_NO_OCR)}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (*TEN, TEXTVQA_NO_OCR, EMOJI_VQA)}
 # Avg10 is the mean of all ten; Avg7 leaves three out (the paper's Table 1).
 AVERAGES = {
     "avg7": tuple(b.name for b in TEN if b not in (VQAV2, MMMU, POPE)),

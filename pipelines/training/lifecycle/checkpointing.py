@@ -27,11 +27,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from switchkd.errors import CheckpointError
-from switchkd.pipelines.run_folder import sync
+from switchkd.models.lora import is_lora, lora_config_of, merged_weights, plain_name, save_adapter
+from switchkd.pipelines.run_folder import sync, sync_tree
 
 TENSORS = "optimizer.safetensors"
 PLAIN = "optimizer.json"
 ADAPTER = "switch_adapter.safetensors"  # saved beside the student's weights, never in the same file
+LORA = "lora.safetensors"  # A and B of each layer; the student's weights beside it are merged
+LORA_FOLDER = "adapter"  # of a finished run that trained nothing but LoRA: peft's own format
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -51,18 +54,40 @@ def set_apart_adapter(folder: Path, weights: dict[str, Tensor]) -> dict[str, Ten
     return {name: tensor for name, tensor in weights.items() if name not in adapter}
 
 
+def set_apart_lora(folder: Path, model: Any, weights: dict[str, Tensor], finished: bool) -> dict[str, Tensor]:
+    """Return the student's weights with LoRA merged into them; the LoRA weights are saved in a separate file.
+
+    Args:
+        finished: whether this is the trained student. Then they are saved for peft, if nothing else was trained: on the student's
+            own checkpoint they would otherwise be another model than the trained one.
+    """
+    if (config := lora_config_of(model)) is None:
+        return weights
+    plain, lora = merged_weights(weights, config.lora_alpha / config.r)
+    if not finished:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in lora.items()}, folder / LORA)
+    elif all(is_lora(name) for name, parameter in model.named_parameters() if parameter.requires_grad):
+        save_adapter(folder / LORA_FOLDER, config, lora, str(model.config.name_or_path))
+        sync_tree(folder / LORA_FOLDER)
+    return plain
+
+
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into a model, sharded or not; every process calls it.
+
+    Frozen weights of layers with LoRA stay those of the student's own checkpoint: here they are merged.
 
     Raises:
         CheckpointError: the parameter names differ from the model's, or a file is damaged.
     """
-    files = sorted(folder.glob("model*.safetensors")) + sorted(folder.glob(ADAPTER))
+    files = [file for kind in ("model*.safetensors", ADAPTER, LORA) for file in sorted(folder.glob(kind))]
     found: set[str] = set()
     for file in files:
         with _reading(file), safe_open(file, framework="pt") as tensors:
             found |= set(tensors.keys())
-    expected = model.state_dict().keys()
+    own = model.state_dict().keys()
+    expected = {plain_name(name) for name in own}
     if missing := sorted(expected - found - _tied(model)):
         raise CheckpointError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}")
     if unknown := sorted(found - expected):
@@ -71,7 +96,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if _reads(model):
         for file in files:
             with _reading(file):
-                weights |= load_file(file)
+                weights |= {name: tensor for name, tensor in load_file(file).items() if name in own}
     set_model_state_dict(model, weights, options=_loading(model))
 
 

@@ -1,4 +1,4 @@
-"""Extra loss terms of the baseline objectives LLaVA-KD and Align-KD, computed with the live teacher.
+"""Extra loss terms of the baseline objectives LLaVA-KD, Align-KD and CompoDistill, computed with the live teacher.
 
 These terms compare more than logits. An `ExtraTerms` is given to the trainer, which queries it for the rows to keep of a batch,
 adds its terms to the loss, and logs them. The terms are means over the images of the global batch; like all other losses, they are
@@ -7,6 +7,7 @@ and a class here, and name the class in `KINDS`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -25,7 +26,9 @@ from switchkd.losses.baselines import (
     align_kd_terms,
     capture_visual_tokens,
     llava_kd_terms,
+    middle_layers,
     use_eager_attention,
+    visual_attention_loss,
 )
 from switchkd.losses.lm_head import float32_logits
 from switchkd.losses.signals import TeacherSignal
@@ -37,9 +40,11 @@ from switchkd.pipelines.training.live.teacher_source import LiveTeacher
 class BaselineTeacher(LiveTeacher):
     """The live teacher, which also returns its visual tokens and attention maps; all come from one forward pass."""
 
-    def __init__(self, teacher: LlavaForConditionalGeneration, vocab_rows: int, attention: bool) -> None:
+    def __init__(
+        self, teacher: LlavaForConditionalGeneration, vocab_rows: int, attention_layers: Sequence[int] = ()
+    ) -> None:
         super().__init__(teacher, vocab_rows)
-        self.attention = attention
+        self.attention_layers = attention_layers
         self.seen = Seen()
         self.states: Tensor | None = None  # final hidden states of the last batch, [B, L, d_T]
 
@@ -49,7 +54,7 @@ class BaselineTeacher(LiveTeacher):
         language = language_model_of(self.teacher)
         hook = language.register_forward_hook(lambda _module, _inputs, output: self._keep(output[0]))
         try:
-            with capture_visual_tokens(self.teacher, self.attention) as self.seen:
+            with capture_visual_tokens(self.teacher, self.attention_layers) as self.seen:
                 return super().signal(batch)
         finally:
             hook.remove()
@@ -63,23 +68,28 @@ class ExtraTerms(ABC):
 
     Args:
         source: the live teacher, which keeps its visual tokens and attention maps.
+        attention_layers: of the student, whose attention maps are read.
     """
 
     name: ClassVar[str]  # of the objective
-    attention: ClassVar[bool]  # whether the first layer's attention maps are read
 
-    def __init__(self, source: BaselineTeacher) -> None:
-        self.source = source
+    def __init__(self, source: BaselineTeacher, attention_layers: Sequence[int] = ()) -> None:
+        self.source, self.attention_layers = source, attention_layers
         self.names = BASELINES[self.name]
         self._sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)  # since the last log: terms, and images
         self._items_per_image = torch.ones(())
+
+    @classmethod
+    def attention_layers_of(cls, student_depth: int, teacher_depth: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the layers whose attention maps are read, of student and teacher; the numbers of their LLMs' layers are given."""
+        return (), ()
 
     def attach(self, student: LlavaForConditionalGeneration, seed: int) -> None:
         """Prepare both models, and attach to the student the adapters that are trained with it."""
         adapters = self.adapters_for(student, seed)
         if adapters is not None:
             student.add_module(ADAPTERS, adapters)
-        if self.attention:
+        if self.attention_layers:
             for model in (student, self.source.teacher):
                 use_eager_attention(model)
 
@@ -98,7 +108,7 @@ class ExtraTerms(ABC):
 
     def watch(self, student: LlavaForConditionalGeneration) -> AbstractContextManager[Seen]:
         """Collect the visual tokens and attention of the student's forward pass inside the `with` block."""
-        return capture_visual_tokens(student, self.attention)
+        return capture_visual_tokens(student, self.attention_layers)
 
     def begin_step(self, items: Tensor | int | None, images: Tensor) -> None:
         """Record the divisor of the objective's mean and the number of images, both of the global batch.
@@ -148,7 +158,6 @@ class LlavaKDTerms(ExtraTerms):
     """The terms of LLaVA-KD: logits at visual tokens, and the relations between them."""
 
     name = "llava-kd"
-    attention = False
 
     def kept_rows(self, student: LlavaForConditionalGeneration, batch: Batch, rows: Tensor) -> Tensor:
         """See `ExtraTerms.kept_rows`: also the visual tokens."""
@@ -178,7 +187,11 @@ class AlignKDTerms(ExtraTerms):
     """The terms of Align-KD: visual tokens and attention, through adapters that train as a submodule of the student."""
 
     name = "align-kd"
-    attention = True
+
+    @classmethod
+    def attention_layers_of(cls, student_depth: int, teacher_depth: int) -> tuple[Sequence[int], Sequence[int]]:
+        """See `ExtraTerms.attention_layers_of`: the first layer."""
+        return (0,), (0,)
 
     def adapters_for(self, student: LlavaForConditionalGeneration, seed: int) -> nn.Module:
         """See `ExtraTerms.adapters_for`."""
@@ -208,8 +221,38 @@ class AlignKDTerms(ExtraTerms):
         return with_graph
 
 
+class CompoDistillTerms(ExtraTerms):
+    """The term of CompoDistill: attention among visual tokens in the middle layers."""
+
+    name = "compodistill"
+
+    @classmethod
+    def attention_layers_of(cls, student_depth: int, teacher_depth: int) -> tuple[Sequence[int], Sequence[int]]:
+        """See `ExtraTerms.attention_layers_of`: the middle layers, `baselines.middle_layers`."""
+        found = middle_layers(student_depth, teacher_depth)
+        return found.student, sorted({layer for group in found.teacher for layer in group})
+
+    def of_images(self, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
+        """See `ExtraTerms.of_images`, [images, 1]."""
+        is_image, shown = _is_image(student, batch), self.source.seen
+        place = {layer: index for index, layer in enumerate(self.source.attention_layers)}
+        groups = middle_layers(*(_depth(model) for model in (student, self.source.teacher))).teacher
+        out = []
+        for sample in batch.has_image.nonzero().flatten().tolist():
+            columns = is_image[sample]
+
+            def among(maps: Tensor, at: int = sample, visual: Tensor = columns) -> Tensor:  # [B, h, L, L] → [n, n]
+                return maps[at].float().mean(0)[visual][:, visual]
+
+            mine = torch.stack([among(maps) for maps in seen.attention])
+            theirs = [among(maps) for maps in shown.attention]
+            grouped = [torch.stack([theirs[place[layer]] for layer in group]).mean(0) for group in groups]
+            out.append(visual_attention_loss(mine, torch.stack(grouped)))
+        return torch.stack(out)[:, None]
+
+
 # Objective → its terms; the keys are those of `losses.baselines.BASELINES`.
-KINDS: dict[str, type[ExtraTerms]] = {kind.name: kind for kind in (LlavaKDTerms, AlignKDTerms)}
+KINDS: dict[str, type[ExtraTerms]] = {kind.name: kind for kind in (LlavaKDTerms, AlignKDTerms, CompoDistillTerms)}
 
 
 def make_extra_terms(name: str, student: LlavaForConditionalGeneration, live: LiveTeacher, seed: int) -> ExtraTerms:
@@ -219,9 +262,16 @@ def make_extra_terms(name: str, student: LlavaForConditionalGeneration, live: Li
         CheckpointError: a model does not return what the terms compare; raised in the first step.
     """
     kind = KINDS[name]
-    terms = kind(BaselineTeacher(live.teacher, live.vocab_rows, kind.attention))
+    mine, theirs = kind.attention_layers_of(_depth(student), _depth(live.teacher))
+    terms = kind(BaselineTeacher(live.teacher, live.vocab_rows, theirs), mine)
     terms.attach(student, seed)
     return terms
+
+
+def _depth(model: LlavaForConditionalGeneration) -> int:
+    """Number of layers of a model's LLM."""
+    depth: int = model.config.text_config.num_hidden_layers
+    return depth
 
 
 def _is_image(student: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
