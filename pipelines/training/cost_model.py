@@ -213,7 +213,7 @@ class CostModel:
 
     def checkpoint_bytes(self) -> int:
         """Return the size of a checkpoint: the student's float32 weights, and Adam's two moments of those that train."""
-        student = list(self.student.parameters())
+        student: list[nn.Parameter] = list(self.student.parameters())
         return sum(p.nbytes for p in student) + 8 * sum(p.numel() for p in student if p.requires_grad)
 
     def memory(

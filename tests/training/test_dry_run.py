@@ -45,6 +45,8 @@ CASES = {
     "parts": {"train_parts": "vision,projector", "precision": "bfloat16"},
     "adapter": {"switch_adapter": "mlp"},
     "baseline": {"objective": "llava-kd", "switch": False, "teacher_mode": "live", "template": "qa"},
+    "LoRA": {"lora": 4, "packing": 36, "precision": "bfloat16"},
+    "switch alone": {"objective": "switch-ce", "cache": None, "template": "qa"},
     "grouped": {"group_by": "modality-length", "accumulation": 2, "batch_size": 2},
 }
 
