@@ -273,7 +273,7 @@ def compare_rules(python: Path, run: Path, count: int = 5000) -> bool:
     cases = []
     for _ in range(count):
         said = [" ".join(draw.choices(PIECES, k=draw.randint(1, 3))) for _ in range(3)]
-        # People differ: where all agree, lmms-eval normalises for VQAv2 and vqaEval.py, like us, does not.
+        # People differ, so that their answers are normalised too.
         people = ["somebody else's", *draw.choices(said, k=9)]
         cases.append({"prediction": said[0] + draw.choice(["", ".", "\n"]), "people": people})
     (run / "cases.json").write_text(json.dumps(cases))

@@ -1,15 +1,14 @@
 """What the benchmarks of losses and steps share: how a run is measured, and DBiLD as its equations are written.
 
 A run on a CPU is a forked process, so that nothing is left over from the one before. Time is the process's CPU time, which other
-load on the machine disturbs least; memory is the peak of what torch allocated above what was there at the start. On a GPU time is
-wall time with the device's work done.
+load on the machine disturbs least; memory is the peak of what torch allocated above what was there at the start.
 """
 
 import json
 import os
 import statistics
 from collections.abc import Callable
-from time import perf_counter, process_time
+from time import process_time
 
 import torch
 from torch import Tensor
@@ -46,20 +45,6 @@ def peak_here(work: Callable[[], object]) -> int:
     held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
     del kept
     return int(held.max())
-
-
-def measure_on_gpu(work: Callable[[], object], repeats: int) -> tuple[float, int]:
-    """Run `work` on the current CUDA device, in this process: median seconds, and most bytes above what was held before."""
-    times = []
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for _ in range(repeats):
-        start = perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(perf_counter() - start)
-    return statistics.median(times), torch.cuda.max_memory_allocated() - before
 
 
 def _forked(work: Callable[[], float]) -> float:

@@ -1,19 +1,15 @@
 """A whole training step, side by side: the teacher live as in LLaVA-KD's trainer, and ours from a store's `hidden` and `topk`.
 
-    python benchmarks/step.py                  # on a CPU; writes docs/step-table.md (make bench-step)
-    python benchmarks/step.py --device cuda    # on a GPU; writes docs/step-gpu-table.md (make bench-step-gpu)
+    python benchmarks/step.py      # on a CPU; writes docs/step-table.md (make bench-step); on a GPU: step_gpu.py
 
-On a CPU models have the sizes of Qwen2.5-3B, Qwen2.5-0.5B and SigLIP-SO400M to each other, in small: language models of 7.9 and 1.0
+Models have the sizes of Qwen2.5-3B, Qwen2.5-0.5B and SigLIP-SO400M to each other, in small: language models of 7.9 and 1.0
 million parameters (2.77 : 0.36), vision towers of 1.2 million, LM heads in proportion. A batch has 16 samples, one of text alone,
 144 image tokens each behind a system prompt of 12, answers of 8 to 64 tokens. Float32, one thread; a step is forward, backward and
-AdamW. How time and memory are measured: side_by_side.py. On a GPU models have the real sizes, 729 image tokens, answers of 16 to
-192 tokens, under bfloat16 autocast, the frozen teacher in bfloat16; kinds of steps take turns, memory is the allocator's peak above
-models, gradients and AdamW's moments. Weights are random in both.
+AdamW. How time and memory are measured: side_by_side.py. Weights are random.
 
-Live: whole teacher with its vision tower, whole logits of all rows of both models, DBiLD from all pairs (on a CPU) or in linear
-time; whole logits of the switch pathway too. Bare: what must run and nothing else, that is student forward and backward, the switch
-pathway's forward and backward on image samples behind the system prompt, LM heads at supervised positions, with a sum for a loss;
-then AdamW. SFT: the trainer's own step without a teacher.
+Live: whole teacher with its vision tower, whole logits of all rows of both models, DBiLD from all pairs or in linear time; whole
+logits of the switch pathway too. Bare: what must run and nothing else, that is student forward and backward, the switch pathway's
+forward and backward on image samples behind the system prompt, LM heads at supervised positions, with a sum for a loss; then AdamW.
 """
 
 import argparse
@@ -26,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from side_by_side import dbild_of_pairs, measure, measure_on_gpu, peak_bytes
+from side_by_side import dbild_of_pairs, measure, peak_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig, TrainingArguments
@@ -126,7 +122,7 @@ SCALES = {
         text_config(896, 24, 14, 2, 4864, 151_936),
         text_config(2048, 36, 16, 2, 11_008, 151_936),
         vision_config(1152, 27, 16, 4304, 384, 14),
-        5,  # without checkpointing the switch pathway keeps 3.8 GB an image
+        16,
         60,
         (16, 192),
     ),
@@ -163,35 +159,25 @@ def make_batch(scale: Scale) -> dict[str, Tensor]:
 class Bench:
     """Models, batch and what a store would hold of it."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self) -> None:
         torch.manual_seed(0)
-        self.device, scale = device, SCALES[device]
+        scale = SCALES["cpu"]
         self.vocabulary = scale.student.vocab_size
-        with torch.device(device):
-            self.student = make_llava(scale.vision, scale.student, LlavaForConditionalGeneration).train()
-            self.teacher = make_llava(scale.vision, scale.teacher, LlavaForConditionalGeneration).to(self.frozen_dtype)
-            self.blind = make_llava(scale.vision, scale.teacher, LlavaWithoutVision).to(self.frozen_dtype)
+        self.student = make_llava(scale.vision, scale.student, LlavaForConditionalGeneration).train()
+        self.teacher = make_llava(scale.vision, scale.teacher, LlavaForConditionalGeneration)
+        self.blind = make_llava(scale.vision, scale.teacher, LlavaWithoutVision)
         self.teacher.lm_head.weight.data.mul_(8)  # random weights of the usual size say nothing
         freeze(self.teacher)
         self.blind.load_state_dict(self.teacher.state_dict(), strict=False)
         freeze(self.blind)
         self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad], lr=1e-4)
-        self.batch = {name: column.to(device) for name, column in make_batch(scale).items()}
+        self.batch = make_batch(scale)
         self.prefix_cache = SharedPrefixCache()
         self.rows = predicting_rows(self.batch["labels"])
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad():
             hidden = self.teacher.model(**self.inputs()).last_hidden_state[self.rows]
             packed = unpack(pack_logits(self.teacher.lm_head(hidden).float(), TOP_K, hidden.float()), TOP_K)
-        self.batch |= {name: column.to(device) for name, column in teacher_columns(packed).items()}
-
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """What `--precision bfloat16` keeps a frozen teacher in."""
-        return torch.float32 if self.device == "cpu" else torch.bfloat16
-
-    def autocast(self) -> torch.autocast:
-        """As `--precision bfloat16`, on a GPU."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu")
+        self.batch |= teacher_columns(packed)
 
     def inputs(self) -> dict[str, Tensor]:
         """Return what a Llava's forward takes of the batch."""
@@ -200,9 +186,7 @@ class Bench:
     def step(self, loss: Callable[[], Tensor]) -> None:
         """Forward, backward, update."""
         self.optimizer.zero_grad()
-        with self.autocast():
-            total = loss()
-        total.backward()
+        loss().backward()
         self.optimizer.step()
 
     def switched(
@@ -238,13 +222,10 @@ class Bench:
         sources = {
             "hidden": StoredHidden(self.blind.lm_head.weight, self.vocabulary, exact_knee=True),
             "topk": StoredTopK(self.vocabulary, "student"),
-            "": None,
         }
-        arguments = TrainingArguments(
-            tempfile.mkdtemp(), use_cpu=self.device == "cpu", report_to="none", remove_unused_columns=False
-        )
+        arguments = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none", remove_unused_columns=False)
         trainer = SwitchTrainer(
-            objective=Objective(switch=switch) if payload else Objective("sft", switch=False),
+            objective=Objective(switch=switch),
             source=sources[payload],
             teacher=self.blind if switch else None,
             model=self.student,
@@ -268,18 +249,10 @@ class Bench:
 def measured(bench: Bench, losses: dict[str, Callable[[], Tensor]], repeats: int, steps: int) -> tuple[dict, dict]:
     """Make steps of each kind in turns: median seconds, and the peak of bytes, by name."""
     times: dict[str, list[float]] = {name: [] for name in losses}
-    if bench.device == "cpu":
-        for _ in range(repeats):
-            for name, loss in losses.items():
-                times[name].append(measure(partial(bench.step, loss), warm_ups=1, repeats=steps))
-        peaks = {name: peak_bytes(partial(bench.step, loss)) for name, loss in losses.items()}
-    else:
-        peaks = {}
-        for _ in range(repeats + 1):
-            for name, loss in losses.items():
-                seconds, peaks[name] = measure_on_gpu(partial(bench.step, loss), steps)
-                times[name].append(seconds)
-        times = {name: found[1:] for name, found in times.items()}  # the first round warms up
+    for _ in range(repeats):
+        for name, loss in losses.items():
+            times[name].append(measure(partial(bench.step, loss), warm_ups=1, repeats=steps))
+    peaks = {name: peak_bytes(partial(bench.step, loss)) for name, loss in losses.items()}
     return {name: statistics.median(found) for name, found in times.items()}, peaks
 
 
@@ -293,14 +266,8 @@ def table(bench: Bench, switch: bool, repeats: int, steps: int) -> list[str]:
         "(c) ours from `topk`": bench.ours("topk", switch),
         "bare": partial(bench.bare, switch),
     }
-    if bench.device != "cpu":
-        del losses["(a) live, all pairs"]  # minutes at a real vocabulary
-        if not switch:
-            losses["SFT"] = bench.ours("", False)
     flops = {}
-    for name, loss in (
-        losses.items() if bench.device == "cpu" else ()
-    ):  # torch cannot count heads that share keys on a GPU
+    for name, loss in losses.items():
         with FlopCounterMode(display=False) as counter:
             loss().backward()
         flops[name] = counter.get_total_flops()
@@ -309,7 +276,7 @@ def table(bench: Bench, switch: bool, repeats: int, steps: int) -> list[str]:
     return [
         f"| {'with' if switch else 'without'} | {name} | {middle[name] * 1e3:,.0f} | {base / middle[name]:.2f} | "
         f"{middle[name] / floor:.2f} | {peaks[name] / 1e6:,.0f} |"
-        + (f" {flops[name] / 1e9:,.1f} | {flops[name] / flops['bare']:.2f} |" if flops else "")
+        f" {flops[name] / 1e9:,.1f} | {flops[name] / flops['bare']:.2f} |"
         for name in losses
     ]
 
@@ -319,34 +286,24 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--repeats", type=int, default=3, help="processes of each kind")
     arguments.add_argument("--steps", type=int, default=2, help="timed steps of a process")
-    arguments.add_argument("--device", choices=list(SCALES), default="cpu")
-    arguments.add_argument("--out", type=Path, help="docs/step-table.md or docs/step-gpu-table.md by default")
+    arguments.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs/step-table.md")
     options = arguments.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(options.device)
+    bench = Bench()
     padding = 1 - bench.batch["attention_mask"].float().mean().item()
     knee = bench.batch["teacher_knee"].float().median()
-    samples, positions = SCALES[options.device].samples, int(bench.rows.sum())
-    batch = f"{samples} samples, {positions} positions, padding {padding:.0%}, median knee {knee:,.0f}"
-    if options.device == "cpu":
-        how, by = f"Float32, one thread, {batch}; medians of {options.repeats} processes, CPU time", "make bench-step"
-    else:
-        how = f"{torch.cuda.get_device_name()}, bfloat16, {batch}; medians of {options.repeats} × {options.steps} steps"
-        by = "make bench-step-gpu"
-    counted = options.device == "cpu"
-    base = "(a)" if counted else "(a')"
+    samples, positions = SCALES["cpu"].samples, int(bench.rows.sum())
     lines = [
-        f"{how}; made by `{by}`.",
+        f"Float32, one thread, {samples} samples, {positions} positions, padding {padding:.0%}, median knee {knee:,.0f}; "
+        f"medians of {options.repeats} processes, CPU time; made by `make bench-step`.",
         "",
-        f"| switch | step | ms | times as fast as {base} | time / bare | peak, MB |"
-        + " GFLOP | FLOP / bare |" * counted,
-        "| --- | --- | ---: | ---: | ---: | ---: |" + " ---: | ---: |" * counted,
+        "| switch | step | ms | times as fast as (a) | time / bare | peak, MB | GFLOP | FLOP / bare |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for switch in (True, False):
         lines += table(bench, switch, options.repeats, options.steps)
         print("\n".join(lines), flush=True)
-    name = "step-table.md" if options.device == "cpu" else "step-gpu-table.md"
-    (options.out or Path(__file__).parent.parent / "docs" / name).write_text("\n".join(lines) + "\n")
+    options.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

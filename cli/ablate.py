@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from switchkd.cli.common import default_device, echo, quiet_libraries
+from switchkd.cli.common import default_device, echo, importing, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.ablation.options import AblateOptions
 
@@ -46,7 +46,8 @@ def command(
     from switchkd.pipelines.ablation.recipe import read_recipe
 
     read_recipe(recipe, variables, workdir)  # without torch: an error in it is told at once
-    from switchkd.pipelines.ablation.ablate import ablate
+    with importing():
+        from switchkd.pipelines.ablation.ablate import ablate
 
     program = [sys.executable, "-c", "from switchkd.cli.main import main; main()"]
     done = ablate(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, default_device, echo, quiet_libraries
+from switchkd.cli.common import PATH, default_device, echo, importing, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.reporting.options import AttendOptions
 
@@ -29,7 +29,8 @@ def command(images: tuple[Path, ...], questions: tuple[str, ...], device: str | 
             f"each --question goes with an --image: {len(images)} images, {len(questions)} questions"
         )
     quiet_libraries()
-    from switchkd.pipelines.reporting.attend import attend
+    with importing():
+        from switchkd.pipelines.reporting.attend import attend
 
     asked = tuple(zip(images, questions, strict=True))
     resolved = AttendOptions(asked=asked, device=device or default_device(), **options)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import config_option, default_device, echo, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, default_device, echo, importing, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
 from switchkd.pipelines.capture.options import BATCH_SIZES, SCALE, CacheOptions
 from switchkd.pipelines.mixture import mixture_at
@@ -48,15 +48,16 @@ def command(
     Run the same command again to continue after an interruption, or run it on several machines at once: a part that has been
     committed is never written twice.
     """
-    from switchkd.pipelines.capture.cache_teacher import cache_teacher
-    from switchkd.pipelines.capture.mixture import cache_mixture, plan_mixture
-    from switchkd.pipelines.capture.sharding import resolve_shard
+    quiet_libraries()
+    with importing():
+        from switchkd.pipelines.capture.cache_teacher import cache_teacher
+        from switchkd.pipelines.capture.mixture import cache_mixture, plan_mixture
+        from switchkd.pipelines.capture.sharding import resolve_shard
 
     vllm = options["backend"] == "vllm"
     if vllm and device is not None:
         raise click.UsageError("--device is not for vllm, which takes the devices it sees: set CUDA_VISIBLE_DEVICES")
 
-    quiet_libraries()
     ray = options["engine"] == "ray"
     which, source = resolve_shard(shard, {} if ray else os.environ)
     if not ray:

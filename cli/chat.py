@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import default_device, echo, quiet_libraries
+from switchkd.cli.common import default_device, echo, importing, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.release.options import ChatOptions
 
@@ -19,7 +19,8 @@ def command(question: str | None, device: str | None, **options: Any) -> None:
     On a terminal an empty line ends the conversation.
     """
     quiet_libraries()
-    from switchkd.pipelines.release.chat import Chat
+    with importing():
+        from switchkd.pipelines.release.chat import Chat
 
     chat = Chat(ChatOptions(device=device or default_device(), **options))
 

@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 from switchkd.pipelines.shipped import PREFIX, recipe_path
 from switchkd.printable import printable
+from switchkd.waits import Waiting
 
 PATH = click.Path(path_type=Path)
 
@@ -94,6 +95,11 @@ def quiet_libraries() -> None:
     logger.setLevel(logging.INFO)
 
 
+def importing() -> Waiting:
+    """Return a context for the imports of a command that needs torch: they take seconds, more on a network file system."""
+    return Waiting("importing torch and transformers")
+
+
 class _Formatter(logging.Formatter):
     """Formats a line of the log with its control characters escaped: it may quote the data."""
 
@@ -120,13 +126,6 @@ def default_device() -> str:
 def lines_of(counts: dict[str, int]) -> str:
     """Return counts as words: "3 image_missing, 1 too_long", or "none"."""
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "none"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the most readable unit: "28 seconds", "12 minutes", "3.4 hours"."""
-    if seconds < 120:
-        return f"{seconds:,.0f} seconds"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
 def gigabytes(size: float) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import config_option, default_device, echo, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, default_device, echo, importing, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
 from switchkd.pipelines.evaluation.options import BENCHMARKS, AnswerOptions, BenchmarkOptions, EvalOptions
 from switchkd.pipelines.options import fields_of
@@ -69,7 +69,8 @@ def command(task: tuple[str, ...], **options: Any) -> None:
     if options["max_new_tokens"] is None:
         del options["max_new_tokens"]
     quiet_libraries()
-    options["device"] = options["device"] or default_device()
+    with importing():
+        options["device"] = options["device"] or default_device()
     if exact:
         _exact_match(options)
     else:
@@ -77,17 +78,22 @@ def command(task: tuple[str, ...], **options: Any) -> None:
 
 
 def _exact_match(options: dict[str, Any]) -> None:
-    from switchkd.pipelines.evaluation.exact_match import evaluate
+    with importing():
+        from switchkd.pipelines.evaluation.exact_match import evaluate
 
     scores = evaluate(EvalOptions(**options))
-    echo(f"exact match {scores.accuracy:.4f} over {scores.questions:,} questions; skipped: {lines_of(scores.skipped)}")
+    sample = "" if scores.limited_to is None else ", a sample"
+    echo(
+        f"exact match {scores.accuracy:.4f} over {scores.questions:,} questions{sample}; skipped: {lines_of(scores.skipped)}"
+    )
     for kind, share in scores.by_type.items():
         echo(f"  {kind:<16} {share:.4f}")
     echo(f"predictions: {scores.predictions}")
 
 
 def _benchmarks(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
-    from switchkd.pipelines.evaluation.benchmarks.run import run_benchmarks
+    with importing():
+        from switchkd.pipelines.evaluation.benchmarks.run import run_benchmarks
     from switchkd.pipelines.evaluation.benchmarks.scoreboard import TABLE
     from switchkd.pipelines.run_folder import SCORES
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from switchkd.cli.common import PATH, echo, quiet_libraries
+from switchkd.cli.common import PATH, echo, importing, quiet_libraries
 from switchkd.cli.options import options_of
 from switchkd.pipelines.release.options import ExportOptions
 
@@ -20,7 +20,8 @@ def command(run: Path, out: Path, **options: Any) -> None:
     The folder opens in plain transformers and answers as `chat` and `eval` do. Nothing leaves this machine without --push-to.
     """
     quiet_libraries()
-    from switchkd.pipelines.release.export import export
+    with importing():
+        from switchkd.pipelines.release.export import export
 
     made = export(ExportOptions(run=run, out=out, **options))
     echo(f"{made}: written" + (f", pushed to {options['push_to']}" if options["push_to"] else ""))

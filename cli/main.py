@@ -12,6 +12,7 @@ from switchkd.printable import printable
 
 # name → (module of switchkd.cli, short help)
 COMMANDS = {
+    "new": ("new", "Write a project folder for a pair of models: configurations and commands."),
     "data": ("data", "Check a data file, or print samples, before a model is run over it."),
     "cache-teacher": ("cache_teacher", "Store a teacher's output at every supervised position."),
     "train": ("train", "Train a student from a teacher store."),

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from switchkd.cli.common import PATH, STORE, default_device, duration, echo, lines_of, quiet_libraries
+from switchkd.cli.common import PATH, STORE, default_device, echo, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, options_of
 from switchkd.pipelines.capture.options import AuditOptions
+from switchkd.waits import duration
 
 if TYPE_CHECKING:
     from switchkd.pipelines.capture.audit import AuditReport
@@ -132,11 +133,13 @@ def repair(ctx: click.Context, path: "StoreLocation") -> None:
 
     Parts that could not be read are left as they are; exit 1 then.
     """
+    from switchkd.pipelines.progress import Progress
     from switchkd.stores import TeacherStore
     from switchkd.stores.verify import repair
 
     store = TeacherStore.open(path)
-    found = repair(store)
+    with Progress("verifying", len(store.parts()), "parts") as progress:
+        found = repair(store, lambda: progress.advance(1))
     names = ", ".join(map(str, found.dropped)) or "none"
     again = "; run cache-teacher again to write them" if found.dropped else ""
     echo(f"{store.path}: dropped parts: {names}{again}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from switchkd.cli.common import config_option, echo, gigabytes, lines_of, quiet_libraries
+from switchkd.cli.common import config_option, echo, gigabytes, importing, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
 from switchkd.collector import without_collection
 from switchkd.errors import ConfigError
@@ -69,8 +69,9 @@ def command(ctx: click.Context, /, dry_run: bool, devices: int, **options: Any) 
     done = _finished(resolved)
     if done is None:
         require_given(TrainOptions, vars(resolved))
-        with without_collection(lasting=True):
+        with without_collection(lasting=True), importing():
             from switchkd.pipelines.training.train import train
+
         done = train(resolved)
     if not first:
         return
@@ -95,7 +96,8 @@ def _print_plan(options: TrainOptions, devices: int) -> None:
     if "LOCAL_RANK" in os.environ:
         raise ConfigError("--dry-run is one process: leave out torchrun, and pass --devices N for a run of N processes")
     require_given(TrainOptions, vars(options))
-    from switchkd.pipelines.training.dry_run import TYPICAL_SHARE, plan
+    with importing():
+        from switchkd.pipelines.training.dry_run import TYPICAL_SHARE, plan
 
     found = plan(options, devices)
     kinds = ", ".join(f"{name} {gigabytes(size)}" for name, size in found.memory.items() if size)

@@ -27,6 +27,7 @@ class Batch:
     Attributes:
         input_ids, attention_mask, labels: [B, L] int64, as the student reads the samples; a label is -100 where not supervised.
         has_image: [B] bool.
+        switched: [B] bool, which of the samples with an image pass the switch pathway; None: all of them, see `on_switch`.
         pixel_values: [images, 3, H, W] float32, or as the model's family has it; None in a text-only batch.
         image_grid_thw, image_sizes, pixel_attention_mask, batch_num_images: what some families take beside the pixels, see
             `switchkd.models.families.Family.media`.
@@ -34,7 +35,7 @@ class Batch:
         packing: [R, N] int64, how samples share rows; None with one sample per row.
         teacher_input_ids, teacher_attention_mask, teacher_labels: [B, L_T] int64, if the teacher encodes samples differently.
         teacher_packing: [R, N_T] int64, with the same samples per row, if it encodes them differently.
-        switch_packing: [R', N'] int64, of the samples with an image as the teacher encodes them, in separate rows.
+        switch_packing: [R', N'] int64, of the samples on the switch pathway as the teacher encodes them, in separate rows.
         partner: [P] int64, with another tokenizer: the teacher's position of each of the student's, or -1.
         teacher_knee: [P] int64, from a store.
         teacher_ids: [P, K] int64; teacher_logits: [P, K]; teacher_tail: [P]: from a store that contains top-k logits.
@@ -48,6 +49,7 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
     has_image: Tensor
+    switched: Tensor | None = None
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
     image_sizes: Tensor | None = None
@@ -74,6 +76,11 @@ class Batch:
     def of(cls, columns: Mapping[str, Any]) -> "Batch":
         """Read a dict of columns. Raises TypeError for an unknown column, and for a missing one."""
         return cls(**columns)
+
+    @property
+    def on_switch(self) -> Tensor:
+        """Which samples pass the switch pathway, [B] bool."""
+        return self.has_image if self.switched is None else self.switched
 
     @property
     def media(self) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ EXTRAS = {
     "deepspeed": "`train` under DeepSpeed",
     "lora": "`train --lora`",
     "torchao": "`train --teacher-dtype int8`",
+    "evidence": "comparisons of arms in `ablate`",
     "eval": "`eval` of MMBench spreadsheets",
     "docs": "`make docs`",
     "dev": "`make test`",

@@ -1,6 +1,6 @@
 """Verifies all parts of a store, and removes bad parts so that the next run writes exactly these again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,19 +59,25 @@ def missing_parts(store: TeacherStore) -> list[int]:
     return sorted(set(range(store.manifest.part_count)) - set(store.parts()))
 
 
-def repair(store: TeacherStore) -> Repair:
+def repair(store: TeacherStore, looked: Callable[[], None] = lambda: None) -> Repair:
     """Remove bad parts; running `cache-teacher` again then writes exactly these.
 
     A part is removed only if it is bad at two looks, the second by a store opened anew, so that an error of a disk or a network
     that passes costs nothing. A part that could not be read at either look is never removed. A part is made invisible atomically
     before it is deleted, so that an interrupted repair leaves no incomplete part.
 
+    Args:
+        looked: called after the first look at each part.
+
     Raises:
         StoreError: no part fits the store's tables, so the tables are what is wrong; nothing is removed.
         StoreUnreadable: the store or its list of parts could not be read. RunError: an object store cannot be reached, or a part
             could not be removed.
     """
-    first = list(verify(store))
+    first = []
+    for found_in_part in verify(store):
+        first.append(found_in_part)
+        looked()
     judged = [findings for _, findings in first if not (findings and findings[0].unreadable)]
     if judged and all(findings and findings[0].other_tables for findings in judged):
         raise StoreError(

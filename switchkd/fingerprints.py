@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from switchkd.collector import without_collection
 from switchkd.errors import CheckpointError
 from switchkd.printable import printable
+from switchkd.waits import Waiting
 
 # Keys of a config or processor that describe its origin, not what it computes.
 _NOT_IDENTITY = {
@@ -124,9 +125,12 @@ def hash_weights(
     """
     files = weight_files(folder, components)
     tensors: dict[str, list[tuple[str, str]]] = {component: [] for component in components}
-    for path in files:
-        for name, entry, digest in _tensor_hashes(path, components):
-            tensors[component_of(name)].append((name, f"{entry.get('dtype')} {entry['shape']} {digest}"))
+    sizes = [path.stat().st_size for path in files]
+    with Waiting(f"hashing the weights of {printable(folder)}, {sum(sizes) / 1e9:,.1f} GB") as wait:
+        for number, path in enumerate(files):
+            for name, entry, digest in _tensor_hashes(path, components):
+                tensors[component_of(name)].append((name, f"{entry.get('dtype')} {entry['shape']} {digest}"))
+                wait.share = (sum(sizes[:number]) + int(entry["data_offsets"][1])) / sum(sizes)
     return {component: hash_json(sorted(found)) for component, found in tensors.items()}
 
 

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -18,6 +17,7 @@ import pytest
 import tiny
 import yaml
 from docs_pages import LANGUAGES, PAGES, ROOT, blocks, code_spans, commands
+from warm_programs import warm_programs
 
 pytest.importorskip("matplotlib", reason="the documents draw pictures: extra `viz`")
 
@@ -54,17 +54,8 @@ def place(tmp_path_factory, teacher, student):
 @pytest.fixture(scope="module")
 def bin_folder(tmp_path_factory):
     """A folder for PATH with a `switchkd` and a `python` that start at once."""
-    folder = tmp_path_factory.mktemp("bin")
-    warm, door = Path(__file__).parent / "helpers/warm_switchkd.py", folder / "socket"
-    for program in ("switchkd", "python"):
-        script = folder / program
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SE "{warm}" "{door}" {program} "$@"\n')
-        script.chmod(0o755)
-    serve = [sys.executable, warm, "serve", door]
-    with subprocess.Popen(serve, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        assert server.stdout.readline() == b"ready\n"
+    with warm_programs(tmp_path_factory.mktemp("bin")) as folder:
         yield folder
-        server.stdin.close()
 
 
 def run_page(page: Path, folder: Path, bin_folder: Path, slow: bool) -> None:
@@ -223,7 +214,11 @@ def all_options() -> set[str]:
 
 
 def make_problems(words: list[str]) -> list[str]:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    """Return what is wrong with the words after `make`, in this tree or in a project of `switchkd new`."""
+    files = (ROOT / "Makefile", ROOT / "pipelines/project/templates/Makefile")
+    targets = {
+        name for file in files for name in re.findall(r"^(?:@{\w+})?([a-z0-9-]+):", file.read_text(), re.MULTILINE)
+    }
     return [f"the Makefile has no target {word}" for word in words if "=" not in word and word not in targets]
 
 

@@ -24,6 +24,7 @@ from switchkd.pipelines.demo.options import DemoOptions
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 from switchkd.pipelines.options import bounds, fields_of, option, options_class, shown, value_of_option
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
+from switchkd.pipelines.project.options import NewOptions
 from switchkd.pipelines.release.options import ChatOptions, ExportOptions
 from switchkd.pipelines.reporting.options import AttendOptions, ReportOptions
 from switchkd.pipelines.training.options import Schedule, TrainOptions
@@ -47,11 +48,12 @@ COMMANDS = {
     ("export",): (ExportOptions,),
     ("chat",): (ChatOptions,),
     ("demo",): (DemoOptions,),
+    ("new",): (NewOptions,),
 }
 GROUPED = (("train",), ("cache-teacher",), ("eval",))
 # Each is refused when the options are made, wherever they come from, and names the option.
 REFUSED = [
-    (TrainOptions, TRAIN, {"precision": "fp8"}, "precision is float32 or bfloat16, got 'fp8'"),
+    (TrainOptions, TRAIN, {"precision": "fp8"}, "precision is one of float32, bfloat16, bfloat16-copies, got 'fp8'"),
     (TrainOptions, TRAIN, {"tail": "studnet"}, "tail is one of student, uniform, floor, got 'studnet'"),
     (TrainOptions, TRAIN, {"group_by": "zzz"}, "group_by is one of none, length, modality-length, got 'zzz'"),
     (TrainOptions, TRAIN, {"profile": "nope"}, "profile is one of ddp, fsdp, zero3, got 'nope'"),

@@ -18,7 +18,7 @@ FOLDERS = {
     "pipelines": "switchkd/pipelines",
     "cli": "switchkd/cli",
 }
-SHIPPED = {".py", ".safetensors", ".yaml", ".html"}
+SHIPPED = {".py", ".safetensors", ".yaml", ".html", ".sbatch", ".sh"}
 
 
 @pytest.fixture(scope="module")

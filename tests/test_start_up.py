@@ -24,6 +24,7 @@ from switchkd.pipelines.checkpoints.options import ConvertOptions, InitOptions
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 from switchkd.pipelines.options import fields_of, shown
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
+from switchkd.pipelines.project.options import NewOptions
 from switchkd.pipelines.release.options import ChatOptions, ExportOptions
 from switchkd.pipelines.reporting.options import AttendOptions, ReportOptions
 from switchkd.pipelines.run_folder import to_plain
@@ -163,7 +164,7 @@ def paths_of(command):
         "cache-teacher": [CacheOptions], "train": [TrainOptions], "eval": [EvalOptions, BenchmarkOptions],
         "data check": [CheckOptions], "data show": [ShowOptions], "convert": [ConvertOptions], "init-student": [InitOptions],
         "export": [ExportOptions], "chat": [ChatOptions], "attend": [AttendOptions], "store audit": [AuditOptions],
-        "report": [ReportOptions],
+        "report": [ReportOptions], "new": [NewOptions],
     }.get(command, [])  # fmt: skip
     named = {name: shown(field).names for kind in kinds for name, field in fields_of(kind).items()}
     return {name: what for name, what in named.items() if what is not None}

@@ -16,12 +16,12 @@ import yaml
 from switchkd.errors import RunError
 from switchkd.pipelines.ablation.checks import check, prepare
 from switchkd.pipelines.ablation.comparisons import write_comparisons
+from switchkd.pipelines.ablation.evaluation import Evaluation, evaluate
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.plan import Job, Run, plan_jobs
 from switchkd.pipelines.ablation.recipe import read_recipe
 from switchkd.pipelines.ablation.table import Result, write_report
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
-from switchkd.pipelines.evaluation.exact_match import evaluate
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import SUMMARY, to_plain, write_atomically
 from switchkd.pipelines.stopwatch import Stopwatch
@@ -61,10 +61,10 @@ def ablate(options: AblateOptions) -> Ablation:
                 continue
             if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
                 break
-            log.info("cell: %s", job.name)
-            score = _finish(job, options, watch)
+            log.info("cell %d of %d: %s", progress.done + 1, len(jobs), job.name)
+            found = _finish(job, options, watch)
             files = write_report(options.workdir, recipe, _results(jobs), final=False)
-            progress.advance(1, note=f"{job.name}: {score:.4f}")
+            progress.advance(1, note=f"{job.name}: {found.measure} {found}")
     results = _results(jobs)
     files = write_report(options.workdir, recipe, results, final=bool(results))
     left = len(jobs) - len(results)
@@ -75,8 +75,8 @@ def ablate(options: AblateOptions) -> Ablation:
     )
 
 
-def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> float:
-    """Run the remaining steps of a job, write its result, and return its accuracy."""
+def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> Evaluation:
+    """Run the remaining steps of a job, write its result, and return its evaluation."""
     for run in job.runs:
         if run.cache is not None:
             with watch.timing(f"cache {Path(str(run.cache.out)).name}"):
@@ -85,19 +85,20 @@ def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> float:
             with watch.timing(run.name):
                 _train(run, options)
     with watch.timing(f"eval {job.evaluation.output.name}"):
-        scores = evaluate(job.evaluation)
+        found = evaluate(job.evaluation)
     result = Result(
         cell=None if job.cell is None else asdict(job.cell),
         name=job.name,
-        accuracy=scores.accuracy,
-        by_type=scores.by_type,
-        questions=scores.questions,
+        accuracy=found.value,
+        by_type=dict(found.parts),
+        questions=found.questions,
         seconds=sum(watch.seconds.get(run.name, 0.0) for run in job.runs),
         runs=[str(run.options.output) for run in job.runs],
+        measure=found.measure,
     )
     job.result.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(job.result, json.dumps(asdict(result), indent=1))
-    return scores.accuracy
+    return found
 
 
 def _train(run: Run, options: AblateOptions) -> None:

@@ -18,12 +18,15 @@ from switchkd.models.checkpoint import Checkpoint, open_checkpoint
 from switchkd.models.families import family_of
 from switchkd.pipelines.ablation import small_models
 from switchkd.pipelines.ablation.comparisons import require_statistics
+from switchkd.pipelines.ablation.evaluation import check_tasks
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.plan import Job, Run, naming
 from switchkd.pipelines.ablation.recipe import Recipe
 from switchkd.pipelines.capture.backends.open import check_available
 from switchkd.pipelines.capture.options import DEFAULT_PAYLOAD, CacheOptions
 from switchkd.pipelines.capture.ray_engine import require_ray
+from switchkd.pipelines.evaluation.benchmarks.run import read_tasks
+from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 from switchkd.pipelines.training.arguments import training_arguments
 from switchkd.pipelines.training.cross_tokenizer import check_vocab_map
 from switchkd.pipelines.training.inputs import check_models, resolve_options
@@ -56,6 +59,8 @@ def check(recipe: Recipe, options: AblateOptions, jobs: Sequence[Job]) -> None:
     with naming(f"recipe {recipe.name}: evaluate"):
         check_available("transformers", evaluation.device)
         _check_template(evaluation.template)
+        if isinstance(evaluation, BenchmarkOptions):
+            check_tasks(evaluation)
     for run in runs:
         with naming(f"recipe {recipe.name}: {run.entry}"):
             _check_template(run.options.template)
@@ -70,16 +75,24 @@ def _runs(jobs: Sequence[Job]) -> list[Run]:
     return list({run.name: run for job in jobs for run in job.runs}.values())
 
 
+def _data_files(jobs: Sequence[Job]) -> set[tuple[Path, Path | None]]:
+    """Return the data files of all runs and of the evaluation, each with its image folder."""
+    evaluation = jobs[0].evaluation
+    read = {(run.options.data, run.options.images) for run in _runs(jobs)}
+    return read | ({(evaluation.data, evaluation.images)} if isinstance(evaluation, EvalOptions) else set())
+
+
 def _check_paths(recipe: Recipe, options: AblateOptions, jobs: Sequence[Job]) -> None:
     """Raise DataError or CheckpointError for a data file, image folder or checkpoint that is missing and will not be made."""
     runs = _runs(jobs)
-    needed = {path for o in [r.options for r in runs] + [jobs[0].evaluation] for path in (o.data, o.images) if path}
+    needed = {path for data in _data_files(jobs) for path in data if path}
     given = {"easy-vqa": recipe.easy_vqa, "emoji-vqa": recipe.emoji_vqa}
     made = [options.workdir / name for name, entry in given.items() if entry is not None]
     for path in sorted(needed):
         if not path.exists() and not any(path.is_relative_to(folder) for folder in made):
             raise DataError(f"recipe {recipe.name}: there is no {path}")
-    for path in sorted({run.options.student for run in runs} | {job.evaluation.model for job in jobs}):
+    models = {run.options.student for run in runs} | {job.evaluation.model for job in jobs if job.evaluation.model}
+    for path in sorted(models):
         if not path.is_relative_to(options.workdir) and not (path / "config.json").is_file():
             raise CheckpointError(
                 f"recipe {recipe.name}: no checkpoint at {path}: expected a folder with a config.json"
@@ -160,8 +173,10 @@ def prepare(recipe: Recipe, options: AblateOptions, jobs: Sequence[Job]) -> None
         with naming(f"recipe {recipe.name}: {run.entry}"):
             _check_run(run, opened)
     evaluation = jobs[0].evaluation
-    read = {(run.options.data, run.options.images) for run in _runs(jobs)} | {(evaluation.data, evaluation.images)}
-    for data, images in sorted(read, key=str):
+    if isinstance(evaluation, BenchmarkOptions):
+        with naming(f"recipe {recipe.name}: evaluate"):
+            read_tasks(evaluation)
+    for data, images in sorted(_data_files(jobs), key=str):
         with naming(f"recipe {recipe.name}: {data}"):
             _check_data(data, images)
 

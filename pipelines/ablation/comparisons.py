@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from switchkd.errors import ConfigError
 from switchkd.pipelines.ablation.plan import Job
 from switchkd.pipelines.ablation.recipe import Recipe, is_of_arm
+from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.run_folder import PREDICTIONS, write_atomically
 
 RESAMPLES = 10_000
@@ -183,7 +184,7 @@ def write_comparisons(workdir: Path, recipe: Recipe, jobs: Sequence[Job]) -> Pat
         arms[name] = {
             job.cell.seed: read_answers(job.evaluation.output / PREDICTIONS, job.evaluation.data)
             for job in jobs
-            if job.cell is not None and is_of_arm(job.cell, axes)
+            if job.cell is not None and is_of_arm(job.cell, axes) and isinstance(job.evaluation, EvalOptions)
         }
     path = workdir / f"{recipe.name}-tests.md"
     write_atomically(path, markdown(arms, compare(arms, recipe.compare.pairs)))

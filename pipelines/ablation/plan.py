@@ -17,7 +17,7 @@ from switchkd.pipelines.ablation import small_models
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.recipe import DISTILLED, Cell, Recipe
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.evaluation.options import EvalOptions
+from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 from switchkd.pipelines.run_folder import to_plain
 from switchkd.pipelines.training.inputs import precision_here
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
@@ -50,7 +50,7 @@ class Job:
     cell: Cell | None
     name: str
     runs: tuple[Run, ...]
-    evaluation: EvalOptions
+    evaluation: EvalOptions | BenchmarkOptions
     result: Path  # written last; a job that has it is finished
 
 
@@ -73,12 +73,15 @@ def plan_jobs(recipe: Recipe, options: AblateOptions) -> Iterator[Job]:
 
 def _job(recipe: Recipe, options: AblateOptions, cell: Cell | None, name: str, runs: list[Run], model: Path) -> Job:
     with naming(f"recipe {recipe.name}: evaluate"):
-        evaluation = EvalOptions(**{"device": options.device, **recipe.evaluate}, model=model, output=Path())
-    digest = _digest(_named(evaluation))
-    folder = options.workdir
-    return Job(
-        cell, name, tuple(runs), replace(evaluation, output=folder / "evals" / digest), folder / f"cells/{digest}.json"
-    )
+        kind = BenchmarkOptions if "tasks" in recipe.evaluate else EvalOptions
+        evaluation = kind(**{"device": options.device, **recipe.evaluate}, model=model, output=Path())
+    named = {name: value for name, value in _named(evaluation).items() if name != "retry_failed"}
+    if named["limit"] is None:
+        del named["limit"]  # names from before there was one stay the same
+    # Answers are kept by benchmark and question, so evaluations that differ in these share a folder.
+    answers = {name: value for name, value in named.items() if name not in ("limit", "tasks", "benchmarks")}
+    evaluation = replace(evaluation, output=options.workdir / "evals" / _digest(answers))
+    return Job(cell, name, tuple(runs), evaluation, options.workdir / f"cells/{_digest(named)}.json")
 
 
 def _cell_run(recipe: Recipe, options: AblateOptions, cell: Cell, stage: str, untrained: Path, start: Path) -> Run:
@@ -152,7 +155,7 @@ def _teacher_runs(recipe: Recipe, options: AblateOptions, name: str) -> list[Run
     return runs
 
 
-def _named(options: CacheOptions | EvalOptions) -> dict[str, Any]:
+def _named(options: CacheOptions | EvalOptions | BenchmarkOptions) -> dict[str, Any]:
     """Return what names a store or an evaluation; the default number of workers is that of any machine."""
     return to_plain(options) | {"workers": options.workers or 0}
 

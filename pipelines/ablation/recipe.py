@@ -9,7 +9,7 @@
     teachers, students: {NAME: checkpoint folder, or with easy_vqa or emoji_vqa the model to create}
     stages: {all, pt, dpt, sft, dft: options of `switchkd train`}; dpt inherits those of pt, dft those of sft
     cache: options of `switchkd cache-teacher`; one store per teacher and distilled training stage
-    evaluate: options of `switchkd eval`
+    evaluate: options of `switchkd eval`: data, or tasks (benchmarks by name) and benchmarks (their folder)
     matrix: axes (objective, switch, scheme, teacher, student, seed), each a value or a list; or a list of such mappings. The axes
             align_weight, vsd_weight and lr are options of the fine-tuning stage that differ between cells
     compare: {arms: {NAME: values of axes}, pairs: [[NAME, NAME]]}: paired tests between arms over seeds, see `comparisons.py`
@@ -30,7 +30,7 @@ import yaml
 
 from switchkd.errors import ConfigError
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.evaluation.options import EvalOptions
+from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 from switchkd.pipelines.options import fields_of, value_of_option
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.stages import STAGES
@@ -62,7 +62,10 @@ _DECIDED: dict[type, set[str]] = {
     TrainOptions: {"student", "output", "teacher", "cache", "stage", "objective", "switch", "seed"},
     CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "image_mode", "max_pixels", "shard"},
     EvalOptions: {"model", "output"},
+    BenchmarkOptions: {"model", "output", "score_only", "baseline"},
 }
+# What is evaluated on: a recipe that names one replaces the other in its base.
+_ON_FILE, _ON_BENCHMARKS = {"data", "images"}, {"tasks", "benchmarks"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Recipe:
     students: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, Any]]  # stage → options of TrainOptions
     cache: Mapping[str, Any]
-    evaluate: Mapping[str, Any]
+    evaluate: Mapping[str, Any]  # of BenchmarkOptions if it names tasks, else of EvalOptions
     easy_vqa: Mapping[str, Any] | None
     emoji_vqa: Mapping[str, Any] | None
     compare: Comparison | None
@@ -161,9 +164,12 @@ def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -
     compare = _comparison(fill(content["compare"]), cells, path) if "compare" in content else None
     notes = str(fill(content.get("notes", "")))
     fill.require_all(path, content)
-    for entry, options in [*((f"stages: {name}", stages[name]) for name in names), ("evaluate", evaluation)]:
-        if "data" not in options:
-            raise ConfigError(f"recipe {path}: {entry} gives no data file")
+    for name in names:
+        if "data" not in stages[name]:
+            raise ConfigError(f"recipe {path}: stages: {name} gives no data file")
+    kind = _check_evaluation(evaluation, path)
+    if compare is not None and (kind is BenchmarkOptions or "limit" in evaluation):
+        raise ConfigError(f"recipe {path}: compare reads all answers to a data file: evaluate on data, without a limit")
     for (name, stage), options in trained.items():
         teachers[name]["train"][stage] = _options(
             TrainOptions, stages[stage] | options, f"teachers: {name}: train: {stage}", path
@@ -177,11 +183,26 @@ def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -
         students=students,
         stages={name: _options(TrainOptions, stages[name], f"stages: {name}", path) for name in names},
         cache=_options(CacheOptions, cache, "cache", path),
-        evaluate=_options(EvalOptions, evaluation, "evaluate", path),
+        evaluate=_options(kind, evaluation, "evaluate", path),
         easy_vqa=easy_vqa,
         emoji_vqa=emoji_vqa,
         compare=compare,
     )
+
+
+def _check_evaluation(given: Mapping[str, Any], path: Path) -> type:
+    """Return the class of an evaluation's options; raises ConfigError unless it is on a data file or on benchmarks."""
+    if "tasks" not in given:
+        if "data" not in given:
+            raise ConfigError(f"recipe {path}: evaluate gives no data file, and no tasks (benchmarks by name)")
+        return EvalOptions
+    if not isinstance(given["tasks"], list) or not given["tasks"]:
+        raise ConfigError(f"recipe {path}: evaluate: tasks should be a list of benchmarks, found {given['tasks']!r}")
+    if "benchmarks" not in given:
+        raise ConfigError(f"recipe {path}: evaluate: tasks need benchmarks, the folder that holds their files")
+    if both := sorted(_ON_FILE & given.keys()):
+        raise ConfigError(f"recipe {path}: evaluate has both tasks and {both[0]}: give benchmarks or a data file")
+    return BenchmarkOptions
 
 
 def _used(names: Iterable[str | None]) -> list[str]:
@@ -223,6 +244,9 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
+    for here, there in ((_ON_FILE, _ON_BENCHMARKS), (_ON_BENCHMARKS, _ON_FILE)):
+        if isinstance(base.get("evaluate"), Mapping) and here & dict(over.get("evaluate") or {}).keys():
+            out["evaluate"] = {name: value for name, value in base["evaluate"].items() if name not in there}
     for key, value in over.items():
         both = key != "matrix" and isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
         out[key] = _merged(out[key], value) if both else value

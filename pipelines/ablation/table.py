@@ -21,11 +21,12 @@ class Result:
 
     cell: Mapping[str, Any] | None  # axis → value; None for a teacher
     name: str
-    accuracy: float
-    by_type: Mapping[str, float]
+    accuracy: float  # or mean score, see `measure`
+    by_type: Mapping[str, float]  # or by benchmark
     questions: int
     seconds: float  # wall time of the training runs that lead to it, shared ones counted for each
     runs: list[str]
+    measure: str = "accuracy"  # 0 … 1, or "mean score" of benchmarks, 0 … 100
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,20 @@ def _word(axis: str, cell: Mapping[str, Any]) -> str:
 def write_report(workdir: Path, recipe: Recipe, results: list[Result], final: bool) -> tuple[Path, ...]:
     """Write NAME.md, NAME.csv (a line per row), NAME-cells.csv (a line per cell) and, if `final`, NAME.png; returns the paths."""
     axes, rows = rows_of(results)
-    kinds = sorted({kind for result in results for kind in result.by_type})
+    kinds = list(dict.fromkeys(kind for result in results for kind in result.by_type))  # benchmarks in their order
+    measure = results[0].measure if results else "accuracy"
+    if measure == "accuracy":
+        kinds.sort()
     paths = [workdir / f"{recipe.name}{ending}" for ending in (".md", ".csv", "-cells.csv")]
     missing = len(recipe.cells) - sum(result.cell is not None for result in results)
     text = f"# {recipe.title}\n\n{markdown(axes, rows, kinds)}\n"
     text += f"\n{missing} of {len(recipe.cells)} cells are still missing.\n" if missing else ""
     text += f"\n{recipe.notes.strip()}\n" if recipe.notes else ""
     write_atomically(paths[0], text)
-    summary: list[list[Any]] = [[*axes, "accuracy_mean", "accuracy_sd", "seeds", *kinds, "questions", "train_seconds"]]
+    column = measure.replace(" ", "_")
+    summary: list[list[Any]] = [
+        [*axes, f"{column}_mean", f"{column}_sd", "seeds", *kinds, "questions", "train_seconds"]
+    ]
     summary += [
         [*row.labels, row.mean, row.spread, len(row.results), *map(row.mean_of, kinds), _questions(row), _seconds(row)]
         for row in rows
@@ -100,7 +107,7 @@ def write_report(workdir: Path, recipe: Recipe, results: list[Result], final: bo
     write_atomically(paths[1], _csv(summary))
     varied = [axis for axis in OPTION_AXES if any(r.cell is not None and r.cell.get(axis) is not None for r in results)]
     columns = [*AXES, *varied]
-    cells: list[list[Any]] = [[*columns, "accuracy", *kinds, "questions", "train_seconds", "run"]]
+    cells: list[list[Any]] = [[*columns, column, *kinds, "questions", "train_seconds", "run"]]
     for result in results:
         of_teacher = [result.name, *[""] * (len(columns) - 1)]
         values = of_teacher if result.cell is None else [result.cell.get(axis) for axis in columns]
@@ -114,18 +121,20 @@ def write_report(workdir: Path, recipe: Recipe, results: list[Result], final: bo
 
 
 def markdown(axes: list[str], rows: list[Row], kinds: list[str]) -> str:
-    """Return the table: accuracy as mean ± sample standard deviation over seeds, then each seed, then means by question type."""
-    head = [*axes, "accuracy", "each seed", *map(markdown_text, kinds), "questions", "training time"]
+    """Return the table: mean ± sample standard deviation over seeds, each seed, then means by question type or benchmark."""
+    measure = rows[0].results[0].measure if rows else "accuracy"
+    form = ".4f" if measure == "accuracy" else ".2f"
+    head = [*axes, measure, "each seed", *map(markdown_text, kinds), "questions", "training time"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(axes) + " ---: |" * (len(head) - len(axes))]
     for row in rows:
-        spread = "" if row.spread is None else f" ± {row.spread:.4f}"
+        spread = "" if row.spread is None else f" ± {row.spread:{form}}"
         means = [row.mean_of(kind) for kind in kinds]
         cells = [
             *map(markdown_text, row.labels),
-            f"{row.mean:.4f}{spread}",
-            ", ".join(f"{value:.4f}" for value in row.accuracies),
+            f"{row.mean:{form}}{spread}",
+            ", ".join(f"{value:{form}}" for value in row.accuracies),
         ]
-        cells += [NONE if mean is None else f"{mean:.4f}" for mean in means]
+        cells += [NONE if mean is None else f"{mean:{form}}" for mean in means]
         cells += [f"{_questions(row):,}", f"{_seconds(row):,.0f} s" if _seconds(row) else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -170,7 +179,12 @@ def draw(path: Path, title: str, axis_names: list[str], rows: list[Row]) -> None
         axes.errorbar(row.mean, place, xerr=row.spread or 0.0, fmt="|", color=color, markersize=16, capsize=3)
         axes.plot(row.accuracies, [place] * len(row.results), "o", color=color, markersize=4, alpha=0.7)
     low = min(value for row in rows for value in row.accuracies)
-    axes.set(xlim=(max(0.0, low - 0.05), 1.0), xlabel="accuracy; line: mean, whisker: standard deviation, dot: a seed")
+    measure = rows[0].results[0].measure
+    whole = 1.0 if measure == "accuracy" else 100.0
+    axes.set(
+        xlim=(max(0.0, low - 0.05 * whole), whole),
+        xlabel=f"{measure}; line: mean, whisker: standard deviation, dot: a seed",
+    )
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_title(title, fontsize=10)
     axes.set_yticks(places, names)

@@ -18,6 +18,7 @@ from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.failing_sample import capture_rows
 from switchkd.stores import Manifest, Payload, StoreTables
 from switchkd.stores.codec import HiddenSteps, ranks_by_frequency, steps_of
+from switchkd.waits import Waiting
 
 PROBE_SAMPLES = 64  # the first usable samples: their top-k ids give the rank table, their states the mean
 log = logging.getLogger(__name__)
@@ -47,8 +48,11 @@ def probe_tables(
             continue
         if len(encoded) == PROBE_SAMPLES:
             break
-    batches = (encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size))
-    probe = [payload for batch in batches for payload in capture_rows(backend, manifest, checkpoint.path, batch)]
+    probe: list[Payload] = []
+    with Waiting(f"running the teacher over the first {len(encoded):,} samples") as wait:
+        for start in range(0, len(encoded), batch_size):
+            probe += capture_rows(backend, manifest, checkpoint.path, encoded[start : start + batch_size])
+            wait.share = min(1.0, (start + batch_size) / len(encoded))
     return tables_of(probe, manifest, head_spread(checkpoint, manifest) if manifest.hidden_dtype == "steps" else None)
 
 

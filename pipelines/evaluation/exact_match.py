@@ -15,6 +15,7 @@ from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
 from switchkd.pipelines.evaluation.generation import GreedyGenerator, encoded_batches, read_lines
 from switchkd.pipelines.evaluation.options import RESUMABLE_CHANGES, EvalOptions
+from switchkd.pipelines.evaluation.sampling import sample_of
 from switchkd.pipelines.model_template import template_of_model
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, SCORES, record, to_plain, write_atomically
@@ -29,6 +30,7 @@ class Scores:
     questions: int
     skipped: dict[str, int]  # samples that could not be used, by reason; not included in the accuracy
     predictions: Path
+    limited_to: int | None = None  # questions of the sample that `--limit` asked; None: all were asked
 
 
 def evaluate(options: EvalOptions) -> Scores:
@@ -50,8 +52,11 @@ def evaluate(options: EvalOptions) -> Scores:
     record(options.output, to_plain(options) | identity, RESUMABLE_CHANGES)
 
     path = options.output / PREDICTIONS
-    done = read_lines(path, "row", "turn")
-    asked = [(s, turn) for s in samples for turn in range(len(s.turns)) if (s.index, turn) not in done]
+    turns = {f"{s.index}/{turn}": (s, turn) for s in samples for turn in range(len(s.turns))}
+    chosen = sample_of(dict.fromkeys(turns, ""), options.limit)
+    before = read_lines(path, "row", "turn")
+    done = {(row, turn): line for (row, turn), line in before.items() if f"{row}/{turn}" in chosen}
+    asked = [(s, turn) for key, (s, turn) in turns.items() if key in chosen and (s.index, turn) not in done]
     # Questions of similar length share a batch, to reduce padding.
     asked.sort(key=lambda question: (question[0].image is None, len(question[0].turns[question[1]][0])))
     skipped = Counter(s.status.label for s in samples if s.status)
@@ -66,7 +71,7 @@ def evaluate(options: EvalOptions) -> Scores:
                     file.write(json.dumps(line) + "\n")
                 file.flush()
                 progress.advance(len(batch))
-    scores = _score(list(done.values()), skipped, path)
+    scores = _score(list(done.values()), skipped, path, options.limit if len(chosen) < len(turns) else None)
     write_atomically(options.output / SCORES, json.dumps(to_plain(scores), indent=1))
     return scores
 
@@ -89,12 +94,12 @@ def _line(sample: Sample, turn: int, prediction: str | BadSample) -> dict[str, A
     return line | {"prediction": prediction, "correct": normalise(prediction) == normalise(answer)}
 
 
-def _score(lines: list[dict[str, Any]], skipped: Counter[str], path: Path) -> Scores:
+def _score(lines: list[dict[str, Any]], skipped: Counter[str], path: Path, limited_to: int | None) -> Scores:
     answered = [line for line in lines if "correct" in line]
     skipped = skipped + Counter(line["skipped"] for line in lines if "skipped" in line)
     types = sorted({line["question_type"] for line in answered})
     by_type = {kind: _share([line for line in answered if line["question_type"] == kind]) for kind in types if kind}
-    return Scores(_share(answered), by_type, len(answered), dict(skipped), path)
+    return Scores(_share(answered), by_type, len(answered), dict(skipped), path, limited_to)
 
 
 def _share(lines: list[dict[str, Any]]) -> float:

@@ -5,8 +5,8 @@ from pathlib import Path
 from switchkd.pipelines.options import keyword_options_class, option
 from switchkd.settings import ModelDtype
 
-# Options that may differ when an evaluation is resumed, since they do not change what is computed.
-RESUMABLE_CHANGES = {"output", "batch_size", "workers"}
+# Options that may differ when an evaluation is resumed, since they do not change any answer.
+RESUMABLE_CHANGES = {"output", "batch_size", "workers", "limit"}
 # Headings of the help, in its order.
 FIRST = "Needed first"
 BENCHMARKS = "Benchmarks"
@@ -29,6 +29,13 @@ class AnswerOptions:
     )
     max_length: int = option(
         default=2048, at_least=2, group=GENERATION, help="Longer prompts are left out and counted; in tokens."
+    )
+    limit: int | None = option(
+        default=None,
+        at_least=1,
+        group=SCALE,
+        help="Ask a fixed random sample of this size, of every benchmark; its scores are labelled and in no average.",
+        unset="all questions",
     )
     batch_size: int = option(default=64, at_least=1, group=SCALE, help="Prompts per forward pass.")
     workers: int | None = option(

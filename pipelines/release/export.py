@@ -26,6 +26,7 @@ from switchkd.pipelines.release.model_card import EvalScores, model_card
 from switchkd.pipelines.release.options import ExportOptions
 from switchkd.pipelines.run_folder import RECORD, SCORES, SUMMARY
 from switchkd.pipelines.training.held_out.best import FOLDER, read_best
+from switchkd.waits import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def _write_model(checkpoint: Checkpoint, template: ConversationFormat, folder: P
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=stop_ids_of(template, tokenizer), pad_token_id=pad_id_of(tokenizer)
     )
-    model.save_pretrained(folder)
+    with Waiting(f"writing the weights to {folder}"):
+        model.save_pretrained(folder)
     reader = MediaReader(checkpoint)
     source = chat_template_source(template, tokenizer.eos_token, reader.text_of(reader.marker, own_template=False))
     tokenizer.chat_template = source
@@ -84,7 +86,8 @@ def _write_model(checkpoint: Checkpoint, template: ConversationFormat, folder: P
         for part in reversed(readers_of(checkpoint)):  # the tokenizer last, since it writes the chat template
             part.save_pretrained(folder)
         return
-    _name_as_published(folder)
+    with Waiting("naming the weights of the vision tower as published"):
+        _name_as_published(folder)
     tokenizer.save_pretrained(folder)
     vision, strategy = checkpoint.config.vision_config, checkpoint.config.vision_feature_select_strategy
     patches = (vision.image_size // vision.patch_size) ** 2

@@ -144,8 +144,9 @@ def _score_section(found: EvalScores) -> str:
     if table.is_file():
         return table.read_text(encoding="utf-8")
     scores = found.scores
+    sample = "" if scores.get("limited_to") is None else "a sample of "
     rows = {"all": f"{scores['accuracy']:.4f}"} | {kind: f"{share:.4f}" for kind, share in scores["by_type"].items()}
     return (
-        f"Exact match on {markdown_text(_name(found.record['data']))}, {scores['questions']:,} questions, greedy, template "
+        f"Exact match on {sample}{markdown_text(_name(found.record['data']))}, {scores['questions']:,} questions, greedy, template "
         f"{markdown_text(found.record['template'])}:\n\n" + _rows(rows)
     )

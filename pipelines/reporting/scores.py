@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from switchkd.pipelines.evaluation.benchmarks.scoreboard import sample_label
 from switchkd.pipelines.reporting import figures
 from switchkd.pipelines.reporting.inputs import EvalRun, Inputs
 from switchkd.pipelines.reporting.page import Section, Table
@@ -52,7 +53,8 @@ def _exact_match_table(runs: list[EvalRun]) -> Table:
     for run in runs:
         by_type = [f"{run.scores['by_type'][k]:.4f}" if k in run.scores["by_type"] else "" for k in kinds]
         skipped = f"{sum(run.scores['skipped'].values()):,}"
-        rows.append([run.label, f"{run.scores['accuracy']:.4f}", *by_type, f"{run.scores['questions']:,}", skipped])
+        count = f"{run.scores['questions']:,}" + (" (a sample)" if run.scores.get("limited_to") is not None else "")
+        rows.append([run.label, f"{run.scores['accuracy']:.4f}", *by_type, count, skipped])
     return Table(["model", "exact match", *kinds, "questions", "skipped"], rows)
 
 
@@ -72,12 +74,14 @@ def _score_cell(row: dict[str, Any] | None) -> str:
     if row is None or row["score"] is None:
         return ""
     low, high = row["interval"] or (None, None)
-    return f"{row['score']:.1f}" + ("" if low is None else f" ({low:.1f} … {high:.1f})")
+    sample = "" if row.get("limited_to") is None else f", {sample_label(row)}"
+    return f"{row['score']:.1f}" + ("" if low is None else f" ({low:.1f} … {high:.1f})") + sample
 
 
 def _competencies(run: EvalRun) -> list[float] | None:
-    """Return the mean score of each competency, or None if one of the ten benchmarks has no score."""
-    scores = {row["name"]: row["score"] for row in run.scores["benchmarks"] if row["score"] is not None}
+    """Return the mean score of each competency, or None if one of the ten benchmarks has no score on its whole split."""
+    whole = [row for row in run.scores["benchmarks"] if row.get("limited_to") is None]
+    scores = {row["name"]: row["score"] for row in whole if row["score"] is not None}
     if any(name not in scores for names in COMPETENCIES.values() for name in names):
         return None
     return [float(np.mean([scores[name] for name in names])) for names in COMPETENCIES.values()]

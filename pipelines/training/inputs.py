@@ -250,6 +250,11 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
             f"objective {objective.name} compares visual tokens and attention of two Llavas: {options.student} and "
             f"{options.teacher} are not; take another objective"
         )
+    if options.vsd_share not in (None, 1.0) and objective.switch and not llavas:
+        raise CheckpointError(
+            f"--vsd-share takes the features of some images of a batch, as two Llavas have them: {options.student} and "
+            f"{options.teacher} are not; leave it out"
+        )
     if options.packing is not None:
         check_packing(student.config, str(options.student))
         if teacher is not None and (objective.switch or live):

@@ -14,6 +14,7 @@ from switchkd.models.checkpoint import Checkpoint, teacher_identity, with_image_
 from switchkd.models.families import family_of
 from switchkd.pipelines.stored_teacher import encoder_of_store
 from switchkd.pipelines.training.batches.dataset import TrainingSamples
+from switchkd.pipelines.training.batches.switch_share import SwitchShare
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.stores import TeacherStore
 from switchkd.stores.reader import pick_store
@@ -67,7 +68,10 @@ def read_samples(joined: JoinedFile, student: Checkpoint, teacher: Checkpoint | 
     """
     options, store = joined.options, joined.store
     encoder, other = encoders_of(options, student, teacher, store)
-    samples = TrainingSamples(joined.data, encoder, store, options.workers or 0, other, options.max_skipped)
+    share = None
+    if options.switch and options.vsd_share is not None and options.vsd_share < 1:
+        share = SwitchShare(options.vsd_share, options.seed)
+    samples = TrainingSamples(joined.data, encoder, store, options.workers or 0, other, options.max_skipped, share)
     if store is not None and store.manifest.data != samples.fingerprint:
         samples.require_same_texts()
     return samples

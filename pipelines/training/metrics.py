@@ -75,14 +75,14 @@ class StepMetrics:
         self._tokens += rows * length
         self._pairs += rows * length**2
         self._images += images
-        alone = int(batch.has_image.sum()), read.input_ids.shape[1]
+        alone = int(batch.on_switch.sum()), read.input_ids.shape[1]
         rows, length = alone if batch.switch_packing is None else batch.switch_packing.shape
         self._image_tokens += rows * length
         self._image_pairs += rows * length**2
         positions = count_positions(batch.labels)
         lengths = batch.attention_mask.sum(-1)
         read_lengths = read.attention_mask.sum(-1)
-        shown = batch.has_image
+        shown = batch.on_switch
         counts = lengths, positions, positions[shown], lengths**2, read_lengths[shown] ** 2
         found = torch.stack([*(count.sum() for count in counts), *self._vision(batch)]).double()
         self._on_device = found if self._on_device is None else self._on_device + found

@@ -32,8 +32,10 @@ from switchkd.pipelines.training.int8_teacher import NAME as INT8
 from switchkd.pipelines.training.int8_teacher import count_as_int8, to_int8
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms, make_extra_terms
 from switchkd.pipelines.training.live.teacher_source import LiveTeacher
+from switchkd.pipelines.training.option_groups.step import COMPILE, VARLEN
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import fit_fsdp, loading_whole, shard_frozen
+from switchkd.pipelines.training.step_ways.experimental import compile_layers
 from switchkd.pipelines.training.student_parts import freeze_other_parts
 
 log = logging.getLogger(__name__)
@@ -69,10 +71,11 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments, weights:
         student = (load_model if weights else build_weightless)(inputs.student, dtype="float32")
         source, switch_teacher = _load_teacher(inputs, weights)
     live = source.teacher if isinstance(source, LiveTeacher) else None
+    chosen = options.as_experimental()
     if options.packing is not None:
-        _enable_packing(student, str(options.student), inputs.media, weights)
+        _enable_packing(student, str(options.student), inputs.media, weights, VARLEN in chosen)
         if (packed := switch_teacher or live) is not None:
-            _enable_packing(packed, str(options.teacher), inputs.teacher_media, weights)
+            _enable_packing(packed, str(options.teacher), inputs.teacher_media, weights, VARLEN in chosen)
     freeze_other_parts(student, inputs.parts)
     if (lora := options.as_lora(inputs.parts)) is not None:
         attach_lora(student, lora, options.seed)
@@ -84,6 +87,8 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments, weights:
             expect_frozen_in_bfloat16(student)
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
+    if COMPILE in chosen:
+        compile_layers(*(model for model in (student, switch_teacher or live) if model is not None))
     if options.switch_adapter is not None:
         assert teacher is not None
         student.switch_adapter = make_switch_adapter(
@@ -107,9 +112,9 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments, weights:
     return TrainingModels(student, source, switch_teacher, extra_terms, cost_model, unused)
 
 
-def _enable_packing(model: Any, name: str, media: Mapping[str, Tensor] | None, weights: bool) -> None:
+def _enable_packing(model: Any, name: str, media: Mapping[str, Tensor] | None, weights: bool, varlen: bool) -> None:
     if weights:
-        enable_packing_in(model, name, media)
+        enable_packing_in(model, name, media, varlen)
     else:
         expect_packing(model, name)
 
@@ -117,7 +122,7 @@ def _enable_packing(model: Any, name: str, media: Mapping[str, Tensor] | None, w
 def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
     """Return the dtype of the frozen weights, except int8 layers; bits beyond autocast's dtype would never be used."""
     asked = "auto" if options.teacher_dtype == INT8 else options.teacher_dtype
-    if asked == "auto" and options.precision == "bfloat16":
+    if asked == "auto" and options.in_bfloat16:
         return "bfloat16"
     return teacher.resolve_dtype(asked)
 

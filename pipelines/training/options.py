@@ -15,6 +15,7 @@ from switchkd.pipelines.training.option_checks import (
 )
 from switchkd.pipelines.training.option_groups.held_out import FREE, HeldOutOptions, check_held_out
 from switchkd.pipelines.training.option_groups.lora import LoraOptions
+from switchkd.pipelines.training.option_groups.step import StepOptions, check_step
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     MAX_SKIPPED,
@@ -73,7 +74,7 @@ LOGGING = "Logging and checkpoints"
 
 
 @keyword_options_class
-class TrainOptions(HeldOutOptions, LoraOptions):
+class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
     """The options of `switchkd train`. Defaults follow LLaVA-KD's fine-tuning stage.
 
     Raises:
@@ -250,10 +251,11 @@ class TrainOptions(HeldOutOptions, LoraOptions):
         group=SCALE,
         help="Under torchrun: whole models in every process; sharded by FSDP2; sharded by DeepSpeed.",
     )
-    precision: Literal["float32", "bfloat16"] | None = option(
+    precision: Literal["float32", "bfloat16", "bfloat16-copies"] | None = option(
         default=None,
         group=SCALE,
-        help="bfloat16: autocast over float32 weights.",
+        help="bfloat16: autocast over float32 weights; bfloat16-copies: everything in bfloat16, with copies of the float32 "
+        "weights that are made once a step.",
         unset="bfloat16 on a GPU that computes in it, else float32; a begun run keeps its own",
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
@@ -311,6 +313,7 @@ class TrainOptions(HeldOutOptions, LoraOptions):
         check_baseline(self)
         check_switch_ce(self)
         check_int8_teacher(self)
+        check_step(self)
         check_held_out(
             self,
             objective=self.objective,
@@ -349,6 +352,11 @@ class TrainOptions(HeldOutOptions, LoraOptions):
                 "the switch pathway teaches the vision tower alone: add vision to --train-parts, or pass --no-switch"
             )
         return parts
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the models compute in bfloat16."""
+        return self.precision in ("bfloat16", "bfloat16-copies")
 
     def part_rates(self) -> dict[str, float]:
         """Return the peak learning rates of the parts that have their own."""

@@ -19,6 +19,7 @@ from switchkd.pipelines.training.inputs import TrainingInputs
 from switchkd.settings import MAX_SKIPPED
 
 SHARDED = {"ddp": None, "fsdp": "all", "zero3": "student"}  # which of the models each profile shards
+STEP_LINE_SECONDS = 30.0  # without a logging interval's line, the steps and the time left are told
 log = logging.getLogger(__name__)
 
 
@@ -116,11 +117,13 @@ def estimate_memory(inputs: TrainingInputs, processes: int, cost_model: CostMode
         width,
         processes=processes,
         sharded=SHARDED[options.profile],
-        half=options.precision == "bfloat16",
+        half=options.in_bfloat16,
         student_checkpointed=options.student_checkpointing,
         teacher_checkpointed=options.teacher_checkpointing,
         masked=options.packing is not None and not uses_block_attention(language_model_of(cost_model.student)),
     )
+    if options.precision == "bfloat16-copies":
+        memory["copies"] = 2.0 * sum(p.numel() for p in cost_model.student.parameters())
     return rows, width, memory
 
 
@@ -135,10 +138,12 @@ class RunReport(TrainerCallback):
         self.samples, self.samples_per_step = samples, samples_per_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress = Progress("training", state.max_steps, "steps", done=state.global_step)
+        self.progress = Progress("training", state.max_steps, "steps", done=state.global_step, every=STEP_LINE_SECONDS)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.epoch = state.global_step * self.samples_per_step / self.samples  # for the Trainer, the run is one epoch
+        if state.is_world_process_zero:
+            self.progress.advance(state.global_step - self.progress.done)
         if state.global_step == state.max_steps:
             control.should_log = (
                 True  # also the losses of a run, or of its end, that is shorter than the logging interval
@@ -146,8 +151,7 @@ class RunReport(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss_ce" in logs and state.is_world_process_zero:
-            count = state.global_step - self.progress.done
-            self.progress.advance(count, int(logs["positions"]), line_of(logs))
+            self.progress.advance(0, int(logs["positions"]), line_of(logs))
         elif logs and "eval_loss_ce" in logs and state.is_world_process_zero:
             log.info("held-out samples after step %s: %s", f"{state.global_step:,}", line_of_held_out(logs))
 
@@ -210,6 +214,8 @@ def line_of(logs: dict[str, Any]) -> str:
     ]
     if "left_out" in logs:
         said.append(f"left out {logs['left_out']:,} samples")
+    if "compiled_graphs" in logs:
+        said.append(f"compiled {logs['compiled_graphs']} graphs, {logs['not_compiled']} frames not")
     if "tflops_per_second" in logs:
         said.append(f"{logs['tflops_per_second']:.3g} TFLOP/s")
     if "mfu" in logs:

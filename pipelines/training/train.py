@@ -31,11 +31,13 @@ from switchkd.pipelines.training.lifecycle.sealed import agree_on_checkpoint
 from switchkd.pipelines.training.lifecycle.stopping import Stopping, StopRequest, leave_group, stop_requests
 from switchkd.pipelines.training.lifecycle.together import from_first_process
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
+from switchkd.pipelines.training.option_groups.step import COMPILE
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import check_processes, require_checkpoint
 from switchkd.pipelines.training.plot import plot_run
 from switchkd.pipelines.training.resuming import TrainSummary, finished
 from switchkd.pipelines.training.run_log import EvaluationSchedule, RunReport, tell_plan
+from switchkd.pipelines.training.step_ways import experimental
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.settings import OLDEST_FOR_TRAINING
 
@@ -75,6 +77,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     resume = agree_on_checkpoint(run, sealed=SEALED in before)
     if resume is not None:
         require_checkpoint(options.profile, resume, arguments.world_size)
+    experimental.begin(options.as_experimental(), arguments)
     inputs = open_inputs(options)
     options = inputs.options
     fit_to_data(arguments, options, inputs.stores, len(inputs.samples))
@@ -153,6 +156,9 @@ def _make_trainer(
         evaluator=evaluator,
         best=best,
         part_rates=options.part_rates(),
+        vsd_share=options.vsd_share or 1.0,
+        half_copies=options.precision == "bfloat16-copies",
+        compiled=COMPILE in options.as_experimental(),
         model=models.student,
         args=arguments,
         train_dataset=inputs.samples,

@@ -30,7 +30,7 @@ from switchkd.models.features import (
 )
 from switchkd.models.packing import into_rows
 from switchkd.models.prefix_cache import SharedPrefixCache
-from switchkd.models.switch import switch_states
+from switchkd.models.switch import of_samples, switch_states
 from switchkd.models.switch_adapter import adapt
 from switchkd.models.vlm import blank_media
 from switchkd.pipelines.batch import Batch
@@ -44,6 +44,7 @@ from switchkd.pipelines.training.held_out.evaluator import Evaluator
 from switchkd.pipelines.training.lifecycle.stopping import begin_worker
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
+from switchkd.pipelines.training.step_ways.experimental import compilations
 from switchkd.pipelines.training.student_parts import set_part_rates
 from switchkd.pipelines.training.trainer_hooks import CheckpointHooks
 from switchkd.positions import count_positions, predicting_rows, targets, teacher_weights
@@ -66,6 +67,9 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
         group_by: which samples share a batch, see `EpochOrder`.
         cost_model: computes the FLOPs of a step; None leaves them out of the log.
         peak_tflops: of one device, for MFU.
+        vsd_share: the share of the image samples that pass the switch pathway, see `SwitchShare`.
+        half_copies: the student computes with bfloat16 copies of its weights, see `half_copies.HalfCopies`.
+        compiled: the layers are compiled, see `experimental.compile_layers`; the log counts what was.
         left_out: counts the samples that turn out to be unusable; None where a store knows them all.
         evaluator: of held-out samples; None without. best: keeps the best student by them.
         arguments: those of `transformers.Trainer`.
@@ -85,6 +89,9 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
         cost_model: CostModel | None = None,
         peak_tflops: float | None = None,
         left_out: LeftOut | None = None,
+        vsd_share: float = 1.0,
+        half_copies: bool = False,
+        compiled: bool = False,
         evaluator: Evaluator | None = None,
         best: BestStudent | None = None,
         **arguments: Any,
@@ -106,10 +113,11 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
         self.prefix_cache = None if self.args.fsdp else SharedPrefixCache()
         self.source, self.extra_terms, self.sample_media = source, extra_terms, sample_media
         self.vocab_map = None if vocab_map is None else vocab_map.to(self.args.device)
-        self.group_by = group_by
+        self.group_by, self.vsd_share = group_by, vsd_share
         if source is not None:
             source.to(self.args.device)
         self.part_rates = part_rates or {}
+        self.uses_half_copies, self.compiled = half_copies, compiled
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole accumulated batch
         self._logged = torch.zeros(
             len(objective.term_names) + 2, dtype=torch.float64
@@ -158,11 +166,16 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
         total, terms = self.loss_terms(model, batch)
         count = self.objective.count(batch.labels)
         self._record(terms, count, count_positions(batch.labels).sum())
-        if batch.pixel_values is None:
+        if batch.pixel_values is None or self._leaves_out_adapter(batch):
             total = total + 0.0 * self._idle_vision(model)
         if num_items_in_batch is None:
             return total / count.clamp_min(1)
         return total * self._averaged / num_items_in_batch
+
+    def _leaves_out_adapter(self, batch: Batch) -> bool:
+        """Whether a switch adapter would be without a gradient, since no sample of the batch passes the switch pathway."""
+        student = self.accelerator.unwrap_model(self.model)
+        return hasattr(student, "switch_adapter") and batch.switched is not None and not bool(batch.switched.any())
 
     @property
     def _averaged(self) -> int:
@@ -240,27 +253,9 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
     ) -> FusedLoss:
         """The objective at the student's final hidden states, [P, d]; `features` holds V_S(x) if there is an image."""
         head = lm_head_of(student)
-        has_image = batch.has_image
         switch = None
-        if self.objective.switch and features:
-            assert self.teacher is not None
-            read = batch.teacher_inputs
-            read_rows = predicting_rows(read.labels)
-            through = switch_states(
-                self.teacher,
-                self.meter.watched(adapt(student, features)),
-                read.input_ids[has_image],
-                read.attention_mask[has_image],
-                read_rows[has_image],
-                batch.switch_packing,
-                self.prefix_cache,
-                media=batch.media_of_teacher,
-                labels=read.labels[has_image],
-            )
-            if self.prefix_cache is not None and batch.switch_packing is None:
-                self.meter.leave_out(int(has_image.sum()), read.input_ids.shape[1], self.prefix_cache.length)
-            on_image = has_image.repeat_interleave(read_rows.sum(-1))
-            switch = SwitchStates(through, lm_head_of(self.teacher), on_image)
+        if self.objective.switch and features and (batch.switched is None or bool(batch.switched.any())):
+            switch = self._switch_states(adapt(student, features), batch)
         weights = self.objective.weights(batch.labels)
         if self.vocab_map is not None:
             assert self.source is not None and batch.partner is not None and batch.teacher_labels is not None
@@ -285,6 +280,29 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
             weights=weights,
             on_block=self.meter.record_knees,
         )
+
+    def _switch_states(self, features: Features, batch: Batch) -> SwitchStates:
+        """Run the switch pathway on those samples of a batch that pass it; `features` of all its images."""
+        assert self.teacher is not None
+        on, read = batch.on_switch, batch.teacher_inputs
+        if batch.switched is not None:
+            features = {cut: of_samples(on, value, read.input_ids, self.teacher) for cut, value in features.items()}
+        read_rows = predicting_rows(read.labels)
+        through = switch_states(
+            self.teacher,
+            self.meter.watched(features),
+            read.input_ids[on],
+            read.attention_mask[on],
+            read_rows[on],
+            batch.switch_packing,
+            self.prefix_cache,
+            media=batch.media_of_teacher,
+            labels=read.labels[on],
+        )
+        if self.prefix_cache is not None and batch.switch_packing is None:
+            self.meter.leave_out(int(on.sum()), read.input_ids.shape[1], self.prefix_cache.length)
+        on_image = on.repeat_interleave(read_rows.sum(-1))
+        return SwitchStates(through, lm_head_of(self.teacher), on_image, 1 / self.vsd_share)
 
     def _idle_vision(self, model: nn.Module) -> Tensor:
         """Run the student's vision tower and projector on a blank image, so that the graph contains them.
@@ -330,6 +348,8 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
                     logs["left_out"] = len(self.left_out.rows)
             peak = None if self.peak_tflops is None else self.peak_tflops * 1e12
             logs |= self.meter.take(self.accelerator, self._averaged, peak)
+            if self.compiled:
+                logs |= compilations()
             first = self.state.log_history == [] and self.is_world_process_zero()
             if self.objective.switch and first and means.get("vsd", 1.0) < NO_DISTANCE:
                 log.warning(

@@ -31,6 +31,7 @@ class EncodedSample:
         None  # [P], where each position's token begins in the answers, see `Tokens.starts`
     )
     image_tokens: tuple[int, ...] = ()  # of each of its images, in the order of the media; empty without media
+    switched: bool = True  # with an image: whether it passes the switch pathway, see `--vsd-share`
 
     @property
     def positions(self) -> int:

@@ -174,7 +174,7 @@ def loss_over_vocabularies(
         def of_switch(block: Block) -> tuple[Tensor, Tensor]:
             weight = None if switch_weights is None else switch_weights[seen[block.rows]]
             logits = block.logits[:, : vocabularies.teacher_rows]
-            vsd = objective.divergence(logits, signal.slice_rows(block.in_chunk), weight)
+            vsd = objective.divergence(logits, signal.slice_rows(block.in_chunk), weight) * switch.scale
             return objective.vsd_weight * vsd, vsd.unsqueeze(0)
 
         return of_switch

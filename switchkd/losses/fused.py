@@ -35,11 +35,13 @@ class SwitchStates:
         head: the teacher's LM head, frozen.
         on_image: [P] bool with P_image True: which of all positions belong to image samples. The positions are those of the
             student, or those of a teacher with another tokenizer.
+        scale: factor on VSD, where these are a share of the image samples.
     """
 
     hidden: Tensor
     head: LMHead
     on_image: Tensor
+    scale: float = 1.0
 
 
 class Block(NamedTuple):

@@ -209,6 +209,8 @@ class Objective:
             if on_block is not None:
                 on_block(block.logits.detach(), here)
             terms = self.terms(block.logits, targets[rows], here, block.switch, keep, weight)
+            if terms.vsd is not None and switch is not None:
+                terms = terms._replace(vsd=terms.vsd * switch.scale)
             return self.total(terms), torch.stack([terms.ce.new_zeros(()) if term is None else term for term in terms])
 
         total, sums = loss_in_chunks(hidden, head, open_chunk, switch=switch, chunk_positions=chunk_positions)

@@ -7,6 +7,8 @@ histogram only decides how many entries are sorted, never the result.
 A logit of -inf is a masked column and does not count: N, the smallest logit and the knee of its row are those of the other columns.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,23 @@ BLOCK_LOGITS = {"cpu": 1 << 20}
 BLOCK_LOGITS_ELSEWHERE = 1 << 25
 # Bins are computed in the logits' dtype: their edges are exact to 1e-6 of the row's spread even in float32.
 EDGE_ERROR = 1e-6
+_kernels: Literal["torch", "triton"] = "torch"
+
+
+def use_kernels(name: Literal["torch", "triton"]) -> None:
+    """Choose what selects from float32 logits on CUDA in this process: torch's operators, or `triton_selection`.
+
+    Raises:
+        ImportError: triton is not installed.
+    """
+    global _kernels
+    if name == "triton":
+        import switchkd.losses.triton_selection  # noqa: F401
+    _kernels = name
+
+
+def _in_triton(rows: Tensor) -> bool:
+    return _kernels == "triton" and rows.is_cuda and rows.dtype == torch.float32
 
 
 def top_of_rows(logits: Tensor, count: int) -> Tensor:
@@ -36,8 +55,9 @@ def leading_entries(logits: Tensor, window: int | None = None) -> tuple[Tensor, 
         logits: [T, N]. window: see `kneedle`.
 
     Returns:
-        (ids [T, k_max] int64, k [T] int64), where k_max is the largest k of the batch (2 if T = 0). Beyond a row's k its ids
-        are valid but arbitrary. Rows with NaN or +inf get an arbitrary k and arbitrary ids; the losses refuse such rows.
+        (ids [T, k_max] int64, k [T] int64), where k_max is the largest k of the batch (2 if T = 0), or more with Triton's kernels.
+        Beyond a row's k its ids are valid but arbitrary. Rows with NaN or +inf get an arbitrary k and arbitrary ids; the losses
+        refuse such rows.
 
     Raises:
         ValueError: fewer than two columns, or than two that are not masked, or a window below 2.
@@ -60,6 +80,26 @@ def entries_up_to(logits: Tensor, k: Tensor) -> Tensor:
     """
     found: Tensor = _entries_up_to(logits.detach(), k)
     return found
+
+
+def tops_and_knees(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return `top_of_rows(logits, count)` and `kneedle(logits)` from one histogram and one sort, [T, count] and [T] int64.
+
+    Args:
+        logits: [T, N], T > 0; no gradient flows. count: 0 ≤ count ≤ N.
+
+    Raises:
+        ValueError: a row has fewer than two columns that are not masked.
+    """
+    found = [_top_and_knee(block, count) for block in _blocks(logits)]
+    return torch.cat([ids for ids, _ in found]), torch.cat([k for _, k in found])
+
+
+def _top_and_knee(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    heights, from_bin, low = _histogram(logits)
+    floor = torch.minimum(_floor_of_knee(from_bin), (from_bin >= count).sum(-1) - 1)
+    values, ids = _sorted_from(logits, heights, floor, from_bin)
+    return ids[:, :count], knee_of_sorted(values, row_size=from_bin[:, :1], row_min=low)
 
 
 # Custom torch operators: compiled and exported programs then contain a call to them, since the control flow depends on the logits.
@@ -102,7 +142,7 @@ def _lead_of_rows(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         values = logits.gather(-1, ids)
         there = values != -torch.inf
         size, least = there.sum(-1, keepdim=True), values.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
-        _require_two(size)
+        require_two(size)
         k = knee_of_sorted(values, window, row_size=size, row_min=least)
         return ids[:, : int(k.max())].contiguous(), k
     leads = [_lead(block, window) for block in _blocks(logits)]
@@ -153,6 +193,12 @@ def _padded(ids: list[Tensor]) -> Tensor:
 
 def _top(logits: Tensor, count: int | Tensor) -> Tensor:
     """Return the ids of each row's `count` largest entries, [T, count]; with a number for each row, [T], up to the largest."""
+    if _in_triton(logits):
+        from switchkd.losses import triton_selection
+
+        each = count if isinstance(count, Tensor) else torch.full(logits.shape[:1], count, device=logits.device)
+        found = triton_selection.top(logits, each)
+        return found if isinstance(count, Tensor) else found[:, :count]
     heights, from_bin, _ = _histogram(logits)
     wanted = count.unsqueeze(-1) if isinstance(count, Tensor) else count
     # The highest bin with at least `count` entries in it and above; -1, the height of masked columns, if there are fewer.
@@ -162,6 +208,10 @@ def _top(logits: Tensor, count: int | Tensor) -> Tensor:
 
 
 def _lead(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    if _in_triton(logits):
+        from switchkd.losses import triton_selection
+
+        return triton_selection.lead(logits)
     heights, from_bin, low = _histogram(logits)
     floor = _floor_of_knee(from_bin)
     values, ids = _sorted_from(logits, heights, floor, from_bin)
@@ -174,7 +224,7 @@ def _in_numpy(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and bool(torch.isfinite(rows.sum()))
 
 
-def _require_two(entries: Tensor) -> None:
+def require_two(entries: Tensor) -> None:
     """Raise ValueError, naming the first position, where fewer than two columns are not masked; entries: [T, 1]."""
     if len(few := (entries < 2).flatten().nonzero()):
         raise ValueError(
@@ -222,7 +272,7 @@ def _floor_of_knee(from_bin: Tensor) -> Tensor:
     largest of their distances 1 - x - y lies within one bin's height below the bound used here.
     """
     count, columns = from_bin.shape[-1], from_bin[:, :1]
-    _require_two(columns)
+    require_two(columns)
     above = F.pad(from_bin[:, 1:], (0, 1))
     bottom = torch.arange(count, dtype=torch.float64, device=from_bin.device) / count
     bound = (-(above.double() / columns) - bottom).masked_fill(

@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from switchkd.errors import ConfigError
 
-NAME = "switchkd_blocks"  # of the attention function; transformers builds no mask for a name without a mask function
+# Of the attention functions; transformers builds no mask for a name without a mask function.
+NAME, VARLEN = "switchkd_blocks", "switchkd_varlen"
 PLAIN = "sdpa"  # the only one that block attention takes the place of
 ATTENTION = {
     "full_attention",
@@ -30,6 +31,7 @@ HALF_TOLERANCE, TOLERANCE = (
 )  # relative change of a state; rounding stays below, mixing of samples does not
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer would be compiled again for other lengths
 def attend_in_blocks(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -70,7 +72,17 @@ AttentionInterface.register(NAME, attend_in_blocks)
 
 def uses_block_attention(language: Any) -> bool:
     """Return whether a language model uses block attention, see `enable_packing`."""
-    return bool(language.config._attn_implementation == NAME)
+    return language.config._attn_implementation in (NAME, VARLEN)
+
+
+def attention_ways(config: Any, varlen: bool, plain: bool = True) -> tuple[str, ...]:
+    """Return the attention functions that a language model is tried with for packed rows, fastest first.
+
+    Args:
+        config: of the language model. varlen: see `enable_packing`. plain: False for a family that does not attend causally.
+    """
+    before = str(config._attn_implementation)
+    return (VARLEN if varlen else NAME, before) if plain and is_plain(config) else (before,)
 
 
 @contextmanager
@@ -79,11 +91,12 @@ def without_block_attention(language: Any) -> Iterator[None]:
     if not uses_block_attention(language):
         yield
         return
+    before = language.config._attn_implementation
     language.set_attn_implementation(PLAIN)
     try:
         yield
     finally:
-        language.set_attn_implementation(NAME)
+        language.set_attn_implementation(before)
 
 
 def is_plain(config: Any) -> bool:
@@ -118,7 +131,7 @@ def check_layers(config: Any, name: str) -> None:
         )
 
 
-def enable_packing(language: Any, name: str) -> None:
+def enable_packing(language: Any, name: str, varlen: bool = False) -> None:
     """Prepare a language model for packed rows, and test that it keeps the samples of a row separate.
 
     Two short samples of random embeddings are run alone and in packed rows in either order; the cost is that of a few dozen tokens.
@@ -126,6 +139,7 @@ def enable_packing(language: Any, name: str) -> None:
     Args:
         language: any of transformers' decoders, with weights; its attention is changed, see `attend_in_blocks`.
         name: of the model, for the error.
+        varlen: attention in blocks runs in one kernel, see `varlen_attention`.
 
     Raises:
         ConfigError: the model mixes the samples of a row.
@@ -137,8 +151,8 @@ def enable_packing(language: Any, name: str) -> None:
     samples = [torch.randn(1, n, weight.shape[1], generator=generator).to(weight) * weight.std() for n in PROBE]
     with torch.no_grad():
         alone = [language(inputs_embeds=sample, use_cache=False).last_hidden_state for sample in samples]
-        before, tolerance = language.config._attn_implementation, tolerance_of(weight.dtype)
-        for way in (NAME, before) if is_plain(language.config) else (before,):
+        tolerance = tolerance_of(weight.dtype)
+        for way in attention_ways(language.config, varlen):
             language.set_attn_implementation(way)
             change = _influence(language, samples, alone)
             if change <= tolerance:

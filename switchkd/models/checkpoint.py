@@ -27,7 +27,9 @@ from switchkd.models.projectors import (
     SwitchLlavaConfig,
     image_token_count,
 )
+from switchkd.printable import printable
 from switchkd.settings import ImageMode
+from switchkd.waits import Waiting
 
 CONFIGS = {kind.model_type: kind for kind in (LlavaConfig, SwitchLlavaConfig)}
 
@@ -119,7 +121,7 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"no checkpoint at {folder}: expected a folder with a config.json")
-    with as_checkpoint_error(folder):
+    with as_checkpoint_error(folder), Waiting(f"opening {printable(folder)}"):
         # transformers reads nothing where it is not an object.
         saved: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = saved.get("model_type") if isinstance(saved, dict) else None

@@ -101,11 +101,18 @@ def into_rows(batch: Tensor, source: Tensor) -> Tensor:
 
 
 def positions_in_rows(attention_mask: Tensor, source: Tensor) -> Tensor:
-    """Return the position ids of rows, [R, N]: the index of each token in its sample; padding also restarts at 0."""
+    """Return the position ids of rows, [R, N]: the index of each token in its sample; padding also restarts at 0.
+
+    The attribute `block_bounds` says how many samples, runs of padding included, there are at most, and how many tokens each has at
+    most: what is known without reading from the device, see `varlen_attention.blocks_of`.
+    """
     is_text = into_rows(attention_mask, source).bool()
     behind = torch.arange(source.shape[1], device=source.device) - is_text.sum(-1, keepdim=True)
     # Position ids of padding stay below the batch's length, since learned position embeddings are limited.
-    return torch.where(is_text, source, behind.clamp_min(0)) % attention_mask.shape[1]
+    positions = torch.where(is_text, source, behind.clamp_min(0)) % attention_mask.shape[1]
+    (samples, width), (rows, length) = attention_mask.shape, source.shape
+    positions.block_bounds = samples + rows * -(-length // width), width  # type: ignore[attr-defined]
+    return positions
 
 
 def out_of_rows(states: Tensor, source: Tensor, wanted: Tensor) -> Tensor:

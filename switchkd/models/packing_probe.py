@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import ConfigError
-from switchkd.models.block_attention import NAME, check_layers, enable_packing, is_plain, tolerance_of
+from switchkd.models.block_attention import attention_ways, check_layers, enable_packing, tolerance_of
 from switchkd.models.components import language_model_of
 from switchkd.models.families import family_of
 from switchkd.models.features import final_states, image_outputs, media_for, tensors_in
@@ -33,7 +33,7 @@ def check_packing(config: Any, name: str) -> None:
         )
 
 
-def enable_packing_in(model: Any, name: str, media: Mapping[str, Tensor] | None = None) -> None:
+def enable_packing_in(model: Any, name: str, media: Mapping[str, Tensor] | None = None, varlen: bool = False) -> None:
     """Prepare a model for packed rows, and test that it keeps the samples of a row separate.
 
     Two short samples with an image each are run alone, and in one row in either order. Of a Llava, only the language model is
@@ -42,6 +42,7 @@ def enable_packing_in(model: Any, name: str, media: Mapping[str, Tensor] | None 
     Args:
         model: with weights; hollow or whole. name: of the model, for the error.
         media: of one image, as the checkpoint's processor makes it; a Llava needs none.
+        varlen: see `block_attention.enable_packing`.
 
     Raises:
         ConfigError: the model mixes the samples of a row.
@@ -49,16 +50,15 @@ def enable_packing_in(model: Any, name: str, media: Mapping[str, Tensor] | None 
     check_packing(model.config, name)
     language, family = language_model_of(model), family_of(model.config)
     if family.is_llava:
-        enable_packing(language, name)
+        enable_packing(language, name, varlen)
         return
     assert media is not None
     training = model.training
     model.eval()
-    before = language.config._attn_implementation
     change = 0.0
     with torch.no_grad():
         probe = _Probe(model, media)
-        for way in (NAME, before) if family.causal and is_plain(language.config) else (before,):
+        for way in attention_ways(language.config, varlen, family.causal):
             language.set_attn_implementation(way)
             change = probe.influence()
             if change <= tolerance_of(model.dtype):

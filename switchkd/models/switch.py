@@ -67,6 +67,16 @@ def switch_states(
     return states_at(states, packing, rows[:, start:])
 
 
+def of_samples(samples: Tensor, features: Tensor, input_ids: Tensor, model: Any) -> Tensor:
+    """Return the features of some samples' images, of a Llava: all its images have the same number of tokens.
+
+    Args:
+        samples: [B] bool. features: [images, n, d], sample by sample. input_ids: [B, L], as `model` reads them.
+    """
+    tokens, images = (input_ids == model.config.image_token_id).sum(-1), len(features)
+    return features[samples.repeat_interleave(tokens // (tokens.sum() // images), output_size=images)]
+
+
 def _llava(
     teacher: Any,
     features: Features | Tensor,

@@ -30,6 +30,8 @@ from switchkd.models.projectors import (
     register_weight_names,
 )
 from switchkd.positions import predicting_rows
+from switchkd.printable import printable
+from switchkd.waits import Waiting
 
 
 class LlavaWithoutVision(LlavaForConditionalGeneration):
@@ -76,7 +78,7 @@ def load_model(checkpoint: Checkpoint, *, vision: bool = True, dtype: str | torc
     config = checkpoint.config
     kind = AutoModelForImageTextToText._model_mapping[type(config)]
     _require_enough_weights(checkpoint, vision)
-    with as_checkpoint_error(checkpoint.path):
+    with as_checkpoint_error(checkpoint.path), Waiting(f"loading the weights of {printable(checkpoint.path)}"):
         if vision or family_of(config).is_llava:
             kind = kind if vision else WITHOUT_VISION[kind]
             model, report = kind.from_pretrained(

@@ -254,7 +254,7 @@ MISTAKES = {
     "a model to make without data": (
         {"students": {"s": {"vision": {}}}},
         ConfigError,
-        "only a recipe with easy_vqa makes models",
+        "only a recipe with easy_vqa or emoji_vqa makes models",
     ),
     "an unknown template": ({"stages": {"all": {"data": "d", "template": "poem"}}}, ConfigError, "no template 'poem'"),
     "no data option": ({"stages": {"all": {"template": "qa"}}}, ConfigError, "stages: pt gives no data"),

@@ -252,11 +252,12 @@ def test_data_check_and_eval_take_it(suite):
     )
     assert done.exit_code == 0, done.output
     assert "would be skipped: 0 (0.00%)" in done.output and "odd, and used" not in done.output
-    from switchkd.pipelines.evaluation.benchmarks.base import require_files, units_of
+    from switchkd.pipelines.evaluation.benchmarks.base import units_of
     from switchkd.pipelines.evaluation.benchmarks.emoji_vqa import EMOJI_VQA
     from switchkd.pipelines.evaluation.benchmarks.intervals import by_stratum, means_of
+    from switchkd.pipelines.evaluation.benchmarks.layouts import find_files
 
-    questions = EMOJI_VQA.read(require_files(EMOJI_VQA, suite.folder.parent, "style"), "style")
+    questions = EMOJI_VQA.read(find_files(EMOJI_VQA, suite.folder.parent, "style"), "style")
     right = units_of(EMOJI_VQA, questions, {question.id: question.reference for question in questions})
     assert EMOJI_VQA.headline(means_of(by_stratum(right))) == 100
     assert set(EMOJI_VQA.details(right)) == {*suite.report["splits"]["style"]["kinds"], "micro"}

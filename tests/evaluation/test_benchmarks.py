@@ -74,8 +74,8 @@ def test_all_ten_with_averages_and_intervals(options, scripted):
     assert scores == pytest.approx({b.name: benchmark_data.SCORES[b.name] for b in TEN}, abs=1e-9)
     averages = board(options)["averages"]
     seven = ("mme", "mmbench", "mmbench-cn", "gqa", "scienceqa", "textvqa", "vizwiz")
-    assert averages["avg7"] == {"score": pytest.approx(sum(scores[n] for n in seven) / 7), "missing": []}
-    assert averages["avg10"] == {"score": pytest.approx(sum(scores.values()) / 10), "missing": []}
+    assert averages["avg7"] == {"score": pytest.approx(sum(scores[n] for n in seven) / 7), "missing": [], "limited": []}
+    assert averages["avg10"]["score"] == pytest.approx(sum(scores.values()) / 10)
     for row in board(options)["benchmarks"]:
         assert row["interval"][0] <= row["score"] <= row["interval"][1]
         assert not row["failed"] and not row["units_left_out"]
@@ -277,6 +277,94 @@ def test_files_are_looked_for_before_any_question_is_asked(options, scripted, ro
     (tmp_path / "own/gqa/testdev_balanced_questions.json").write_text('{"1": {"question": "What?"}}')
     with pytest.raises(DataError, match=r"gqa \(testdev\): a file is not in the published format: KeyError"):
         run_benchmarks(one(options, "gqa", benchmarks=tmp_path / "own"))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["the folder above playground", "playground/data/eval"])
+def test_llavas_layout_gives_the_same_scores(options, scripted, root, tmp_path, inside):
+    above = benchmark_data.as_llava_has_it(tmp_path / "LLaVA", root)
+    names = [b.name for b in TEN if b.name not in ("vqav2", "mmmu")]
+    folder = above / "playground/data/eval" if inside else above
+    run_benchmarks(replace(options, tasks=(*names, "vqav2:test-dev", "vizwiz:test"), benchmarks=folder))
+    scores = {row["name"]: row["score"] for row in board(options)["benchmarks"] if row["score"] is not None}
+    assert scores == pytest.approx({name: benchmark_data.SCORES[name] for name in names}, abs=1e-9)
+    texts = {line["id"]: line["question"] for line in lines(options, "textvqa-val")}
+    assert texts["10"].startswith("What brand?\nReference OCR token: NOKIA, 3310\nAnswer")
+    found = json.loads((options.output / "vqav2-test-dev/vqa_OpenEnded_results.json").read_text())
+    assert [row["answer"] for row in found] == ["yes", "2", "t shirt", ""]
+    # The published questions are the same ones: answers go on being theirs, and two copies can be compared.
+    done = len(scripted)
+    run_benchmarks(replace(options, tasks=("gqa", "pope", "vqav2:test-dev"), benchmarks=root))
+    assert len(scripted) == done
+
+
+def test_a_missing_file_is_named_in_both_layouts(options, tmp_path):
+    place = tmp_path / "LLaVA/playground/data/eval"
+    place.mkdir(parents=True)
+    with pytest.raises(
+        DataError, match="needs the file .*/gqa/testdev_balanced_questions.json, or in LLaVA's layout "
+    ) as e:
+        run_benchmarks(one(options, "gqa", benchmarks=place))
+    assert f"{place}/gqa/data/testdev_balanced_questions.json; none is there" in str(e.value)
+    with pytest.raises(DataError, match="playground/data/eval/gqa/data/testdev_balanced"):
+        run_benchmarks(one(options, "gqa", benchmarks=tmp_path / "LLaVA"))
+
+
+def test_a_prompt_that_llavas_file_lacks_is_named(options, root, tmp_path):
+    above = benchmark_data.as_llava_has_it(tmp_path / "LLaVA", root)
+    path = above / "playground/data/eval/textvqa/llava_textvqa_val_v051_ocr.jsonl"
+    kept = path.read_text().splitlines()[0]
+    path.write_text(kept + "\n")
+    with pytest.raises(DataError, match="has no prompt for the question 'what number\\?' about image i1"):
+        run_benchmarks(one(options, "textvqa", benchmarks=above))
+    path.write_text(kept + "\n{")
+    with pytest.raises(DataError, match="ocr.jsonl line 2 is not JSON"):
+        run_benchmarks(one(options, "textvqa", benchmarks=above))
+
+
+def test_a_sample_is_labelled_everywhere_and_in_no_average(options, scripted):
+    table = run_benchmarks(replace(options, limit=2))
+    assert "| GQA (sample of 2) |" in table.splitlines()[0] and "VQAv2 (val, sample of 2)" in table.splitlines()[0]
+    found = entry(options, "gqa")
+    assert (found["limited_to"], found["split_units"], found["units"], found["questions"]) == (2, 3, 2, 2)
+    assert found["note"] == "a sample of 2 of 3"
+    assert (entry(options, "mmbench")["limited_to"], entry(options, "mmbench")["units"]) == (None, 2)  # both there are
+    averages = board(options)["averages"]
+    assert averages["avg7"]["score"] is None and "GQA" in averages["avg7"]["limited"]
+    # MME has 14 tasks: two images do not give a score.
+    assert entry(options, "mme")["score"] is None and "; a sample of 2 of 15" in entry(options, "mme")["note"]
+    # Without a limit, the others are asked, and none twice.
+    table = run_benchmarks(options)
+    assert len(scripted) == sum(len(benchmark_data.ANSWERS[b.name]) for b in TEN)
+    scores = {row["name"]: row["score"] for row in board(options)["benchmarks"]}
+    assert scores == pytest.approx({b.name: benchmark_data.SCORES[b.name] for b in TEN}, abs=1e-9)
+    assert "sample" not in table and board(options)["averages"]["avg10"]["limited"] == []
+
+
+def test_a_sample_of_a_split_without_public_answers_gives_no_submission(options, scripted):
+    run_benchmarks(one(options, "vqav2:test-dev", limit=1))
+    (row,) = board(options)["benchmarks"]
+    assert (row["submission"], row["note"]) == (None, "answers are not public; a sample of 1 of 3")
+    assert not list((options.output / "vqav2-test-dev").glob("vqa_*"))
+
+
+def test_a_baseline_on_a_sample_is_labelled(options, scripted):
+    whole = replace(options, output=options.output.with_name("whole"))
+    run_benchmarks(one(whole, "gqa"))
+    run_benchmarks(one(options, "gqa", limit=2))
+    table = run_benchmarks(one(whole, "gqa", baseline=options.output))
+    assert "(sample of 2) |" in table.splitlines()[3] and "sample" not in table.splitlines()[2]
+    assert board(whole)["baseline"]["benchmarks"][0]["units"] == 2
+
+
+def test_results_of_earlier_versions_open(options, scripted):
+    run_benchmarks(replace(options, tasks=("gqa", "pope")))
+    path = options.output / "gqa-testdev/result.json"
+    content = json.loads(path.read_text())
+    for name in ("limited_to", "split_units"):
+        del content[name]
+    path.write_text(json.dumps(content))
+    run_benchmarks(one(options, "pope"))
+    assert entry(options, "gqa")["limited_to"] is None
 
 
 def run(*words):

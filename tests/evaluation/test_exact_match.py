@@ -137,3 +137,23 @@ def test_bad_samples_are_counted_apart(options):
     scores = evaluate(options)
     assert scores.skipped == {"image_missing": 1, "no_conversation": 1}
     assert scores.questions == 6
+
+
+def test_a_sample_is_labelled_and_later_runs_ask_the_rest(options):
+    part = evaluate(replace(options, limit=3))
+    assert (part.questions, part.limited_to) == (3, 3)
+    asked = {(line["row"], line["turn"]) for line in lines(options)}
+    assert len(asked) == 3
+    whole = evaluate(options)
+    assert (whole.questions, whole.limited_to) == (8, None)
+    assert len(lines(options)) == 8 and asked <= {(line["row"], line["turn"]) for line in lines(options)}
+    again = evaluate(replace(options, limit=3))
+    assert again == part
+    assert json.loads((options.output / "scores.json").read_text())["limited_to"] == 3
+
+
+def test_a_run_of_an_earlier_version_goes_on(options):
+    evaluate(options)
+    path = options.output / "run.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "limit" not in line))
+    assert evaluate(replace(options, limit=2)).questions == 2

@@ -304,9 +304,52 @@ def everything(root: Path) -> Path:
     return root
 
 
+def as_llava_has_it(root: Path, published: Path) -> Path:
+    """Write all but MMMU, which LLaVA does not have, below LLaVA's folder `playground/data/eval`, and return the folder above it.
+
+    The splits are the default ones and VQAv2's and VizWiz's test splits; `published` holds what `everything` wrote.
+    """
+    place = root / "playground/data/eval"
+    moved = {
+        "mme/MME_Benchmark_release_version": "MME/MME_Benchmark_release_version",
+        "mmbench/mmbench_dev_20230712.tsv": "mmbench/mmbench_dev_20230712.tsv",
+        "mmbench/mmbench_dev_cn_20231003.tsv": "mmbench_cn/mmbench_dev_cn_20231003.tsv",
+        "vqav2/test2015": "vqav2/test2015",
+        "gqa": "gqa/data",
+        "scienceqa": "scienceqa",
+        "textvqa/TextVQA_0.5.1_val.json": "textvqa/TextVQA_0.5.1_val.json",
+        "textvqa/train_images": "textvqa/train_images",
+        "vizwiz": "vizwiz",
+        "pope/val2014": "pope/val2014",
+        **{f"pope/coco_pope_{p}.json": f"pope/coco/coco_pope_{p}.json" for p in ("random", "popular", "adversarial")},
+    }
+    for old, new in moved.items():
+        (place / new).parent.mkdir(parents=True, exist_ok=True)
+        (place / new).symlink_to(published / old)
+    short = "\nAnswer the question using a single word or phrase."
+    rows = [
+        {"question_id": n, "image": f"COCO_test2015_{n:012d}.jpg", "text": f"What is number {n}?{short}"}
+        for n in (1, 2, 3)
+    ]
+    _json_lines(place / "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", rows)
+    more = {"question_id": 4, "image": "COCO_test2015_000000000001.jpg", "text": f"Why?{short}"}
+    _json_lines(place / "vqav2/llava_vqav2_mscoco_test2015.jsonl", [*rows, more])
+    prompts = [
+        {"question_id": "i0", "text": f"What brand?\nReference OCR token: NOKIA, 3310{short}"},
+        {"question_id": "i1", "text": f"What number?\nReference OCR token: {short}"},
+    ]
+    _json_lines(place / "textvqa/llava_textvqa_val_v051_ocr.jsonl", prompts)
+    return root
+
+
+def _json_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def answer(question) -> str:
     """Return the scripted answer to a question; test splits share the script of their benchmark."""
     place = Path(question.image.partition("#")[0])
-    names = {*BENCHMARKS} & {*place.parts}
+    names = {*BENCHMARKS} & {part.lower() for part in place.parts} - {"mmbench-cn"}
     name = "mmbench-cn" if "_cn_" in place.name else next(iter(names))
     return ANSWERS[name][question.id.replace("test_", "validation_")]

@@ -109,6 +109,38 @@ def vqa_consensus(prediction, people):
     return total / len(people)
 
 
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def vqa_server(submitted, people):
+    """The score of a submitted answer by vqaEval.py: texts are changed only where people differ; then `vqa_consensus`."""
+
+    def changed(text):
+        out = ""
+        for place, character in enumerate(text):
+            if character == "." and not text[place + 1 : place + 2].isdigit():
+                continue
+            if character in ';/[]"{}()=+\\_-><@`,?!':
+                # Of equal marks, one beside a space removes all; so does a number with a comma, for every mark.
+                beside = character + " " in text or " " + character in text
+                comma = any(
+                    a.isdigit() and m == "," and b.isdigit() for a, m, b in zip(text, text[1:], text[2:], strict=False)
+                )
+                out += "" if beside or comma else " "
+            else:
+                out += character
+        numbers = {word: str(n) for n, word in enumerate(_NUMBERS)}
+        words = [numbers.get(word, word) for word in out.lower().split()]
+        spelt = {"dont": "don't", "none": "0"}
+        return " ".join(spelt.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+    people = [text.replace("\n", " ").replace("\t", " ").strip() for text in people]
+    submitted = submitted.replace("\n", " ").replace("\t", " ").strip()
+    if any(text != people[0] for text in people):
+        people, submitted = [changed(text) for text in people], changed(submitted)
+    return vqa_consensus(submitted, people)
+
+
 def gram(rows: Tensor) -> list[list[Tensor]]:
     """z zᵀ, entry by entry."""
     return [[(a * b).sum() for b in rows] for a in rows]

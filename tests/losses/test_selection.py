@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from spectra import SPECTRA, assert_leads
 
 from switchkd.losses import selection
-from switchkd.losses.selection import kneedle, leading_entries, top_of_rows
+from switchkd.losses.selection import kneedle, leading_entries, top_of_rows, tops_and_knees
 
 
 def normal(positions, rows, seed=0, dtype=torch.float32):
@@ -55,6 +55,18 @@ def test_tops_are_those_of_a_stable_sort(spectrum, count):
     z = SPECTRA[spectrum](normal(4, 3000))
     expected = z.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     assert torch.equal(top_of_rows(z, count), expected)
+
+
+@pytest.mark.parametrize("in_numpy", (True, False))
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("count", (0, 1, 8, 2500, 3000))
+def test_tops_and_knees_at_once(spectrum, count, in_numpy, monkeypatch):
+    z = SPECTRA[spectrum](normal(4, 3000))
+    expected = z.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    if not in_numpy:
+        monkeypatch.setattr(selection, "_in_numpy", lambda rows: False)
+    ids, k = tops_and_knees(z, count)
+    assert torch.equal(ids, expected) and k.tolist() == [reference.knee(row) for row in z]
 
 
 @pytest.mark.parametrize("window", (2, 5, 300, 4000))

@@ -11,6 +11,7 @@ import reference
 import tiny
 import torch
 import training
+import varlen
 from hypothesis import given
 from hypothesis import strategies as st
 from training import Stop, assert_equal_runs, assert_same_weights, history, interrupt_after, two_processes, weights
@@ -32,7 +33,7 @@ from switchkd.data.templates import TEMPLATES
 from switchkd.errors import ConfigError
 from switchkd.fingerprints import digest_sample
 from switchkd.losses.objective import Objective
-from switchkd.models import block_attention
+from switchkd.models import block_attention, varlen_attention
 from switchkd.models.block_attention import attend_in_blocks, enable_packing, uses_block_attention
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.packing import into_rows, layout, out_of_rows, pack_rows, positions_in_rows
@@ -144,7 +145,7 @@ def terms_and_gradients(student, teacher, batch, source="live", blocks=False, **
     model = load_model(open_checkpoint(student), dtype="float64").train()
     whole = freeze(load_model(open_checkpoint(teacher), dtype="float64"))
     for each in (model, whole) if blocks else ():
-        enable_packing(each.model.language_model, "here")
+        enable_packing(each.model.language_model, "here", varlen=blocks == "varlen")
         assert uses_block_attention(each.model.language_model)
     trainer = SwitchTrainer(
         objective=Objective(**of_objective),
@@ -180,14 +181,28 @@ def alone(awkward, student, teacher):
     return terms, {name: sum(gradients[name] for _, gradients in found if name in gradients) for name in names}
 
 
-@pytest.mark.parametrize("blocks", (False, True), ids=("masks", "blocks"))
+@pytest.fixture
+def kernel(monkeypatch):
+    """The variable-length kernel's stand-in; its calls are counted."""
+    calls = []
+
+    def count(*given, **options):
+        calls.append(given)
+        return varlen.varlen_attn(*given, **options)
+
+    monkeypatch.setattr(varlen_attention, "kernel_for", lambda device, dtype: count)
+    return calls
+
+
+@pytest.mark.parametrize("blocks", (False, True, "varlen"), ids=("masks", "blocks", "varlen"))
 @pytest.mark.parametrize("row_tokens", ROW_TOKENS.values(), ids=ROW_TOKENS)
-def test_loss_and_gradients_are_those_of_samples_alone(awkward, alone, student, teacher, row_tokens, blocks):
+def test_loss_and_gradients_are_those_of_samples_alone(awkward, alone, student, teacher, row_tokens, blocks, kernel):
     """Against every sample in a batch of its own: no padding, no neighbour, a sum over batches."""
     batch = Collator(0, row_tokens=row_tokens)([(sample, 0) for sample in awkward])
     assert sorted(len(sample.input_ids) for sample in awkward) == [3, 4, 5, 7, 11, 11, 11, 11, 17]
     assert batch["packing"].shape[0] == {2: 9, 14: 7, 32: 3, 10_000: 1}[row_tokens]
     found = terms_and_gradients(student, teacher, batch, blocks=blocks)
+    assert bool(kernel) == (blocks == "varlen")
     assert found[1].keys() >= alone[1].keys()  # the blank image adds gradients of 0
     assert_equal((found[0], {name: found[1][name] for name in alone[1]}), alone)
     assert not any(gradient.any() for name, gradient in found[1].items() if name not in alone[1])
@@ -234,11 +249,11 @@ def running_on(attention_mask, source):
     return torch.arange(source.shape[1]).expand(source.shape)
 
 
-@pytest.mark.parametrize("blocks", (False, True), ids=("masks", "blocks"))
+@pytest.mark.parametrize("blocks", (False, True, "varlen"), ids=("masks", "blocks", "varlen"))
 @pytest.mark.parametrize(
     ("where", "changed"), [("switchkd.models.packing", (0, 1, 2, 3)), ("switchkd.models.switch", (0, 3))]
 )
-def test_a_plain_causal_mask_gives_another_loss(awkward, student, teacher, monkeypatch, where, changed, blocks):
+def test_a_plain_causal_mask_gives_another_loss(awkward, student, teacher, monkeypatch, where, changed, blocks, kernel):
     """What the tests above would find if samples saw each other, on the standard pathways or on the switch pathway."""
     batch = Collator(0, row_tokens=10_000)([(sample, 0) for sample in awkward])
     right = terms_and_gradients(student, teacher, batch, blocks=blocks)[0]

@@ -13,6 +13,8 @@ from training import history
 from switchkd.losses import LMHead, dbild_loss, fused_dbild
 from switchkd.losses.selection import leading_entries, top_of_rows
 from switchkd.losses.signals import DenseSignal, HiddenSignal
+from switchkd.models.block_attention import attend_in_blocks
+from switchkd.models.varlen_attention import attend_varlen, check_kernel
 from switchkd.pipelines.capture.audit import audit
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import AuditOptions, CacheOptions
@@ -23,7 +25,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run by `make test-gpu`"),
 ]
-cached, options = training.cached, training.options
+cached, hidden, options = training.cached, training.hidden, training.options
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -137,3 +139,54 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(options, monkeypatch):
     train(options)
     folders = [options.output, options.output.with_name("whole")]
     training.assert_same_weights(*map(training.weights, folders), rtol=1e-5, atol=1e-6)
+
+
+NEAR = {"rel": 3e-2, "abs": 5e-3}  # losses of runs that round otherwise; a knee of one position moves
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"packing": 10_000, "experimental": "varlen-attention"},
+        {"packing": 14, "experimental": "varlen-attention", "student_checkpointing": True, "teacher_checkpointing": True},
+        {"experimental": "triton-selection"},
+        {"experimental": "compile-layers"},
+        {"precision": "bfloat16-copies"},
+        {"precision": "bfloat16-copies", "packing": 10_000, "vsd_share": 0.5,
+         "experimental": "varlen-attention,triton-selection,compile-layers"},
+    ],
+    ids=("varlen", "varlen, checkpointed", "triton", "compiled", "copies", "all"),
+)  # fmt: skip
+def test_every_way_of_a_step_gives_the_run_of_the_usual_one(options, hidden, changed, monkeypatch):
+    usual = replace(options, cache=hidden, precision="bfloat16", vsd_share=changed.get("vsd_share"))
+    train(replace(usual, output=options.output.with_name("usual")))
+    other = replace(usual, **changed)
+    train(replace(other, output=options.output.with_name("whole")))
+    found, wanted = (history(options.output.with_name(name)) for name in ("whole", "usual"))
+    for mine, expected in zip(found, wanted, strict=True):
+        assert mine == pytest.approx(expected, **NEAR)
+    with monkeypatch.context() as patch:
+        training.interrupt_after(patch, 3)
+        with pytest.raises(training.Stop):
+            train(other)
+    train(other)
+    for mine, expected in zip(history(other.output), found, strict=True):
+        assert mine == pytest.approx(expected, **NEAR)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("kv_heads", (4, 2, 1))
+def test_the_variable_length_kernel_is_attention_of_one_sample_at_a_time(dtype, kv_heads):
+    check_kernel(torch.device("cuda"))
+    samples = [[300, 1, 211], [512], [64] * 8]
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in samples]).cuda()
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 4 // kv_heads
+    shapes = [(3, heads, 512, 64) for heads in (4, kv_heads, kv_heads)]
+    leaves = [normal(*shape, seed=seed).cuda().to(dtype).requires_grad_() for seed, shape in enumerate(shapes)]
+    results = []
+    for attend in (attend_varlen, attend_in_blocks):
+        found, _ = attend(module, *leaves, None, position_ids=position_ids, scaling=0.1)
+        results.append([found, *torch.autograd.grad(found.float().square().sum(), leaves)])
+    for mine, expected in zip(*results, strict=True):
+        assert (mine.float() - expected.float()).norm() < 2e-2 * expected.float().norm()

@@ -72,7 +72,7 @@ def test_a_steps_samples_do_not_depend_on_how_they_are_divided(grouping, process
     steps = 3 * 400 // 8
     taken = [list(StepBatches(order, steps, batch, accumulation, process, processes)) for process in range(processes)]
     assert {len(batches) for batches in taken} == {steps * accumulation}
-    expected = np.concatenate([order.epoch(epoch) for epoch in range(3)]).reshape(-1, 8)
+    expected = np.concatenate([order.epoch(epoch) + 400 * epoch for epoch in range(3)]).reshape(-1, 8)
     for step, global_batch in enumerate(expected):
         micro = range(step * accumulation, (step + 1) * accumulation)
         assert sorted(i for process in taken for m in micro for i in process[m]) == sorted(global_batch)
@@ -88,7 +88,7 @@ def test_epochs_that_do_not_fill_their_last_step_go_over_into_the_next(samples):
             sorted(i for part in taken for m in part[s * accumulation : (s + 1) * accumulation] for i in m)
             for s in range(6)
         ]
-        stream = np.concatenate([order.epoch(epoch) for epoch in range(48 // samples + 1)])[:48]
+        stream = np.concatenate([order.epoch(epoch) + samples * epoch for epoch in range(48 // samples + 1)])[:48]
         assert steps == np.sort(stream.reshape(6, 8), axis=1).tolist()
 
 

@@ -43,7 +43,7 @@ def test_live_needs_the_teacher_and_one_image_processor(options, student, tmp_pa
         ({"template": "plain"}, StoreMismatch, "template name: store 'qa', here 'plain'"),
         ({"max_length": 99}, StoreMismatch, "maximum length: store 2048, here 99"),
         ({"window": 16}, ConfigError, "--window 16 looks beyond the 15 logits"),
-        ({"precision": "fp8"}, ConfigError, "precision is float32 or bfloat16"),
+        ({"precision": "fp8"}, ConfigError, "precision is one of float32, bfloat16, bfloat16-copies"),
         ({"trainer": {"no_such": 1}}, ConfigError, "trainer: no_such is not an argument of"),
         ({"schedule": "zigzag"}, ConfigError, "schedule is one of linear, cosine, .*, got 'zigzag'"),
     ],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import RunError
-from switchkd.losses.selection import kneedle, top_of_rows
+from switchkd.losses.selection import tops_and_knees
 from switchkd.stores import Payload
 from switchkd.stores.layout import STAT_COLUMNS
 
@@ -54,16 +54,21 @@ def pack_logits(logits: Tensor, top_k: int, hidden: Tensor | None = None) -> Ten
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"a capture needs float32 logits, got {logits.dtype}")
     logits = logits.float()
-    ids = top_of_rows(logits, top_k)
+    ids, knee = tops_and_knees(logits, top_k)
+    top = logits.gather(-1, ids)
+    tail = logits.logsumexp(-1) if not top_k else logits.scatter(-1, ids, -torch.inf).logsumexp(-1)
     columns = {
         "z_max": logits.amax(-1),
         "z_min": logits.amin(-1),
-        "logsumexp": logits.logsumexp(-1),
-        "tail_logsumexp": logits.scatter(-1, ids, -torch.inf).logsumexp(-1),
-        "knee": kneedle(logits).float(),
+        "logsumexp": torch.logaddexp(top.logsumexp(-1), tail) if top_k else tail,
+        "tail_logsumexp": tail,
+        "knee": knee.float(),
     }
-    pieces = [torch.stack([columns[name] for name in STAT_COLUMNS], dim=-1)]
-    pieces += [ids.to(torch.int32).view(torch.float32), logits.gather(-1, ids)]
+    pieces = [
+        torch.stack([columns[name] for name in STAT_COLUMNS], dim=-1),
+        ids.to(torch.int32).view(torch.float32),
+        top,
+    ]
     if hidden is not None:
         pieces.append(hidden.float())
     return torch.cat(pieces, dim=-1)

@@ -71,6 +71,8 @@ class Split:
 
     files: tuple[str, ...]
     scored: bool = True  # False: its answers are not public, so the run ends with a submission file
+    # Of those that LLaVA's folder playground/data/eval has elsewhere: where, below that folder. A .jsonl holds LLaVA's own rows.
+    llava: Mapping[str, str] = field(default_factory=dict)
 
 
 def percent(means: Means) -> NDArray[np.float64]:
@@ -94,10 +96,11 @@ class Benchmark:
         name: as in `--task`. title: its column in the table. folder: its folder below `--benchmarks`.
         metric: a description of the score. home: where to get the data. source: paper and official script of the rule.
         splits: by name; the first is the default.
-        read: (folder, split) → questions. judge: the answers of one unit, in the order of its questions → its values.
+        read: (files as `layouts.find_files` returns them, split) → questions.
+        judge: the answers of one unit, in the order of its questions → its values.
         headline: means by stratum → score, 0 … 100. details: units → further metrics, 0 … 100 unless the name says otherwise.
         interval: "wilson" where the score is a share of right units, else "bootstrap".
-        submit: (questions, predictions by id, folder, output folder) → the submission file in the official format.
+        submit: (questions, predictions by id, files, output folder) → the submission file in the official format.
     """
 
     name: str
@@ -107,26 +110,12 @@ class Benchmark:
     home: str
     source: str
     splits: Mapping[str, Split]
-    read: Callable[[Path, str], list[Question]]
+    read: Callable[[Mapping[str, Path], str], list[Question]]
     judge: Callable[[Sequence[Answer]], tuple[float, ...]]
     headline: Callable[[Means], NDArray[np.float64]] = percent
     details: Callable[[Sequence[Unit]], dict[str, float]] = by_group
     interval: Literal["wilson", "bootstrap"] = "wilson"
-    submit: Callable[[Sequence[Question], Mapping[str, str], Path, Path], Path] | None = None
-
-
-def require_files(benchmark: Benchmark, root: Path, split: str) -> Path:
-    """Return the benchmark's folder; raises DataError that names the first missing file or folder."""
-    folder = root / benchmark.folder
-    for name in benchmark.splits[split].files:
-        path = folder / name
-        if not (path.is_dir() if name.endswith("/") else any(folder.glob(name))):
-            kind = "folder" if name.endswith("/") else "file"
-            raise DataError(
-                f"{benchmark.name} ({split}) needs the {kind} {path}, which is not there; "
-                f"`switchkd eval --list` tells where the data can be had"
-            )
-    return folder
+    submit: Callable[[Sequence[Question], Mapping[str, str], Mapping[str, Path], Path], Path] | None = None
 
 
 def units_of(benchmark: Benchmark, questions: Iterable[Question], predictions: Mapping[str, str]) -> list[Unit]:
@@ -161,6 +150,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a file with one JSON value in each line that is not empty; raises DataError that names the line."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines()):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise DataError(f"{path} line {number + 1} is not JSON: {error}") from None
+    return rows
 
 
 def write_submission(output: Path, name: str, content: Any) -> Path:

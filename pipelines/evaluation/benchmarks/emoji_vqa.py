@@ -3,7 +3,7 @@
 A question is asked as its data file has it. The four rotations of a choice are one unit, as in MMBench.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +44,15 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
-def _read(folder: Path, split: str) -> list[Question]:
-    path = folder / f"{split}.json"
+def _read(files: Mapping[str, Path], split: str) -> list[Question]:
+    path = files[f"{split}.json"]
     rows = read_json(path)
     try:
         return [
             Question(
                 id=row["id"],
                 text=row["conversations"][0]["value"].removeprefix("<image>\n"),
-                **image_file(folder / "images", row["image"]),
+                **image_file(files["images/"], row["image"]),
                 reference=row["conversations"][1]["value"],
                 unit=row.get("unit", ""),
                 stratum=row["question_type"],

@@ -4,7 +4,7 @@ Hudson and Manning 2019; official script eval.py, accuracy. As LLaVA's convert_g
 loses its final full stop before it is compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from switchkd.pipelines.evaluation.benchmarks.base import (
@@ -24,13 +24,13 @@ def exact_match(answers: Sequence[Answer]) -> tuple[float, ...]:
     return (float(answer.prediction.rstrip(".").lower() == answer.reference),)
 
 
-def _read(folder: Path, split: str) -> list[Question]:
-    rows = read_json(folder / f"{split}_balanced_questions.json")
+def _read(files: Mapping[str, Path], split: str) -> list[Question]:
+    rows = read_json(files[f"{split}_balanced_questions.json"])
     return [
         Question(
             id=name,
             text=row["question"] + SHORT_ANSWER,
-            **image_file(folder / "images", f"{row['imageId']}.jpg"),
+            **image_file(files["images/"], f"{row['imageId']}.jpg"),
             reference=row["answer"],
             group=row.get("types", {}).get("structural", ""),
         )
@@ -38,6 +38,7 @@ def _read(folder: Path, split: str) -> list[Question]:
     ]
 
 
+_FILES = ("testdev_balanced_questions.json", "images/")
 GQA = Benchmark(
     name="gqa",
     title="GQA",
@@ -45,7 +46,7 @@ GQA = Benchmark(
     metric="exact match",
     home="cs.stanford.edu/people/dorarad/gqa (questions 1.2, images)",
     source="Hudson and Manning 2019; eval.py",
-    splits={"testdev": Split(("testdev_balanced_questions.json", "images/"))},
+    splits={"testdev": Split(_FILES, llava={name: f"gqa/data/{name}" for name in _FILES})},
     read=_read,
     judge=exact_match,
 )

@@ -1,8 +1,8 @@
 """MMBench, English and Chinese: a question counts only if it is answered right under every rotation of its options.
 
 Liu et al. 2023, circular evaluation; the option is read from an answer by the exact-matching rules of the official evaluation
-(VLMEvalKit, `can_infer`): a letter that stands alone, else the one option whose text the answer repeats. For answers with
-neither, the official server may also query a language model; here they count as wrong.
+(VLMEvalKit, `can_infer`, without its variable VERBOSE): a letter that stands alone, else the one option whose text the answer
+repeats. For answers with neither, the official server may also query a language model; here they count as wrong.
 """
 
 import base64
@@ -33,15 +33,29 @@ OPTION_LETTER_CN = "\n请直接回答选项字母。"
 # An image column at most this long contains the index of the row that has the image.
 LONGEST_INDEX = 64
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+# Answers with one of these choose no option, whatever else is in them.
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
 
 
 def option_in(text: str, options: Mapping[str, str]) -> str:
-    """Return the letter of the option that an answer names, or ""."""
+    """Return the letter of the option that an answer names, or "", by the rules of VLMEvalKit's `can_infer`.
+
+    A letter counts if no other one stands alone and it is among the last five words. Otherwise the only option counts whose text is
+    in the answer, if that is at most twice as long as all options together. "Z" alone and the known refusals choose nothing.
+    """
+    if any(refusal in text for refusal in _REFUSALS):
+        return ""
     words = text.translate(_MARKS).split()
     letters = [letter for letter in options if letter in words]
-    # In a longer answer a single "A" may be the article.
-    if len(letters) == 1 and not (letters == ["A"] and len(words) > 3):
+    if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
         return letters[0]
+    if (not letters and "Z" in words) or len(text) > 2 * sum(map(len, options.values())):
+        return ""
     named = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return named[0] if len(named) == 1 else ""
 
@@ -58,11 +72,11 @@ def details(units: Sequence[Unit]) -> dict[str, float]:
     return vanilla | by_group(units)
 
 
-def _reader(files: Mapping[str, str], suffix: str) -> Callable[[Path, str], list[Question]]:
-    def read(folder: Path, split: str) -> list[Question]:
+def _reader(files: Mapping[str, str], suffix: str) -> Callable[[Mapping[str, Path], str], list[Question]]:
+    def read(found: Mapping[str, Path], split: str) -> list[Question]:
         if split == "test":
             _need_openpyxl()
-        path = folder / files[split]
+        path = found[files[split]]
         rows = _rows_of(path)
         if not any(index >= ROTATION for index in rows):
             raise DataError(
@@ -117,7 +131,9 @@ def _need_openpyxl() -> Any:
     return openpyxl
 
 
-def _submit(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
+def _submit(
+    questions: Sequence[Question], predictions: Mapping[str, str], files: Mapping[str, Path], output: Path
+) -> Path:
     """Write the spreadsheet for the official server: one row per rotation, with its prediction."""
     book = _need_openpyxl().Workbook(write_only=True)
     sheet = book.create_sheet()
@@ -130,7 +146,7 @@ def _submit(questions: Sequence[Question], predictions: Mapping[str, str], folde
     return path
 
 
-def _mmbench(name: str, title: str, files: Mapping[str, str], suffix: str) -> Benchmark:
+def _mmbench(name: str, title: str, files: Mapping[str, str], suffix: str, llava: str = "") -> Benchmark:
     return Benchmark(
         name=name,
         title=title,
@@ -138,7 +154,10 @@ def _mmbench(name: str, title: str, files: Mapping[str, str], suffix: str) -> Be
         metric="circular accuracy",
         home="github.com/open-compass/MMBench (tab-separated files with images inside)",
         source="Liu et al. 2023; circular evaluation with exact matching (VLMEvalKit)",
-        splits={split: Split((file,), scored=split != "test") for split, file in files.items()},
+        splits={
+            split: Split((file,), scored=split != "test", llava={file: f"{llava}/{file}"} if llava else {})
+            for split, file in files.items()
+        },
         read=_reader(files, suffix),
         judge=judge,
         details=details,
@@ -154,4 +173,5 @@ MMBENCH_CN = _mmbench(
     "MMB-CN",
     {"dev": "mmbench_dev_cn_20231003.tsv", "test": "mmbench_test_cn_20231003.tsv"},
     OPTION_LETTER_CN,
+    llava="mmbench_cn",
 )

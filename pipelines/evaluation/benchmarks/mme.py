@@ -5,7 +5,7 @@ images, both answers right) points: 2,000 in the ten perception tasks, 800 in th
 its short-answer line stands in the place of MME's own "Please answer yes or no."
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +84,10 @@ def _points(means: NDArray[np.float64]) -> NDArray[np.float64]:
     return 100 * means.sum(axis=-1)  # type: ignore[no-any-return]
 
 
-def _read(folder: Path, split: str) -> list[Question]:
+def _read(files: Mapping[str, Path], split: str) -> list[Question]:
     out = []
     for task in (*PERCEPTION, *COGNITION):
-        place = folder / ROOT / task
+        place = files[f"{ROOT}/{task}/"]
         # Five tasks have images and questions in two folders, the others in one.
         apart = (place / "questions_answers_YN").is_dir()
         texts = sorted((place / "questions_answers_YN" if apart else place).glob("*.txt"))
@@ -114,6 +114,7 @@ def _read(folder: Path, split: str) -> list[Question]:
     return out
 
 
+_FOLDERS = tuple(f"{ROOT}/{task}/" for task in (*PERCEPTION, *COGNITION))
 MME = Benchmark(
     name="mme",
     title="MME",
@@ -121,7 +122,7 @@ MME = Benchmark(
     metric="perception, % of 2,000 points",
     home="github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation (on request to its authors)",
     source="Fu et al. 2023; eval_tool/calculation.py",
-    splits={"test": Split(tuple(f"{ROOT}/{task}/" for task in (*PERCEPTION, *COGNITION)))},
+    splits={"test": Split(_FOLDERS, llava={name: f"MME/{name}" for name in _FOLDERS})},
     read=_read,
     judge=judge,
     headline=headline,

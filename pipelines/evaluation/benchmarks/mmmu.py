@@ -114,13 +114,14 @@ def details(units: Sequence[Unit]) -> dict[str, float]:
     return guessed | by_group(units)
 
 
-def _read(folder: Path, split: str) -> list[Question]:
+def _read(files: Mapping[str, Path], split: str) -> list[Question]:
     import pyarrow.parquet
 
     out = []
     for subject in SUBJECTS:
         columns = ["id", "question", "options", "answer", "question_type", "image_1"]
-        for path in sorted((folder / subject).glob(f"{split}-*.parquet")):
+        pattern = files[f"{subject}/{split}-*.parquet"]
+        for path in sorted(pattern.parent.glob(pattern.name)):
             try:
                 rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
             except (pyarrow.ArrowException, OSError) as error:
@@ -158,7 +159,9 @@ def _image_of(row: Mapping[str, Any]) -> bytes:
     return bytes(data)
 
 
-def _submit(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
+def _submit(
+    questions: Sequence[Question], predictions: Mapping[str, str], files: Mapping[str, Path], output: Path
+) -> Path:
     """Write {id: answer}: the parsed letter of a multiple choice, the text of an open answer."""
     rows = {}
     for q in questions:

@@ -5,7 +5,7 @@ Li et al. 2023; official script evaluate.py. The headline is the mean F1 of the 
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +73,10 @@ def _figures(means: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def _read(folder: Path, split: str) -> list[Question]:
+def _read(files: Mapping[str, Path], split: str) -> list[Question]:
     out = []
     for part in PARTS:
-        path = folder / f"coco_pope_{part}.json"
+        path = files[f"coco_pope_{part}.json"]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             try:
                 row = json.loads(line)
@@ -84,7 +84,7 @@ def _read(folder: Path, split: str) -> list[Question]:
                     Question(
                         id=f"{part}/{row['question_id']}",
                         text=row["text"] + SHORT_ANSWER,
-                        **image_file(folder / "val2014", row["image"]),
+                        **image_file(files["val2014/"], row["image"]),
                         reference=row["label"],
                         stratum=part,
                     )
@@ -94,6 +94,7 @@ def _read(folder: Path, split: str) -> list[Question]:
     return out
 
 
+_TABLES = tuple(f"coco_pope_{part}.json" for part in PARTS)
 POPE = Benchmark(
     name="pope",
     title="POPE",
@@ -101,7 +102,7 @@ POPE = Benchmark(
     metric="F1 of yes, mean of random, popular and adversarial",
     home="github.com/AoiDragon/POPE, output/coco; images: COCO val2014 (a link to those of VQAv2 will do)",
     source="Li et al. 2023; evaluate.py",
-    splits={"coco": Split((*(f"coco_pope_{part}.json" for part in PARTS), "val2014/"))},
+    splits={"coco": Split((*_TABLES, "val2014/"), llava={name: f"pope/coco/{name}" for name in _TABLES})},
     read=_read,
     judge=judge,
     headline=headline,

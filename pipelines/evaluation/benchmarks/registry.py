@@ -6,6 +6,7 @@ from switchkd.errors import ConfigError
 from switchkd.pipelines.evaluation.benchmarks.base import Benchmark
 from switchkd.pipelines.evaluation.benchmarks.emoji_vqa import EMOJI_VQA
 from switchkd.pipelines.evaluation.benchmarks.gqa import GQA
+from switchkd.pipelines.evaluation.benchmarks.layouts import LLAVA, places_of
 from switchkd.pipelines.evaluation.benchmarks.mmbench import MMBENCH, MMBENCH_CN
 from switchkd.pipelines.evaluation.benchmarks.mme import MME
 from switchkd.pipelines.evaluation.benchmarks.mmmu import MMMU
@@ -45,7 +46,11 @@ def parse_tasks(names: Sequence[str]) -> list[tuple[Benchmark, str]]:
 
 def describe() -> str:
     """Return, for every benchmark, where to get its data and which files each split needs below the folder `--benchmarks`."""
-    lines = []
+    lines = [
+        "Files below the folder --benchmarks. Where there are two, the first is its publisher's layout, the second that of",
+        f"LLaVA's {LLAVA}, which may be the folder itself, or be below it.",
+        "",
+    ]
     for benchmark in BENCHMARKS.values():
         lines += [
             f"{benchmark.name}: {benchmark.metric}",
@@ -55,7 +60,10 @@ def describe() -> str:
         for split, needs in benchmark.splits.items():
             end = "" if needs.scored else " (submission file, no score: its answers are not public)"
             lines.append(f"  {benchmark.name}:{split}{end}")
-            lines += [f"    {benchmark.folder}/{file}" for file in _folded(needs.files)]
+            lines += [
+                "    " + " or ".join(places_of(benchmark, split, file)) if file in needs.files else f"    {file}"
+                for file in _folded(needs.files)
+            ]
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -11,7 +11,7 @@ A run's folder contains, for every requested benchmark and split, `NAME-SPLIT/` 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class Result:
     note: str
     submission: str | None  # path below the run's folder
     fingerprint: str  # of questions and references
+    split_units: int | None = None  # of the whole split; None in results of earlier versions
+    limited_to: int | None = None  # units in the sample that `--limit` asked; None: the whole split was asked
 
 
 def folder_name(name: str, split: str) -> str:
@@ -53,15 +55,16 @@ def score(
     benchmark: Benchmark,
     split: str,
     questions: Sequence[Question],
+    strata: Collection[str],
     units: Sequence[Unit],
     failed: dict[str, int],
     digest: str,
 ) -> Result:
-    """Compute a result from scored units."""
-    empty = {q.stratum for q in questions} - {u.stratum for u in units}
+    """Compute a result from scored units; `strata` are those of the whole split, each of which needs a unit."""
+    empty = set(strata) - {u.stratum for u in units}
     note, figure, interval = "", None, None
     if not benchmark.splits[split].scored:
-        note = "answers are not public: see the submission file"
+        note = "answers are not public"
     elif empty:
         note = "no answer at all" if not units else f"no answer in {', '.join(sorted(empty))}"
     else:

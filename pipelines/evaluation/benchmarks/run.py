@@ -16,15 +16,18 @@ from switchkd.errors import ConfigError, DataError, InputError
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
-from switchkd.pipelines.evaluation.benchmarks.base import Benchmark, Question, fingerprint, require_files, units_of
+from switchkd.pipelines.evaluation.benchmarks.base import Benchmark, Question, fingerprint, units_of
+from switchkd.pipelines.evaluation.benchmarks.layouts import Files, find_files
 from switchkd.pipelines.evaluation.benchmarks.registry import parse_tasks
 from switchkd.pipelines.evaluation.benchmarks.results import Result, folder_name, score, write_result
 from switchkd.pipelines.evaluation.benchmarks.scoreboard import write_scoreboard
 from switchkd.pipelines.evaluation.generation import GreedyGenerator, encoded_batches, read_lines
 from switchkd.pipelines.evaluation.options import BenchmarkOptions
+from switchkd.pipelines.evaluation.sampling import sample_of
 from switchkd.pipelines.model_template import template_of_model
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import PREDICTIONS, RECORD, record, write_atomically
+from switchkd.waits import Waiting
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,12 @@ class Task:
 
     benchmark: Benchmark
     split: str
-    questions: list[Question]
-    digest: str
-    data: Path  # the benchmark's files
+    questions: list[Question]  # of the sample, if `--limit` leaves some out
+    strata: frozenset[str]  # of the whole split
+    split_units: int  # in the whole split
+    limited_to: int | None  # units in the sample; None: the whole split is asked
+    digest: str  # of the whole split
+    data: Files
     folder: Path  # its results
 
 
@@ -48,33 +54,49 @@ def run_benchmarks(options: BenchmarkOptions) -> str:
     Raises:
         InputError: a file is missing, a task is unknown, or `output` holds answers of another model or to other questions.
     """
-    tasks = _read_tasks(options)
+    tasks = read_tasks(options)
     if options.score_only:
         for task in tasks:
             _check_record(task)
     else:
         _answer_all(tasks, options)
     for task in tasks:
-        _score(task)
-    return write_scoreboard(options.output, options.baseline)
+        with Waiting(f"scoring {task.benchmark.name} ({task.split})"):
+            _score(task)
+    with Waiting("comparing with the baseline" if options.baseline else "writing the table"):
+        return write_scoreboard(options.output, options.baseline)
 
 
-def _read_tasks(options: BenchmarkOptions) -> list[Task]:
+def read_tasks(options: BenchmarkOptions) -> list[Task]:
     """Read all questions first, so that a missing file of the last benchmark is reported before work on the first begins."""
     parsed = parse_tasks(options.tasks)
-    folders = [require_files(benchmark, options.benchmarks, split) for benchmark, split in parsed]
+    found = [find_files(benchmark, options.benchmarks, split) for benchmark, split in parsed]
     tasks = []
-    for (benchmark, split), data in zip(parsed, folders, strict=True):
+    for (benchmark, split), data in zip(parsed, found, strict=True):
         try:
-            questions = benchmark.read(data, split)
+            with Waiting(f"reading the questions of {benchmark.name} ({split})"):
+                questions = benchmark.read(data, split)
         except (KeyError, TypeError, IndexError) as error:
             raise DataError(f"{benchmark.name} ({split}): a file is not in the published format: {error!r}") from error
         if len({question.id for question in questions}) != len(questions) or not questions:
             raise DataError(
                 f"{benchmark.name} ({split}): expected questions with ids of their own, found {len(questions)}"
             )
-        folder = options.output / folder_name(benchmark.name, split)
-        tasks.append(Task(benchmark, split, questions, fingerprint(questions), data, folder))
+        units = {question.unit_id: question.stratum for question in questions}
+        chosen = sample_of(units, options.limit)
+        tasks.append(
+            Task(
+                benchmark,
+                split,
+                [question for question in questions if question.unit_id in chosen],
+                frozenset(units.values()),
+                len(units),
+                len(chosen) if len(chosen) < len(units) else None,
+                fingerprint(questions),
+                data,
+                options.output / folder_name(benchmark.name, split),
+            )
+        )
     return tasks
 
 
@@ -164,13 +186,20 @@ def _check_record(task: Task) -> None:
 
 
 def _score(task: Task) -> Result:
-    lines = read_lines(task.folder / PREDICTIONS, "id").values()
+    asked = {question.id for question in task.questions}
+    lines = [line for line in read_lines(task.folder / PREDICTIONS, "id").values() if line["id"] in asked]
     failed = dict(Counter(line["failed"] for line in lines if "failed" in line))
     predictions: Mapping[str, str] = {line["id"]: line["prediction"] for line in lines if "prediction" in line}
     benchmark, scored = task.benchmark, task.benchmark.splits[task.split].scored
     units = units_of(benchmark, task.questions, predictions) if scored else []
-    result = score(benchmark, task.split, task.questions, units, failed, task.digest)
-    if not scored and benchmark.submit is not None:
+    result = replace(
+        score(benchmark, task.split, task.questions, task.strata, units, failed, task.digest),
+        split_units=task.split_units,
+    )
+    if task.limited_to is not None:
+        note = f"a sample of {task.limited_to:,} of {task.split_units:,}"
+        result = replace(result, limited_to=task.limited_to, note="; ".join(filter(None, (result.note, note))))
+    elif not scored and benchmark.submit is not None:
         path = benchmark.submit(task.questions, predictions, task.data, task.folder)
         result = replace(result, submission=str(path.relative_to(task.folder.parent)))
     write_result(task.folder, result, units)

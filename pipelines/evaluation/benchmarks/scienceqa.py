@@ -4,7 +4,7 @@ Lu et al. 2022; parsing as in LLaVA's eval_science_qa.py, whose accuracy the pap
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from switchkd.pipelines.evaluation.benchmarks.base import (
@@ -20,7 +20,8 @@ from switchkd.pipelines.evaluation.benchmarks.base import (
 
 LETTERS = "ABCDE"
 _STARTS = re.compile(rf"([{LETTERS}])\. ")
-_SAYS = re.compile(rf"The answer is ([{LETTERS}])")
+# In this order: one with a full stop has priority over an earlier one without.
+_SAYS = (re.compile(rf"The answer is ([{LETTERS}])\."), re.compile(rf"The answer is ([{LETTERS}])"))
 
 
 def letter_of(text: str) -> str:
@@ -28,7 +29,7 @@ def letter_of(text: str) -> str:
     text = text.replace("\n", ". ")
     if text.strip() in set(LETTERS):
         return text.strip()
-    found = _STARTS.match(text) or _SAYS.search(text)
+    found = _STARTS.match(text) or _SAYS[0].search(text) or _SAYS[1].search(text)
     return found.group(1) if found else ""
 
 
@@ -38,10 +39,10 @@ def judge(answers: Sequence[Answer]) -> tuple[float, ...]:
     return (float(letter_of(answer.prediction) == answer.reference),)
 
 
-def _read(folder: Path, split: str) -> list[Question]:
-    problems = read_json(folder / "problems.json")
+def _read(files: Mapping[str, Path], split: str) -> list[Question]:
+    problems = read_json(files["problems.json"])
     out = []
-    for name in read_json(folder / "pid_splits.json")[split]:
+    for name in read_json(files["pid_splits.json"])[split]:
         problem = problems[name]
         if not problem["image"]:
             continue
@@ -53,7 +54,7 @@ def _read(folder: Path, split: str) -> list[Question]:
                 + problem["question"]
                 + options_of(dict(zip(LETTERS, problem["choices"], strict=False)))
                 + OPTION_LETTER,
-                **image_file(folder / "images" / split, f"{name}/{problem['image']}"),
+                **image_file(files[f"images/{split}/"], f"{name}/{problem['image']}"),
                 reference=LETTERS[problem["answer"]],
                 group=problem.get("subject", ""),
             )

@@ -5,10 +5,13 @@
     schema       1
     model        the checkpoint folder; weights: hash of its weight files; template: of the prompts
     benchmarks   a list of `Result` (results.py explains each field), in the table's order
-    averages     avg7 and avg10: {"score": mean or null, "missing": titles of the benchmarks it lacks}
+                 a score on a sample (`--limit`) has `limited_to`, the number of units in it
+    averages     avg7 and avg10: {"score": mean or null, "missing": titles of the benchmarks it lacks, "limited": of those that
+                 were scored on a sample}
     baseline     null, or with --baseline:
                    run, model            the other run's folder and checkpoint
-                   benchmarks            {"name", "split", "score" (the baseline's), "difference" (this run minus it),
+                   benchmarks            {"name", "split", "score" and "limited_to" (the baseline's),
+                                         "difference" (this run minus it),
                                          "interval" (95 %, paired bootstrap), "units" (shared by both)}
                    averages              avg7 and avg10 of the baseline, as above
 
@@ -67,10 +70,11 @@ def markdown(board: dict[str, Any]) -> str:
     ]
     if baseline:
         theirs, change = _columns(baseline["benchmarks"], "score"), _columns(baseline["benchmarks"], "difference")
+        samples = {r["name"]: f" ({sample_label(r)})" for r in baseline["benchmarks"] if r["limited_to"] is not None}
         rows.append(
             [
                 other,
-                *(_figure(theirs.get(n)) for n in columns),
+                *(_figure(theirs.get(n)) + samples.get(n, "") for n in columns),
                 *_average_cells(baseline["averages"]),
             ]
         )
@@ -79,6 +83,8 @@ def markdown(board: dict[str, Any]) -> str:
     for name, average in board["averages"].items():
         if average["missing"]:
             text += f"\n{name.capitalize()} is left blank: {', '.join(average['missing'])} not scored.\n"
+        elif average["limited"]:
+            text += f"\n{name.capitalize()} is left blank: {', '.join(average['limited'])} scored on a sample only.\n"
     if any(average["score"] is not None for average in board["averages"].values()):
         text += f"\n{_caveats(board['benchmarks'])}\n"
     text += "\n" + _table(
@@ -121,11 +127,13 @@ def _about(run: Path) -> dict[str, str]:
 
 def _averages(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     scores = {result.name: result.score for result in results if result.score is not None}
-    out = {}
+    samples = {result.name for result in results if result.score is not None and result.limited_to is not None}
+    out: dict[str, dict[str, Any]] = {}
     for average, names in AVERAGES.items():
         missing = [BENCHMARKS[name].title for name in names if name not in scores]
-        mean = None if missing else sum(scores[name] for name in names) / len(names)
-        out[average] = {"score": mean, "missing": missing}
+        limited = [BENCHMARKS[name].title for name in names if name in samples]
+        mean = None if missing or limited else sum(scores[name] for name in names) / len(names)
+        out[average] = {"score": mean, "missing": missing, "limited": limited}
     return out
 
 
@@ -147,7 +155,8 @@ def _compare(run: Path, results: Sequence[Result], baseline: Path) -> dict[str, 
             )
         except ValueError as error:
             raise DataError(f"{result.name} ({result.split}) of {baseline} cannot be compared: {error}") from None
-        rows.append({"name": result.name, "split": result.split, "score": other.score, **found._asdict()})
+        about = {"name": result.name, "split": result.split, "score": other.score, "limited_to": other.limited_to}
+        rows.append(about | found._asdict())
     return {
         "run": str(baseline),
         "model": _about(baseline)["model"],
@@ -178,9 +187,18 @@ def _columns(rows: Sequence[dict[str, Any]], field: str) -> dict[str, float]:
 
 
 def _title(board: dict[str, Any], name: str) -> str:
-    """Return a column's title, with the split if it differs from the paper's."""
-    split = next((row["split"] for row in board["benchmarks"] if row["name"] == name and row["score"] is not None), "")
-    return BENCHMARKS[name].title + (f" ({split})" if name in ("vqav2", "vizwiz") and split else "")
+    """Return a column's title, with the split if it differs from the paper's, and with the size of a sample."""
+    row = next((row for row in board["benchmarks"] if row["name"] == name and row["score"] is not None), None)
+    if row is None:
+        return BENCHMARKS[name].title
+    said = [row["split"]] if name in ("vqav2", "vizwiz") else []
+    said += [sample_label(row)] if row["limited_to"] is not None else []
+    return BENCHMARKS[name].title + (f" ({', '.join(said)})" if said else "")
+
+
+def sample_label(row: dict[str, Any]) -> str:
+    """Return how a score on a sample is labelled, from an entry of `benchmarks` in scores.json."""
+    return f"sample of {row['limited_to']:,}"
 
 
 def _average_cells(averages: dict[str, dict[str, Any]]) -> list[str]:
@@ -191,7 +209,7 @@ def _detail_row(row: dict[str, Any]) -> list[str]:
     failed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(row["failed"].items())) or "0"
     span = _span(row["interval"]) + (f" ({row['interval_method']})" if row["interval"] else "")
     counts = [f"{row['units']:,}", f"{row['units_left_out']:,}", failed]
-    note = row["note"] + (f": {row['submission']}" if row["submission"] else "")
+    note = row["note"] + (f": see the submission file: {row['submission']}" if row["submission"] else "")
     return [
         BENCHMARKS[row["name"]].title,
         row["split"],

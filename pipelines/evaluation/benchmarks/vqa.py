@@ -18,6 +18,7 @@ from switchkd.pipelines.evaluation.benchmarks.base import (
     Split,
     image_file,
     read_json,
+    read_json_lines,
     write_submission,
 )
 from switchkd.pipelines.evaluation.benchmarks.normalise import one_line, textvqa_normal, vqa_normal
@@ -31,14 +32,22 @@ def consensus(prediction: str, answers: Sequence[str]) -> float:
     return sum(min((sum(equal) - left_out) / 3, 1.0) for left_out in equal) / len(equal)
 
 
+def submitted(prediction: str) -> str:
+    """Return an answer as it stands in a submission file: normalised, as LLaVA's convert_vqav2_for_submission.py writes it."""
+    return textvqa_normal(prediction)
+
+
 def vqa_accuracy(answers: Sequence[Answer]) -> tuple[float, ...]:
-    """Score one question as vqaEval.py does: if all human answers agree, only case and surrounding space are normalised."""
+    """Score one question as the server scores the submission file: the answer as submitted, then the rules of vqaEval.py.
+
+    vqaEval.py normalises both sides where human answers differ; where all agree, it compares the submitted answer with theirs.
+    """
     (answer,) = answers
     people = [one_line(text) for text in answer.reference]
-    prediction = one_line(answer.prediction)
+    prediction = submitted(answer.prediction)
     if len(set(people)) > 1:
         people, prediction = [vqa_normal(text) for text in people], vqa_normal(prediction)
-    return (consensus(prediction.lower(), [text.lower() for text in people]),)
+    return (consensus(prediction, people),)
 
 
 def textvqa_accuracy(answers: Sequence[Answer]) -> tuple[float, ...]:
@@ -47,17 +56,26 @@ def textvqa_accuracy(answers: Sequence[Answer]) -> tuple[float, ...]:
     return (consensus(textvqa_normal(answer.prediction), [textvqa_normal(text) for text in answer.reference]),)
 
 
-def _read_vqav2(folder: Path, split: str) -> list[Question]:
+def _read_vqav2(files: Mapping[str, Path], split: str) -> list[Question]:
     questions, annotations, images = _VQAV2[split]
-    place = folder / images
+    place = files[images + "/"]
+    if files[questions].suffix == ".jsonl":
+        return [
+            Question(
+                id=str(row["question_id"]),
+                text=row["text"].removesuffix(SHORT_ANSWER) + SHORT_ANSWER,
+                **image_file(place, row["image"]),
+            )
+            for row in read_json_lines(files[questions])
+        ]
     answers: dict[int, dict[str, Any]] = {}
     if annotations:
-        answers = {row["question_id"]: row for row in read_json(folder / annotations)["annotations"]}
+        answers = {row["question_id"]: row for row in read_json(files[annotations])["annotations"]}
     out = []
-    for row in read_json(folder / questions)["questions"]:
+    for row in read_json(files[questions])["questions"]:
         number = row["question_id"]
         if annotations and number not in answers:
-            raise DataError(f"{folder / annotations} has no answers to question {number} of {questions}")
+            raise DataError(f"{files[annotations]} has no answers to question {number} of {questions}")
         found = answers.get(number)
         out.append(
             Question(
@@ -71,10 +89,14 @@ def _read_vqav2(folder: Path, split: str) -> list[Question]:
     return out
 
 
-def _submit_vqav2(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
+def _submit_vqav2(
+    questions: Sequence[Question], predictions: Mapping[str, str], files: Mapping[str, Path], output: Path
+) -> Path:
     """Write [{"question_id", "answer"}] for all of test, which the server requires for test-dev too; "" if not answered."""
-    ids = [row["question_id"] for row in read_json(folder / _VQAV2["test"][0])["questions"]]
-    rows = [{"question_id": number, "answer": textvqa_normal(predictions.get(str(number), ""))} for number in ids]
+    path = files[_VQAV2["test"][0]]
+    asked = read_json_lines(path) if path.suffix == ".jsonl" else read_json(path)["questions"]
+    ids = [row["question_id"] for row in asked]
+    rows = [{"question_id": number, "answer": submitted(predictions.get(str(number), ""))} for number in ids]
     return write_submission(output, "vqa_OpenEnded_results.json", rows)
 
 
@@ -84,6 +106,7 @@ _VQAV2 = {
     "test-dev": ("v2_OpenEnded_mscoco_test-dev2015_questions.json", "", "test2015"),
     "test": ("v2_OpenEnded_mscoco_test2015_questions.json", "", "test2015"),
 }
+_VQAV2_OF_LLAVA = {_VQAV2[split][0]: f"vqav2/llava_vqav2_mscoco_{split}2015.jsonl" for split in ("test-dev", "test")}
 VQAV2 = Benchmark(
     name="vqav2",
     title="VQAv2",
@@ -93,8 +116,8 @@ VQAV2 = Benchmark(
     source="Goyal et al. 2017; vqaEval.py",
     splits={
         "val": Split((*_VQAV2["val"][:2], "val2014/")),
-        "test-dev": Split((_VQAV2["test-dev"][0], _VQAV2["test"][0], "test2015/"), scored=False),
-        "test": Split((_VQAV2["test"][0], "test2015/"), scored=False),
+        "test-dev": Split((_VQAV2["test-dev"][0], _VQAV2["test"][0], "test2015/"), scored=False, llava=_VQAV2_OF_LLAVA),
+        "test": Split((_VQAV2["test"][0], "test2015/"), scored=False, llava=_VQAV2_OF_LLAVA),
     },
     read=_read_vqav2,
     judge=vqa_accuracy,
@@ -103,34 +126,55 @@ VQAV2 = Benchmark(
 )
 
 
-def _read_textvqa(ocr: bool) -> Callable[[Path, str], list[Question]]:
-    def read(folder: Path, split: str) -> list[Question]:
-        words: dict[str, list[str]] = {}
-        if ocr:
-            rows = read_json(folder / f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
-            words = {row["image_id"]: row["ocr_tokens"] for row in rows}
-        out = []
-        for row in read_json(folder / f"TextVQA_0.5.1_{split}.json")["data"]:
-            hint = "\nReference OCR token: " + ", ".join(words.get(row["image_id"], [])) if ocr else ""
-            images = folder / _TEXTVQA_IMAGES[split]
-            out.append(
-                Question(
-                    id=str(row["question_id"]),
-                    text=row["question"] + hint + SHORT_ANSWER,
-                    **image_file(images, row["image_id"] + ".jpg"),
-                    reference=row.get("answers"),
-                )
+def _read_textvqa(ocr: bool) -> Callable[[Mapping[str, Path], str], list[Question]]:
+    def read(files: Mapping[str, Path], split: str) -> list[Question]:
+        prompt = _prompts_with_ocr(files[f"TextVQA_Rosetta_OCR_v0.2_{split}.json"]) if ocr else _prompt
+        images = files[_TEXTVQA_IMAGES[split] + "/"]
+        return [
+            Question(
+                id=str(row["question_id"]),
+                text=prompt(row["image_id"], row["question"]),
+                **image_file(images, row["image_id"] + ".jpg"),
+                reference=row.get("answers"),
             )
-        return out
+            for row in read_json(files[f"TextVQA_0.5.1_{split}.json"])["data"]
+        ]
 
     return read
 
 
-def _submit_textvqa(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
-    rows = [{"question_id": int(q.id), "answer": textvqa_normal(predictions.get(q.id, ""))} for q in questions]
+def _prompt(image: str, question: str) -> str:
+    return question + SHORT_ANSWER
+
+
+def _prompts_with_ocr(path: Path) -> Callable[[str, str], str]:
+    """Return (image, question) → prompt with OCR tokens, from Rosetta's tokens of each image or from LLaVA's file of prompts."""
+    if path.suffix != ".jsonl":
+        words = {row["image_id"]: row["ocr_tokens"] for row in read_json(path)["data"]}
+
+        def with_tokens(image: str, question: str) -> str:
+            return f"{question}\nReference OCR token: {', '.join(words.get(image, []))}{SHORT_ANSWER}"
+
+        return with_tokens
+    # LLaVA's file identifies a question by its image and its text, in lower case (eval_textvqa.py).
+    prompts = {(row["question_id"], row["text"].split("\n")[0].lower()): row["text"] for row in read_json_lines(path)}
+
+    def from_file(image: str, question: str) -> str:
+        if (image, question.lower()) not in prompts:
+            raise DataError(f"{path} has no prompt for the question {question!r} about image {image}")
+        return str(prompts[image, question.lower()])
+
+    return from_file
+
+
+def _submit_textvqa(
+    questions: Sequence[Question], predictions: Mapping[str, str], files: Mapping[str, Path], output: Path
+) -> Path:
+    rows = [{"question_id": int(q.id), "answer": submitted(predictions.get(q.id, ""))} for q in questions]
     return write_submission(output, "textvqa_results.json", rows)
 
 
+_TEXTVQA_OF_LLAVA = {"TextVQA_Rosetta_OCR_v0.2_val.json": "textvqa/llava_textvqa_val_v051_ocr.jsonl"}
 _TEXTVQA_IMAGES = {"val": "train_images", "test": "test_images"}
 
 
@@ -146,7 +190,7 @@ def _textvqa(name: str, title: str, ocr: bool) -> Benchmark:
         metric="VQA accuracy, " + ("OCR tokens in the prompt" if ocr else "image and question alone"),
         home="textvqa.org/dataset (TextVQA v0.5.1, Rosetta OCR tokens v0.2, images)",
         source="Singh et al. 2019; TextVQAAccuracyEvaluator (MMF, M4C)",
-        splits={"val": Split(files("val")), "test": Split(files("test"), scored=False)},
+        splits={"val": Split(files("val"), llava=_TEXTVQA_OF_LLAVA), "test": Split(files("test"), scored=False)},
         read=_read_textvqa(ocr),
         judge=textvqa_accuracy,
         interval="bootstrap",
@@ -158,15 +202,15 @@ TEXTVQA = _textvqa("textvqa", "TextVQA", ocr=True)
 TEXTVQA_NO_OCR = _textvqa("textvqa-no-ocr", "TextVQA without OCR", ocr=False)
 
 
-def _read_vizwiz(folder: Path, split: str) -> list[Question]:
+def _read_vizwiz(files: Mapping[str, Path], split: str) -> list[Question]:
     out = []
-    for row in read_json(folder / f"{split}.json"):
+    for row in read_json(files[f"{split}.json"]):
         people = row.get("answers")
         out.append(
             Question(
                 id=row["image"],
                 text=row["question"] + UNANSWERABLE + SHORT_ANSWER,
-                **image_file(folder / split, row["image"]),
+                **image_file(files[f"{split}/"], row["image"]),
                 reference=None if people is None else [answer["answer"] for answer in people],
                 group=row.get("answer_type", ""),
             )
@@ -174,8 +218,10 @@ def _read_vizwiz(folder: Path, split: str) -> list[Question]:
     return out
 
 
-def _submit_vizwiz(questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, output: Path) -> Path:
-    rows = [{"image": q.id, "answer": textvqa_normal(predictions.get(q.id, ""))} for q in questions]
+def _submit_vizwiz(
+    questions: Sequence[Question], predictions: Mapping[str, str], files: Mapping[str, Path], output: Path
+) -> Path:
+    rows = [{"image": q.id, "answer": submitted(predictions.get(q.id, ""))} for q in questions]
     return write_submission(output, "vizwiz_results.json", rows)
 
 

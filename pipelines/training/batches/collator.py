@@ -75,6 +75,8 @@ class Collator:
             batch |= {f"teacher_{name}": read[name] for name in TEACHER_READS}
             if media := media_of(read):
                 batch["teacher_media"] = media
+        if not all(sample.switched for sample in samples):
+            batch["switched"] = torch.tensor([sample.media is not None and sample.switched for sample in samples])
         if any(view.starts is not None for view in views):
             batch["partner"] = torch.from_numpy(aligned_positions(samples))
         if self.row_tokens is not None:
@@ -105,7 +107,9 @@ def _layouts(samples: Sequence[EncodedSample], per_row: Sequence[int], row_token
     read = [len((sample.teacher or sample).input_ids) for sample in samples]
     if any(sample.teacher is not None for sample in samples):
         found["teacher_packing"] = layout(rows, read, max(read) + 1)
-    shown = [length for length, sample in zip(read, samples, strict=True) if sample.media is not None]
+    shown = [
+        length for length, sample in zip(read, samples, strict=True) if sample.media is not None and sample.switched
+    ]
     if shown:
         found["switch_packing"] = layout(pack_rows(shown, row_tokens), shown, max(read) + 1)
     return found

@@ -28,6 +28,7 @@ from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.stored_teacher import changed_since
 from switchkd.pipelines.training.batches.collator import aligned_positions, reads_own_media
 from switchkd.pipelines.training.batches.sampler import POOL_BATCHES, EpochOrder, Order, padding_share
+from switchkd.pipelines.training.batches.switch_share import SwitchShare
 from switchkd.pipelines.training.lifecycle.together import from_first_process
 from switchkd.stores import Payload, TeacherStore
 
@@ -127,6 +128,7 @@ class TrainingSamples(OrderedSamples):
         workers: processes for inspection.
         teacher_encoder: encodes samples for the teacher, if its tokenizer or number of image tokens differs from the student's; the
             store's digests are then those of its encodings, and every sample has both.
+        share: which image samples pass the switch pathway; None: all of them.
         max_skipped: without a store, the share of samples that may be unusable. Below 1, an image folder is refused in which not
             one of some images exists.
 
@@ -144,9 +146,10 @@ class TrainingSamples(OrderedSamples):
         workers: int = 0,
         teacher_encoder: SampleEncoder | None = None,
         max_skipped: float = 1.0,
+        share: SwitchShare | None = None,
     ) -> None:
         self.samples, self.encoder, self.store = samples, encoder, store
-        self.teacher_encoder = teacher_encoder
+        self.teacher_encoder, self.share = teacher_encoder, share
         if max_skipped < 1:
             check_folder(samples, encoder.images)
         self.left_out: LeftOut | None = None
@@ -196,13 +199,17 @@ class TrainingSamples(OrderedSamples):
         return warnings_about(self.samples.notes())
 
     def __getitem__(self, item: int) -> tuple[EncodedSample, int] | Unusable:
-        index = int(self.usable[item])
+        """Encode one sample: `item` is epoch · n + its number, see `StepBatches`."""
+        epoch, number = divmod(item, len(self.usable))
+        index = int(self.usable[number])
         sample = self.samples[index]
         try:
             encoded = self.encoder.encode(sample)
             if self.teacher_encoder is not None:
                 own_media = reads_own_media(self.encoder, self.teacher_encoder)
                 encoded = replace(encoded, teacher=self.teacher_encoder.encode(sample, pixels=own_media))
+            if self.share is not None and encoded.media is not None:
+                encoded = replace(encoded, switched=self.share.takes(epoch, number))
         except BadSample as bad:
             if self.left_out is not None:
                 return Unusable(index, int(bad.status), bad.detail)

@@ -57,6 +57,11 @@ class MixedOrder:
     has_image: NDArray[np.bool_]
     global_batch: int
 
+    @property
+    def samples(self) -> int:
+        """Usable samples of all files."""
+        return sum(self.counts)
+
     def epoch(self, number: int) -> NDArray[np.int64]:
         """Return the samples of epoch `number`, counted from 0, [Σ drawn], as numbers in 0 … Σ counts - 1."""
         firsts = [0, *accumulate(self.counts)]
@@ -81,7 +86,8 @@ class MixedOrder:
 class MixedSamples(OrderedSamples):
     """The usable samples of several data files, each with its own encoder and store.
 
-    An item is a number in 0 … Σ n - 1, file by file, as `order` yields them; the index of a sample counts the rows of all files.
+    An item is epoch · Σ n and a number in 0 … Σ n - 1, file by file, as `StepBatches` yields them; the index of a sample counts the
+    rows of all files.
     `len` is the number of samples in an epoch.
 
     Args:
@@ -96,6 +102,9 @@ class MixedSamples(OrderedSamples):
         self.files = list(files)
         parts = [file.samples for file in files]
         self.encoder, self.teacher_encoder = parts[0].encoder, parts[0].teacher_encoder
+        for number, part in enumerate(parts):
+            if part.share is not None:
+                part.share = replace(part.share, file=number)
         self._items = list(accumulate((len(part) for part in parts), initial=0))
         self._rows = list(accumulate((part.rows for part in parts), initial=0))
         self.skipped = sum((part.skipped for part in parts), Counter[str]())
@@ -134,10 +143,11 @@ class MixedSamples(OrderedSamples):
         return [f"{file.name}: {line}" for file in self.files for line in file.samples.warnings()]
 
     def __getitem__(self, item: int) -> tuple[EncodedSample, int] | Unusable:
+        epoch, item = divmod(item, self._items[-1])
         number = int(np.searchsorted(self._items, item, side="right")) - 1
         part, first = self.files[number].samples, self._rows[number]
         try:
-            found = part[item - self._items[number]]
+            found = part[epoch * len(part) + item - self._items[number]]
         except ReadFailure as failure:
             if type(failure) is not ReadFailure:
                 raise

@@ -28,6 +28,11 @@ class Order(Protocol):
     """The items of a data set in every epoch, in order."""
 
     @property
+    def samples(self) -> int:
+        """Items of the data set, n."""
+        ...
+
+    @property
     def lengths(self) -> NDArray[np.int64] | None:
         """Tokens of each item of the data set, [n]; None where no grouping needs them."""
         ...
@@ -102,7 +107,7 @@ class EpochOrder:
 
 
 class StepBatches(Sampler[list[int]]):
-    """The micro-batches of one process, for every step of a run.
+    """The micro-batches of one process, for every step of a run: lists of epoch · n + sample, for sample 0 ≤ … < n.
 
     Args:
         order: of each epoch.
@@ -131,7 +136,7 @@ class StepBatches(Sampler[list[int]]):
 
     def _stream(self) -> Iterator[int]:
         for epoch in count():
-            yield from self.order.epoch(epoch).tolist()
+            yield from (self.order.epoch(epoch) + epoch * self.order.samples).tolist()
 
 
 def padding_share(order: NDArray[np.int64], lengths: NDArray[np.int64], batch: int) -> float:

@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import Trainer
-
 from switchkd.losses.objective import Objective
 from switchkd.models.prefix_cache import SharedPrefixCache
 from switchkd.pipelines.training.held_out.best import BestStudent
 from switchkd.pipelines.training.held_out.evaluator import Evaluator
+from switchkd.pipelines.training.step_ways.copying_trainer import CopyingTrainer
 
 
-class EvaluatingTrainer(Trainer):  # type: ignore[misc]
+class EvaluatingTrainer(CopyingTrainer):
     """Evaluates when a callback asks for it; `SwitchTrainer` sets what is declared here, and saves as `CheckpointHooks` does."""
 
     evaluator: Evaluator | None = None
@@ -23,6 +22,7 @@ class EvaluatingTrainer(Trainer):  # type: ignore[misc]
     extra_terms: Any
     vocab_map: Any
     meter: Any
+    vsd_share: float
     prefix_cache: SharedPrefixCache | None
     control: Any
 
@@ -35,7 +35,7 @@ class EvaluatingTrainer(Trainer):  # type: ignore[misc]
         computes next is what it would have computed without. The arguments are not used.
         """
         assert self.evaluator is not None
-        with self._evaluating(self.evaluator.held_out.with_teacher):
+        with self._evaluating(self.evaluator.held_out.with_teacher), self.reading_copies():
             found = self.evaluator.measure(self)
         started = time.perf_counter()
         self.log(dict(found))
@@ -51,11 +51,11 @@ class EvaluatingTrainer(Trainer):  # type: ignore[misc]
     @contextmanager
     def _evaluating(self, with_teacher: bool) -> Iterator[None]:
         """Put aside what belongs to the run's own batches: metrics, the prefix that the teacher knows, terms of a baseline."""
-        names = ("objective", "source", "extra_terms", "vocab_map", "meter", "prefix_cache")
+        names = ("objective", "source", "extra_terms", "vocab_map", "meter", "prefix_cache", "vsd_share")
         before = {name: getattr(self, name) for name in names}
         self.meter = self.meter.unlogged()
         self.prefix_cache = None if self.prefix_cache is None else SharedPrefixCache()
-        self.extra_terms = None
+        self.extra_terms, self.vsd_share = None, 1.0  # all held-out samples pass the switch pathway
         if not with_teacher:
             self.objective = Objective("sft", False, normalize_by=self.objective.normalize_by)
             self.source = self.vocab_map = None

@@ -1,0 +1,1 @@
+"""How a step runs: copies of the weights, and ways that are not confirmed yet."""
