@@ -1,5 +1,6 @@
 """`switchkd cache-teacher`: capture."""
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,21 @@ def _print_plans(options: CacheOptions, plans: "dict[str, Plan]", egress_price: 
     )
 
 
+def _when_it_pays(found: "Plan", hours: str) -> str:
+    """Return from how many epochs times students on the capture is cheaper than a live teacher, in words."""
+    passes = found.paying_passes
+    if passes is None or found.live_seconds is None:
+        return (
+            "not told with --backend vllm: a live teacher runs in transformers; its forward passes take about as long as a capture "
+            "there"
+        )
+    of_live, of_read = (seconds * found.devices / 3600 for seconds in (found.live_seconds, found.read_seconds))
+    figures = f"a live teacher takes about {of_live:,.2f} {hours} an epoch, reading the store {of_read:,.2f} hours of a loader"
+    if math.isinf(passes):
+        return f"never in time, since reading takes longer than a live teacher: {figures}"
+    return f"from {passes:,.0f} epochs x students on (docs/scale.md): {figures}"
+
+
 def _print_plan(options: CacheOptions, egress_price: float, found: "Plan | None" = None) -> None:
     from switchkd.pipelines.capture.dry_run import plan
 
@@ -126,6 +142,7 @@ def _print_plan(options: CacheOptions, egress_price: float, found: "Plan | None"
         + (f" of {found.devices} devices" if found.devices > 1 else ""),
         "size": f"about {size / 1e9:,.3f} GB ({found.payload}), {found.bytes_per_position:,.0f} bytes a position",
         "free disk": free,
+        "pays": _when_it_pays(found, "GPU hours" if found.on_gpu else "hours"),
     }
     if "://" in str(options.out):
         read = found.store_bytes(found.trained_from) / 1e9

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from switchkd.pipelines.shipped import PREFIX, recipe_path
 from switchkd.printable import printable
 from switchkd.waits import Waiting
 
@@ -34,14 +35,18 @@ STORE = _StorePath()
 
 
 def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--config FILE.yaml`: its keys are option names; the command line wins over the file, the file over defaults."""
+    """Add `--config FILE.yaml`: its keys are option names; the command line wins over the file, the file over defaults.
+
+    `switchkd:NAME` is a file that comes with the package, see `shipped.py`.
+    """
     return click.option(
         "--config",
         type=PATH,
         is_eager=True,
         expose_value=False,
         callback=_read_config,
-        help="YAML file with options of this command by name; the command line wins.",
+        help="YAML file with options of this command by name, or switchkd:NAME, a recipe that comes with switchkd (docs/scale.md); "
+        "the command line wins.",
     )(command)
 
 
@@ -49,6 +54,11 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     if path is None:
         return
     import yaml
+
+    if str(path).startswith(PREFIX):
+        path = recipe_path(str(ctx.command.name), str(path).removeprefix(PREFIX))
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, only this one prints
+            echo(f"options from {path}, where each is explained; change a copy of it, passed as --config", err=True)
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -105,12 +115,21 @@ def echo(text: object = "", *, nl: bool = True, err: bool = False) -> None:
 
 
 def default_device() -> str:
-    """Return "cuda" if a CUDA device exists, else "cpu"."""
+    """Return "cuda" if a CUDA device exists, under torchrun that of this process; else "cpu"."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # A launcher may also have shown each process one device alone.
+    return f"cuda:{rank}" if 0 < rank < torch.cuda.device_count() else "cuda"
 
 
 def lines_of(counts: dict[str, int]) -> str:
     """Return counts as words: "3 image_missing, 1 too_long", or "none"."""
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "none"
+
+
+def gigabytes(size: float) -> str:
+    """Return bytes as GB, or as MB below ten of them."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

@@ -1,6 +1,7 @@
 """Files in the folder of a run or an evaluation: their names, the record of the options, and atomic writing."""
 
 import os
+import shutil
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,12 @@ SCORES = "scores.json"
 def to_plain(options: Any) -> dict[str, Any]:
     """Return an options dataclass as YAML data; paths as text."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+
+
+def free_bytes(place: Path) -> int:
+    """Return the free bytes of the file system that a path is on, or will be on."""
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
 
 
 def read_record(folder: Path) -> dict[str, Any]:

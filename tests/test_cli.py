@@ -8,6 +8,7 @@ import tiny
 import yaml
 from click.testing import CliRunner
 
+from switchkd.cli.common import default_device
 from switchkd.cli.main import COMMANDS, main
 
 
@@ -218,3 +219,14 @@ def test_every_option_of_every_command_has_help():
 def test_the_scores_are_json(place):
     evaluation(place)
     assert json.loads((place / "out/scores.json").read_text())["questions"] == 6
+
+
+@pytest.mark.parametrize(
+    ("rank", "devices", "expected"), [(None, 8, "cuda"), ("0", 8, "cuda"), ("3", 8, "cuda:3"), ("3", 1, "cuda"), ("1", 0, "cpu")]
+)  # fmt: skip
+def test_each_process_of_torchrun_has_a_device_of_its_own(monkeypatch, rank, devices, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: devices > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert default_device() == expected

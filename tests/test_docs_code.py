@@ -27,7 +27,7 @@ DATA_FILES = ("data.json", "llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.js
 # Placeholders of documents: an option with such a value is not held against its type.
 _PLACEHOLDER = re.compile(r"[$…<>\[\]]|\.\.\.|^[A-Z_/]+$")
 # Options in backticks that belong to other programs.
-FOREIGN_OPTIONS = {"--no-deps", "--headless", "--signals-to-handle"}
+FOREIGN_OPTIONS = {"--gres", "--nnodes", "--no-deps", "--headless", "--signals-to-handle"}
 SECONDS = 120  # for one block
 
 

@@ -1,6 +1,6 @@
 """`switchkd cache-teacher --dry-run`: estimate the time and disk space of a capture from a probe of random samples."""
 
-import shutil
+import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ from switchkd.pipelines.capture.manifest import resolve_payload
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.tables import head_spread, tables_of
 from switchkd.pipelines.capture.worker import CaptureWorker, assemble
-from switchkd.settings import StoreLocation
-from switchkd.stores import Payload, StoreWriter
+from switchkd.pipelines.run_folder import free_bytes
+from switchkd.stores import Payload, StoreWriter, TeacherStore
 from switchkd.stores.info import describe
 from switchkd.stores.layout import HIDDEN_DTYPES
 from switchkd.stores.manifest import Manifest
@@ -44,6 +44,10 @@ class Plan:
     devices: int  # of one worker
     on_gpu: bool
     probed_samples: int
+    # Of all samples, by one worker: a live teacher in one pass of training, and reading the store in one pass. None where the
+    # backend does not run the teacher as training does.
+    live_seconds: float | None
+    read_seconds: float
 
     @property
     def bytes_per_position(self) -> float:
@@ -55,9 +59,28 @@ class Plan:
         return round(self.positions * self.payload_bytes[payload or self.payload])
 
     @property
+    def paying_passes(self) -> float | None:
+        """From how many passes on a store is cheaper than a live teacher, see `paying_passes`; None if that is not known."""
+        if self.live_seconds is None:
+            return None
+        return paying_passes(self.seconds, self.live_seconds, self.read_seconds)
+
+    @property
     def device_hours(self) -> float:
         """Device hours of the capture; independent of the number of workers."""
         return self.seconds * self.devices / 3600
+
+
+def paying_passes(capture: float, live: float, read: float) -> float:
+    """Return the smallest number n of passes, epochs times students, with capture + n·read < n·live; infinity if there is none.
+
+    A pass is one epoch of one student. Only what differs counts: the step of the student, VSD and the LM heads are in both.
+
+    Args:
+        capture: seconds of the capture, once. live, read: seconds of a pass that the live teacher's forward passes take, and that
+            reading the store takes, as if nothing else ran beside it.
+    """
+    return math.inf if live <= read else math.floor(capture / (live - read)) + 1
 
 
 def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
@@ -85,19 +108,24 @@ def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
     kinds = {_payload_name(kind): kind for kind in [*_kinds(manifest), read, requested]}
     spread = head_spread(worker.checkpoint, manifest)
     rate = len(found) / seconds
+    live = _time_live(worker, [item[0] for item in found if not isinstance(item, BadSample)], options.batch_size)
+    measured = {name: _measure(found, kind, spread) for name, kind in kinds.items()}
+    read_seconds = measured[_payload_name(read)][1]
     return Plan(
         samples=len(samples),
         usable_samples=round(len(usable) / len(found) * len(samples)),
         positions=round(positions_per_sample * len(samples)),
         payload=_payload_name(requested),
         trained_from=_payload_name(read),
-        payload_bytes={name: _measure_bytes(found, kind, spread) for name, kind in kinds.items()},
-        free_bytes=_free_bytes(options.out),
+        payload_bytes={name: size for name, (size, _) in measured.items()},
+        free_bytes=None if "://" in str(options.out) else free_bytes(Path(options.out)),
         samples_per_second=rate,
         seconds=len(samples) / rate,
         devices=options.tensor_parallel,
         on_gpu=options.device != "cpu" or (options.backend == "vllm" and torch.cuda.is_available()),
         probed_samples=len(found),
+        live_seconds=None if live is None else live * len(samples) / len(found),
+        read_seconds=read_seconds * len(samples) / len(found),
     )
 
 
@@ -151,19 +179,23 @@ def _probe(worker: CaptureWorker, chosen: list[int], batch_size: int) -> tuple[_
     return found, reading + time.monotonic() - start
 
 
-def _measure_bytes(found: _Found, manifest: Manifest, spread: NDArray[np.float64]) -> float:
-    """Return the bytes per position on disk, from a temporary store of the probe."""
+def _time_live(worker: CaptureWorker, encoded: list[EncodedSample], batch_size: int) -> float | None:
+    """Return the seconds of the teacher's forward passes over the probe in its batches; None if the backend cannot tell."""
+    start = time.monotonic()
+    for first in range(0, len(encoded), batch_size):
+        if not worker.backend.run_only(encoded[first : first + batch_size]):
+            return None
+    return time.monotonic() - start
+
+
+def _measure(found: _Found, manifest: Manifest, spread: NDArray[np.float64]) -> tuple[float, float]:
+    """Return (bytes per position on disk, seconds of reading the samples one by one), from a temporary store of the probe."""
     small = replace(manifest, samples=len(found), part_size=len(found))
     payloads = [item[1] for item in found if not isinstance(item, BadSample)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.zarr"
         StoreWriter(path, small, lambda: tables_of(payloads, small, spread)).write_part(0, assemble(found, small))
-        return describe(path).bytes_per_position
-
-
-def _free_bytes(out: StoreLocation) -> int | None:
-    """Return the free bytes of the file system of `out`."""
-    if "://" in str(out):
-        return None
-    there = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+        store, start = TeacherStore.open(path), time.monotonic()
+        for index in np.random.default_rng(0).permutation(len(found)).tolist():
+            store.payload([index])
+        return describe(path).bytes_per_position, time.monotonic() - start

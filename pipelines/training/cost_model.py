@@ -197,6 +197,25 @@ class CostModel:
             total += self._projector(self.live, work) + self._vision(self.live, work)
         return total + 2 * self.stored_head * work.positions
 
+    def recomputed_flops(self, work: Work, *, student: bool, teacher: bool) -> float:
+        """Return the FLOPs that activation checkpointing adds to `flops`: one more forward pass of what is checkpointed.
+
+        Args:
+            student, teacher: whose layers are checkpointed; of the teacher, those on the switch pathway.
+        """
+        total = 0.0
+        if student:
+            total += self._language(self.student, work.tokens, work.pairs)
+            total += self._vision(self.student, work) * self.vision_trains
+        if teacher and self.switch is not None:
+            total += self._language(self.switch, work.image_tokens, work.image_pairs)
+        return total
+
+    def checkpoint_bytes(self) -> int:
+        """Return the size of a checkpoint: the student's float32 weights, and Adam's two moments of those that train."""
+        student: list[nn.Parameter] = list(self.student.parameters())
+        return sum(p.nbytes for p in student) + 8 * sum(p.numel() for p in student if p.requires_grad)
+
     def memory(
         self,
         rows: int,

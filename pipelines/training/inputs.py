@@ -74,8 +74,10 @@ class TrainingInputs:
         """Where the teacher's logits come from, in words; None for an objective that reads none."""
         if not self.objective.needs_signal:
             return None
-        if not self.stores or self.payload is None:
+        if self.options.teacher_mode == "live":
             return "live teacher"
+        if not self.stores or self.payload is None:  # in a dry run alone
+            return "hidden states of a store that is still to be made"
         tail = f", tail {self.options.tail}" if self.payload == "topk" else ""
         told = [f"{of.manifest.describe(self.payload)}{tail}; store {of.manifest.identity}" for of in self.stores]
         if isinstance(self.samples, MixedSamples):

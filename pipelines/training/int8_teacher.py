@@ -48,6 +48,21 @@ def to_int8(language: nn.Module) -> None:
             module.forward = partial(_Int8Linear.apply, module)  # type: ignore[method-assign]
 
 
+def count_as_int8(language: nn.Module) -> None:
+    """Let `stored_bytes` count the layers of a model without weights as `to_int8` would store them; torchao is not needed.
+
+    torchao keeps int8 weights [out, in], and for each group a float32 scale and an int8 zero point, [out, in / 32].
+    """
+    for module in language.get_submodule("layers").modules():
+        if isinstance(module, nn.Linear):
+            rows, columns = module.weight.shape
+            groups = rows, columns // GROUP
+            weight: Any = module.weight
+            weight.qdata = torch.zeros(1, dtype=torch.int8).expand(rows, columns)
+            weight.scale = torch.zeros(1).expand(groups)
+            weight.zero_point = torch.zeros(1, dtype=torch.int8).expand(groups)
+
+
 class _Int8Linear(torch.autograd.Function):
     """x Wᵀ + b; W is dequantised in the forward and in the backward pass. torchao's own forward keeps every dequantised W."""
 

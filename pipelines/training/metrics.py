@@ -94,6 +94,21 @@ class StepMetrics:
             return [batch.input_ids.new_zeros(())] * 3
         return [*patches_of(config, batch.media), (batch.input_ids == config.image_token_id).sum()]
 
+    def work(self) -> Work:
+        """Return the work that this process has counted since the last call of `take`."""
+        on_device = torch.zeros(8) if self._on_device is None else self._on_device
+        _, positions, shown, own_pairs, own_image_pairs, *of_images = on_device.tolist()
+        return Work(
+            self._tokens,
+            own_pairs if self.in_blocks[0] else self._pairs,
+            self._images,
+            self._image_tokens,
+            own_image_pairs if self.in_blocks[1] else self._image_pairs,
+            positions,
+            shown,
+            *of_images,
+        )
+
     def leave_out(self, images: int, length: int, known: int) -> None:
         """Subtract from the switch pathway's counts the tokens that did not run: the first `known` of `length` of each row."""
         self._image_tokens -= images * known

@@ -24,11 +24,12 @@ from switchkd.models.vlm import (
     load_lm_head,
     load_model,
 )
+from switchkd.models.weightless import build_weightless, expect_frozen_in_bfloat16, expect_packing
 from switchkd.pipelines.stored_teacher import StoredHidden, StoredOfSeveral, StoredTopK, TeacherSource
 from switchkd.pipelines.training.cost_model import CostModel, patches_of
 from switchkd.pipelines.training.inputs import TrainingInputs
 from switchkd.pipelines.training.int8_teacher import NAME as INT8
-from switchkd.pipelines.training.int8_teacher import to_int8
+from switchkd.pipelines.training.int8_teacher import count_as_int8, to_int8
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms, make_extra_terms
 from switchkd.pipelines.training.live.teacher_source import LiveTeacher
 from switchkd.pipelines.training.option_groups.step import COMPILE, VARLEN
@@ -52,11 +53,12 @@ class TrainingModels:
     unused: list[str]  # number of vision-tower parameters that were frozen, since no gradient reaches them
 
 
-def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> TrainingModels:
+def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments, weights: bool = True) -> TrainingModels:
     """Load the student and what the run needs of the teacher, and prepare them for training.
 
     Args:
         inputs: see `inputs.open_inputs`. arguments: determine whether the models are sharded.
+        weights: whether they are loaded; without, the models serve a plan alone, see `switchkd.models.weightless`.
 
     Raises:
         CheckpointError: weights that are missing or do not fit, or features that an adapter cannot map.
@@ -66,20 +68,23 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
     if inputs.objective.switch and (note := family_of(inputs.student.config).switch_note):
         log.warning("the switch pathway of a %s: %s; --no-switch turns it off", inputs.student.config.model_type, note)
     with loading_whole(arguments):
-        student = load_model(inputs.student, dtype="float32")
-        source, switch_teacher = _load_teacher(inputs)
+        student = (load_model if weights else build_weightless)(inputs.student, dtype="float32")
+        source, switch_teacher = _load_teacher(inputs, weights)
     live = source.teacher if isinstance(source, LiveTeacher) else None
     chosen = options.as_experimental()
     if options.packing is not None:
-        enable_packing_in(student, str(options.student), inputs.media, VARLEN in chosen)
+        _enable_packing(student, str(options.student), inputs.media, weights, VARLEN in chosen)
         if (packed := switch_teacher or live) is not None:
-            enable_packing_in(packed, str(options.teacher), inputs.teacher_media, VARLEN in chosen)
+            _enable_packing(packed, str(options.teacher), inputs.teacher_media, weights, VARLEN in chosen)
     freeze_other_parts(student, inputs.parts)
     if (lora := options.as_lora(inputs.parts)) is not None:
         attach_lora(student, lora, options.seed)
     unused = freeze_unused_vision(student, inputs.media) if "vision" in inputs.parts else []
     if lora is not None and options.precision == "bfloat16" and options.profile == "ddp":
-        hold_frozen_in_bfloat16(student)  # FSDP keeps one dtype
+        if weights:
+            hold_frozen_in_bfloat16(student)  # FSDP keeps one dtype
+        elif inputs.student.resolve_dtype("auto") == "bfloat16":
+            expect_frozen_in_bfloat16(student)
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
     if COMPILE in chosen:
@@ -107,6 +112,13 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments) -> Train
     return TrainingModels(student, source, switch_teacher, extra_terms, cost_model, unused)
 
 
+def _enable_packing(model: Any, name: str, media: Mapping[str, Tensor] | None, weights: bool, varlen: bool) -> None:
+    if weights:
+        enable_packing_in(model, name, media, varlen)
+    else:
+        expect_packing(model, name)
+
+
 def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
     """Return the dtype of the frozen weights, except int8 layers; bits beyond autocast's dtype would never be used."""
     asked = "auto" if options.teacher_dtype == INT8 else options.teacher_dtype
@@ -115,17 +127,19 @@ def _teacher_dtype(options: TrainOptions, teacher: Checkpoint) -> str:
     return teacher.resolve_dtype(asked)
 
 
-def _load_teacher(
-    inputs: TrainingInputs,
-) -> tuple[TeacherSource | None, Any | None]:
-    """Load only what the run needs of the teacher: (source of its signals, model of the switch pathway)."""
+def _load_teacher(inputs: TrainingInputs, weights: bool) -> tuple[TeacherSource | None, Any | None]:
+    """Load only what the run needs of the teacher: (source of its signals, model of the switch pathway).
+
+    Without weights there may be no store yet, although one will be read: then its teacher is the run's.
+    """
     options, teacher, stores = inputs.options, inputs.teacher, inputs.stores
+    load = load_model if weights else build_weightless
     if not inputs.objective.needs_teacher:
         return None, None
     dtype = "" if teacher is None else _teacher_dtype(options, teacher)
-    if not stores and inputs.objective.needs_signal:
+    if inputs.objective.needs_signal and options.teacher_mode == "live":
         assert teacher is not None
-        whole = load_model(teacher, dtype=dtype)
+        whole = load(teacher, dtype=dtype)
         freeze(whole)
         if options.teacher_checkpointing:
             enable_activation_checkpointing(language_model_of(whole))
@@ -133,21 +147,30 @@ def _load_teacher(
     switch = None
     if inputs.objective.switch:
         assert teacher is not None
-        switch = load_model(teacher, vision=False, dtype=dtype)
+        switch = load(teacher, vision=False, dtype=dtype)
         freeze(switch)
         if options.teacher_dtype == INT8:
-            to_int8(language_model_of(switch))
+            (to_int8 if weights else count_as_int8)(language_model_of(switch))
         if options.teacher_checkpointing:
             enable_activation_checkpointing(language_model_of(switch))
-    if not stores:
+    if not inputs.objective.needs_signal:
         return None, switch
-    rows = stores[0].manifest.vocab_rows
-    if inputs.payload == "topk":
+    if stores:
+        rows = stores[0].manifest.vocab_rows
+    else:
+        assert teacher is not None
+        rows = teacher.vocab_rows
+    if (inputs.payload or options.payload) == "topk":
         return StoredTopK(rows, options.tail), switch
     exact_knee = all(store.manifest.has_exact_knee for store in stores)
     sources = []
     for each in inputs.teachers:  # with the switch pathway there is one
-        head = load_lm_head(each, _teacher_dtype(options, each)) if switch is None else switch.lm_head.weight
+        if switch is not None:
+            head = switch.lm_head.weight
+        elif weights:
+            head = load_lm_head(each, _teacher_dtype(options, each))
+        else:
+            head = build_weightless(each, vision=False, dtype=_teacher_dtype(options, each)).lm_head.weight
         sources.append(StoredHidden(head, rows, exact_knee, logit_map_of(each.config, each.path)))
     return sources[0] if len(sources) == 1 else StoredOfSeveral(sources), switch
 

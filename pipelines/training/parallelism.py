@@ -1,7 +1,7 @@
 """Profiles of parallel training: models replicated in every process (ddp) or sharded over them (fsdp, zero3)."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,49 @@ ZERO3: dict[str, Any] = {
     "train_batch_size": "auto",
     "zero_allow_untested_optimizer": True,  # torch's AdamW, as in the other profiles
 }
+
+
+def check_processes(environment: Mapping[str, str], devices: int) -> None:
+    """Compare the processes that torchrun started with the devices of this machine and the nodes of the Slurm job.
+
+    Left alone, two nodes whose torchrun was told of one would train the same run twice, each into the other's folder.
+
+    Args:
+        environment: the process environment. devices: CUDA devices that this process sees; 0 on a CPU.
+
+    Raises:
+        ConfigError: more processes than devices, or other nodes than Slurm's; names both numbers.
+    """
+    here = _count(environment, "LOCAL_WORLD_SIZE")
+    if devices and here > devices:
+        raise ConfigError(
+            f"torchrun started {here} processes on a machine with {devices} GPUs: pass --nproc-per-node {devices}, or ask Slurm "
+            f"for --gres=gpu:{here}"
+        )
+    launched, in_step = "LOCAL_RANK" in environment, "SLURM_STEP_NUM_NODES" in environment
+    nodes = _count(environment, "SLURM_STEP_NUM_NODES" if in_step else "SLURM_JOB_NUM_NODES")
+    started = _count(environment, "GROUP_WORLD_SIZE")
+    if nodes == started or not (launched or in_step):
+        return
+    if not launched:
+        raise ConfigError(
+            f"Slurm starts this command on {nodes} nodes, and each would train the same run alone: start it with "
+            "`srun torchrun --nnodes $SLURM_JOB_NUM_NODES …` (docs/scale.md), or on one node with `srun --nodes 1 --ntasks 1`"
+        )
+    if not in_step:
+        raise ConfigError(
+            f"Slurm gave this job {nodes} nodes, and torchrun started on {started}: put `srun` before torchrun, so that it starts "
+            "on every node, and pass it --nnodes $SLURM_JOB_NUM_NODES; or ask for --nodes=1"
+        )
+    raise ConfigError(
+        f"Slurm runs this step on {nodes} nodes, and torchrun was told of {started}: pass it --nnodes $SLURM_JOB_NUM_NODES, with "
+        "one task a node (--ntasks-per-node=1), or ask for other nodes with `srun --nodes`"
+    )
+
+
+def _count(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "1")
+    return int(text) if text.isdecimal() else 1
 
 
 def profile_arguments(profile: str, environment: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.models.components import language_model_of
@@ -25,12 +25,17 @@ log = logging.getLogger(__name__)
 
 def tell_plan(
     inputs: TrainingInputs,
-    arguments: TrainingArguments,
+    steps: int,
+    processes: int,
     cost_model: CostModel,
     unused: list[str],
     resume: Path | None,
 ) -> None:
-    """Log the teacher's signal, the options, the models' parts and trainable parameters, the data, and the estimated memory."""
+    """Log the teacher's signal, the options, the models' parts and trainable parameters, the data, and the estimated memory.
+
+    Args:
+        steps, processes: of the run. unused: vision tensors that no gradient reaches. resume: the checkpoint that it resumes from.
+    """
     options, samples = inputs.options, inputs.samples
     log.info("objective: %s%s", options.objective, " with the switch pathway" if options.switch else "")
     if (count := samples.skipped.total()) > allowed_skips(samples.rows, MAX_SKIPPED):
@@ -89,16 +94,28 @@ def tell_plan(
         )  # fmt: skip
     log.info(
         "steps: %s of %d samples: %d processes (%s) x batch size %d x accumulation %d",
-        f"{arguments.max_steps:,}", options.global_batch, arguments.world_size, options.profile,
+        f"{steps:,}", options.global_batch, processes, options.profile,
         options.batch_size, options.accumulation,
     )  # fmt: skip
-    length = samples.longest()
+    rows, width, memory = estimate_memory(inputs, processes, cost_model)
+    log.info(
+        "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",
+        rows, width, _gigabytes(sum(memory.values())),
+        ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items() if size),
+    )  # fmt: skip
+    if resume is not None:
+        log.info("resuming from %s", resume)
+
+
+def estimate_memory(inputs: TrainingInputs, processes: int, cost_model: CostModel) -> tuple[int, int, dict[str, float]]:
+    """Return the rows and width of a batch of the longest samples, and what it takes of one process, in bytes by kind."""
+    options, length = inputs.options, inputs.samples.longest()
     rows = 1 if options.packing is None else max(1, options.packing // length)  # samples per row
     rows, width = -(-options.batch_size // rows), rows * length
     memory = cost_model.memory(
         rows,
         width,
-        processes=arguments.world_size,
+        processes=processes,
         sharded=SHARDED[options.profile],
         half=options.in_bfloat16,
         student_checkpointed=options.student_checkpointing,
@@ -107,13 +124,7 @@ def tell_plan(
     )
     if options.precision == "bfloat16-copies":
         memory["copies"] = 2.0 * sum(p.numel() for p in cost_model.student.parameters())
-    log.info(
-        "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",
-        rows, width, _gigabytes(sum(memory.values())),
-        ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items() if size),
-    )  # fmt: skip
-    if resume is not None:
-        log.info("resuming from %s", resume)
+    return rows, width, memory
 
 
 def _gigabytes(size: float) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import groupby
 from typing import Any
 
+import torch
 import transformers
 import yaml
 from packaging.version import Version
@@ -34,7 +35,7 @@ from switchkd.pipelines.training.loggers import open_loggers
 from switchkd.pipelines.training.model_setup import TrainingModels, set_up_models
 from switchkd.pipelines.training.option_groups.step import COMPILE
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
-from switchkd.pipelines.training.parallelism import require_checkpoint
+from switchkd.pipelines.training.parallelism import check_processes, require_checkpoint
 from switchkd.pipelines.training.plot import plot_run
 from switchkd.pipelines.training.resuming import TrainSummary, finished
 from switchkd.pipelines.training.run_log import EvaluationSchedule, RunReport, tell_plan
@@ -55,6 +56,7 @@ def train(options: TrainOptions) -> TrainSummary:
         RunError: the run cannot go on, see `failures.report_last_checkpoint`.
     """
     _require_transformers()
+    check_processes(os.environ, torch.cuda.device_count())
     options = resolve_options(options)
     if (done := finished(options)) is not None:
         return done
@@ -96,7 +98,7 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     if not before and trainer.is_world_process_zero():
         plain = yaml.safe_dump(to_plain(options) | made_from | ({} if begun else {SEALED: True}), sort_keys=False)
         write_atomically(run / RECORD, plain, durable=True)
-    tell_plan(inputs, arguments, models.cost_model, models.unused, resume)
+    tell_plan(inputs, arguments.max_steps, arguments.world_size, models.cost_model, models.unused, resume)
     log_to = options.log_to if trainer.is_world_process_zero() else ()
     about = to_plain(options) | {"switchkd": switchkd.__version__, "made_from": _made_from(inputs)}
     with (
@@ -147,7 +149,7 @@ def _make_trainer(
     evaluator, held_out = None, inputs.held_out
     if held_out is not None:
         evaluator = Evaluator(
-            held_out, _collator(inputs, held_out.samples), options.batch_size, options.profile != "ddp"
+            held_out, collator_of(inputs, held_out.samples), options.batch_size, options.profile != "ddp"
         )
     trainer = SwitchTrainer(
         objective=inputs.objective,
@@ -169,7 +171,7 @@ def _make_trainer(
         model=models.student,
         args=arguments,
         train_dataset=inputs.samples,
-        data_collator=_collator(inputs, inputs.samples),
+        data_collator=collator_of(inputs, inputs.samples),
         processing_class=readers_of(student),  # saved with every checkpoint, see SwitchTrainer
     )
     trainer.remove_callback(PrinterCallback)
@@ -181,7 +183,7 @@ def _make_trainer(
     return trainer
 
 
-def _collator(inputs: TrainingInputs, samples: OrderedSamples) -> Collator:
+def collator_of(inputs: TrainingInputs, samples: OrderedSamples) -> Collator:
     """Return the collator of the samples that train, or of held-out ones."""
     options, pad_id = inputs.options, pad_id_of(inputs.student.tokenizer)
     two_views = samples.teacher_encoder is not None

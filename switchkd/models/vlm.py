@@ -185,23 +185,35 @@ def freeze_unused_vision(model: Any, media: Mapping[str, Tensor] | None = None) 
     """Freeze the parameters of the vision tower that receive no gradient, and return their names.
 
     If the feature layer is not the last, the later layers, the final norm and the pooling head are unused; a trainable parameter
-    without a gradient makes DistributedDataParallel fail. One backward pass over an image finds them.
+    without a gradient makes DistributedDataParallel fail. The graph of one image's forward pass tells them.
 
     Args:
         media: of any image, as the checkpoint's processor makes it; a Llava takes a blank image by default.
     """
     tower = tower_of(model)
     assert tower is not None
-    reached = [p for p in tower.parameters() if p.requires_grad]
     outputs = image_outputs(model, blank_media(model.config) if media is None else media)
-    seen = sum((features.float().sum() for features in output_tensors(outputs)), torch.zeros((), device=model.device))
-    gradients = torch.autograd.grad(seen, reached, allow_unused=True)
-    unused = {id(p) for p, g in zip(reached, gradients, strict=True) if g is None}
+    reached = _parameters_behind(output_tensors(outputs))
+    unused = {id(p) for p in tower.parameters() if p.requires_grad} - reached
     names = [name for name, p in tower.named_parameters() if id(p) in unused]
     for parameter in tower.parameters():
         if id(parameter) in unused:
             parameter.requires_grad_(False)
     return names
+
+
+def _parameters_behind(tensors: list[Tensor]) -> set[int]:
+    """Return the ids of the parameters that a gradient of these tensors would reach, by their graph; no gradient is computed."""
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen, found = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        waiting += new
+    return found
 
 
 def blank_media(config: Any) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """`cache-teacher --dry-run`: estimates from a probe, and nothing written."""
 
+import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,9 +11,11 @@ from click.testing import CliRunner
 from switchkd.cli.cache_teacher import _print_plan
 from switchkd.cli.main import main
 from switchkd.errors import DataError
+from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
-from switchkd.pipelines.capture.dry_run import Plan, plan
+from switchkd.pipelines.capture.dry_run import Plan, paying_passes, plan
 from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.stores import TeacherStore
 from switchkd.stores.info import describe
 
 
@@ -73,6 +77,8 @@ def plan_of(**changed):
         "devices": 4,
         "on_gpu": True,
         "probed_samples": 64,
+        "live_seconds": 27_000.0,
+        "read_seconds": 900.0,
     }
     return Plan(**(fields | changed))
 
@@ -90,6 +96,51 @@ def test_device_hours_and_egress_are_arithmetic(options, monkeypatch, capsys):
     assert "egress" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("capture", "live", "read"), [(10, 9, 1), (10, 5, 0), (10, 5, 4.9), (1, 5, 0), (8, 4, 2), (5, 1, 1), (5, 1, 3)]
+)
+def test_a_store_pays_from_the_first_pass_at_which_the_sums_say_so(capture, live, read):
+    sums = [n for n in range(1, 500) if capture + n * read < n * live]
+    assert paying_passes(capture, live, read) == (sums[0] if sums else math.inf)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {},
+            "pays       from 2 epochs x students on (docs/scale.md): a live teacher takes about 30.00 GPU hours an epoch",
+        ),
+        ({"read_seconds": 26_000.0}, "pays       from 37 epochs x students on"),
+        ({"read_seconds": 27_001.0}, "pays       never in time, since reading takes longer than a live teacher"),
+        ({"live_seconds": None}, "pays       not told with --backend vllm"),
+    ],
+)
+def test_when_a_store_pays_is_told(options, monkeypatch, capsys, changed, said):
+    monkeypatch.setattr("switchkd.pipelines.capture.dry_run.plan", lambda _: plan_of(**changed))
+    _print_plan(options, egress_price=0.05)
+    assert said in capsys.readouterr().out
+
+
+def test_the_probe_times_a_live_teacher_and_the_store_apart(options, monkeypatch):
+    """With a teacher and a reader that each wait a known time, the estimate has those times, over all 60 samples."""
+
+    def slow(self, indices):
+        time.sleep(0.005 * len(indices))
+        return read(self, indices)
+
+    def slower(self, samples):
+        time.sleep(0.02 * len(samples))
+        return run(self, samples)
+
+    read, run = TeacherStore.payload, TransformersBackend.run_only
+    monkeypatch.setattr(TeacherStore, "payload", slow)
+    monkeypatch.setattr(TransformersBackend, "run_only", slower)
+    found = plan(options)
+    assert found.read_seconds >= 60 * 0.005 and found.live_seconds >= 59 * 0.02
+    assert found.paying_passes == paying_passes(found.seconds, found.live_seconds, found.read_seconds)
+
+
 def test_a_mistake_is_found_by_the_dry_run(options):
     options.data.unlink()
     with pytest.raises(DataError, match="no data file"):
@@ -105,6 +156,7 @@ def test_the_command_tells_all_of_it_and_writes_nothing(options):
         "positions  about",
         "bytes a position",
         "free disk",
+        "pays       ",
         "samples/s",
         "nothing was written",
     ):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from training import assert_equal_runs, history, two_processes
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.training.parallelism import profile_arguments, require_checkpoint
+from switchkd.pipelines.training.parallelism import check_processes, profile_arguments, require_checkpoint
 from switchkd.pipelines.training.train import train
 
 cached, hidden, options = training.cached, training.hidden, training.options
@@ -201,3 +202,63 @@ def test_a_sharding_profile_is_refused_where_it_cannot_run(options, monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'switchkd\[deepspeed\]'"):
         profile_arguments("zero3", {"LOCAL_RANK": "0"})
+
+
+LAUNCHED = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1", "WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "message"),
+    [
+        (LAUNCHED, 4, "torchrun started 8 processes on a machine with 4 GPUs: pass --nproc-per-node 4"),
+        (
+            LAUNCHED | {"SLURM_JOB_NUM_NODES": "2"},
+            8,
+            "Slurm gave this job 2 nodes, and torchrun started on 1: put `srun`",
+        ),
+        (
+            LAUNCHED | {"SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_NODES": "2"},
+            8,
+            "Slurm runs this step on 2 nodes, and torchrun was told of 1: pass it --nnodes",
+        ),
+        (
+            LAUNCHED | {"GROUP_WORLD_SIZE": "4", "SLURM_JOB_NUM_NODES": "4", "SLURM_STEP_NUM_NODES": "2"},
+            8,
+            "this step on 2 nodes, and torchrun was told of 4",
+        ),
+        ({"SLURM_STEP_NUM_NODES": "2"}, 1, "on 2 nodes, and each would train the same run alone"),
+    ],
+)
+def test_processes_that_are_not_those_of_the_job_are_refused(options, monkeypatch, environment, devices, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_processes(environment, devices)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        train(options)
+    assert not options.output.exists()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        LAUNCHED,
+        LAUNCHED | {"GROUP_WORLD_SIZE": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_NODES": "2"},
+        LAUNCHED | {"SLURM_JOB_NUM_NODES": "4", "SLURM_STEP_NUM_NODES": "1"},
+        {"SLURM_JOB_NUM_NODES": "2"},
+    ],
+)
+def test_processes_of_the_job_are_taken(environment):
+    for devices in (0, 8):
+        check_processes(environment, devices)
+
+
+def test_a_world_size_that_does_not_divide_the_global_batch_is_refused(options, monkeypatch):
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"a global batch of 48 samples cannot be made of 8 devices x 4 samples"):
+        train(replace(options, global_batch=48))
+    assert not options.output.exists()
