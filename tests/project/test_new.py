@@ -50,9 +50,11 @@ def words_of(options):
 
 
 def run(*command, folder, path, **environment):
+    # Under `make test` these would make the project's make a part of that one.
+    kept = {name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
     done = subprocess.run(
         list(map(str, command)), cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{path}:{os.environ['PATH']}"} | environment,
+        env=kept | {"OMP_NUM_THREADS": "1", "PATH": f"{path}:{os.environ['PATH']}"} | environment,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
