@@ -105,6 +105,17 @@ def cache(python, teacher, data, out, *more, **variables):
     return run(python, code, "cache-teacher", *words, *sizes, *exact, *more, **variables)
 
 
+def assert_stores_agree(one, other):
+    found, expected = TeacherStore(one), TeacherStore(other)
+    assert found.manifest.identity == expected.manifest.identity
+    assert not missing_parts(found) and not any(findings for _, findings in verify(found))
+    for index in range(found.manifest.samples):
+        assert found[index].digest == expected[index].digest
+        ours, theirs = found[index].payload, expected[index].payload
+        np.testing.assert_allclose(ours.logits, theirs.logits, atol=2e-4 + 2 / 4096, rtol=0)
+        np.testing.assert_allclose(ours.hidden, theirs.hidden, atol=1e-4, rtol=2e-3)
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "smolvlm"])
 def test_one_backend_finishes_what_the_other_began(family, data, tmp_path):
     """Whole commands: the engine in a process of its own, transformers in the trainer's environment."""
@@ -113,14 +124,7 @@ def test_one_backend_finishes_what_the_other_began(family, data, tmp_path):
     cache(TRAINER, teacher, data, plain)
     cache(TRAINER, teacher, data, mixed, "--shard", "2/3")
     assert "3 parts written, 1 were there" in cache(sys.executable, teacher, data, mixed, *ENGINE).stdout
-    found, expected = TeacherStore(mixed), TeacherStore(plain)
-    assert found.manifest.identity == expected.manifest.identity
-    assert not missing_parts(found) and not any(findings for _, findings in verify(found))
-    for index in range(found.manifest.samples):
-        assert found[index].digest == expected[index].digest
-        ours, theirs = found[index].payload, expected[index].payload
-        np.testing.assert_allclose(ours.logits, theirs.logits, atol=2e-4 + 2 / 4096, rtol=0)
-        np.testing.assert_allclose(ours.hidden, theirs.hidden, atol=1e-4, rtol=2e-3)
+    assert_stores_agree(mixed, plain)
 
 
 def test_a_mixture_of_experts_is_shared_by_two_processes(data, tmp_path):
@@ -132,10 +136,4 @@ def test_a_mixture_of_experts_is_shared_by_two_processes(data, tmp_path):
         sys.executable, teacher, data, spread, *ENGINE, "--tensor-parallel", "2", VLLM_CPU_OMP_THREADS_BIND="0|1"
     )
     assert "vLLM's final states are transformers'" in said.stderr + said.stdout
-    found, expected = TeacherStore(spread), TeacherStore(plain)
-    assert not missing_parts(found) and not any(findings for _, findings in verify(found))
-    for index in range(found.manifest.samples):
-        assert found[index].digest == expected[index].digest
-        ours, theirs = found[index].payload, expected[index].payload
-        np.testing.assert_allclose(ours.logits, theirs.logits, atol=2e-4 + 2 / 4096, rtol=0)
-        np.testing.assert_allclose(ours.hidden, theirs.hidden, atol=1e-4, rtol=2e-3)
+    assert_stores_agree(spread, plain)
