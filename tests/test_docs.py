@@ -76,6 +76,12 @@ def test_the_figure_of_the_gradient_is_the_same_when_drawn_again(tmp_path):
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
+def test_the_figure_of_the_stages_is_what_its_script_draws():
+    drawn = runpy.run_path(str(DOCS / "site/stages_figure.py"))["draw"]()
+    found = (DOCS / "stages.svg").read_text(encoding="utf-8")
+    assert found == drawn, "run `python docs/site/stages_figure.py`"
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     for package in ("mkdocs", "material", "latex2mathml"):
