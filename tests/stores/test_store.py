@@ -140,6 +140,21 @@ def test_a_bad_sample_has_a_status_and_no_position(path):
         assert found.payload.stats.shape == (0, 5)
 
 
+def test_a_sample_gives_its_arrays_by_name_and_says_what_it_lacks(path):
+    store = TeacherStore(path)
+    good, skipped = (int(np.flatnonzero((store.statuses() == 0) == usable)[0]) for usable in (True, False))
+    sample = store[good]
+    assert sample.ids is sample.payload.ids and sample.logits is sample.payload.logits
+    assert sample.stats is sample.payload.stats and sample.index == good
+    assert repr(sample) == f"StoredSample({good}: {len(sample.payload)} positions, stats, ids, logits)"
+    with pytest.raises(StoreError, match="this store keeps no hidden"):
+        sample.hidden  # noqa: B018
+    reason = store.manifest.statuses[str(store[skipped].status)]
+    assert repr(store[skipped]) == f"StoredSample({skipped}: skipped, {reason})"
+    with pytest.raises(StoreError, match=rf"sample {skipped} was skipped .*\({reason}\): it has no logits"):
+        store[skipped].logits  # noqa: B018
+
+
 def test_tokens_of_the_samples(path, tmp_path):
     """0 where a sample is not usable, and in a part that does not record them."""
     store = TeacherStore(path)
