@@ -6,6 +6,7 @@ import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,8 +90,21 @@ def _without_provenance(value: Any) -> Any:
 _KNOWN_TOKENIZERS: dict[bytes, str] = {}
 
 
+# Tokenizers whose hash was taken before a processor got them. PaliGemma's changes the tokenizer that it is given, and the hash must
+# not depend on whether a command has opened the processor already.
+_AS_SAVED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def pin_tokenizer(tokenizer: Any) -> None:
+    """Keep the hash of a tokenizer as it is now; `hash_tokenizer` returns it from here on, whatever is done to the tokenizer."""
+    if tokenizer not in _AS_SAVED:
+        _AS_SAVED[tokenizer] = hash_tokenizer(tokenizer)
+
+
 def hash_tokenizer(tokenizer: Any) -> str:
     """Hash everything that determines a fast tokenizer's ids: vocabulary, merges, normalisation, added and special tokens."""
+    if (pinned := _AS_SAVED.get(tokenizer)) is not None:
+        return pinned
     text = tokenizer.backend_tokenizer.to_str()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = hashlib.blake2b(f"{json.dumps(special)} {text}".encode()).digest()

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from switchkd.errors import CheckpointError
+from switchkd.fingerprints import pin_tokenizer
 from switchkd.library_errors import as_checkpoint_error, words_of
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.families import Family, family_of
@@ -212,6 +213,7 @@ def _without_video(kind: Any, checkpoint: Checkpoint, saved: Mapping[str, Any]) 
             """Accept a part that is left out."""
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
+    pin_tokenizer(checkpoint.tokenizer)
     parts: dict[str, Any] = {"image_processor": checkpoint.image_processor, "tokenizer": checkpoint.tokenizer}
     parts |= {part: None for part in kind.get_attributes() if part not in parts}
     settings = {key: value for key, value in saved.items() if key not in _PARTS | {"processor_class"}}
