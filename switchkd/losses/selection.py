@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switchkd.losses.row_limits import EDGE_ERROR, require_two
+
 BINS = 2048  # maximum; the histogram locates a knee to about one bin before any entry is sorted
 # Logits that are processed together: temporaries of this many entries stay in a CPU's cache and a GPU's memory.
 BLOCK_LOGITS = {"cpu": 1 << 20}
 BLOCK_LOGITS_ELSEWHERE = 1 << 25
-# Bins are computed in the logits' dtype: their edges are exact to 1e-6 of the row's spread even in float32.
-EDGE_ERROR = 1e-6
 _kernels: Literal["torch", "triton"] = "torch"
 
 
@@ -222,14 +222,6 @@ def _lead(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
 def _in_numpy(rows: Tensor) -> bool:
     """Whether numpy processes these rows; on one core it counts, searches and sorts several times as fast as torch."""
     return rows.device.type == "cpu" and bool(torch.isfinite(rows.sum()))
-
-
-def require_two(entries: Tensor) -> None:
-    """Raise ValueError, naming the first position, where fewer than two columns are not masked; entries: [T, 1]."""
-    if len(few := (entries < 2).flatten().nonzero()):
-        raise ValueError(
-            f"a knee needs at least 2 logits a row, all but {int(entries[few[0]])} of position {int(few[0])} are -inf"
-        )
 
 
 def _histogram(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switchkd.losses.selection import EDGE_ERROR, require_two
+from switchkd.losses.row_limits import EDGE_ERROR, require_two
 
 BINS = 2048  # a power of two
 COLUMNS = 4096  # of a row that a program reads at a time

@@ -202,6 +202,31 @@ def visual_attention(student: Tensor, teacher: Tensor) -> Tensor:
     return total
 
 
+def assert_attends_within_samples(
+    attend, samples: list[list[int]], kv_heads: int, scaling: float | None = None
+) -> None:
+    """Compare an attention function of transformers' interface with `attention_within_samples`, values and gradients.
+
+    Two packed rows of 8 tokens, 4 heads of 6 numbers, float64. `samples` are the lengths in each row.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 8, 6), (2, kv_heads, 8, 6), (2, kv_heads, 8, 6))
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 4 // kv_heads
+    position_ids = torch.tensor([[place for length in row for place in range(length)] for row in samples])
+    weigh = torch.randn(2, 8, 4, 6, generator=generator, dtype=torch.float64)
+    query = leaves[0] if scaling is None else leaves[0] * scaling * 6**0.5
+    given = {} if scaling is None else {"scaling": scaling}
+    ways = (
+        attend(module, *leaves, None, position_ids=position_ids, **given)[0],
+        attention_within_samples(query, *leaves[1:], samples),
+    )
+    results = [[found, *torch.autograd.grad((found * weigh).sum(), leaves)] for found in ways]
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
 def attention_within_samples(query: Tensor, key: Tensor, value: Tensor, samples: list[list[int]]) -> Tensor:
     """Softmax attention, token by token, to those of the same sample up to it: [R, h, N, d], [R, h_kv, N, d] twice → [R, N, h, d].
 

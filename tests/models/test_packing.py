@@ -98,20 +98,7 @@ def test_a_layout_there_and_back():
 @pytest.mark.parametrize("kv_heads", (4, 2, 1))
 def test_attention_in_blocks_by_a_loop(samples, kv_heads):
     """Heads that share keys and values, too."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 4, 8, 6), (2, kv_heads, 8, 6), (2, kv_heads, 8, 6))
-    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    module = torch.nn.Module()
-    module.is_causal, module.num_key_value_groups = True, 4 // kv_heads
-    position_ids = torch.tensor([[place for length in row for place in range(length)] for row in samples])
-    weigh = torch.randn(2, 8, 4, 6, generator=generator, dtype=torch.float64)
-    ways = (
-        attend_in_blocks(module, *leaves, None, position_ids=position_ids)[0],
-        reference.attention_within_samples(*leaves, samples),
-    )
-    results = [[found, *torch.autograd.grad((found * weigh).sum(), leaves)] for found in ways]
-    for mine, expected in zip(*results, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    reference.assert_attends_within_samples(attend_in_blocks, samples, kv_heads)
 
 
 def made(words, supervised):

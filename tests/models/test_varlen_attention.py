@@ -35,21 +35,7 @@ def test_the_stand_in_is_called_as_the_kernel_is():
 @pytest.mark.parametrize("kv_heads", (4, 2, 1))
 @pytest.mark.parametrize("scaling", (None, 0.3))
 def test_it_is_attention_token_by_token(samples, kv_heads, scaling, kernel):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 4, 8, 6), (2, kv_heads, 8, 6), (2, kv_heads, 8, 6))
-    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    module = torch.nn.Module()
-    module.is_causal, module.num_key_value_groups = True, 4 // kv_heads
-    position_ids = torch.tensor([[place for length in row for place in range(length)] for row in samples])
-    weigh = torch.randn(2, 8, 4, 6, generator=generator, dtype=torch.float64)
-    query = leaves[0] if scaling is None else leaves[0] * scaling * 6**0.5
-    ways = (
-        attend_varlen(module, *leaves, None, position_ids=position_ids, scaling=scaling)[0],
-        reference.attention_within_samples(query, *leaves[1:], samples),
-    )
-    results = [[found, *torch.autograd.grad((found * weigh).sum(), leaves)] for found in ways]
-    for mine, expected in zip(*results, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    reference.assert_attends_within_samples(attend_varlen, samples, kv_heads, scaling)
 
 
 @settings(deadline=None)

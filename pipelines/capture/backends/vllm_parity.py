@@ -68,9 +68,7 @@ def _run(checkpoint: Checkpoint, dtype: str, samples: list[EncodedSample], manif
 
 def hidden_states(backend: Backend, samples: Sequence[EncodedSample], manifest: Manifest) -> States:
     """Return the final states of samples from a backend, whatever payload the manifest names."""
-    width = manifest.hidden_width or 1  # only whether there are any matters to a backend
-    wanted = replace(manifest, payload="hidden", hidden_dtype="float16", hidden_width=width, hidden_error=0.0, top_k=0)
-    wanted = replace(wanted, fine=0.0, coarse=0.0)
+    wanted = replace(manifest, payload="hidden", top_k=0)
     found: States = []
     for sample in samples:
         (payload,) = backend.capture([sample], wanted)
