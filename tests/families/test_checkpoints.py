@@ -44,6 +44,26 @@ def test_a_checkpoint_opens_and_loads_whole_and_hollow(saved):
 
 
 @pytest.mark.parametrize("family", OTHERS)
+def test_a_hollow_model_reads_no_byte_of_the_towers_files(family, tmp_path):
+    """They may be absent; what is read is the other components' weights, byte for byte."""
+    opened = open_checkpoint(tiny.write_checkpoint(family, tmp_path / "ckpt", 1, shards=True))
+    whole = load_model(opened).state_dict()
+    files = {file: load_file(file) for file in opened.path.glob("*.safetensors")}
+    of_tower = [file for file, tensors in files.items() if {component_of(name) for name in tensors} == {"vision"}]
+    sizes = [sum(file.stat().st_size for file in some) for some in (of_tower, files)]
+    assert len(of_tower) >= 3 and sizes[0] > 0.1 * sizes[1], (
+        "hardly a file is the tower's alone: the test tests nothing"
+    )
+    for file in of_tower:
+        file.unlink()
+    hollow = load_model(opened, vision=False).state_dict()
+    read = [name for name in whole if component_of(name) != "vision"]
+    assert read and all(torch.equal(hollow[name], whole[name]) for name in read)
+    with pytest.raises(CheckpointError, match=str(opened.path)):
+        load_model(opened)
+
+
+@pytest.mark.parametrize("family", OTHERS)
 def test_a_tied_head_is_the_embedding(family, tmp_path):
     opened = open_checkpoint(tiny.write_checkpoint(family, tmp_path / "ckpt", 1, tied=True))
     assert "lm_head.weight" not in load_file(opened.path / "model.safetensors")
