@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -96,6 +97,33 @@ def test_the_command_line_ends_with_143(options, number):
     assert f"after step {begun.step_of(newest)}, " in last
     assert sealed.damage_of(newest, sealed=True) is None
     assert not (options.output / ".lock").exists()
+
+
+def test_a_failed_run_leaves_no_loader_that_its_process_would_wait_for(options, tmp_path):
+    """An error whose traceback is kept, as debuggers and test runners do, holds the loader and its processes."""
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import pickle, sys, torch\n"
+        "from switchkd.pipelines.training.train import train\n"
+        "from switchkd.pipelines.training.trainer import SwitchTrainer\n"
+        "step = SwitchTrainer.training_step\n"
+        "def failing(self, *args, **kwargs):\n"
+        "    if self.state.global_step == 2: raise ValueError('in a step')\n"
+        "    return step(self, *args, **kwargs)\n"
+        "SwitchTrainer.training_step = failing\n"
+        "try:\n"
+        "    train(pickle.load(open(sys.argv[1], 'rb')))\n"
+        "except ValueError as error:\n"
+        "    kept = error\n"
+        "import multiprocessing\n"
+        "print(kept, len(multiprocessing.active_children()))\n"
+    )
+    (tmp_path / "options").write_bytes(pickle.dumps(replace(options, workers=2, steps=30)))
+    command = [sys.executable, script, tmp_path / "options"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "in a step 2"
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
 
 
 def test_all_processes_stop_after_the_same_step(options, tmp_path):

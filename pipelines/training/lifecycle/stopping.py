@@ -1,6 +1,8 @@
 """Stopping at the end of a step: signals of a scheduler, and checkpoints by the clock."""
 
+import atexit
 import logging
+import multiprocessing.util  # it ends child processes at exit; what is registered after it runs before it
 import signal
 import threading
 import time
@@ -113,8 +115,22 @@ def leave_group() -> None:
 def begin_worker(worker: int, num_workers: int, rank: int) -> None:
     """Seed a loader process, and let it outlive the first signal of a scheduler that signals every process of a job.
 
-    The run needs its loaders to finish the step. A second signal ends them, so that one that hangs can be removed.
+    The run needs its loaders to finish the step. A second signal ends them, so that one that hangs can be removed; and
+    `_end_loaders` ends those that are left when the run's process exits.
     """
     seed_worker(worker, num_workers, rank)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_loaders() -> None:
+    """End loader processes that outlive their loop, as after an error whose traceback holds the loader.
+
+    Python itself sends each of them one SIGTERM, which `begin_worker` lets it survive, and then waits for it without limit.
+    """
+    loaders = [process for process in multiprocessing.active_children() if process.daemon]
+    if loaders:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader that is killed
+    for process in loaders:
+        process.kill()
