@@ -99,7 +99,7 @@ def test_what_is_not_finite_is_no_crash(value):
 def test_only_a_little_more_than_the_knee_is_sorted():
     z = SPECTRA["a long tail"](normal(4, 100_000))
     _, from_bin, _ = selection._histogram(z)
-    floor = selection._floor_of_knee(from_bin)
+    floor = selection._bins_of_knee(from_bin)[0]
     assert (from_bin.gather(-1, floor.unsqueeze(-1)).squeeze(-1) < 2 * kneedle(z)).all()
 
 
