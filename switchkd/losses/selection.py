@@ -358,8 +358,8 @@ def _rank_of_knee(
     """Return the knee k of rows, [T] int64, from a run of each one's entries that certainly contains it.
 
     Args:
-        descending: the runs, [T, M], filled up with -inf. count: N of each row. bottom, top: its smallest and largest logit, [T, 1].
-        above: its entries before the run, [T, 1].
+        descending: the runs, [T, M], filled up with -inf. count: N of each row. above: its entries before the run, [T, 1].
+        bottom, top: its smallest and largest logit, [T, 1].
     """
     top, bottom = top.double(), bottom.double()
     spread = (top - bottom).clamp_min(torch.finfo(torch.float64).tiny)
