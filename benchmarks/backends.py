@@ -5,7 +5,7 @@
 A Llava of random weights whose LLM has SmolLM2-135M's shape (576-d, 30 layers), with SmolLM2's vocabulary and with one as large as
 Qwen2.5's; float32, one thread of a CPU. Samples of two shapes: *short*, and those of LLaVA-Mix-665K as docs/cluster.md assumes
 them. Encoding is done before. Both backends run in one process and its CPU time is taken, so that other work on the machine
-disturbs little; rounds alternate between the ways of a backend, medians of the rounds.
+disturbs little; rounds alternate between the ways of a backend. The least of the rounds is taken, since other work can only add.
 
 *The engine alone* gets the same requests for no position: no LM head, no selection, nothing returned; *the forward pass alone* is
 the teacher's body. The *LM head* makes the logits of the supervised positions, which no way of reading a teacher can do without.
@@ -14,7 +14,6 @@ the teacher's body. The *LM head* makes the logits of the supervised positions, 
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -147,7 +146,7 @@ class PackingTimer:
 
 
 def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Return (CPU seconds, those of the LM head, those of packing) of each way, medians; the first round is not counted."""
+    """Return the least (CPU seconds, those of the LM head, those of packing) of each way; the first round is not counted."""
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, run in ways.items():
@@ -159,7 +158,7 @@ def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple
                 run()
                 found[name].append((time.process_time() - start, timer.head, timer.whole - timer.head))
     return {
-        name: tuple(statistics.median(each) for each in zip(*runs[1:], strict=True))  # type: ignore[misc]
+        name: tuple(min(each) for each in zip(*runs[1:], strict=True))  # type: ignore[misc]
         for name, runs in found.items()
     }
 
@@ -230,7 +229,7 @@ def main() -> None:
     asked = parser.parse_args()
     lines = [
         "What capture adds to a teacher's own time. LLM of SmolLM2-135M's shape with random weights, float32, one thread of a CPU; "
-        f"CPU time, medians of {asked.rounds} rounds; made by `make bench-vllm`. *Alone* is vLLM's engine without a position to "
+        f"CPU time, the least of {asked.rounds} rounds; made by `make bench-vllm`. *Alone* is vLLM's engine without a position to "
         "return, or transformers' forward pass without LM head.",
         "",
         "| V | samples: positions of tokens | backend | payload | alone, a sample | LM head | packing | added in all |",

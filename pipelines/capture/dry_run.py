@@ -112,7 +112,8 @@ def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
     if live is None:
         live = _time_live(worker.backend, [sample for _, sample in usable], options.batch_size)
     positions_per_sample = sum(map(len, payloads)) / len(found)
-    requested = with_payload(manifest, str(options.payload))
+    assert options.payload is not None
+    requested = with_payload(manifest, options.payload)
     read = with_payload(manifest, "hidden") if requested.payload == "both" else requested
     kinds = {_payload_name(kind): kind for kind in [*_kinds(manifest), read, requested]}
     spread = head_spread(worker.checkpoint, manifest)

@@ -47,6 +47,9 @@ def test_any_number_of_bins_gives_the_same(values, bins):
         assert_leads(leading_entries(z), z)
         assert kneedle(z).item() == reference.knee(z[0])
         assert top_of_rows(z, 2)[0].tolist() == reference.ranking(z[0])[:2]
+        for count in (0, 1, 2, len(values)):
+            ids, k = tops_and_knees(z, count)
+            assert ids[0].tolist() == reference.ranking(z[0])[:count] and k.item() == reference.knee(z[0])
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
