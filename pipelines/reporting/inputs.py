@@ -1,21 +1,23 @@
 """The inputs of a report: training runs, evaluations and stores, recognised by the files in a folder."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from switchkd.errors import DataError
+from switchkd.errors import ConfigError, DataError
 from switchkd.pipelines.run_folder import RECORD, SCORES, SUMMARY
 from switchkd.pipelines.training.lifecycle.sealed import last_checkpoint
 from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.storage.open import open_storage
 
+T = TypeVar("T")
 STATE = "trainer_state.json"  # of a checkpoint; contains the history of an unfinished run
+ITS_TEACHER = "its teacher"  # label of the curve beside a run's own
 DEPTH = 3  # levels of folders below a given one that are searched
 _NOT_RUNS = ("checkpoint-", ".")
 
@@ -95,6 +97,24 @@ def find_inputs(given: Sequence[tuple[str | None, StoreLocation]]) -> Inputs:
     for (_, location), name in zip(stores, _labels(stores), strict=True):
         found.stores.extend((name, TeacherStore.open(store)) for store in open_storage(location).stores())
     return found
+
+
+def named(name: str, given: Iterable[tuple[str, T]], option: str, what: str) -> T:
+    """Return the input with a label.
+
+    Args:
+        given: (label, input). option: that asks for it. what: kind of input, in words.
+
+    Raises:
+        ConfigError: no input, or more than one, has that label.
+    """
+    labelled = list(given)
+    found = [one for label, one in labelled if label == name]
+    if len(found) != 1:
+        there = ", ".join(dict.fromkeys(label for label, _ in labelled)) or "none"
+        how = "no" if not found else f"{len(found)} times the"
+        raise ConfigError(f"{option} {name}: there is {how} {what} of that name among those given; there are: {there}")
+    return found[0]
 
 
 def _folders(place: Path) -> Iterator[Path]:
