@@ -1,6 +1,7 @@
 """The inputs of a report: training runs, evaluations and stores, recognised by the files in a folder."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,16 +151,17 @@ def _read_train(label: str, folder: Path) -> TrainRun:
 
 
 def _labels(given: Sequence[tuple[str | None, StoreLocation]]) -> list[str]:
-    """Name every place by the fewest last folders that make the names differ; a given label is kept."""
+    """Name every place by the fewest last folders that make the names differ; a given label is kept if it is given once."""
+    once = [label for label, count in Counter(label for label, _ in given).items() if label is not None and count == 1]
     parts = [str(place).rstrip("/").split("/") for _, place in given]
+    unnamed = [words for (label, _), words in zip(given, parts, strict=True) if label not in once]
     count = 1
-    while count < max(map(len, parts), default=1) and len({tuple(p[-count:]) for p in parts}) < len(parts):
+    while count < max(map(len, unnamed), default=1) and len({tuple(p[-count:]) for p in unnamed}) < len(unnamed):
         count += 1
     names = []
     for (label, _), words in zip(given, parts, strict=True):
         name = "/".join(words[-count:])
-        again = label is not None and sum(other == label for other, _ in given) > 1
-        names.append(f"{label} {name}" if again else label or name)
+        names.append(label if label in once else " ".join(filter(None, (label, name))))
     return names
 
 

@@ -58,7 +58,13 @@ def report(options: ReportOptions) -> Report:
     pictures = [figure.write_png(options.out) for section in sections for figure in section.figures]
     made_of = [str(run.path) for runs in (inputs.trains, inputs.evals) for run in runs]
     made_of += [str(store.path) for _, store in inputs.stores]
-    write_page(options.out / PAGE, "report.html", title="Switch-KD report", sections=sections, made_of=made_of)
+    write_page(
+        options.out / PAGE,
+        "report.html",
+        title="Switch-KD report",
+        sections=sections,
+        made_of=list(dict.fromkeys(made_of)),
+    )
     return Report(options.out / PAGE, pictures, [line for section in sections for line in section.missing])
 
 
