@@ -38,7 +38,9 @@ def build(folder: Path) -> int:
 
 def for_site(markdown: str) -> str:
     """Return a page as the site shows it: formulas as MathML, links to the specification leading to its page."""
-    markdown = re.sub(r"^```math\n(.*?)^```$", lambda found: _formula(found[1]), markdown, flags=re.DOTALL | re.MULTILINE)
+    markdown = re.sub(
+        r"^```math\n(.*?)^```$", lambda found: _formula(found[1]), markdown, flags=re.DOTALL | re.MULTILINE
+    )
     return markdown.replace("](../stores/README.md", f"]({PAGE}")
 
 
