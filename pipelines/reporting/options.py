@@ -28,7 +28,7 @@ class ReportOptions:
         default=None,
         metavar="NAME",
         help="An evaluation, by its name or label in the report: the others are also shown as differences from it.",
-        unset="no differences",
+        unset="differences that `eval --baseline` recorded",
     )
     device: str = option(default="cpu", help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
 

@@ -35,8 +35,7 @@ def scores_of(inputs: Inputs, baseline: EvalRun | None) -> Section:
         section.notes.append(
             "Benchmark scores are percent with a 95 % interval; MME is percent of 2,000 perception points."
         )
-    if baseline is not None:
-        add_differences(section, inputs, baseline)
+    add_differences(section, inputs, baseline)
     shapes = {run.label: shape for run in judged if (shape := _competencies(run)) is not None}
     if shapes:
         title = "Five competencies, mean score in percent"

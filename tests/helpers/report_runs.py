@@ -9,10 +9,10 @@ import yaml
 
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
-from switchkd.pipelines.evaluation.benchmarks.base import Unit
 from switchkd.pipelines.evaluation.benchmarks.registry import TEN
 from switchkd.pipelines.evaluation.benchmarks.results import Result, write_result
 from switchkd.pipelines.evaluation.exact_match import evaluate
+from switchkd.pipelines.evaluation.intervals import Unit
 from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train

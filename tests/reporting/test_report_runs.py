@@ -154,12 +154,13 @@ def test_differences_from_a_baseline_by_question_type(finished_runs, tmp_path):
     for kind, row in rows.items():
         numbers = [i for i, line in enumerate(lines) if kind == "all questions" or line["question_type"] == kind]
         ours, theirs = (np.mean([i in right for i in numbers]) for right in ({0, 1, 2, 4, 5}, {0, 3}))
-        assert row[2:6] == [str(len(numbers)), f"{ours:.4f}", f"{theirs:.4f}", f"{ours - theirs:+.4f}"]
-        low, high = map(float, row[6].split(" … "))
+        gained, lost = (len(set(numbers) & right) for right in ({1, 2, 4, 5}, {3}))
+        assert row[2:4] == [str(len(numbers)), f"{ours - theirs:+.4f}"] and row[5:] == [str(gained), str(lost)]
+        low, high = map(float, row[4].split(" … "))
         assert low < ours - theirs < high
     assert [figure.name for figure in section.figures] == ["differences"]
     assert f"color ({len(numbers)})" in section.figures[0].svg
-    assert any("The differences of other from theirs are left out: it answered" in line for line in section.missing)
+    assert any("The differences of other from theirs are left out: " in line for line in section.missing)
 
 
 def test_differences_from_a_baseline_by_benchmark(tmp_path):
@@ -168,9 +169,35 @@ def test_differences_from_a_baseline_by_benchmark(tmp_path):
     found = find_inputs([(None, tmp_path)])
     section = Section("Scores")
     add_differences(section, found, next(run for run in found.evals if run.label == "theirs"))
-    ((name, benchmark, count, score, theirs, difference, interval),) = section.tables[0].rows
+    ((name, benchmark, count, difference, interval, score, theirs),) = section.tables[0].rows
     assert (name, count, difference) == ("ours", "100", f"{float(score) - float(theirs):+.1f}")
     assert benchmark.startswith("GQA") and "…" in interval
+
+
+def test_differences_that_an_evaluation_recorded(finished_runs, tmp_path):
+    """`eval --baseline` wrote them; the report needs no option."""
+    from switchkd.pipelines.evaluation.exact_match import evaluate
+    from switchkd.pipelines.evaluation.options import EvalOptions
+
+    shutil.copytree(finished_runs / "eval/teacher", tmp_path / "teacher")
+    shutil.copytree(finished_runs / "eval/sft", tmp_path / "theirs")
+    record = yaml.safe_load((tmp_path / "teacher/run.yaml").read_text())
+    names = ("model", "data", "images", "template", "max_new_tokens")
+    options = {name: record[name] for name in names}
+    evaluate(EvalOptions(output=tmp_path / "teacher", baseline=tmp_path / "theirs", **options))
+    found, section = find_inputs([(None, tmp_path)]), Section("Scores")
+    add_differences(section, found, None)
+    assert [row[:3] for row in section.tables[0].rows] == [["teacher", "all questions", "9"], ["teacher", "color", "8"]]
+    assert section.tables[0].head[3] == "difference from theirs" and len(section.figures) == 1
+    board = {"name": "gqa", "split": "testdev", "score": 64.0}
+    change = board | {"difference": 6.0, "interval": [1.0, 9.0], "units": 100}
+    for run in found.evals:
+        recorded = {"run": str(tmp_path / "elsewhere"), "benchmarks": [change]}
+        run.scores.clear()
+        run.scores.update(benchmarks=[board | {"score": 70.0}], baseline=recorded if run.label == "teacher" else None)
+    add_differences(section := Section("Scores"), found, None)
+    assert section.tables[0].head[3] == "difference from elsewhere"
+    assert section.tables[0].rows == [["teacher", "GQA (testdev)", "100", "+6.0", "+1.0 … +9.0", "70.0", "64.0"]]
 
 
 def test_a_baseline_that_is_not_there_is_named(finished_runs, tmp_path):
