@@ -64,6 +64,7 @@ def plot_store(path: StoreLocation, out: Path) -> Path:
         knees.hist(found.knees, bins=bin_edges(found.knees, BINS) if len(found.knees) else 1, color=color(0))
         knees.set(title="Knee of the teacher", xlabel="k", ylabel="positions")
         whole_numbers(knees.xaxis)
+        whole_numbers(knees.yaxis)
         if has_tail:
             title = f"Probability outside the top {store.manifest.top_k}"
             panels[1].hist(found.tail_masses, bins=BINS, color=color(1))
