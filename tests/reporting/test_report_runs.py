@@ -205,3 +205,23 @@ def test_a_baseline_that_is_not_there_is_named(finished_runs, tmp_path):
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2 and "there are: sft, switch-kd, teacher" in done.output
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_plot_of_a_store_has_a_panel_for_what_the_store_has(finished_runs, later_runs, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    from switchkd.pipelines.reporting.store_plots import plot_store
+
+    stores = {finished_runs / "stores/t.zarr": 3, later_runs / "mix/stores/b.zarr": 2}  # the second cuts no tail off
+    for path, panels in stores.items():
+        drawn = []
+        with monkeypatch.context() as patch:
+            patch.setattr(pyplot, "close", drawn.append)
+            plot_store(path, tmp_path / "store.png")
+        (figure,) = drawn
+        assert len(figure.axes) == panels
+        colours = [axes.patches[0].get_facecolor() for axes in figure.axes]
+        assert len(set(colours)) == panels
+        for axes in (figure.axes[0], figure.axes[-1]):
+            assert all(tick == int(tick) for tick in axes.get_xticks())
+        pyplot.close(figure)
