@@ -163,8 +163,8 @@ def histogram(lengths: "NDArray[Any]", unit: str, limit: int | None) -> list[str
     """Draw lengths as bars of text.
 
     Args:
-        lengths: [n]. unit: of the lengths. limit: longer samples have a separate line, below bins up to the limit; if there are none,
-            or no limit, the bins end with the longest sample.
+        lengths: [n]. unit: of the lengths. limit: longer samples have a separate line, below bins up to the limit; if there are
+            none, or no limit, the bins end with the longest sample.
     """
     import numpy as np
 
