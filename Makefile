@@ -92,9 +92,9 @@ test-torchao: install  ## --teacher-dtype int8 with torchao itself
 	$(PIP) install --quiet --constraint constraints.txt torchao
 	$(BIN)/python -m pytest tests/training/test_int8_teacher.py
 
-test-triton: install  ## Triton's selection kernels in its interpreter, on a CPU (200 MB from PyPI)
+test-triton: install  ## Triton's kernels in its interpreter, on a CPU, and compiled for Hopper (200 MB from PyPI)
 	$(PIP) install --quiet --no-deps 'triton>=3.7'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/losses/test_triton_selection.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/losses tests/training/test_fp8_kernel.py
 
 test-emoji-vqa: install  ## EmojiVQA whole, from npm packages (26 MB): the published bytes
 	$(BIN)/python -m pytest -m slow tests/emoji_vqa
