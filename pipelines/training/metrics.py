@@ -107,7 +107,9 @@ class StepMetrics:
     def work(self) -> Work:
         """Return the work that this process has counted since the last call of `take`."""
         on_device = torch.zeros(10) if self._on_device is None else self._on_device
-        _, positions, shown, own_pairs, own_image_pairs, *of_images, shown_tokens, switched = on_device.tolist()
+        _, positions, shown, own_pairs, own_image_pairs, patches, patch_pairs, placeholders, shown_tokens, switched = (
+            on_device.tolist()
+        )
         return Work(
             self._tokens,
             own_pairs if self.in_blocks[0] else self._pairs,
@@ -116,8 +118,10 @@ class StepMetrics:
             own_image_pairs if self.in_blocks[1] else self._image_pairs,
             positions,
             shown,
-            *of_images,
-            switched_share=switched / shown_tokens if shown_tokens else 1.0,
+            patches,
+            patch_pairs,
+            placeholders,
+            switched / shown_tokens if shown_tokens else 1.0,
         )
 
     def leave_out(self, images: int, length: int, known: int) -> None:

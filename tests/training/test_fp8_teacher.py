@@ -343,3 +343,21 @@ def test_the_check_before_a_run_tells_a_wrong_product(monkeypatch):
 
         monkeypatch.setattr(torch, "_scaled_mm", broken)
         assert product_error(torch.device("cpu")) > NEAR
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler does
+def test_compiled_layers_give_the_same_run(options, hidden, tmp_path, monkeypatch, as_on_a_device):
+    """With the compiler's front end; the layers' inputs are then quantised by the compiled program."""
+    monkeypatch.setattr(experimental, "BACKEND", "aot_eager")
+    plain = replace(options, cache=hidden, precision="bfloat16", steps=2, experimental=WAY)
+    try:
+        train(replace(plain, experimental=f"{WAY},compile-layers"))
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.config.suppress_errors = False
+    train(replace(plain, output=tmp_path / "eager"))
+    entry = training.logged(plain.output)[-1]
+    assert entry["compiled_graphs"] > 0 and entry["not_compiled"] == 0
+    for mine, other in zip(history(plain.output), history(tmp_path / "eager"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-2, abs=2.5e-3)

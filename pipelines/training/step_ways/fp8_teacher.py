@@ -74,7 +74,7 @@ def product_error(device: torch.device) -> float:
     """Return the largest relative difference, of a product and of its gradient, from products of dequantised matrices."""
     generator = torch.Generator().manual_seed(0)
     inputs, gradient = (torch.randn(67, width, generator=generator).bfloat16() for width in (256, 384))
-    plain = nn.Linear(256, 384, bias=True)
+    plain: Any = nn.Linear(256, 384, bias=True)
     nn.init.normal_(plain.weight, std=0.05, generator=generator)
     holder = nn.Module()
     holder.layers = nn.ModuleList([plain.requires_grad_(False).bfloat16()])
