@@ -170,7 +170,7 @@ types: install  ## mypy over the package as it is installed
 check: lint types test  ## everything that must pass before a change is proposed
 
 docs: install commands  ## the documents as a site (build/site/index.html)
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/site/build.py
 
 commands: install  ## rewrite docs/commands.md and the table of docs/families.md from the code
 	$(BIN)/python docs/site/commands.py

@@ -44,5 +44,5 @@ def _format_report(options: AttendOptions, rows: Sequence["Row"]) -> Iterator[st
     for row in rows:
         yield f"{row.image}, {row.question!r}"
         for panel in row.panels:
-            yield f"  {panel.name:<9} {panel.caption}"
+            yield f"  {panel.name:<9} {panel.attention.answer!r}: {panel.figures}"
     yield f"drawn: {options.out / PICTURE}, {options.out / PAGE}"

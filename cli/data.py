@@ -163,15 +163,16 @@ def histogram(lengths: "NDArray[Any]", unit: str, limit: int | None) -> list[str
     """Draw lengths as bars of text.
 
     Args:
-        lengths: [n]. unit: of the lengths. limit: the last bin ends there, and longer samples have a separate line; None bins up
-            to the longest.
+        lengths: [n]. unit: of the lengths. limit: longer samples have a separate line, below bins up to the limit; if there are
+            none, or no limit, the bins end with the longest sample.
     """
     import numpy as np
 
     if not len(lengths):
         return [f"{unit} a sample: none is known"]
     marks = ", ".join(f"{name} {np.quantile(lengths, share, method='higher'):,}" for name, share in QUANTILES.items())
-    end = limit or int(lengths.max())
+    end = int(lengths.max())
+    end = min(end, limit or end)
     step = max(1, -(-end // BINS))
     counts = [int(((lengths > low) & (lengths <= min(low + step, end))).sum()) for low in range(0, end, step)]
     names = [f"{low + 1:,} to {min(low + step, end):,}" for low in range(0, end, step)]

@@ -12,7 +12,7 @@ from switchkd.pipelines.options import fields_of
 EXACT_MATCH = "exact-match"
 # Options that only one kind of task has.
 _FILE_ONLY = ("data", "images")
-_BENCHMARK_ONLY = ("benchmarks", "score_only", "retry_failed", "baseline")
+_BENCHMARK_ONLY = ("benchmarks", "score_only", "retry_failed")
 
 
 def _list_benchmarks(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -88,6 +88,17 @@ def _exact_match(options: dict[str, Any]) -> None:
     )
     for kind, share in scores.by_type.items():
         echo(f"  {kind:<16} {share:.4f}")
+    if scores.baseline is not None:
+        found = scores.baseline
+        echo(
+            f"compared with {found.run}, {found.model}, on the {found.overall.questions:,} questions that both answered:"
+        )
+        for kind, row in {"all": found.overall, **found.by_type}.items():
+            low, high = row.interval
+            echo(
+                f"  {kind:<16} {row.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; right only here {row.gained:,}, "
+                f"only there {row.lost:,}, of {row.questions:,}"
+            )
     echo(f"predictions: {scores.predictions}")
 
 

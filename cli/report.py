@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…")
 @options_of(ReportOptions)
-def command(runs: tuple[str, ...], out: Path, samples: int, knees: int, device: str | None) -> None:
+def command(runs: tuple[str, ...], device: str | None, **given: Any) -> None:
     """Write one HTML page, and PNGs, about training runs, evaluations and stores.
 
     RUN is a folder that `train`, `eval` or `cache-teacher` wrote, or one that contains several of them, such as demo-run; or
@@ -29,10 +29,8 @@ def command(runs: tuple[str, ...], out: Path, samples: int, knees: int, device: 
 
     options = ReportOptions(
         runs=tuple(_labelled(run) for run in runs),
-        out=out,
-        samples=samples,
-        knees=knees,
-        device=(device or default_device()) if knees else "cpu",
+        device=(device or default_device()) if given["knees"] else "cpu",
+        **given,
     )
     for line in _format_report(report(options)):
         echo(line)

@@ -31,3 +31,11 @@ def finished_runs(tmp_path_factory, teacher, student):
     import report_runs
 
     return report_runs.make(tmp_path_factory.mktemp("runs"), teacher, student)
+
+
+@pytest.fixture(scope="session")
+def later_runs(tmp_path_factory, teacher, student, finished_runs):
+    """Runs with LoRA, held-out samples, a mixture and a live teacher; see report_runs.py."""
+    import report_runs
+
+    return report_runs.make_later_runs(tmp_path_factory.mktemp("later"), teacher, student, finished_runs)

@@ -15,7 +15,7 @@ from docs_pages import ROOT, build_site
 from switchkd.pipelines.stored_teacher import TOPK_GRADIENT_ERROR, WINDOW_GRADIENT_ERROR
 
 DOCS = ROOT / "docs"
-MADE_AT_BUILD = {"store-format.md"}  # docs/site/hooks.py adds stores/README.md under this name
+MADE_AT_BUILD = {"store-format.md"}  # docs/site/build.py adds stores/README.md under this name
 
 
 def nav_pages(entry):
@@ -84,7 +84,7 @@ def test_the_figure_of_the_stages_is_what_its_script_draws():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    for package in ("mkdocs", "material", "latex2mathml"):
+    for package in ("zensical", "latex2mathml"):
         pytest.importorskip(package, reason="building the site needs the packages of the extra `docs`")
     return build_site(tmp_path_factory.mktemp("site"))
 

@@ -44,6 +44,7 @@ FLOORS = {
     "pipelines/progress.py": 1,
     "pipelines/options.py": 1,
     "pipelines/cores.py": 1,
+    "pipelines/drawing.py": 1,
     "pipelines/shipped.py": 1,
     "pipelines/mixture.py": 2,
     "pipelines/given.py": 3,

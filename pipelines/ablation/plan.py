@@ -78,6 +78,8 @@ def _job(recipe: Recipe, options: AblateOptions, cell: Cell | None, name: str, r
     named = {name: value for name, value in _named(evaluation).items() if name != "retry_failed"}
     if named["limit"] is None:
         del named["limit"]  # names from before there was one stay the same
+    if isinstance(evaluation, EvalOptions):
+        del named["baseline"]  # as for the limit; no recipe sets it
     # Answers are kept by benchmark and question, so evaluations that differ in these share a folder.
     answers = {name: value for name, value in named.items() if name not in ("limit", "tasks", "benchmarks")}
     evaluation = replace(evaluation, output=options.workdir / "evals" / _digest(answers))

@@ -61,7 +61,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _DECIDED: dict[type, set[str]] = {
     TrainOptions: {"student", "output", "teacher", "cache", "stage", "objective", "switch", "seed"},
     CacheOptions: {"teacher", "data", "images", "out", "template", "max_length", "image_mode", "max_pixels", "shard"},
-    EvalOptions: {"model", "output"},
+    EvalOptions: {"model", "output", "baseline"},
     BenchmarkOptions: {"model", "output", "score_only", "baseline"},
 }
 # What is evaluated on: a recipe that names one replaces the other in its base.

@@ -3,12 +3,14 @@
 import csv
 import io
 import statistics
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from switchkd.pipelines.ablation.recipe import AXES, OPTION_AXES, Recipe
+from switchkd.pipelines.drawing import PAGES, TEACHER, color, matplotlib_ready, wrapped
 from switchkd.pipelines.run_folder import write_atomically
 from switchkd.printable import markdown_text
 
@@ -165,30 +167,50 @@ def _csv(lines: list[list[Any]]) -> str:
 
 
 def draw(path: Path, title: str, axis_names: list[str], rows: list[Row]) -> None:
-    """Draw each row's mean, its spread, and a dot per seed; no bars, since the scale does not begin at 0."""
-    import matplotlib
+    """Draw each row's mean, its spread, and a dot per seed; no bars, since the scale does not begin at 0.
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    The scale fits the students. A teacher that would take more than half of it is not drawn: an arrow at the edge names its value.
+    """
+    with matplotlib_ready("the table's plot") as pyplot:
+        measure = rows[0].results[0].measure
+        form = ".3f" if measure == "accuracy" else ".1f"
+        low, high = limits(rows)
+        text = wrapped(title, 100)
+        height = 1.4 + 0.45 * len(rows) + 0.17 * text.count("\n")
+        figure, axes = pyplot.subplots(figsize=(8, height))
+        for place, row in enumerate(rows):
+            look = color(TEACHER if row.results[0].cell is None else 0)
+            if not low <= row.mean <= high:
+                aside = row.mean > high
+                at = ((0.985 if aside else 0.015), place)
+                words = f"{row.mean:{form}} →" if aside else f"← {row.mean:{form}}"
+                sides: dict[str, Any] = {"ha": "right" if aside else "left", "va": "center", "color": look}
+                axes.text(*at, words, transform=axes.get_yaxis_transform(), fontsize=8, **sides)
+                continue
+            axes.errorbar(row.mean, place, xerr=row.spread or 0.0, fmt="|", color=look, markersize=16, capsize=3)
+            axes.plot(row.accuracies, [place] * len(row.results), "o", color=look, markersize=4, alpha=0.7)
+        axes.set(xlim=(low, high), xlabel=f"{measure}; line: mean, whisker: standard deviation, dot: a seed")
+        axes.grid(axis="y", visible=False)
+        axes.set_yticks(range(len(rows)), [textwrap.fill(_name(axis_names, row), 40) for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        figure.suptitle(text)
+        figure.savefig(path, dpi=150, facecolor=PAGES[0])
+        pyplot.close(figure)
 
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
-    places = range(len(rows))
-    names = [_name(axis_names, row) for row in rows]
-    for place, row in zip(places, rows, strict=True):
-        color = "#888888" if row.results[0].cell is None else "#4477aa"
-        axes.errorbar(row.mean, place, xerr=row.spread or 0.0, fmt="|", color=color, markersize=16, capsize=3)
-        axes.plot(row.accuracies, [place] * len(row.results), "o", color=color, markersize=4, alpha=0.7)
-    low = min(value for row in rows for value in row.accuracies)
-    measure = rows[0].results[0].measure
-    whole = 1.0 if measure == "accuracy" else 100.0
-    axes.set(
-        xlim=(max(0.0, low - 0.05 * whole), whole),
-        xlabel=f"{measure}; line: mean, whisker: standard deviation, dot: a seed",
-    )
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_title(title, fontsize=10)
-    axes.set_yticks(places, names)
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+
+def limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """Return the limits of the plot's scale: those of the students, and of a teacher unless it would take more than half."""
+    students = [end for row in rows if row.results[0].cell is not None for end in _ends(row)]
+    teachers = [end for row in rows if row.results[0].cell is None for end in _ends(row)]
+    low, high = min(students or teachers), max(students or teachers)
+    lowest, highest = min([low, *teachers]), max([high, *teachers])
+    if highest - lowest <= 2 * (high - low):
+        low, high = lowest, highest
+    margin = 0.08 * (high - low) or 0.02 * (1.0 if rows[0].results[0].measure == "accuracy" else 100.0)
+    return low - margin, high + margin
+
+
+def _ends(row: Row) -> list[float]:
+    """Return every value that a row's drawing reaches."""
+    spread = row.spread or 0.0
+    return [*row.accuracies, row.mean - spread, row.mean + spread]

@@ -21,6 +21,7 @@ from switchkd.pipelines.demo.easy_vqa import (
     TEACHER_WEIGHTS,
 )
 from switchkd.pipelines.demo.options import DemoOptions
+from switchkd.pipelines.drawing import PAGES, TEACHER, color, matplotlib_ready, show_differences, style, whole_numbers
 from switchkd.pipelines.evaluation.exact_match import Scores, evaluate
 from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.run_folder import SUMMARY, write_atomically
@@ -226,33 +227,39 @@ def _table(scores: dict[str, Scores], seconds: dict[str, float]) -> str:
 
 
 def _draw(path: Path, runs: dict[str, Path], scores: dict[str, Scores]) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (losses, bars) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colors = {"teacher": "#7f7f7f", "sft": "#4477aa", "switch-kd": "#cc6677"}
-    for name, run in runs.items():
-        history = [entry for entry in json.loads((run / SUMMARY).read_text())["history"] if "loss_ce" in entry]
-        steps = [entry["step"] for entry in history]
-        losses.plot(steps, [entry["loss_ce"] for entry in history], color=colors[name], label=f"{NAMES[name]}: CE")
-        if name == "switch-kd":
-            for part, word, style in (("align", "Align", "--"), ("vsd", "VSD", ":")):
-                values = [entry[f"loss_{part}"] for entry in history]
-                losses.plot(steps, values, style, color=colors[name], label=f"{NAMES[name]}: {word}")
-    losses.set(xlabel="step", ylabel="nats per position", ylim=(0, None), title="Losses")
-    losses.legend(frameon=False)
-    names = list(scores)
-    values = [scores[name].accuracy for name in names]
-    drawn = bars.bar(
-        [NAMES[name].replace(", ", ",\n") for name in names], values, color=[colors[name] for name in names]
-    )
-    bars.bar_label(drawn, [f"{value:.3f}" for value in values])
-    bars.axhline(easy_vqa.BLIND_ACCURACY, color="black", linewidth=0.8, linestyle="--", label="question alone")
-    bars.set(ylim=(0, 1.1), ylabel="exact match", title=f"Accuracy on {scores['teacher'].questions:,} test questions")
-    bars.legend(frameon=False)
-    for axes in (losses, bars):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    """Draw the runs' CE, the distances to the teacher on an axis of their own, and the accuracies as bars, which begin at 0."""
+    with matplotlib_ready("the demo") as pyplot:
+        figure, (losses, distances, bars) = pyplot.subplots(1, 3, figsize=(14, 4.2))
+        colors = {"teacher": color(TEACHER), "sft": color(0), "switch-kd": color(1)}
+        drawn: dict[str, list[float]] = {"ce": [], "distances": []}
+        for name, run in runs.items():
+            history = [entry for entry in json.loads((run / SUMMARY).read_text())["history"] if "loss_ce" in entry]
+            steps = [entry["step"] for entry in history]
+            drawn["ce"] += [entry["loss_ce"] for entry in history]
+            losses.plot(steps, [entry["loss_ce"] for entry in history], color=colors[name], label=NAMES[name])
+            if name == "switch-kd":
+                for number, (part, word) in enumerate((("align", "Align"), ("vsd", "VSD")), 2):
+                    values = [entry[f"loss_{part}"] for entry in history]
+                    drawn["distances"] += values
+                    distances.plot(steps, values, style(number), color=color(number), label=f"{NAMES[name]}: {word}")
+        for axes, title, values in (
+            (losses, "CE", drawn["ce"]),
+            (distances, "Distance to the teacher", drawn["distances"]),
+        ):
+            axes.set(xlabel="step", ylabel="nats per position", title=title)
+            whole_numbers(axes.xaxis)
+            show_differences(axes, values)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        names = list(scores)
+        shares = [scores[name].accuracy for name in names]
+        labels = [NAMES[name].replace(", ", ",\n") for name in names]
+        bars.bar_label(
+            bars.bar(labels, shares, color=[colors[name] for name in names]), [f"{share:.3f}" for share in shares]
+        )
+        bars.axhline(easy_vqa.BLIND_ACCURACY, color="black", linewidth=0.8, linestyle="--", label="question alone")
+        title = f"Accuracy on {scores['teacher'].questions:,} test questions"
+        bars.set(ylim=(0, 1.1), ylabel="exact match", title=title)
+        bars.grid(axis="x", visible=False)
+        bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        figure.savefig(path, dpi=150, facecolor=PAGES[0])
+        pyplot.close(figure)

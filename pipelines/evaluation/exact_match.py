@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from switchkd.data.samples import BadSample, Sample, SampleFile
 from switchkd.fingerprints import hash_json, hash_weights
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
+from switchkd.pipelines.evaluation.comparison import Comparison, compare, open_baseline
 from switchkd.pipelines.evaluation.generation import GreedyGenerator, encoded_batches, read_lines
 from switchkd.pipelines.evaluation.options import RESUMABLE_CHANGES, EvalOptions
 from switchkd.pipelines.evaluation.sampling import sample_of
@@ -31,6 +32,7 @@ class Scores:
     skipped: dict[str, int]  # samples that could not be used, by reason; not included in the accuracy
     predictions: Path
     limited_to: int | None = None  # questions of the sample that `--limit` asked; None: all were asked
+    baseline: Comparison | None = None  # with `--baseline`
 
 
 def evaluate(options: EvalOptions) -> Scores:
@@ -40,7 +42,8 @@ def evaluate(options: EvalOptions) -> Scores:
     after both are lower-cased, stripped of surrounding space and a final full stop, and repeated inner space is collapsed.
 
     Raises:
-        InputError: something given cannot be used, or `output` holds predictions of another model or data file.
+        InputError: something given cannot be used, or `output` holds predictions of another model or data file, or `baseline`
+            none of this data file.
     """
     checkpoint = open_checkpoint(options.model, options.trust_remote_code)
     samples = SampleFile(options.data)
@@ -49,6 +52,7 @@ def evaluate(options: EvalOptions) -> Scores:
     identity: dict[str, Any] = {"weights": hash_json(hash_weights(checkpoint.path)), "data_sha256": samples.fingerprint}
     if options.template is None:
         identity["template"] = template.as_dict()
+    other = None if options.baseline is None else open_baseline(options.baseline, samples.fingerprint)
     record(options.output, to_plain(options) | identity, RESUMABLE_CHANGES)
 
     path = options.output / PREDICTIONS
@@ -72,6 +76,8 @@ def evaluate(options: EvalOptions) -> Scores:
                 file.flush()
                 progress.advance(len(batch))
     scores = _score(list(done.values()), skipped, path, options.limit if len(chosen) < len(turns) else None)
+    if other is not None:
+        scores = replace(scores, baseline=compare(list(done.values()), other))
     write_atomically(options.output / SCORES, json.dumps(to_plain(scores), indent=1))
     return scores
 

@@ -160,10 +160,18 @@ def stop_ids_of(template: ConversationFormat, tokenizer: Any) -> list[int]:
 
 def read_lines(path: Path, *key: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Read the rows of an earlier run by the fields `key`; an incomplete last line is removed from the file."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     if not path.is_file():
-        return found
+        return {}
     text = path.read_text(encoding="utf-8")
+    found, whole = parse_lines(text, *key)
+    if (kept := "".join(line + "\n" for line in whole)) != text:
+        write_atomically(path, kept)
+    return found
+
+
+def parse_lines(text: str, *key: str) -> tuple[dict[tuple[Any, ...], dict[str, Any]], list[str]]:
+    """Return the rows of JSON Lines by the fields `key`, and the lines that hold them; an incomplete line is left out."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     whole = []
     for line in filter(None, text.split("\n")):
         try:
@@ -171,7 +179,5 @@ def read_lines(path: Path, *key: str) -> dict[tuple[Any, ...], dict[str, Any]]:
             found[tuple(content[name] for name in key)] = content
         except (ValueError, KeyError):
             continue
-        whole.append(line + "\n")
-    if (kept := "".join(whole)) != text:
-        write_atomically(path, kept)
-    return found
+        whole.append(line)
+    return found, whole

@@ -6,11 +6,12 @@ from switchkd.pipelines.options import keyword_options_class, option
 from switchkd.settings import ModelDtype
 
 # Options that may differ when an evaluation is resumed, since they do not change any answer.
-RESUMABLE_CHANGES = {"output", "batch_size", "workers", "limit"}
+RESUMABLE_CHANGES = {"output", "batch_size", "workers", "limit", "baseline"}
 # Headings of the help, in its order.
 FIRST = "Needed first"
 BENCHMARKS = "Benchmarks"
 GENERATION = "Generation"
+COMPARISON = "Comparison"
 SCALE = "Scale"
 
 
@@ -36,6 +37,12 @@ class AnswerOptions:
         group=SCALE,
         help="Ask a fixed random sample of this size, of every benchmark; its scores are labelled and in no average.",
         unset="all questions",
+    )
+    baseline: Path | None = option(
+        names="folder",
+        default=None,
+        group=COMPARISON,
+        help="--output of another model on the same questions: the differences from it, with their intervals.",
     )
     batch_size: int = option(default=64, at_least=1, group=SCALE, help="Prompts per forward pass.")
     workers: int | None = option(
@@ -86,10 +93,4 @@ class BenchmarkOptions(AnswerOptions):
     )
     retry_failed: bool = option(
         default=False, group=BENCHMARKS, help="Benchmarks: ask questions again that failed before."
-    )
-    baseline: Path | None = option(
-        names="folder",
-        default=None,
-        group=BENCHMARKS,
-        help="Benchmarks: --output of another model's run, to show differences from.",
     )

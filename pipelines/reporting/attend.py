@@ -2,7 +2,6 @@
 
 import base64
 import io
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.errors import ConfigError
+from switchkd.pipelines.drawing import PAGES, matplotlib_ready, wrapped
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.reporting.attention import AttentionMap, AttentionProbe, overlap
-from switchkd.pipelines.reporting.figures import PAGES, matplotlib_ready
 from switchkd.pipelines.reporting.options import AttendOptions
 from switchkd.pipelines.reporting.page import write_page
 from switchkd.pipelines.run_folder import write_atomically
@@ -34,10 +33,10 @@ class Panel:
     overlap: float | None  # with the teacher's map; None: no teacher, the teacher itself, or another grid
 
     @property
-    def caption(self) -> str:
-        """The answer, its attention share, and the overlap with the teacher's map."""
-        same = "" if self.overlap is None else f", overlap with the teacher {self.overlap:.2f}"
-        return f"{self.attention.answer!r}: {self.attention.share:.1%} of its attention on the image{same}"
+    def figures(self) -> str:
+        """The share of the answer's attention that goes to the image, and the overlap with the teacher's map."""
+        same = "" if self.overlap is None else f", overlap {self.overlap:.2f}"
+        return f"{self.attention.share:.1%} on the image{same}"
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,16 @@ def attend(options: AttendOptions) -> list[Row]:
         "attend.html",
         title="Where the models look",
         rows=[
-            (row, _ceiling(row), _data_uri(_seen(row)), [_data_uri(_overlaid(row, panel)) for panel in row.panels])
+            (
+                row,
+                _scale(row),
+                _data_uri(_seen(row)),
+                [_data_uri(_overlaid(panel, *_scale(row))) for panel in row.panels],
+            )
             for row in rows
         ],
         layers=layers,
+        ramp=_ramp(),
     )
     return rows
 
@@ -105,20 +110,30 @@ def _panels(maps: dict[str, list[AttentionMap]], number: int) -> list[Panel]:
     ]
 
 
-def _ceiling(row: Row) -> float:
-    """Return the largest density of a row's maps, in multiples of a uniform map, so that all its panels share one scale."""
-    return max(float(np.nanmax(panel.attention.map) * panel.attention.map.size) for panel in row.panels)
+def _density(attention: AttentionMap) -> NDArray[np.float64]:
+    """Return a map in multiples of an even spread, [rows, columns]; NaN without a token."""
+    return attention.map * attention.map.size
+
+
+def _scale(row: Row) -> tuple[float, float]:
+    """Return the least and the largest density of a row's maps: the scale of all its panels, which so shows their differences.
+
+    Equal densities give a scale that begins at 0.
+    """
+    least = min(float(np.nanmin(_density(panel.attention))) for panel in row.panels)
+    largest = max(float(np.nanmax(_density(panel.attention))) for panel in row.panels)
+    return (least if largest - least > 1e-6 else 0.0), largest
 
 
 def _seen(row: Row) -> NDArray[np.float64]:
     return row.panels[-1].attention.seen
 
 
-def _overlaid(row: Row, panel: Panel) -> NDArray[np.float64]:
+def _overlaid(panel: Panel, least: float, largest: float) -> NDArray[np.float64]:
     """Overlay a map on the processed image of its model, [H, W, 3] in 0 … 1; every pixel of a patch has its patch's colour."""
     import matplotlib
 
-    seen, density = panel.attention.seen, panel.attention.map * panel.attention.map.size / _ceiling(row)
+    seen, density = panel.attention.seen, (_density(panel.attention) - least) / (largest - least)
     y, x = (np.arange(size) * side // size for size, side in zip(seen.shape[:2], density.shape, strict=True))
     tinted = matplotlib.colormaps[COLORS](np.nan_to_num(density[np.ix_(y, x)]))[..., :3]
     mixed: NDArray[np.float64] = (1 - VEIL) * seen.mean(axis=2, keepdims=True) + VEIL * tinted
@@ -136,10 +151,11 @@ def _draw(rows: Sequence[Row]) -> bytes:
             axes[0].imshow(_seen(row))
             axes[0].set_title(f"{_short(row.image.name, lines=1)}\n{_short(row.question)}", fontsize=9)
             for place, panel in zip(axes[1:], row.panels, strict=True):
-                place.imshow(_overlaid(row, panel))
-                place.set_title(f"{panel.name}\n{_short(panel.caption)}", fontsize=9)
+                place.imshow(_overlaid(panel, *_scale(row)))
+                answer = _short(repr(panel.attention.answer), lines=2)
+                place.set_title(f"{panel.name}\n{panel.figures}\n{answer}", fontsize=9)
             bar = figure.colorbar(
-                pyplot.cm.ScalarMappable(pyplot.Normalize(0, _ceiling(row)), COLORS), ax=list(axes), fraction=0.02
+                pyplot.cm.ScalarMappable(pyplot.Normalize(*_scale(row)), COLORS), ax=list(axes), fraction=0.02
             )
             bar.set_label("times an even spread", fontsize=8)
             for place in axes:
@@ -152,7 +168,15 @@ def _draw(rows: Sequence[Row]) -> bytes:
 
 def _short(text: str, width: int = 38, lines: int = 3) -> str:
     """Wrap a caption to the width of a panel, and cut it after some lines; a long word is broken."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+    return wrapped(text, width, lines)
+
+
+def _ramp() -> str:
+    """Return the colours of the scale from least to largest, as a CSS gradient, under the veil over white."""
+    import matplotlib
+
+    stops = [VEIL * np.array(matplotlib.colormaps[COLORS](at)[:3]) + 1 - VEIL for at in np.linspace(0, 1, 9)]
+    return f"linear-gradient(to right, {', '.join(matplotlib.colors.to_hex(stop) for stop in stops)})"
 
 
 def _data_uri(pixels: NDArray[Any]) -> str:

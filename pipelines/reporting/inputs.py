@@ -1,21 +1,24 @@
 """The inputs of a report: training runs, evaluations and stores, recognised by the files in a folder."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from switchkd.errors import DataError
+from switchkd.errors import ConfigError, DataError
 from switchkd.pipelines.run_folder import RECORD, SCORES, SUMMARY
 from switchkd.pipelines.training.lifecycle.sealed import last_checkpoint
 from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.storage.open import open_storage
 
+T = TypeVar("T")
 STATE = "trainer_state.json"  # of a checkpoint; contains the history of an unfinished run
+ITS_TEACHER = "its teacher"  # label of the curve beside a run's own
 DEPTH = 3  # levels of folders below a given one that are searched
 _NOT_RUNS = ("checkpoint-", ".")
 
@@ -97,6 +100,24 @@ def find_inputs(given: Sequence[tuple[str | None, StoreLocation]]) -> Inputs:
     return found
 
 
+def named(name: str, given: Iterable[tuple[str, T]], option: str, what: str) -> T:
+    """Return the input with a label.
+
+    Args:
+        given: (label, input). option: that asks for it. what: kind of input, in words.
+
+    Raises:
+        ConfigError: no input, or more than one, has that label.
+    """
+    labelled = list(given)
+    found = [one for label, one in labelled if label == name]
+    if len(found) != 1:
+        there = ", ".join(dict.fromkeys(label for label, _ in labelled)) or "none"
+        how = "no" if not found else f"{len(found)} times the"
+        raise ConfigError(f"{option} {name}: there is {how} {what} of that name among those given; there are: {there}")
+    return found[0]
+
+
 def _folders(place: Path) -> Iterator[Path]:
     """Yield the folders of runs and stores at or below a place, by name."""
     pending = [(place, 0)]
@@ -130,16 +151,17 @@ def _read_train(label: str, folder: Path) -> TrainRun:
 
 
 def _labels(given: Sequence[tuple[str | None, StoreLocation]]) -> list[str]:
-    """Name every place by the fewest last folders that make the names differ; a given label is kept."""
+    """Name every place by the fewest last folders that make the names differ; a given label is kept if it is given once."""
+    once = [label for label, count in Counter(label for label, _ in given).items() if label is not None and count == 1]
     parts = [str(place).rstrip("/").split("/") for _, place in given]
+    unnamed = [words for (label, _), words in zip(given, parts, strict=True) if label not in once]
     count = 1
-    while count < max(map(len, parts), default=1) and len({tuple(p[-count:]) for p in parts}) < len(parts):
+    while count < max(map(len, unnamed), default=1) and len({tuple(p[-count:]) for p in unnamed}) < len(unnamed):
         count += 1
     names = []
     for (label, _), words in zip(given, parts, strict=True):
         name = "/".join(words[-count:])
-        again = label is not None and sum(other == label for other, _ in given) > 1
-        names.append(f"{label} {name}" if again else label or name)
+        names.append(label if label in once else " ".join(filter(None, (label, name))))
     return names
 
 

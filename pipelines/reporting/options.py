@@ -18,6 +18,18 @@ class ReportOptions:
         at_least=0,
         help="Run finished students on this many random samples of the store, and show their knees beside the teacher's.",
     )
+    knees_store: str | None = option(
+        default=None,
+        metavar="NAME",
+        help="The store of --knees: its name or label in the report.",
+        unset="each run's own; of a run that read none, the only store that is given",
+    )
+    baseline: str | None = option(
+        default=None,
+        metavar="NAME",
+        help="An evaluation, by its name or label in the report: the others are also shown as differences from it.",
+        unset="differences that `eval --baseline` recorded",
+    )
     device: str = option(default="cpu", help="cpu, cuda, cuda:1, …", unset="cuda if there is one")
 
 

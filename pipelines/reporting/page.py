@@ -6,7 +6,7 @@ from typing import Any
 
 import switchkd
 from switchkd.errors import ConfigError
-from switchkd.pipelines.reporting import figures
+from switchkd.pipelines.drawing import CARDS, PAGES, PALETTE
 from switchkd.pipelines.reporting.figures import Figure
 from switchkd.pipelines.reporting.samples import Chosen
 from switchkd.pipelines.run_folder import write_atomically
@@ -24,6 +24,15 @@ class Section:
     notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # how to obtain what is left out
     chosen: Chosen | None = None
+    details: list["Details"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Details:
+    """Names and values under headings, folded in under a title."""
+
+    title: str
+    lists: dict[str, dict[str, str]]  # heading → name → value
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     except ImportError:
         raise ConfigError("pages are made with jinja2: pip install 'switchkd[viz]'") from None
     places = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    places.filters["code"] = _code
-    places.globals |= {"palette": figures.PALETTE, "version": switchkd.__version__}
+    places.filters |= {"code": _code, "quoted": repr}
+    places.globals |= {"palette": PALETTE | {"page": PAGES, "card": CARDS}, "version": switchkd.__version__}
     write_atomically(path, places.get_template(template).render(**content))
 
 

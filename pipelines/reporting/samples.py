@@ -56,7 +56,7 @@ def choose_samples(evals: Sequence[EvalRun], count: int) -> Chosen:
     groups: dict[tuple[str, str], list[tuple[EvalRun, dict[Any, dict[str, Any]]]]] = {}
     for run in evals:
         for source, folder, key in _tables(run):
-            groups.setdefault(key, []).append((run, _lines(folder / PREDICTIONS, source)))
+            groups.setdefault(key, []).append((run, read_predictions(folder / PREDICTIONS, source)))
     if not groups:
         return Chosen([], 0, 0)
     members = max(groups.values(), key=len)
@@ -77,7 +77,7 @@ def _tables(run: EvalRun) -> list[tuple[str, Path, tuple[str, str]]]:
     return [(name, run.path / name, (name, fingerprint)) for name, fingerprint in names]
 
 
-def _lines(path: Path, source: str) -> dict[Any, dict[str, Any]]:
+def read_predictions(path: Path, source: str) -> dict[Any, dict[str, Any]]:
     """Read predictions by question; an incomplete line is ignored."""
     found: dict[Any, dict[str, Any]] = {}
     if not path.is_file():

@@ -6,6 +6,7 @@ import numpy as np
 
 from switchkd.pipelines.evaluation.benchmarks.scoreboard import sample_label
 from switchkd.pipelines.reporting import figures
+from switchkd.pipelines.reporting.differences import add_differences
 from switchkd.pipelines.reporting.inputs import EvalRun, Inputs
 from switchkd.pipelines.reporting.page import Section, Table
 
@@ -19,8 +20,8 @@ COMPETENCIES = {
 }
 
 
-def scores_of(inputs: Inputs) -> Section:
-    """Return tables of scores, and the radar chart of the paper's Figure 1."""
+def scores_of(inputs: Inputs, baseline: EvalRun | None) -> Section:
+    """Return tables of scores, differences from a baseline, and the radar chart of the paper's Figure 1."""
     section = Section("Scores")
     if not inputs.evals:
         section.missing.append("No evaluation was given: name a folder that `switchkd eval --output` wrote.")
@@ -34,11 +35,12 @@ def scores_of(inputs: Inputs) -> Section:
         section.notes.append(
             "Benchmark scores are percent with a 95 % interval; MME is percent of 2,000 perception points."
         )
+    add_differences(section, inputs, baseline)
     shapes = {run.label: shape for run in judged if (shape := _competencies(run)) is not None}
     if shapes:
         title = "Five competencies, mean score in percent"
         names = [name.replace(" & ", " &\n") for name in COMPETENCIES]
-        section.figures.append(figures.radar("radar", title, names, shapes, inputs.series))
+        section.figures.extend(figures.radar("radar", title, names, shapes, inputs.series))
     else:
         section.missing.append(
             "The radar of five competencies (the paper's Figure 1) is left out: it needs scores on all ten benchmarks, "

@@ -1,4 +1,4 @@
-"""`switchkd store plot`: three plots of a store: knees, tail mass and bytes per part."""
+"""`switchkd store plot`: plots of a store: knees, tail mass and bytes per part."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.reporting.figures import color, matplotlib_ready
+from switchkd.pipelines.drawing import color, matplotlib_ready, whole_numbers
+from switchkd.pipelines.reporting.figures import bin_edges
 from switchkd.settings import StoreLocation
 from switchkd.stores import TeacherStore
 from switchkd.stores.layout import STAT_COLUMNS
 from switchkd.stores.storage.paths import part_key
 
+BINS = 60
 LEAST_MASS = 1e-8  # smaller tails are set to this
 
 
@@ -42,7 +44,7 @@ def store_statistics(store: TeacherStore) -> StoreStatistics:
 
 
 def plot_store(path: StoreLocation, out: Path) -> Path:
-    """Draw the knees, the tail's share of the probability and the bytes per part; returns `out`.
+    """Draw the knees, the tail's share of the probability (where the store cuts one off) and the bytes per part; returns `out`.
 
     Raises:
         ConfigError: matplotlib is missing, or `out` cannot be a file. StoreError: no store, or a damaged one.
@@ -56,15 +58,20 @@ def plot_store(path: StoreLocation, out: Path) -> Path:
     with matplotlib_ready("store plot") as pyplot:
         store = TeacherStore.open(path)
         found = store_statistics(store)
-        figure, (knees, tails, sizes) = pyplot.subplots(1, 3, figsize=(13, 3.8))
-        knees.hist(found.knees, bins=60, color=color(0))
+        has_tail = store.manifest.has_topk and store.manifest.top_k < store.manifest.vocab_rows
+        figure, panels = pyplot.subplots(1, 2 + has_tail, figsize=(4.3 * (2 + has_tail), 3.8))
+        knees, sizes = panels[0], panels[-1]
+        knees.hist(found.knees, bins=bin_edges(found.knees, BINS) if len(found.knees) else 1, color=color(0))
         knees.set(title="Knee of the teacher", xlabel="k", ylabel="positions")
-        tails.hist(found.tail_masses, bins=60, color=color(1))
-        tails.set(
-            title=f"Probability outside the top {store.manifest.top_k}", xlabel="log10 of the mass", ylabel="positions"
-        )
+        whole_numbers(knees.xaxis)
+        whole_numbers(knees.yaxis)
+        if has_tail:
+            title = f"Probability outside the top {store.manifest.top_k}"
+            panels[1].hist(found.tail_masses, bins=BINS, color=color(1))
+            panels[1].set(title=title, xlabel="log10 of the mass", ylabel="positions")
         sizes.bar(found.parts, found.part_mb, color=color(2))
         sizes.set(title="Size of the parts", xlabel="part", ylabel="MB")
+        whole_numbers(sizes.xaxis)
         figure.savefig(out, dpi=150)
         pyplot.close(figure)
     return out

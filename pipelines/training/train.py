@@ -36,7 +36,7 @@ from switchkd.pipelines.training.model_setup import TrainingModels, set_up_model
 from switchkd.pipelines.training.option_groups.step import COMPILE
 from switchkd.pipelines.training.options import RESUMABLE_CHANGES, TrainOptions
 from switchkd.pipelines.training.parallelism import check_processes, require_checkpoint
-from switchkd.pipelines.training.plot import plot_run
+from switchkd.pipelines.training.plot import plot_run, title_of
 from switchkd.pipelines.training.resuming import TrainSummary, finished
 from switchkd.pipelines.training.run_log import EvaluationSchedule, RunReport, tell_plan
 from switchkd.pipelines.training.step_ways import experimental
@@ -217,7 +217,7 @@ def _finish(inputs: TrainingInputs, trainer: SwitchTrainer) -> TrainSummary:
     if (kept := read_best(options.output)) is not None:
         summary["best"] = {name: kept[name] for name in ("metric", "value", "step")}
     if trainer.is_world_process_zero():
-        plot_run(history, options.output)
+        plot_run(history, options.output, title_of(options, inputs.payload if inputs.stores else None, inputs.mixture))
         # The summary says that the run is finished, so the student must be on the disk before it.
         for path in options.output.iterdir():
             if path.is_file():

@@ -20,7 +20,7 @@ from switchkd.pipelines.ablation.ablate import ablate
 from switchkd.pipelines.ablation.checks import processes_of
 from switchkd.pipelines.ablation.options import AblateOptions
 from switchkd.pipelines.ablation.recipe import SHIPPED, shipped_recipes
-from switchkd.pipelines.ablation.table import NONE, Result, markdown, rows_of
+from switchkd.pipelines.ablation.table import NONE, Result, draw, markdown, rows_of
 
 pytest.importorskip("matplotlib", reason="the table's plot is drawn with matplotlib")
 
@@ -359,6 +359,29 @@ def test_the_table_has_mean_and_sample_deviation():
     lines = markdown(axes, rows, ["color"]).splitlines()
     assert lines[3] == "| with | t | 0.6667 ± 0.2082 | 0.5000, 0.6000, 0.9000 | 0.3333 | 10 | 60 s |"
     assert lines[4] == "| without | t | 0.7000 | 0.7000 | 0.3500 | 10 | 60 s |"
+
+
+def test_the_plot_shows_differences_between_students(tmp_path, monkeypatch):
+    """A far teacher does not squeeze the students into a corner; a long title stays within the figure."""
+    from matplotlib import pyplot
+
+    students = [result(0.70 + 0.01 * seed, seed, switch=switch) for switch in (True, False) for seed in range(3)]
+    for accuracy, far in ((0.99, True), (0.725, False)):
+        axes, rows = rows_of([Result(None, "teacher t", accuracy, {}, 10, 0.0, []), *students])
+        drawn = []
+        with monkeypatch.context() as patch:
+            patch.setattr(pyplot, "close", drawn.append)
+            draw(tmp_path / "a.png", "which of the terms matters when all else is the same " * 8, axes, rows)
+        (figure,) = drawn
+        low, high = figure.axes[0].get_xlim()
+        assert 0.68 < low < 0.70 and 0.72 < high < 0.74
+        written = [text.get_text() for text in figure.axes[0].texts]
+        assert written == (["0.990 →"] if far else [])
+        figure.canvas.draw()
+        title, whole = figure._suptitle.get_window_extent(), figure.bbox
+        assert whole.x0 <= title.x0 and title.x1 <= whole.x1
+        assert title.y0 >= figure.axes[0].get_window_extent().y1
+        pyplot.close(figure)
 
 
 def test_csv_and_markdown_say_the_same(place):

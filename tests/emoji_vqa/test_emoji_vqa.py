@@ -254,8 +254,8 @@ def test_data_check_and_eval_take_it(suite):
     assert "would be skipped: 0 (0.00%)" in done.output and "odd, and used" not in done.output
     from switchkd.pipelines.evaluation.benchmarks.base import units_of
     from switchkd.pipelines.evaluation.benchmarks.emoji_vqa import EMOJI_VQA
-    from switchkd.pipelines.evaluation.benchmarks.intervals import by_stratum, means_of
     from switchkd.pipelines.evaluation.benchmarks.layouts import find_files
+    from switchkd.pipelines.evaluation.intervals import by_stratum, means_of
 
     questions = EMOJI_VQA.read(find_files(EMOJI_VQA, suite.folder.parent, "style"), "style")
     right = units_of(EMOJI_VQA, questions, {question.id: question.reference for question in questions})

@@ -6,11 +6,12 @@ import pytest
 import reference
 
 from switchkd.errors import DataError
-from switchkd.pipelines.evaluation.benchmarks import intervals, mmbench, mme, mmmu, normalise, pope, scienceqa, vqa
-from switchkd.pipelines.evaluation.benchmarks.base import Answer, Unit, units_of
-from switchkd.pipelines.evaluation.benchmarks.intervals import by_stratum, means_of
+from switchkd.pipelines.evaluation import intervals
+from switchkd.pipelines.evaluation.benchmarks import mmbench, mme, mmmu, normalise, pope, scienceqa, vqa
+from switchkd.pipelines.evaluation.benchmarks.base import Answer, units_of
 from switchkd.pipelines.evaluation.benchmarks.layouts import find_files
 from switchkd.pipelines.evaluation.benchmarks.registry import BENCHMARKS
+from switchkd.pipelines.evaluation.intervals import Unit, by_stratum, means_of
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,9 +12,10 @@ import torch
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
 from switchkd.data.templates import TEMPLATES
-from switchkd.errors import ConfigError
+from switchkd.errors import ConfigError, DataError
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_model
+from switchkd.pipelines.evaluation.comparison import Baseline, compare, open_baseline
 from switchkd.pipelines.evaluation.exact_match import evaluate, normalise
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
 from switchkd.pipelines.evaluation.options import EvalOptions
@@ -157,3 +159,56 @@ def test_a_run_of_an_earlier_version_goes_on(options):
     path = options.output / "run.yaml"
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "limit" not in line))
     assert evaluate(replace(options, limit=2)).questions == 2
+
+
+def answered(row, kind, correct, turn=0):
+    return {"row": row, "turn": turn, "question_type": kind, "correct": correct}
+
+
+def test_differences_from_another_model_are_paired():
+    """Over the questions of both: with 30 gained and 10 lost of 100, the mean is 0.2 and its deviation sqrt(0.36) / 10."""
+    ours = [answered(row, "color" if row % 2 else "shape", row < 60) for row in range(100)]
+    theirs = {(row, 0): answered(row, "", 30 <= row < 70) for row in range(100)}
+    theirs[100, 0] = answered(100, "", True)
+    skipped = [{"row": 101, "turn": 0, "question_type": "color", "skipped": "image_missing"}]
+    found = compare(ours + skipped, Baseline(Path("eval/other"), "OTHER", theirs))
+    all_of_them = found.overall
+    assert (all_of_them.questions, all_of_them.gained, all_of_them.lost) == (100, 30, 10)
+    assert all_of_them.difference == pytest.approx(0.2)
+    assert all_of_them.interval == pytest.approx((0.2 - 1.96 * 0.06, 0.2 + 1.96 * 0.06), abs=0.012)
+    assert list(found.by_type) == ["color", "shape"]
+    assert [found.by_type[kind].questions for kind in found.by_type] == [50, 50]
+    assert sum(change.gained for change in found.by_type.values()) == 30
+
+
+def test_a_baseline_is_compared_and_may_differ_when_resumed(options, student):
+    other = replace(options, model=student, output=options.output.with_name("other"))
+    theirs = evaluate(other)
+    ours = evaluate(options)
+    assert ours.baseline is None
+    found = evaluate(replace(options, baseline=other.output)).baseline
+    assert (found.model, found.overall.questions) == (str(student), 8)
+    assert found.overall.difference == pytest.approx(ours.accuracy - theirs.accuracy)
+    written = json.loads((options.output / "scores.json").read_text())["baseline"]
+    assert written["overall"]["difference"] == found.overall.difference
+    assert evaluate(options).baseline is None
+
+
+def test_a_baseline_of_other_questions_is_refused_before_a_model_is_loaded(options, monkeypatch, tmp_path):
+    evaluate(options)
+    monkeypatch.setattr("switchkd.pipelines.evaluation.exact_match.load_model", None)
+    data = tiny.data(tmp_path / "other", tiny.rows(5))
+    other = replace(options, data=data, images=data.parent / "images", output=tmp_path / "new", baseline=options.output)
+    with pytest.raises(DataError, match="answered the questions of another data file"):
+        evaluate(other)
+    for place in (tmp_path / "nowhere", options.model):
+        with pytest.raises(DataError, match="is no output folder of `switchkd eval` with --data"):
+            evaluate(replace(other, baseline=place))
+    assert not other.output.exists()
+
+
+def test_a_baseline_that_has_no_answer_in_common_is_told(options):
+    evaluate(options)
+    opened = open_baseline(options.output, SampleFile(options.data).fingerprint)
+    with pytest.raises(DataError, match="has answered none of the questions"):
+        compare([answered(99, "color", True)], opened)

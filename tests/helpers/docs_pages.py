@@ -101,8 +101,8 @@ def _lines(text: str) -> list[list[str]]:
 
 
 def build_site(out):
-    """Build the site into a folder; a warning of MkDocs is an error."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", out]
+    """Build the site below a folder, and return where; a warning of Zensical is an error."""
+    command = [sys.executable, "docs/site/build.py", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return out
+    return out / "site"

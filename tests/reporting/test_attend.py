@@ -137,18 +137,23 @@ def test_overlap():
 
 def test_the_panels_show_the_maps(teacher, student, picture, tmp_path):
     """Every pixel of a patch is tinted by its patch alone, and a stronger patch is lighter."""
-    from switchkd.pipelines.reporting.attend import _overlaid
+    from switchkd.pipelines.reporting.attend import _overlaid, _scale
 
     (row,) = attend(AttendOptions(student, [(picture, QUESTION)], teacher, template="qa", out=tmp_path))
     assert [panel.name for panel in row.panels] == ["teacher", "student"]
     assert row.panels[0].overlap is None and 0 < row.panels[1].overlap <= 1
     for panel in row.panels:
-        mixed = _overlaid(row, panel)
+        mixed = _overlaid(panel, *_scale(row))
         tint = mixed - 0.35 * panel.attention.seen.mean(axis=2, keepdims=True)
         blocks = tint.reshape(2, 8, 2, 8, 3).transpose(0, 2, 1, 3, 4).reshape(4, 64, 3)
         assert np.ptp(blocks, axis=1).max() < 1e-6
         lightness = blocks.mean(axis=(1, 2))
         assert np.argsort(lightness).tolist() == np.argsort(panel.attention.map.ravel()).tolist()
+    # The scale shows differences: over the panels it reaches from the least to the largest patch.
+    least, largest = _scale(row)
+    densities = np.concatenate([4 * panel.attention.map.ravel() for panel in row.panels])
+    assert (least, largest) == (densities.min(), densities.max()) and least > 0
+    assert f"{least:.2f}" in (tmp_path / "attend.html").read_text()
 
 
 def run(picture, teacher, student, out, *more):
@@ -160,7 +165,7 @@ def run(picture, teacher, student, out, *more):
 def test_the_command(picture, teacher, student, tmp_path):
     done = run(picture, teacher, student, tmp_path, "--image", picture, "--question", QUESTION, "--layer", -1)
     assert done.exit_code == 0, done.output
-    assert done.stdout.count("of its attention on the image") == 6
+    assert done.stdout.count("% on the image") == 6
     with Image.open(tmp_path / "attend.png") as image:
         assert image.width > image.height  # the panels of a question stand side by side
     page = (tmp_path / "attend.html").read_text()

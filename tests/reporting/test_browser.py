@@ -37,15 +37,109 @@ STICKING_OUT = """[...document.querySelectorAll('body *')].filter(e => {
 }).map(e => e.outerHTML.slice(0, 120))"""
 
 
+# Everything that stands on a page as text: [what it is, colour, background below it, whether a picture's line is meant].
+CONTRASTS = """(() => {
+  const visible = e => e.getClientRects().length > 0;
+  const below = e => {
+    for (let p = e; p; p = p.parentElement) {
+      const color = getComputedStyle(p).backgroundColor;
+      if (color !== 'rgba(0, 0, 0, 0)' && color !== 'transparent') return color;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const found = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const own = [...e.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.textContent.trim());
+    if (own && visible(e)) {
+      const style = getComputedStyle(e);
+      found.push([e.outerHTML.slice(0, 100), e.closest('svg') ? style.fill : style.color, below(e), false]);
+    }
+    const after = getComputedStyle(e, '::after');
+    if (after.content !== 'none' && after.content !== 'normal' && visible(e))
+      found.push([e.outerHTML.slice(0, 100), after.color, below(e), false]);
+  }
+  for (const e of document.querySelectorAll('svg [id*="line2d"] > path, svg [id*="-patch"] > path')) {
+    const stroke = getComputedStyle(e).stroke;
+    const drawn = e.getAttribute('style') || '';
+    if (/stroke: var\\(--(s\\d|teacher)\\)/.test(drawn)) found.push([drawn, stroke, below(e), true]);
+  }
+  return found;
+})()"""
+# In each picture: text that sticks out of it, pairs of texts that overlap, a legend or title over the data.
+COLLISIONS = """[...document.querySelectorAll('svg')].flatMap(svg => {
+  const name = svg.getAttribute('aria-label'), box = svg.getBoundingClientRect();
+  const shrunk = e => {  // without the empty space above and below the letters
+    const r = e.getBoundingClientRect(), h = r.height * 0.15, w = Math.min(1, r.width / 4);
+    return {left: r.left + w, right: r.right - w, top: r.top + h, bottom: r.bottom - h, text: e.textContent};
+  };
+  const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const texts = [...svg.querySelectorAll('text')].filter(e => e.textContent.trim()).map(shrunk);
+  const found = [];
+  for (const t of texts)
+    if (t.left < box.left - 1 || t.right > box.right + 1 || t.top < box.top - 1 || t.bottom > box.bottom + 1)
+      found.push([name, 'sticks out', t.text]);
+  texts.forEach((a, i) => texts.slice(i + 1).forEach(b => { if (meet(a, b)) found.push([name, a.text, b.text]); }));
+  const data = svg.querySelector('[id$="-data"]').getBoundingClientRect();
+  for (const e of svg.querySelectorAll('[id$="-legend"]'))
+    if (meet(e.getBoundingClientRect(), data)) found.push([name, 'the legend', 'the data']);
+  return found;
+})"""
+# Boxes of a page that should lie beside or below each other.
+OVERLAPS = """(() => {
+  const boxes = [...document.querySelectorAll('h1, h2, main > p, section > p, .scroll, details, figure, .sample')];
+  const found = [];
+  boxes.forEach((a, i) => boxes.slice(i + 1).forEach(b => {
+    if (a.contains(b)) return;
+    const r = a.getBoundingClientRect(), s = b.getBoundingClientRect();
+    if (r.left < s.right - 1 && s.left < r.right - 1 && r.top < s.bottom - 1 && s.top < r.bottom - 1)
+      found.push([a.outerHTML.slice(0, 80), b.outerHTML.slice(0, 80)]);
+  }));
+  return found;
+})()"""
+# Cells of tables whose text is squeezed into a narrow column of many lines.
+SQUEEZED = """[...document.querySelectorAll('td')].filter(e => {
+  const lines = e.getBoundingClientRect().height / parseFloat(getComputedStyle(e).fontSize) / 1.5;
+  const own = e.textContent.trim().length;
+  return lines > 3 && own > 12 && own < 8 * lines && e.parentElement.children[0] === e;
+}).map(e => e.outerHTML.slice(0, 120))"""
+TEXT_CONTRAST, LINE_CONTRAST = 4.5, 3.0  # WCAG 2.2, 1.4.3 and 1.4.11
+
+
+def contrast(one, other):
+    light, dark = sorted((luminance(rgb(one)), luminance(rgb(other))), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def is_laid_out(page):
+    """No overflow to the side, nothing over anything else, text and lines that can be read."""
+    assert page.value(OVERFLOW) <= 0
+    assert page.value(STICKING_OUT) == []
+    assert page.value(OVERLAPS) == []
+    assert page.value(COLLISIONS) == []
+    assert page.value(SQUEEZED) == []
+    found = page.value(CONTRASTS)
+    assert len(found) > 5
+    faint = [
+        (what, color, background)
+        for what, color, background, is_line in found
+        if contrast(color, background) < (LINE_CONTRAST if is_line else TEXT_CONTRAST)
+    ]
+    assert faint == []
+
+
 @pytest.fixture(scope="module")
-def report_page(finished_runs, tmp_path_factory):
-    """A report on everything, scores on the ten benchmarks included."""
+def report_page(finished_runs, later_runs, tmp_path_factory):
+    """A report on everything: long names, more runs than colours, scores on the ten benchmarks, differences from a baseline."""
     folder = tmp_path_factory.mktemp("browser")
     for name, shift in {"teacher": 8, "sft": -6, "switch-kd": 0}.items():
         scores = [66.8, 63.5, 57.8, 79.6, 61.6, 57.9, 29.8, 52.3, 44.9, 87.3]
         report_runs.benchmarks(folder / "benchmarks" / name, [score + shift for score in scores])
-    places = [(None, finished_runs), (None, folder / "benchmarks")]
-    return report(ReportOptions(places, folder / "report", samples=9, knees=4)).page
+    long = "a-run-with-a-name-that-tells-each-of-its-options-and-is-too-long-for-one-line-of-anything"
+    copies = [(f"{long}-{i}", finished_runs / "runs/switch-kd") for i in range(2)]
+    copies += [(f"seed {i}", finished_runs / "runs/switch-kd") for i in range(3)]
+    places = [(None, finished_runs), (None, later_runs), *copies, (None, folder / "benchmarks")]
+    options = {"samples": 9, "knees": 4, "knees_store": "t.zarr", "baseline": "eval/sft"}
+    return report(ReportOptions(places, folder / "report", **options)).page
 
 
 @pytest.fixture
@@ -55,6 +149,7 @@ def screenshots(tmp_path):
 
 def rgb(text):
     """ "rgb(1, 2, 3)" → "#010203"."""
+    assert text.startswith("rgb("), text
     return "#" + "".join(f"{int(part):02x}" for part in text[4:-1].split(","))
 
 
@@ -67,9 +162,11 @@ def test_the_report(report_page, tmp_path, screenshots, width, dark, request):
         assert page.value("document.title") == "Switch-KD report"
         assert [url for url in page.fetched if not url.startswith(("file:", "data:"))] == []
         assert page.complaints == []
-        # It is as wide as its place, and every picture and image is drawn in it.
-        assert page.value(OVERFLOW) <= 0
-        assert page.value(STICKING_OUT) == []
+        # It is as wide as its place, nothing covers anything else, and every picture and image is drawn in it.
+        is_laid_out(page)
+        assert sum(is_line for *_, is_line in page.value(CONTRASTS)) > 50
+        page.value("document.querySelectorAll('details').forEach(e => e.open = true)")
+        is_laid_out(page)
         pictures = page.value("[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().width)")
         assert len(pictures) >= 11 and min(pictures) > 250
         assert page.value("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
@@ -107,8 +204,10 @@ def test_the_attention_maps(attention_page, tmp_path, screenshots, width, dark, 
         page.screenshot(screenshots / f"attend-{request.node.callspec.id}.png")
         assert page.value("document.title") == "Where the models look"
         assert page.complaints == []
-        assert page.value(OVERFLOW) <= 0
-        assert page.value(STICKING_OUT) == []
+        is_laid_out(page)
+        assert page.value("document.querySelectorAll('.ramp').length") == 2
+        widths = page.value("[...document.querySelectorAll('.ramp')].map(e => e.getBoundingClientRect().width)")
+        assert min(widths) >= 64
         tops = page.value("[...document.querySelectorAll('.maps')].map(m => [...m.children].map(e => e.offsetTop))")
         assert [len(row) for row in tops] == [4, 4]
         # On a desk the four pictures of a question stand side by side, on a phone one below the other.

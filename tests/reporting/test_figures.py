@@ -10,8 +10,12 @@ from colours import linear, luminance
 
 pytest.importorskip("matplotlib", reason="pictures need the extra `viz`")
 
+from switchkd.pipelines import drawing
+from switchkd.pipelines.drawing import CARDS, PAGES, PALETTE, SERIES, TEACHER
 from switchkd.pipelines.reporting import figures
-from switchkd.pipelines.reporting.figures import PAGES, PALETTE, SERIES
+from switchkd.pipelines.reporting.figures import Interval
+
+COLOURS = [*SERIES, "teacher"]
 
 # Machado, Oliveira and Fernandes 2009, severity 1: linear RGB as people with the dichromacy see it.
 DICHROMACIES = {
@@ -38,30 +42,34 @@ def lab(rgb):
 
 @pytest.mark.parametrize("page", (0, 1))
 def test_series_stand_out_from_the_page(page):
-    for name in SERIES:
-        assert contrast(PALETTE[name][page], PAGES[page]) >= 3, name
-    assert contrast(PALETTE["ink"][page], PAGES[page]) >= 7
+    for background in (PAGES[page], CARDS[page]):
+        for name in COLOURS:
+            assert contrast(PALETTE[name][page], background) >= 3, name
+        assert contrast(PALETTE["ink"][page], background) >= 7
 
 
 @pytest.mark.parametrize("page", (0, 1))
 @pytest.mark.parametrize("kind", DICHROMACIES)
 def test_series_keep_apart_for_the_colour_blind(page, kind):
     """A CIE76 distance of 10 is told at a glance; the first two series, teacher and student, keep 20."""
-    seen = {name: lab(np.clip(np.array(DICHROMACIES[kind]) @ linear(PALETTE[name][page]), 0, 1)) for name in SERIES}
-    for one, other in itertools.combinations(SERIES, 2):
+    seen = {name: lab(np.clip(np.array(DICHROMACIES[kind]) @ linear(PALETTE[name][page]), 0, 1)) for name in COLOURS}
+    for one, other in itertools.combinations(COLOURS, 2):
         least = 20 if {one, other} == {"s0", "s1"} else 10
         assert np.linalg.norm(seen[one] - seen[other]) >= least, (one, other)
 
 
 def test_no_two_series_look_alike():
-    looks = [(figures.color(i), str(figures.style(i))) for i in range(10)]
-    assert len(set(looks)) == 10
+    looks = [(drawing.color(i), str(drawing.style(i))) for i in (TEACHER, *range(16))]
+    assert len(set(looks)) == 17
+    assert len({color for color, _ in looks[: len(SERIES) + 1]}) == len(SERIES) + 1
+    looks = looks[1:]
     assert len({style for _, style in looks[:5]}) == 5
 
 
 def drawn():
     curves = {"sft": ([1, 2, 3], [3.0, 2.0, 1.0]), "$x <b>": ([3], [0.5])}
-    return figures.lines("loss", "A <loss>", curves, "step", "nats", {"sft": 0, "$x <b>": 1})
+    (figure,) = figures.lines("loss", "A <loss>", curves, "step", "nats", {"sft": 0, "$x <b>": 1})
+    return figure
 
 
 def test_the_svg_takes_its_colours_from_the_page():
@@ -93,26 +101,126 @@ def test_the_same_data_give_the_same_files():
 
 
 def test_whole_numbers_get_a_bin_each():
-    edges = figures._edges(np.array([2.0, 3.0, 3.0, 7.0]), 50)
+    edges = figures.bin_edges(np.array([2.0, 3.0, 3.0, 7.0]), 50)
     assert edges.tolist() == [1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
-    assert len(figures._edges(np.array([0.0, 0.1, 9.0]), 50)) == 51
-    assert len(figures._edges(np.array([3.0, 3.0]), 50)) == 2
+    assert len(figures.bin_edges(np.array([0.0, 0.1, 9.0]), 50)) == 51
+    assert len(figures.bin_edges(np.array([3.0, 3.0]), 50)) == 2
 
 
 def test_a_histogram_of_one_value_and_a_radar_are_drawn():
-    figures.histogram("h", "knees", {"teacher": [4, 4, 4], "student": np.empty(0)}, "k", {"teacher": 4, "student": 0})
-    shape = figures.radar(
-        "r", "radar", ["a", "b", "c"], {"one": [50, 60, 70], "two": [0, 100, 30]}, {"one": 0, "two": 1}
-    )
+    groups = {"teacher": [4, 4, 4], "student": np.empty(0)}
+    figures.histogram("h", "knees", groups, "k", {"teacher": TEACHER, "student": 0})
+    runs = {"one": [50, 60, 70], "two": [0, 100, 30]}
+    (shape,) = figures.radar("r", "radar", ["a", "b", "c"], runs, {"one": 0, "two": 1})
     assert "one" in shape.svg and shape.png[:4] == b"\x89PNG"
 
 
-def test_titles_stay_within_the_figure():
+LONG = "a-run-with-quite-a-long-name-of-its-own-that-tells-every-option-of-it"
+
+
+@pytest.mark.parametrize("name", ["a run", LONG, "W" * 90])
+def test_titles_stay_within_the_figure(name):
     """Row 25 of the faults found by outside trials: a title with the names of runs ran over the edge."""
     from matplotlib.textpath import TextPath
 
-    title = "Mean knee of a-run-with-quite-a-long-name-of-its-own and its teacher, by step"
-    lines = figures._wrapped(title).split("\n")
-    assert " ".join(lines) == title
+    title = f"Mean knee of {name} and its teacher, by step, " * 2
+    lines = figures._title(title).split("\n")
+    assert len(lines) <= drawing.TITLE_LINES
+    assert "".join(lines).replace(" ", "") == title.replace(" ", "") or lines[-1].endswith(" …")
     for line in lines:
         assert TextPath((0, 0), line, size=10).get_extents().width < figures.SIZE[0] * 72
+
+
+@pytest.fixture
+def open_figures(monkeypatch):
+    """Figures are drawn, measured and closed here instead."""
+    from matplotlib import pyplot
+
+    kept, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    yield kept
+    for figure in kept:
+        close(figure)
+
+
+def extents(figure):
+    """(data, legend, title) of a figure with one pair of axes, and of the whole figure, in pixels."""
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    boxes = [figure.axes[0].patch, legend, figure._suptitle, figure.patch]
+    return [box.get_window_extent() for box in boxes]
+
+
+def curves_of(count, name="run {}"):
+    return {name.format(i): ([1, 2, 3], [i, i + 1.0, i + 0.5]) for i in range(count)}
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "a run"), (3, LONG + "{}"), (8, "run {}"), (8, LONG + "{}")])
+@pytest.mark.parametrize("title", ["CE", "CE, nats per position, of " + LONG * 5])
+def test_a_legend_and_a_title_of_any_size_leave_the_data_alone(open_figures, count, name, title):
+    curves = curves_of(count, name)
+    figures.lines("loss", title, curves, "step", "nats", {label: i for i, label in enumerate(curves)})
+    (figure,) = open_figures
+    data, legend, heading, whole = extents(figure)
+    assert not data.overlaps(legend) and not data.overlaps(heading) and not legend.overlaps(heading)
+    for part in (data, legend, heading):
+        assert whole.x0 <= part.x0 and part.x1 <= whole.x1 and whole.y0 <= part.y0 and part.y1 <= whole.y1
+    assert data.height > 1.4 * figure.dpi  # inches: it is the figure that grows, not the data that shrink
+
+
+@pytest.mark.parametrize("numbers", [range(9), range(20), (0, 8), (3, 11, 4)])
+def test_no_colour_occurs_twice_in_a_figure(open_figures, numbers):
+    curves = {f"run {i}": ([1, 2], [float(i), 5.0]) for i in numbers} | {"its teacher": ([1, 2], [30.0, 31.0])}
+    series = {f"run {i}": i for i in numbers} | {"its teacher": TEACHER}
+    drawn = figures.lines("knee", "Knee", curves, "step", "k", series)
+    assert [figure.name for figure in drawn] == [f"knee-{i}" for i in range(1, len(drawn) + 1)]
+    labels, limits = [], set()
+    for figure in open_figures:
+        colours = [line.get_color() for line in figure.axes[0].lines]
+        assert len(set(colours)) == len(colours) > 1
+        labels += [line.get_label() for line in figure.axes[0].lines]
+        limits.add(figure.axes[0].get_ylim())
+    assert sorted(set(labels)) == sorted(curves) and labels.count("its teacher") == len(drawn)
+    assert len(limits) == 1  # so that the figures can be compared
+
+
+def test_an_axis_shows_differences():
+    from matplotlib import pyplot
+
+    def limits(values):
+        figure, axes = pyplot.subplots()
+        drawing.show_differences(axes, values)
+        found = (*axes.get_ylim(), axes.get_yscale())
+        pyplot.close(figure)
+        return found
+
+    low, high, scale = limits([2.05, 2.0, 2.02, float("nan")])
+    assert scale == "linear" and 1.98 < low < 2.0 < 2.05 < high < 2.07
+    assert -0.03 < limits([0.0, 0.5, 1.0])[0] <= 0  # near 0 it begins there
+    assert limits([3.0, 1.0, 1.1, 1.2, 90.0])[2] == "log"  # a peak of the first step hides nothing
+    assert limits([0.0, 1.0, 1.1, 1.2, 90.0])[2] == "linear"
+    assert limits([0.0, 0.0])[0] < 0 < limits([0.0, 0.0])[1]
+    assert limits([4.0])[0] < 4 < limits([4.0])[1]
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 2], [0, 1, 2, 3], [10, 20, 25]])
+def test_steps_and_parts_are_whole_numbers(open_figures, steps):
+    figures.lines("loss", "CE", {"a": (steps, [1.0] * len(steps))}, "step", "nats", {"a": 0})
+    figures.bars("parts", "Size of the parts", steps, [1.0] * len(steps), "part", "MB")
+    for figure in open_figures:
+        figure.canvas.draw()
+        ticks = list(figure.axes[0].get_xticks())
+        assert ticks and all(tick == int(tick) for tick in ticks)
+
+
+def test_intervals_are_drawn_beside_zero(open_figures):
+    rows = {
+        "all questions (9)": {"one": Interval(0.1, 0.05, 0.2), "two": Interval(0.0, 0.0, 0.0)},
+        "color (5)": {"one": Interval(0.2, 0.1, 0.25)},
+    }
+    (shown,) = figures.intervals("d", "Difference", rows, "difference", {"one": 0, "two": 1})
+    axes = open_figures[0].axes[0]
+    low, high = axes.get_xlim()
+    assert -0.05 < low < 0 and 0.25 < high < 0.3
+    assert [word.get_text() for word in axes.get_yticklabels()] == list(rows)
+    assert {"one", "two"} <= {element.text for element in ET.fromstring(shown.svg).iter()}

@@ -196,7 +196,8 @@ def test_knees_of_the_student_are_those_of_its_logits(runs):
 
     store = TeacherStore.open(runs / "stores/t.zarr")
     (run,) = find_inputs([(None, runs / "runs/switch-kd")]).trains
-    of_student, of_teacher = knees_beside(run, store, samples=100, device="cpu")
+    data = SampleFile(runs / "data/data.json"), runs / "data/images"
+    of_student, of_teacher = knees_beside(run, store, data, samples=100, device="cpu")
     checkpoint = open_checkpoint(run.path)
     model = load_model(checkpoint, dtype="float32")
     encoder = SampleEncoder(checkpoint, template_from_dict(store.manifest.template), runs / "data/images", 2048)
@@ -220,10 +221,10 @@ SCORES = [50.0, 60.0, 70.0, 80.0, 60.0, 40.0, 20.0, 55.0, 45.0, 90.0]
 def test_a_run_whose_data_are_gone_costs_its_own_knees_only(runs, tmp_path):
     shutil.copytree(runs / "runs", tmp_path / "runs")
     record = tmp_path / "runs/sft/run.yaml"
-    record.write_text(record.read_text().replace(str(runs / "data/data.json"), "/nowhere.json"))
+    record.write_text(record.read_text().replace(str(runs / "data/images"), "/nowhere"))
     done, _ = write([tmp_path, runs / "stores"], tmp_path / "out", knees=2)
-    assert any("The knees of sft are left out: no data" in line for line in done.missing)
-    assert [path.stem for path in done.pictures if path.stem.startswith("knees-student")] == ["knees-student-1"]
+    assert any("The knees of sft are left out: " in line and "/nowhere" in line for line in done.missing)
+    assert [path.stem for path in done.pictures if path.stem.startswith("knees-student")] == ["knees-student-0"]
 
 
 def test_the_benchmark_table_and_the_radar(tmp_path):
@@ -268,7 +269,10 @@ def test_labels_tell_runs_apart(runs, tmp_path):
         shutil.copytree(runs / "runs/sft", tmp_path / place)
     assert [run.label for run in find_inputs([(None, tmp_path)]).trains] == ["a/runs/sft", "b/runs/sft"]
     named = find_inputs([("mine", tmp_path / "a"), (None, tmp_path / "b")])
-    assert [run.label for run in named.trains] == ["mine", "b/runs/sft"]
+    assert [run.label for run in named.trains] == ["mine", "sft"]
+    one = tmp_path / "a/runs/sft"
+    again = find_inputs([("mine", one), ("yours", one), (None, one)])
+    assert [run.label for run in again.trains] == ["mine", "yours", "sft"]  # a label makes no other name longer
     both = find_inputs([(None, runs)])
     assert both.series == {"sft": 0, "switch-kd": 1, "teacher": 2}  # a run and its evaluation share a colour
 

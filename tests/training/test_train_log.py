@@ -21,6 +21,7 @@ from switchkd.pipelines.training import plot
 from switchkd.pipelines.training.batches.collator import Collator
 from switchkd.pipelines.training.batches.dataset import TrainingSamples
 from switchkd.pipelines.training.cost_model import CostModel, Work
+from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import predicting_rows
@@ -176,6 +177,43 @@ def _the_plot_has_an_axis_for_each_scale(history, folder, monkeypatch):
     assert named["Loss"] == ["loss", "ce"]
     assert named["Distance to the teacher"] == ["align", "vsd"]
     assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())
+    figure.canvas.draw()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        assert legend is None or not legend.get_window_extent().overlaps(axes.patch.get_window_extent())
+    colours = [line.get_color() for axes in figure.axes for line in axes.lines]
+    assert len(set(colours)) == len(colours) >= 5
+    pyplot.close(figure)
+
+
+def test_held_out_curves_have_their_terms_colours_and_the_title_names_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plot needs the extra viz")
+    from matplotlib import pyplot
+
+    steps = {"learning_rate": 1e-3, "positions_per_second": 5.0}
+    history = [{"step": i, "loss": 3.0, "loss_ce": 2.0 + i / 10, "loss_align": 0.02 + i / 100, **steps} for i in (1, 2)]
+    history.append({"step": 2, "eval_loss_ce": 2.5, "eval_loss_align": 0.03, "eval_exact_match": 0.0})
+    run = TrainOptions(student="s", data="d", output="runs/mine", switch=True, lora=4)
+    title = plot.title_of(run, "hidden", {"a": {}, "b": {}})
+    assert (
+        title == "mine: dbild-rkl with the switch pathway, payload hidden, LoRA of rank 4 in language, mixture of a + b"
+    )
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", drawn.append)
+        plot.plot_run(history, tmp_path, f"{title} " * 20)
+    (figure,) = drawn
+    for name in ("ce", "align"):
+        lines = [line for axes in figure.axes for line in axes.lines if line.get_label().startswith(name)]
+        assert len(lines) == 2 and lines[0].get_color() == lines[1].get_color()
+        assert lines[0].get_linestyle() != lines[1].get_linestyle()
+    low, high = next(axes.get_ylim() for axes in figure.axes if axes.get_title() == "Loss")
+    assert low > 1.9 and high < 3.2
+    assert any(axes.get_title() == "Exact match, held out" for axes in figure.axes)
+    figure.canvas.draw()
+    assert figure._suptitle.get_text().count("\n") == 3
+    heading = figure._suptitle.get_window_extent()
+    assert heading.x0 >= 0 and heading.x1 <= figure.bbox.x1
     pyplot.close(figure)
 
 

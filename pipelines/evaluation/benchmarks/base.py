@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from switchkd.data.images import read_image_bytes
 from switchkd.errors import DataError
+from switchkd.pipelines.evaluation.intervals import ALL, Means, Unit
 
 # The instruction at the end of each question in the LLaVA-1.5 evaluation protocol.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
-
-ALL = "all"  # the stratum of units in benchmarks without strata
 
 
 @dataclass(frozen=True)
@@ -50,19 +49,6 @@ class Answer(NamedTuple):
 
     reference: Any
     prediction: str
-
-
-class Unit(NamedTuple):
-    """One scored unit; each benchmark defines the meaning of `values`."""
-
-    id: str
-    values: tuple[float, ...]
-    stratum: str = ALL
-    group: str = ""
-
-
-# Stratum → mean of the units' values, [values] or [resamples, values]; a score is a function of these means.
-Means = Mapping[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)

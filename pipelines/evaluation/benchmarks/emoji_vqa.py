@@ -13,14 +13,13 @@ from switchkd.errors import DataError
 from switchkd.pipelines.evaluation.benchmarks.base import (
     Answer,
     Benchmark,
-    Means,
     Question,
     Split,
-    Unit,
     by_group,
     image_file,
     read_json,
 )
+from switchkd.pipelines.evaluation.intervals import Means, Unit
 
 SPLITS = ("style", "combo", "iid", "concept", "degraded", "val")
 

@@ -22,10 +22,10 @@ from switchkd.pipelines.evaluation.benchmarks.base import (
     Benchmark,
     Question,
     Split,
-    Unit,
     by_group,
     options_of,
 )
+from switchkd.pipelines.evaluation.intervals import Unit
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000  # the rotations of question i have the indices i + ROTATION, i + 2 ROTATION, …

@@ -16,12 +16,11 @@ from switchkd.pipelines.evaluation.benchmarks.base import (
     SHORT_ANSWER,
     Answer,
     Benchmark,
-    Means,
     Question,
     Split,
-    Unit,
     image_file,
 )
+from switchkd.pipelines.evaluation.intervals import Means, Unit
 
 ROOT = "MME_Benchmark_release_version"
 PERCEPTION = (

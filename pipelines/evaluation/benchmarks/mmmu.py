@@ -21,10 +21,10 @@ from switchkd.pipelines.evaluation.benchmarks.base import (
     Benchmark,
     Question,
     Split,
-    Unit,
     by_group,
     write_submission,
 )
+from switchkd.pipelines.evaluation.intervals import Unit
 
 SUBJECTS = """
     Accounting Agriculture Architecture_and_Engineering Art Art_Theory Basic_Medical_Science Biology Chemistry Clinical_Medicine

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from switchkd.errors import DataError
-from switchkd.pipelines.evaluation.benchmarks.base import Benchmark, Question, Unit
-from switchkd.pipelines.evaluation.benchmarks.intervals import bootstrap, by_stratum, means_of, wilson
+from switchkd.pipelines.evaluation.benchmarks.base import Benchmark, Question
+from switchkd.pipelines.evaluation.intervals import Unit, bootstrap, by_stratum, means_of, wilson
 from switchkd.pipelines.run_folder import write_atomically
 
 RESULT, UNITS = "result.json", "units.jsonl"

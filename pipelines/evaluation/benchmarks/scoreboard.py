@@ -28,9 +28,9 @@ from typing import Any
 import yaml
 
 from switchkd.errors import DataError
-from switchkd.pipelines.evaluation.benchmarks.intervals import paired_difference
 from switchkd.pipelines.evaluation.benchmarks.registry import AVERAGES, BENCHMARKS, TEN
 from switchkd.pipelines.evaluation.benchmarks.results import Result, read_results, read_units
+from switchkd.pipelines.evaluation.intervals import paired_difference
 from switchkd.pipelines.run_folder import RECORD, SCORES, write_atomically
 
 SCHEMA = 1

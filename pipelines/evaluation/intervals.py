@@ -1,4 +1,4 @@
-"""95 % intervals of benchmark scores: Wilson for a share of right units, else a percentile bootstrap over units.
+"""95 % intervals of scores and of their differences: Wilson for a share of right units, else a percentile bootstrap over units.
 
 The bootstrap draws units with replacement within each stratum. Units with equal values are interchangeable, so a resample is one
 multinomial draw over the distinct values: the same distribution as drawing unit by unit, at a cost that does not grow with
@@ -12,12 +12,24 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchkd.pipelines.evaluation.benchmarks.base import Means, Unit
-
 RESAMPLES = 10_000
 SEED = 0
 Z = 1.959963984540054  # the normal distribution's 97.5 % point
 
+ALL = "all"  # the stratum of units where there are no strata
+
+
+class Unit(NamedTuple):
+    """One scored unit, such as a question; each score defines the meaning of `values`."""
+
+    id: str
+    values: tuple[float, ...]
+    stratum: str = ALL
+    group: str = ""
+
+
+# Stratum → mean of the units' values, [values] or [resamples, values]; a score is a function of these means.
+Means = Mapping[str, NDArray[np.float64]]
 Headline = Callable[[Means], NDArray[np.float64]]
 Values = Mapping[str, NDArray[np.float64]]  # stratum → [units, values]
 
