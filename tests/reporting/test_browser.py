@@ -4,6 +4,11 @@ Screenshots are kept in pytest's temporary folder, or in the folder that SWITCHK
 """
 
 import os
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -220,7 +225,7 @@ def test_the_attention_maps(attention_page, tmp_path, screenshots, width, dark, 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    pytest.importorskip("latex2mathml", reason="building the site needs the packages of the extra `docs`")
+    pytest.importorskip("zensical", reason="building the site needs the packages of the extra `docs`")
     return build_site(tmp_path_factory.mktemp("site"))
 
 
@@ -239,3 +244,48 @@ def test_the_site(site, tmp_path, screenshots, width, dark, request):
         page.open((site / "method.html").as_uri())
         heights = page.value("[...document.querySelectorAll('math')].map(e => e.getBoundingClientRect().height)")
         assert len(heights) >= 15 and min(heights) > 10
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def served(folder):
+    """Serve a folder on loopback, as `python -m http.server` does; yields its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# The text of everything that the page draws in a shadow root, such as the dialog of the search.
+SHADOWS = """(() => {
+    const found = [];
+    const walk = node => {
+        for (const child of node.children) {
+            if (child.shadowRoot) { found.push(child.shadowRoot.textContent); walk(child.shadowRoot); }
+            walk(child);
+        }
+    };
+    walk(document.body);
+    return found.join("");
+})()"""
+
+
+def test_the_sites_search_needs_no_network(site, tmp_path):
+    with served(site) as address, Page(tmp_path / "profile", DESK, dark=False, mobile=False) as page:
+        page.open(f"{address}/index.html")
+        page.value("document.querySelector('.md-search__button').click()")
+        deadline = time.monotonic() + 30
+        while "The knee and the order" not in (text := page.value(SHADOWS)):
+            assert time.monotonic() < deadline, text[:500]
+            page.send("Input.insertText", text="knee" if "knee" not in page.value(SHADOWS) else "")
+            time.sleep(0.5)
+        assert [url for url in page.fetched if not url.startswith((address, "data:", "blob:"))] == []
+        assert page.complaints == []
