@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-exchange bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-real bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-exchange bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -121,13 +121,9 @@ test-vllm: install $(VLLM_VENV)/.installed  ## parity of the vLLM backend on the
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		SWITCHKD_TRAINER=$(CURDIR)/$(BIN)/python $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
-bench-vllm: $(VLLM_VENV)/.installed  ## vLLM beside transformers, and what capture adds to the engine's time
+bench-vllm: $(VLLM_VENV)/.installed  ## what capture adds to vLLM's and transformers' time at a published model's width and vocabularies (docs/backends-table.md)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python benchmarks/backends.py
-
-bench-vllm-real: $(VLLM_VENV)/.installed  ## what capture adds to vLLM's and transformers' time at a published model's width and vocabularies
-	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
-		$(VLLM_VENV)/bin/python benchmarks/backends.py --real
 
 bench-vllm-families: $(VLLM_VENV)/.installed  ## families of models in vLLM beside transformers (docs/vllm-table.md)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \

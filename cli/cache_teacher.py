@@ -116,11 +116,8 @@ def _print_plans(options: CacheOptions, plans: "dict[str, Plan]", egress_price: 
 def _when_it_pays(found: "Plan", hours: str) -> str:
     """Return from how many epochs times students on the capture is cheaper than a live teacher, in words."""
     passes = found.paying_passes
-    if passes is None or found.live_seconds is None:
-        return (
-            "not told with --backend vllm: a live teacher runs in transformers; its forward passes take about as long as a capture "
-            "there"
-        )
+    if passes is None or isinstance(found.live_seconds, str):
+        return f"not known, since a live teacher could not be timed: {found.live_seconds}"
     of_live, of_read = (seconds * found.devices / 3600 for seconds in (found.live_seconds, found.read_seconds))
     figures = f"a live teacher takes about {of_live:,.2f} {hours} an epoch, reading the store {of_read:,.2f} hours of a loader"
     if math.isinf(passes):

@@ -29,7 +29,7 @@ class Progress:
     ) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = self._before = done
-        self.positions = self.written_bytes = 0
+        self.positions = self.written_bytes = self.ahead = 0
         self._start = self._last_line = time.monotonic()
         self._every = every
         self._first: threading.Timer | None = None
@@ -66,7 +66,7 @@ class Progress:
             self._line()
 
     def advance(self, count: int, positions: int = 0, note: str = "") -> None:
-        """Count `count` more things, and their positions; `written_bytes` may be set at any time."""
+        """Count `count` more things, and their positions; `written_bytes`, and `ahead`, requests begun, may be set at any time."""
         self.done += count
         self.positions += positions
         if self._bar is not None:
@@ -79,6 +79,7 @@ class Progress:
         slow = done and done / seconds < SLOW
         rate = f"{duration(seconds / done)} each" if slow else f"{done / seconds:,.1f} {self.unit}/s"
         rate += f", {self.positions / seconds:,.0f} positions/s" if self.positions else ""
+        rate += f", {self.ahead:,} requests ahead" if self.ahead else ""
         return rate + (f", {self.written_bytes / 1e9:,.3f} GB written" if self.written_bytes else "")
 
     def _line(self, note: str = "") -> None:

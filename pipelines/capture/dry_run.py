@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from switchkd.data.encoded import EncodedSample
 from switchkd.data.samples import BadSample
+from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.backends.open import check_available
+from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
+from switchkd.pipelines.capture.backends.vllm_parity import LeftOut, seconds_with_transformers
 from switchkd.pipelines.capture.failing_sample import capture_rows
-from switchkd.pipelines.capture.manifest import resolve_payload
-from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.capture.manifest import resolve_payload, with_payload
+from switchkd.pipelines.capture.options import BATCH_SIZES, CacheOptions
 from switchkd.pipelines.capture.tables import head_spread, tables_of
 from switchkd.pipelines.capture.worker import CaptureWorker, assemble
 from switchkd.pipelines.run_folder import free_bytes
@@ -44,9 +47,9 @@ class Plan:
     devices: int  # of one worker
     on_gpu: bool
     probed_samples: int
-    # Of all samples, by one worker: a live teacher in one pass of training, and reading the store in one pass. None where the
-    # backend does not run the teacher as training does.
-    live_seconds: float | None
+    # Of all samples, by one worker: a live teacher in one pass of training, and reading the store in one pass. A string says
+    # why the former is not known.
+    live_seconds: float | str
     read_seconds: float
 
     @property
@@ -61,7 +64,7 @@ class Plan:
     @property
     def paying_passes(self) -> float | None:
         """From how many passes on a store is cheaper than a live teacher, see `paying_passes`; None if that is not known."""
-        if self.live_seconds is None:
+        if isinstance(self.live_seconds, str):
             return None
         return paying_passes(self.seconds, self.live_seconds, self.read_seconds)
 
@@ -100,15 +103,21 @@ def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
     samples, manifest = worker.samples, worker.manifest
     wanted = max(PROBE_SAMPLES, 2 * options.batch_size)
     chosen = np.random.default_rng(0).choice(len(samples), min(wanted, len(samples)), replace=False)
-    found, seconds = _probe(worker, sorted(chosen.tolist()), options.batch_size)
-    usable = [item[1] for item in found if not isinstance(item, BadSample)]
-    positions_per_sample = sum(map(len, usable)) / len(found)
-    requested = _with_payload(manifest, str(options.payload))
-    read = _with_payload(manifest, "hidden") if requested.payload == "both" else requested
+    bad, usable, reading = _encode(worker, sorted(chosen.tolist()))
+    # Before vLLM's engine takes the device's memory; a teacher in transformers is loaded once for both.
+    live = _time_apart(worker, usable) if options.backend == "vllm" else None
+    payloads, seconds = _capture(worker, usable, options.batch_size)
+    captured = list(zip((sample for _, sample in usable), payloads, strict=True))
+    found: _Found = [*bad, *captured]
+    if live is None:
+        live = _time_live(worker.backend, [sample for _, sample in usable], options.batch_size)
+    positions_per_sample = sum(map(len, payloads)) / len(found)
+    assert options.payload is not None
+    requested = with_payload(manifest, options.payload)
+    read = with_payload(manifest, "hidden") if requested.payload == "both" else requested
     kinds = {_payload_name(kind): kind for kind in [*_kinds(manifest), read, requested]}
     spread = head_spread(worker.checkpoint, manifest)
-    rate = len(found) / seconds
-    live = _time_live(worker, [item[0] for item in found if not isinstance(item, BadSample)], options.batch_size)
+    rate = len(found) / (reading + seconds)
     measured = {name: _measure(found, kind, spread) for name, kind in kinds.items()}
     read_seconds = measured[_payload_name(read)][1]
     return Plan(
@@ -124,7 +133,7 @@ def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
         devices=options.tensor_parallel,
         on_gpu=options.device != "cpu" or (options.backend == "vllm" and torch.cuda.is_available()),
         probed_samples=len(found),
-        live_seconds=None if live is None else live * len(samples) / len(found),
+        live_seconds=live if isinstance(live, str) else live * len(samples) / len(found),
         read_seconds=read_seconds * len(samples) / len(found),
     )
 
@@ -136,56 +145,70 @@ def _payload_name(manifest: Manifest) -> str:
 
 def _kinds(both: Manifest) -> list[Manifest]:
     """Return the manifests of the payloads to choose from: topk, and hidden in every form."""
-    states = _with_payload(both, "hidden")
+    states = with_payload(both, "hidden")
     return [
-        _with_payload(both, "topk"),
+        with_payload(both, "topk"),
         *(replace(states, hidden_dtype="steps", hidden_error=error) for error in HIDDEN_ERRORS),
         *(replace(states, hidden_dtype=dtype, hidden_error=0.0) for dtype in HIDDEN_DTYPES if dtype != "steps"),
     ]
 
 
-def _with_payload(both: Manifest, payload: str) -> Manifest:
-    """Return the manifest of a store with both payloads, or with one of them."""
-    if payload == "topk":
-        return replace(both, payload=payload, hidden_dtype="", hidden_width=0, hidden_error=0.0)
-    return both if payload == "both" else replace(both, payload=payload, top_k=0, fine=0.0, coarse=0.0)
-
-
 _Found = list[tuple[EncodedSample, Payload] | BadSample]
 
 
-def _probe(worker: CaptureWorker, chosen: list[int], batch_size: int) -> tuple[_Found, float]:
-    """Capture the chosen samples in batches of similar length; returns them and the seconds it took, encoding included."""
+def _encode(worker: CaptureWorker, chosen: list[int]) -> tuple[list[BadSample], list[tuple[int, EncodedSample]], float]:
+    """Return (those of the chosen samples that cannot be used; row and encoding of the others, by length; the seconds it took)."""
+    start = time.monotonic()
+    usable: list[tuple[int, EncodedSample]] = []
+    unusable: list[BadSample] = []
+    for index in chosen:
+        try:
+            usable.append((index, worker.encoder.encode(worker.samples[index])))
+        except BadSample as bad:
+            unusable.append(bad)
+    usable.sort(key=lambda pair: len(pair[1].input_ids))
+    return unusable, usable, time.monotonic() - start
+
+
+def _capture(
+    worker: CaptureWorker, usable: list[tuple[int, EncodedSample]], batch_size: int
+) -> tuple[list[Payload], float]:
+    """Capture samples in batches of similar length; returns their payloads and the seconds it took."""
 
     def capture(batch: list[tuple[int, EncodedSample]]) -> list[Payload]:
         return capture_rows(worker.backend, worker.manifest, worker.checkpoint.path, batch)
 
-    start = time.monotonic()
-    encoded: list[tuple[int, EncodedSample]] = []
-    found: _Found = []
-    for index in chosen:
-        try:
-            encoded.append((index, worker.encoder.encode(worker.samples[index])))
-        except BadSample as bad:
-            found.append(bad)
-    usable = sorted(encoded, key=lambda pair: len(pair[1].input_ids))
-    reading = time.monotonic() - start
     if usable:
         capture(usable[:1])  # not timed: the first pass also allocates and compiles
     start = time.monotonic()
-    for first in range(0, len(usable), batch_size):
-        batch = usable[first : first + batch_size]
-        found += list(zip((sample for _, sample in batch), capture(batch), strict=True))
-    return found, reading + time.monotonic() - start
+    batches = [usable[first : first + batch_size] for first in range(0, len(usable), batch_size)]
+    payloads = [payload for batch in batches for payload in capture(batch)]
+    return payloads, time.monotonic() - start
 
 
-def _time_live(worker: CaptureWorker, encoded: list[EncodedSample], batch_size: int) -> float | None:
-    """Return the seconds of the teacher's forward passes over the probe in its batches; None if the backend cannot tell."""
+def _time_live(backend: Backend, encoded: list[EncodedSample], batch_size: int) -> float:
+    """Return the seconds of the teacher's forward passes over the probe in its batches."""
+    assert isinstance(backend, TransformersBackend)
     start = time.monotonic()
     for first in range(0, len(encoded), batch_size):
-        if not worker.backend.run_only(encoded[first : first + batch_size]):
-            return None
+        backend.run_only(encoded[first : first + batch_size])
     return time.monotonic() - start
+
+
+def _time_apart(worker: CaptureWorker, usable: list[tuple[int, EncodedSample]]) -> float | str:
+    """Return the same with transformers, which runs a live teacher in training, in a process of its own; or why it cannot.
+
+    A part of the probe is run, evenly chosen by length.
+    """
+    if not usable:
+        return 0.0
+    some = [sample for _, sample in usable[:: -(-len(usable) // PROBE_SAMPLES)]]
+    dtype = worker.manifest.teacher["dtype"]
+    try:
+        seconds = seconds_with_transformers(worker.checkpoint, dtype, some, BATCH_SIZES["transformers"])
+    except LeftOut as reason:
+        return str(reason)
+    return seconds * len(usable) / len(some)
 
 
 def _measure(found: _Found, manifest: Manifest, spread: NDArray[np.float64]) -> tuple[float, float]:

@@ -70,3 +70,10 @@ def build_manifest(
         hidden_error=options.hidden_error if hidden and options.hidden_dtype == "steps" else 0.0,
         stats_dtype=STATS_DTYPE,
     )
+
+
+def with_payload(both: Manifest, payload: PayloadName) -> Manifest:
+    """Return the manifest of a store with both payloads, or the one that it would have with one of them alone."""
+    if payload == "topk":
+        return replace(both, payload=payload, hidden_dtype="", hidden_width=0, hidden_error=0.0)
+    return both if payload == "both" else replace(both, payload=payload, top_k=0, fine=0.0, coarse=0.0)

@@ -77,6 +77,7 @@ class CaptureWorker:
         lender: "CaptureWorker | None" = None,
     ) -> None:
         self.anew, self.lender = anew, lender
+        self.requests_ahead = 0  # samples that the backend was given beside those it just returned
         self.options = options = resolve_payload(options)
         if lender is None:
             opened = open_checkpoint(options.teacher, options.trust_remote_code)
@@ -202,6 +203,7 @@ class CaptureWorker:
                 index: found if isinstance(found, BadSample) else (found, next(pairs)) for index, found in batch
             }
             if progress is not None:
+                progress.ahead = self.requests_ahead
                 progress.advance(len(batch), positions=sum(map(len, packed)))
             if len(captured) == len(self.manifest.part_samples(part)):
                 yield part, assemble([captured[index] for index in self.manifest.part_samples(part)], self.manifest)
@@ -245,6 +247,8 @@ class CaptureWorker:
     ) -> tuple[int, list[tuple[int, Encoded]], list[Payload]]:
         found = self._finished(*under_way[0])
         under_way.popleft()
+        encoded = (sample for _, batch, _ in under_way for _, sample in batch)
+        self.requests_ahead = sum(isinstance(sample, EncodedSample) for sample in encoded)
         return found
 
     def _loaders(self) -> int:

@@ -40,7 +40,7 @@ def _count(
     """Of each row: smallest logit, scale of the bins, columns that are not masked, lowest bin to sort, and entries in it and above.
 
     With `wanted`, that is the highest bin with so many entries in it and above, or -1; without, the lowest that may hold the knee,
-    see `selection._floor_of_knee`.
+    see `selection._bins_of_knee`.
     """
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, block)

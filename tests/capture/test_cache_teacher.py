@@ -21,14 +21,18 @@ from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile
 from switchkd.data.templates import TEMPLATES
 from switchkd.errors import ConfigError, DataError, RunError, StoreMismatch
-from switchkd.losses import kneedle
+from switchkd.losses import kneedle, selection
 from switchkd.losses.selection import knee_of_sorted
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.models.vlm import load_lm_head, load_model, states_at_positions
-from switchkd.pipelines.capture.backends.packed_rows import pack_logits, unpack
+from switchkd.pipelines.capture.backends import packed_rows
+from switchkd.pipelines.capture.backends.packed_rows import pack, pack_logits, unpack
+from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.sharding import resolve_shard
+from switchkd.pipelines.capture.worker import CaptureWorker
+from switchkd.pipelines.progress import Progress
 from switchkd.positions import predicting_rows
 from switchkd.stores import StoreTables, TeacherStore
 
@@ -264,6 +268,49 @@ def test_logits_that_are_not_finite_name_the_sample(options, monkeypatch):
     ) as caught:
         cache_teacher(options)
     assert int(str(caught.value).split()[1].rstrip(":")) in bad
+
+
+@pytest.mark.parametrize("keep_hidden", (False, True))
+@pytest.mark.parametrize("top_k", (0, 8))
+def test_packing_in_pieces_changes_nothing(top_k, keep_hidden, monkeypatch):
+    """Of 23 rows, 7 make logits at a time, and 3 are selected from at a time."""
+    states, head = (
+        torch.randn(*size, generator=torch.Generator().manual_seed(0)).double() for size in ((23, 6), (6, 50))
+    )
+    whole = pack(states, lambda chunk: chunk @ head, 40, top_k, keep_hidden)
+    monkeypatch.setattr(packed_rows, "LOGIT_ROWS", {"cpu": 7})
+    monkeypatch.setattr(selection, "BLOCK_LOGITS", {"cpu": 3 * 40})
+    chunks = []
+
+    def counted(chunk):
+        chunks.append(len(chunk))
+        return chunk @ head
+
+    pieces = pack(states, counted, 40, top_k, keep_hidden)
+    assert chunks == [7, 7, 7, 2]
+    bits = slice(5, 5 + top_k)  # ids, which are no numbers
+    assert torch.equal(pieces[:, bits].view(torch.int32), whole[:, bits].view(torch.int32))
+    torch.testing.assert_close(
+        torch.cat([pieces[:, :5], pieces[:, 5 + top_k :]], -1), torch.cat([whole[:, :5], whole[:, 5 + top_k :]], -1)
+    )
+
+
+def test_progress_counts_the_requests_that_are_kept_ahead(options, monkeypatch):
+    """A backend that takes three batches of 2 samples ahead has 4 of them left when the first is done; 10 of 11 can be used."""
+    monkeypatch.setattr(TransformersBackend, "ahead", 3)
+    seen = []
+    advance = Progress.advance
+
+    def watched(self, *args, **more):
+        seen.append(self.ahead)
+        advance(self, *args, **more)
+        assert not self.ahead or f", {self.ahead} requests ahead" in self._rate()
+
+    monkeypatch.setattr(Progress, "advance", watched)
+    worker = CaptureWorker(replace(options, part_size=12, batch_size=2))
+    with Progress("caching", 11, "samples") as progress:
+        list(worker.write([0], progress))
+    assert len(seen) == 6 and seen[:3] == [4, 4, 4] and seen[-1] == 0
 
 
 @pytest.mark.parametrize(("rows", "top_k"), [(50, 8), (50, 0), (50, 50), (2, 1), (5000, 128)])

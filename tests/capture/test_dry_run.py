@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from switchkd.cli.cache_teacher import _print_plan
 from switchkd.cli.main import main
 from switchkd.errors import DataError
+from switchkd.pipelines.capture import dry_run
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
+from switchkd.pipelines.capture.backends.vllm_parity import LeftOut
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.dry_run import Plan, paying_passes, plan
 from switchkd.pipelines.capture.options import CacheOptions
@@ -113,7 +115,10 @@ def test_a_store_pays_from_the_first_pass_at_which_the_sums_say_so(capture, live
         ),
         ({"read_seconds": 26_000.0}, "pays       from 37 epochs x students on"),
         ({"read_seconds": 27_001.0}, "pays       never in time, since reading takes longer than a live teacher"),
-        ({"live_seconds": None}, "pays       not told with --backend vllm"),
+        (
+            {"live_seconds": "its weights are quantised"},
+            "pays       not known, since a live teacher could not be timed: its weights are quantised",
+        ),
     ],
 )
 def test_when_a_store_pays_is_told(options, monkeypatch, capsys, changed, said):
@@ -139,6 +144,44 @@ def test_the_probe_times_a_live_teacher_and_the_store_apart(options, monkeypatch
     found = plan(options)
     assert found.read_seconds >= 60 * 0.005 and found.live_seconds >= 59 * 0.02
     assert found.paying_passes == paying_passes(found.seconds, found.live_seconds, found.read_seconds)
+
+
+@pytest.fixture
+def vllm_is_transformers(monkeypatch):
+    """Captures "with vLLM" run the transformers backend."""
+    monkeypatch.setattr("switchkd.pipelines.capture.dry_run.check_available", lambda *_: None)
+    monkeypatch.setattr("switchkd.pipelines.capture.manifest.software_of", lambda backend: {"backend": backend})
+    monkeypatch.setattr(
+        "switchkd.pipelines.capture.worker.open_backend",
+        lambda name, checkpoint, dtype, **_: TransformersBackend(checkpoint, "cpu", dtype),
+    )
+
+
+def test_with_vllm_a_live_teacher_is_timed_in_transformers(options, vllm_is_transformers, monkeypatch):
+    """20 of the 59 usable samples are run; the time is that of all 60, as the others' share is."""
+
+    def seconds(checkpoint, dtype, samples, batch_size):
+        assert (checkpoint.path, dtype, batch_size) == (options.teacher, "float32", 16)
+        assert [len(sample.input_ids) for sample in samples] == sorted(len(sample.input_ids) for sample in samples)
+        return 0.5 * len(samples)
+
+    monkeypatch.setattr(dry_run, "seconds_with_transformers", seconds)
+    monkeypatch.setattr(dry_run, "PROBE_SAMPLES", 20)
+    found = plan(replace(options, backend="vllm", batch_size=30, check=0))
+    assert found.live_seconds == pytest.approx(0.5 * 59)
+    assert found.paying_passes == paying_passes(found.seconds, found.live_seconds, found.read_seconds)
+
+
+def test_with_vllm_it_is_told_why_a_live_teacher_is_not_timed(options, vllm_is_transformers, monkeypatch, capsys):
+    def left_out(*_):
+        raise LeftOut("its weights are quantised, and transformers would run others")
+
+    monkeypatch.setattr(dry_run, "seconds_with_transformers", left_out)
+    options = replace(options, backend="vllm", batch_size=30, check=0)
+    found = plan(options)
+    assert found.paying_passes is None
+    _print_plan(options, 0.0, found)
+    assert "could not be timed: its weights are quantised, and transformers would run others" in capsys.readouterr().out
 
 
 def test_a_mistake_is_found_by_the_dry_run(options):

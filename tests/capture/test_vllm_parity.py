@@ -91,11 +91,10 @@ def test_by_default_the_first_worker_of_a_new_store_checks_one_sample(given, tmp
 def test_it_is_told_where_it_is_left_out(given, tmp_path, vllm_is_transformers, monkeypatch, caplog):
     monkeypatch.setattr(vllm_parity, "ROOM", 1e12)  # of no use in the other process, so called here
     worker = CaptureWorker(CacheOptions(**given, out=tmp_path / "s.zarr", backend="vllm", payload="hidden"))
-    samples = worker._samples_to_check()
     with pytest.raises(
         vllm_parity.LeftOut, match=r"takes \d+\.\d GB with transformers, and \d+\.\d GB are free on cpu"
     ):
-        vllm_parity._run(worker.checkpoint, "float32", samples, worker.manifest)
+        vllm_parity._teacher(worker.checkpoint, "float32")
     worker.checkpoint.config.quantization_config = {"quant_method": "fp8"}
     monkeypatch.setattr(workers, "open_backend", lambda *_, before_engine, **__: before_engine() or "the engine")
     assert worker.backend == "the engine"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from switchkd.cli.main import main
 from switchkd.data.media import MediaReader
-from switchkd.errors import CheckpointError, ConfigError, RunError
+from switchkd.errors import CheckpointError, ConfigError
 from switchkd.losses.lm_head import LogitMap
 from switchkd.models import checkpoint, components
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
@@ -48,16 +48,22 @@ def start(opened, **options):
     return open_backend("vllm", opened, "float32", device="cpu", max_length=256, vllm_options=options)
 
 
+def refused(teacher, data, tmp_path, *more, template="chat"):
+    """Return the one line with which `cache-teacher --backend vllm` refuses a teacher; it writes nothing."""
+    words = ("cache-teacher", "--backend", "vllm", "--teacher", teacher, "--data", data, "--out", tmp_path / "s.zarr")
+    words = (*words, "--images", data.parent / "images", "--template", template, "--check", "0", *more)
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert result.exit_code == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    assert not (tmp_path / "s.zarr").exists()
+    return line
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_teacher_that_would_run_otherwise_is_refused_and_nothing_written(family, tmp_path, data):
     teacher = vllm_families.write_teacher(family, tmp_path / family)
-    words = ("cache-teacher", "--backend", "vllm", "--teacher", teacher, "--data", data, "--out", tmp_path / "s.zarr")
-    more = ("--images", data.parent / "images", "--template", vllm_families.template(family))
-    result = CliRunner().invoke(main, [*map(str, (*words, *more))])
-    assert result.exit_code == 2, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    line = refused(teacher, data, tmp_path, template=vllm_families.template(family))
     assert re.search(f"{teacher}.*{REFUSED[family]}.*use --backend transformers", line)
-    assert not (tmp_path / "s.zarr").exists()
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
@@ -95,8 +101,56 @@ def test_expert_parallel_on_a_cpu_is_refused(tmp_path):
 
 def test_arguments_that_vllm_does_not_take_are_told(tmp_path):
     opened = open_checkpoint(vllm_families.write_teacher("internvl", tmp_path / "teacher"))
-    with pytest.raises(RunError, match="vLLM does not start: .*no_such_option"):
+    with pytest.raises(ConfigError, match="vLLM does not start: .*no_such_option"):
         start(opened, no_such_option=1)
+
+
+@pytest.mark.parametrize("apart", ["0", "1"])
+def test_too_little_memory_is_told_in_one_line_and_nothing_written(apart, tmp_path, data, monkeypatch):
+    """Also by an engine in a process of its own, of which vLLM itself says only that it failed."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", apart)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40000")
+    teacher = vllm_families.write_teacher("internvl", tmp_path / "teacher")
+    assert re.match(
+        "Error: vLLM does not start: .*less than requested memory for kv",
+        refused(teacher, data, tmp_path, "--max-length", "256"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--max-length", "200", "--vllm-option", "max_model_len=64"), "--vllm-option max_model_len let vLLM take 64"),
+        (("--max-length", "5000"), "the teacher's positions let vLLM take 512"),
+    ],
+)
+def test_an_engine_for_shorter_samples_is_refused(more, said, tmp_path, data):
+    teacher = vllm_families.write_teacher("internvl", tmp_path / "teacher")
+    assert re.search(rf"{said}: pass --max-length \d+", refused(teacher, data, tmp_path, *more))
+
+
+def test_a_processor_that_vllm_cannot_open_is_refused(tmp_path, data, monkeypatch):
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    def fails(*_, **__):
+        raise OSError("Can't load image processor")
+
+    teacher = vllm_families.write_teacher("internvl", tmp_path / "teacher")
+    monkeypatch.setattr(MULTIMODAL_REGISTRY, "create_processor", fails)
+    said = refused(teacher, data, tmp_path, "--max-length", "256")
+    assert re.search(f"vLLM cannot open the processor of {teacher}.*Can't load image processor", said)
+
+
+def test_a_store_begun_with_another_dtype_is_refused(tmp_path, data):
+    teacher = vllm_families.write_teacher("internvl", tmp_path / "teacher")
+    words = ("cache-teacher", "--teacher", teacher, "--data", data, "--out", tmp_path / "s.zarr", "--template", "chat")
+    words = [*map(str, words), "--images", str(data.parent / "images"), "--max-length", "256"]
+    done = CliRunner().invoke(main, [*words, "--dtype", "bfloat16", "--shard", "0/2", "--part-size", "4"])
+    assert done.exit_code == 0, done.stderr
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s.zarr").rglob("*")}
+    done = CliRunner().invoke(main, [*words, "--dtype", "float32", "--part-size", "4", "--backend", "vllm"])
+    assert done.exit_code == 2 and "teacher dtype: store 'bfloat16', here 'float32'" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s.zarr").rglob("*")} == before
 
 
 def test_no_option_makes_vllm_normalise_pixels_again(tmp_path, data):

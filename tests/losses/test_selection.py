@@ -47,6 +47,9 @@ def test_any_number_of_bins_gives_the_same(values, bins):
         assert_leads(leading_entries(z), z)
         assert kneedle(z).item() == reference.knee(z[0])
         assert top_of_rows(z, 2)[0].tolist() == reference.ranking(z[0])[:2]
+        for count in (0, 1, 2, len(values)):
+            ids, k = tops_and_knees(z, count)
+            assert ids[0].tolist() == reference.ranking(z[0])[:count] and k.item() == reference.knee(z[0])
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -99,7 +102,7 @@ def test_what_is_not_finite_is_no_crash(value):
 def test_only_a_little_more_than_the_knee_is_sorted():
     z = SPECTRA["a long tail"](normal(4, 100_000))
     _, from_bin, _ = selection._histogram(z)
-    floor = selection._floor_of_knee(from_bin)
+    floor = selection._bins_of_knee(from_bin)[0]
     assert (from_bin.gather(-1, floor.unsqueeze(-1)).squeeze(-1) < 2 * kneedle(z)).all()
 
 

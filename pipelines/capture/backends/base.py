@@ -35,14 +35,6 @@ class Backend(ABC):
             BackendFailed: the teacher failed.
         """
 
-    def run_only(self, samples: Sequence[EncodedSample]) -> bool:
-        """Run the teacher over samples to its final states, as a live teacher runs in training, and wait for it; nothing is kept.
-
-        Returns:
-            False, and nothing ran, if the teacher of this backend is not the one that training would run.
-        """
-        return False
-
     def start(self, samples: Sequence[EncodedSample], manifest: Manifest) -> Any:
         """Begin a capture; returns a handle for `finish`."""
         return samples, manifest

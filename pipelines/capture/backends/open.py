@@ -52,7 +52,7 @@ def open_backend(
 
     Raises:
         CheckpointError: the weights cannot be loaded.
-        RunError: vLLM cannot start.
+        ConfigError: vLLM cannot start.
     """
     if name == "vllm":
         from switchkd.pipelines.capture.backends.vllm_backend import VllmBackend

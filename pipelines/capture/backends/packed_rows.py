@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from switchkd.errors import RunError
-from switchkd.losses.selection import tops_and_knees
+from switchkd.losses.selection import in_blocks, tops_and_knees
 from switchkd.stores import Payload
 from switchkd.stores.layout import STAT_COLUMNS
 
-LOGIT_ROWS = 1024  # rows of logits [rows, V] in memory at a time
+# Rows of logits [rows, V] in memory at a time. On a CPU fewer: what is selected from then still lies in the cache.
+LOGIT_ROWS = {"cpu": 128}
+LOGIT_ROWS_ELSEWHERE = 1024
 
 
 def pack(
@@ -31,9 +33,10 @@ def pack(
     Returns:
         Packed rows, see above.
     """
+    rows = LOGIT_ROWS.get(states.device.type, LOGIT_ROWS_ELSEWHERE)
     pieces = [
         pack_logits(lm_head(chunk)[:, :vocab_rows], top_k, chunk if keep_hidden else None)
-        for chunk in torch.split(states, LOGIT_ROWS)
+        for chunk in torch.split(states, rows)
     ]
     return torch.cat(pieces)
 
@@ -53,7 +56,12 @@ def pack_logits(logits: Tensor, top_k: int, hidden: Tensor | None = None) -> Ten
     """
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"a capture needs float32 logits, got {logits.dtype}")
-    logits = logits.float()
+    packed = torch.cat([_pack_block(block.float(), top_k) for block in in_blocks(logits)])
+    return packed if hidden is None else torch.cat([packed, hidden.float()], dim=-1)
+
+
+def _pack_block(logits: Tensor, top_k: int) -> Tensor:
+    """Pack logits that fit into the cache: they are read several times."""
     ids, knee = tops_and_knees(logits, top_k)
     top = logits.gather(-1, ids)
     tail = logits.logsumexp(-1) if not top_k else logits.scatter(-1, ids, -torch.inf).logsumexp(-1)
@@ -69,8 +77,6 @@ def pack_logits(logits: Tensor, top_k: int, hidden: Tensor | None = None) -> Ten
         ids.to(torch.int32).view(torch.float32),
         top,
     ]
-    if hidden is not None:
-        pieces.append(hidden.float())
     return torch.cat(pieces, dim=-1)
 
 

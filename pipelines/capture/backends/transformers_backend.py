@@ -40,7 +40,6 @@ class TransformersBackend(Backend):
         return unpack(packed, manifest.top_k).split([sample.positions for sample in samples])
 
     @torch.inference_mode()
-    def run_only(self, samples: Sequence[EncodedSample]) -> bool:
-        """See `Backend.run_only`."""
+    def run_only(self, samples: Sequence[EncodedSample]) -> None:
+        """Run the teacher over samples to its final states, as a live teacher runs in training, and wait for it."""
         states_at_positions(self.model, collate(samples, self.pad_id)).sum().item()  # a device is waited for
-        return True

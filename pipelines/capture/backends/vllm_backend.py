@@ -11,16 +11,18 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from switchkd.data.encoded import EncodedSample
-from switchkd.errors import RunError
+from switchkd.errors import ConfigError, RunError
 from switchkd.fingerprints import SampleDigest
 from switchkd.library_errors import as_checkpoint_error, is_library_failure, words_of
 from switchkd.models.checkpoint import Checkpoint
@@ -35,6 +37,7 @@ from switchkd.pipelines.capture.backends.vllm_checks import (
     check_platform,
 )
 from switchkd.pipelines.capture.backends.vllm_media import split_media
+from switchkd.pipelines.capture.backends.vllm_plugin import CAUSE
 from switchkd.pipelines.capture.backends.vllm_pooler import Runs, request_options
 from switchkd.stores import Manifest, Payload
 
@@ -59,7 +62,8 @@ class VllmBackend(Backend):
 
     Raises:
         CheckpointError: a teacher that vLLM does not have, or would run with other results; see `vllm_checks`.
-        RunError: the engine does not start.
+        ConfigError: the engine does not start, as with too little memory or an option that vLLM does not take; or it would not take
+            samples of `max_length`.
     """
 
     ahead = 3
@@ -91,6 +95,7 @@ class VllmBackend(Backend):
             **(options or {}),
         }
         self._item, probe = _checked(checkpoint, arguments)
+        _check_length(checkpoint, max_length, options or {})
         before_engine()
         self.engine = _start_engine(arguments)
         self._names = count()
@@ -229,6 +234,18 @@ def predicting_runs(supervised: np.ndarray) -> Runs:
     return [(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, breaks) if len(run)]
 
 
+def _check_length(checkpoint: Checkpoint, max_length: int, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError if vLLM would not take samples of `max_length` tokens."""
+    positions = checkpoint.config.text_config.max_position_embeddings
+    limits = {"--vllm-option max_model_len": options.get("max_model_len"), "the teacher's positions": positions}
+    for name, limit in limits.items():
+        if isinstance(limit, int) and 0 < limit < max_length:
+            raise ConfigError(
+                f"samples may have up to {max_length} tokens (--max-length), and {name} let vLLM take {limit}: pass --max-length "
+                f"{limit}, and longer samples are skipped"
+            )
+
+
 def _checked(checkpoint: Checkpoint, arguments: dict[str, Any]) -> tuple["ItemMaker", StructureProbe]:
     """Run the checks that need no engine; returns what makes items of images, and a probe sample."""
     from vllm import EngineArgs
@@ -252,13 +269,19 @@ def _checked(checkpoint: Checkpoint, arguments: dict[str, Any]) -> tuple["ItemMa
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """Convert what vLLM raises about its arguments, or a config that lacks a field which its class reads, to a RunError."""
-    try:
-        yield
-    except Exception as error:
-        if not is_library_failure(error):
-            raise
-        raise RunError(f"vLLM does not start: {words_of(error)}") from error
+    """Convert what vLLM raises before it runs a sample, about its arguments, a config or the memory, to a ConfigError."""
+    with TemporaryDirectory() as folder:
+        cause = Path(folder) / "cause"
+        os.environ[CAUSE] = str(cause)
+        try:
+            yield
+        except Exception as error:
+            if not is_library_failure(error):
+                raise
+            known = RuntimeError(cause.read_text(encoding="utf-8")) if cause.exists() else error
+            raise ConfigError(f"vLLM does not start: {words_of(known)}") from error
+        finally:
+            del os.environ[CAUSE]
 
 
 def _start_engine(arguments: dict[str, Any]) -> Any:

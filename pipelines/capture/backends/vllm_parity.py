@@ -1,14 +1,16 @@
-"""Comparison of vLLM's final states with those of transformers, on the first samples and before a store has a part.
+"""Transformers beside vLLM: comparison of final states before a store has a part, and the time of a live teacher for a dry run.
 
-The teacher runs once in a process of its own, with transformers, and ends before vLLM's engine starts: so its memory is free again,
-and this process has not touched a device, which would keep vLLM from forking.
+The teacher runs with transformers in a process of its own, which ends before vLLM's engine starts: so its memory is free again, and
+this process has not touched a device, which would keep vLLM from forking.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
 ROOM = 1.25  # times the weights: activations of a few samples
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+Found = TypeVar("Found")
 States = list[NDArray[np.float32]]  # of each sample, [positions, d]
 
 
@@ -48,22 +51,53 @@ def states_with_transformers(
         LeftOut: the weights are quantised, or do not fit into the memory of one device (without a GPU, of this machine).
         CheckpointError: the weights cannot be loaded.
     """
+    return _apart(_states, checkpoint, dtype, list(samples), manifest)
+
+
+def seconds_with_transformers(
+    checkpoint: Checkpoint, dtype: str, samples: Sequence[EncodedSample], batch_size: int
+) -> float:
+    """Return the seconds that transformers' forward passes over samples take in batches, in a process of its own.
+
+    Args:
+        dtype: as above. samples: at least one.
+
+    Raises:
+        LeftOut, CheckpointError: as above.
+    """
+    return _apart(_seconds, checkpoint, dtype, list(samples), batch_size)
+
+
+def _apart(work: Callable[..., Found], checkpoint: Checkpoint, *arguments: object) -> Found:
+    """Call `work` in a process of its own. Raises LeftOut."""
     if getattr(checkpoint.config, "quantization_config", None) is not None:
         raise LeftOut("its weights are quantised, and transformers would run others")
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         try:
-            return process.submit(_run, checkpoint, dtype, list(samples), manifest).result()
+            return process.submit(work, checkpoint, *arguments).result()
         except BrokenProcessPool:
             raise LeftOut("the process that ran it with transformers was killed, as where memory runs out") from None
 
 
-def _run(checkpoint: Checkpoint, dtype: str, samples: list[EncodedSample], manifest: Manifest) -> States:
+def _states(checkpoint: Checkpoint, dtype: str, samples: list[EncodedSample], manifest: Manifest) -> States:
+    return hidden_states(_teacher(checkpoint, dtype), samples, manifest)
+
+
+def _seconds(checkpoint: Checkpoint, dtype: str, samples: list[EncodedSample], batch_size: int) -> float:
+    backend = _teacher(checkpoint, dtype)
+    backend.run_only(samples[:1])  # not timed: the first pass also allocates and compiles
+    start = time.monotonic()
+    for first in range(0, len(samples), batch_size):
+        backend.run_only(samples[first : first + batch_size])
+    return time.monotonic() - start
+
+
+def _teacher(checkpoint: Checkpoint, dtype: str) -> TransformersBackend:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     needed, free = ROOM * _weight_bytes(checkpoint, dtype), _free_bytes(device)
     if needed > free:
         raise LeftOut(f"it takes {needed / 1e9:.1f} GB with transformers, and {free / 1e9:.1f} GB are free on {device}")
-    backend = TransformersBackend(checkpoint, device, dtype)
-    return hidden_states(backend, samples, manifest)
+    return TransformersBackend(checkpoint, device, dtype)
 
 
 def hidden_states(backend: Backend, samples: Sequence[EncodedSample], manifest: Manifest) -> States:

@@ -1,8 +1,12 @@
 """The entry point `vllm.general_plugins`: registers a capture model for every class of vLLM, in every process of vLLM."""
 
+import logging
+import os
 import re
+from pathlib import Path
 
 PREFIX = "SwitchKDCapture"
+CAUSE = "SWITCHKD_VLLM_CAUSE"  # names the file to which an engine's process writes why it does not start
 _MODULE = "switchkd.pipelines.capture.backends.vllm_model"
 
 
@@ -15,6 +19,8 @@ def register() -> None:
     from vllm import ModelRegistry, __version__
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    if CAUSE in os.environ:
+        logging.getLogger("vllm.v1.engine.core").addHandler(_CauseWriter(Path(os.environ[CAUSE])))
     version = re.sub(r"\W", "_", __version__)
     known = set(ModelRegistry.get_supported_archs())
     for architecture in known:
@@ -24,6 +30,18 @@ def register() -> None:
         ModelRegistry.register_model(ours, f"{_MODULE}:{PREFIX}_{version}__{architecture}")
         if architecture in MODELS_CONFIG_MAP:  # how vLLM adjusts its configuration, by the architecture's name
             MODELS_CONFIG_MAP[ours] = MODELS_CONFIG_MAP[architecture]
+
+
+class _CauseWriter(logging.Handler):
+    """Writes the exception that vLLM logs when an engine's process fails; its parent is told only that it failed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.ERROR)
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None and self.path.parent.exists():
+            self.path.write_text(str(record.exc_info[1]), encoding="utf-8")
 
 
 def capture_architecture(architecture: str) -> str:
