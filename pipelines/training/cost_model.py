@@ -125,6 +125,8 @@ class Work(NamedTuple):
     patches: float = 0  # inside the vision tower
     patch_pairs: float = 0
     placeholders: float = 0  # image tokens
+    # Of image tokens, those that pass the switch pathway: the rest with `--vsd-share` does not.
+    switched_share: float = 1.0
 
 
 def patches_of(config: Any, media: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -191,7 +193,7 @@ class CostModel:
         if self.switch is not None:
             total += 2 * self._language(self.switch, work.image_tokens, work.image_pairs)
             total += 2 * self._head(self.switch, work.image_positions)
-            total += 2 * self._projector(self.switch, work)
+            total += 2 * work.switched_share * self._projector(self.switch, work)
         if self.live is not None:
             total += self._language(self.live, work.tokens, work.pairs) + self._head(self.live, work.positions)
             total += self._projector(self.live, work) + self._vision(self.live, work)

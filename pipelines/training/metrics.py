@@ -45,7 +45,7 @@ class StepMetrics:
         self._waited = self._store = self._samples = self._tokens = self._pairs = 0.0
         self._images = self._image_tokens = self._image_pairs = 0.0
         # Tokens without padding, positions, positions with an image, pairs of tokens of a sample: student's and switch pathway's;
-        # patches, their pairs, and image tokens, where they depend on the image.
+        # patches, their pairs, and image tokens, where they depend on the image; image tokens, and those on the switch pathway.
         self._on_device: Tensor | None = None
         self._knees: dict[str, list[Tensor]] = {"teacher": [], "student": []}
         self._vsd_square: Tensor | None = None
@@ -75,8 +75,10 @@ class StepMetrics:
         self._tokens += rows * length
         self._pairs += rows * length**2
         self._images += images
-        alone = int(batch.on_switch.sum()), read.input_ids.shape[1]
-        rows, length = alone if batch.switch_packing is None else batch.switch_packing.shape
+        if batch.switch_packing is None:
+            rows, length = int(batch.on_switch.sum()), read.input_ids.shape[1]
+        else:
+            rows, length = batch.switch_packing.shape
         self._image_tokens += rows * length
         self._image_pairs += rows * length**2
         positions = count_positions(batch.labels)
@@ -84,7 +86,8 @@ class StepMetrics:
         read_lengths = read.attention_mask.sum(-1)
         shown = batch.on_switch
         counts = lengths, positions, positions[shown], lengths**2, read_lengths[shown] ** 2
-        found = torch.stack([*(count.sum() for count in counts), *self._vision(batch)]).double()
+        sums = [*(count.sum() for count in counts), *self._vision(batch), *self._switched(batch)]
+        found = torch.stack(sums).double()
         self._on_device = found if self._on_device is None else self._on_device + found
 
     def _vision(self, batch: Batch) -> list[Tensor]:
@@ -94,10 +97,19 @@ class StepMetrics:
             return [batch.input_ids.new_zeros(())] * 3
         return [*patches_of(config, batch.media), (batch.input_ids == config.image_token_id).sum()]
 
+    def _switched(self, batch: Batch) -> list[Tensor]:
+        """Return the image tokens of a batch, and those of samples on the switch pathway."""
+        if self.cost_model is None:
+            return [batch.input_ids.new_zeros(())] * 2
+        tokens = (batch.input_ids == self.cost_model.student.config.image_token_id).sum(-1)
+        return [tokens.sum(), (tokens * batch.on_switch).sum()]
+
     def work(self) -> Work:
         """Return the work that this process has counted since the last call of `take`."""
-        on_device = torch.zeros(8) if self._on_device is None else self._on_device
-        _, positions, shown, own_pairs, own_image_pairs, *of_images = on_device.tolist()
+        on_device = torch.zeros(10) if self._on_device is None else self._on_device
+        _, positions, shown, own_pairs, own_image_pairs, patches, patch_pairs, placeholders, shown_tokens, switched = (
+            on_device.tolist()
+        )
         return Work(
             self._tokens,
             own_pairs if self.in_blocks[0] else self._pairs,
@@ -106,7 +118,10 @@ class StepMetrics:
             own_image_pairs if self.in_blocks[1] else self._image_pairs,
             positions,
             shown,
-            *of_images,
+            patches,
+            patch_pairs,
+            placeholders,
+            switched / shown_tokens if shown_tokens else 1.0,
         )
 
     def leave_out(self, images: int, length: int, known: int) -> None:
@@ -153,7 +168,7 @@ class StepMetrics:
         """
         seconds = time.perf_counter() - self._since
         device = accelerator.device
-        on_device = torch.zeros(8, dtype=torch.float64) if self._on_device is None else self._on_device
+        on_device = torch.zeros(10, dtype=torch.float64) if self._on_device is None else self._on_device
         square = torch.zeros((), dtype=torch.float64) if self._vsd_square is None else self._vsd_square
         plain = [self._samples, self._tokens, self._pairs, self._images, self._image_tokens, self._image_pairs]
         sums = [
@@ -180,6 +195,8 @@ class StepMetrics:
             patches,
             patch_pairs,
             placeholders,
+            shown_tokens,
+            switched,
             square_sum,
         ) = reduced
         pairs = own_pairs if self.in_blocks[0] else pairs
@@ -196,7 +213,7 @@ class StepMetrics:
         }
         if self.cost_model is not None:
             in_text = tokens, pairs, images, image_tokens, image_pairs, positions, shown
-            work = Work(*in_text, patches, patch_pairs, placeholders)
+            work = Work(*in_text, patches, patch_pairs, placeholders, switched / shown_tokens if shown_tokens else 1.0)
             per_second = self.cost_model.flops(work) / seconds
             found["tflops_per_second"] = per_second / 1e12
             if peak_flops is not None:

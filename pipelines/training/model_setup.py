@@ -32,10 +32,11 @@ from switchkd.pipelines.training.int8_teacher import NAME as INT8
 from switchkd.pipelines.training.int8_teacher import count_as_int8, to_int8
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms, make_extra_terms
 from switchkd.pipelines.training.live.teacher_source import LiveTeacher
-from switchkd.pipelines.training.option_groups.step import COMPILE, VARLEN
+from switchkd.pipelines.training.option_groups.step import COMPILE, FP8_TEACHER, VARLEN
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.parallelism import fit_fsdp, loading_whole, shard_frozen
 from switchkd.pipelines.training.step_ways.experimental import compile_layers
+from switchkd.pipelines.training.step_ways.fp8_teacher import count_as_fp8, to_fp8
 from switchkd.pipelines.training.student_parts import freeze_other_parts
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments, weights:
             expect_frozen_in_bfloat16(student)
     if options.student_checkpointing:
         enable_activation_checkpointing(tower_of(student), language_model_of(student), dropout=True)
+    if FP8_TEACHER in chosen and (whole := switch_teacher or live) is not None:
+        (to_fp8 if weights else count_as_fp8)(language_model_of(whole), with_gradient=inputs.objective.switch)
     if COMPILE in chosen:
         compile_layers(*(model for model in (student, switch_teacher or live) if model is not None))
     if options.switch_adapter is not None:
@@ -101,8 +104,8 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments, weights:
         source = extra_terms.source
     if arguments.fsdp:
         fit_fsdp(arguments, student)
-        for whole in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
-            shard_frozen(whole)
+        for each in {source.teacher} if isinstance(source, LiveTeacher) else {switch_teacher} - {None}:
+            shard_frozen(each)
     stored = source.sources if isinstance(source, StoredOfSeveral) else [source]
     stored_head = sum(each.head.numel() for each in stored if isinstance(each, StoredHidden))
     vision_tokens = inputs.student.feature_tokens

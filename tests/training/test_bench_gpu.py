@@ -4,7 +4,9 @@ import json
 
 import pytest
 import step_gpu
-from step_gpu import BEFORE, BEST, LIVE, LLAVA_KD, WAYS, Cell
+import step_gpu_cells
+import step_gpu_table
+from step_gpu_cells import BEFORE, BEST, FP8_BEST, LIVE, LLAVA_KD, WAYS, Cell
 
 ARGUMENTS = ["--device", "cpu", "--scale", "tiny", "--batches", "4"]
 CHOSEN = [
@@ -65,6 +67,31 @@ def test_cells_are_measured_once_and_told(run):
     assert len(same) == 1 and flops[CHOSEN[-1].key] > same.pop()  # the same work in every way; a live teacher's is more
 
 
+def test_goals_stand_beside_what_was_measured():
+    """Two batches of the fastest way, one of another; a teacher in fp8 computes something else and counts for nothing."""
+    took = {"flops": 8e12, "held": 1e9, "peak": 9e9, "transfer_seconds": 0.008}
+    results = {
+        Cell("peak").key: {"tflops": 100.0, "fp8_tflops": 150.0},
+        Cell("step", BEFORE, "with", 16).key: took | {"seconds": 1.6},
+        Cell("step", BEST, "with", 16).key: took | {"seconds": 0.8},
+        Cell("step", BEST, "with", 32).key: took | {"seconds": 0.64, "flops": 16e12},
+        Cell("step", FP8_BEST, "with", 16).key: took | {"seconds": 0.1},
+        Cell("profile", BEST, "with", 16).key: {"parts": {"step": 0.8, "loss beside the products": 0.04}},
+        Cell(LIVE, BEST, "with", 16).key: took | {"seconds": 0.48},
+        Cell(LLAVA_KD, BEFORE, "with", 16).key: {"failed": "does not fit"},
+    }
+    rows = {line.split(" | ")[0]: line for line in step_gpu_table.goals(results, (16, 32), 100.0)}
+    assert rows["| ms a sample, with switch"] == f"| ms a sample, with switch | 83 | 41.5 | 20.0 | {BEST.name}, 32 |"
+    assert " | 40% | 25.0% | " in rows["| MFU, with switch"]
+    assert rows["| ms a sample, SFT"].count("not measured") == rows["| MFU, without switch"].count("not measured") == 1
+    assert " | 5.0% | " in rows["| loss beside the heads' products, of a step"]
+    assert " | 1.20 |  | 1.50 | " in rows[f"| times as fast as {LIVE}, with switch"]
+    assert "not measured" in rows[f"| times as fast as {LLAVA_KD}, with switch"]
+    assert "| 500 | no more | 500 |" in rows["| MB a sample, with switch"]
+    assert " | 1.0% | " in rows["| copy of a batch to the device, of a step"]
+    assert "| 1.50 |" in rows["| float8 product over bfloat16's"]
+
+
 def test_results_of_another_device_are_not_mixed(run, monkeypatch):
     run(CHOSEN[:1])
     monkeypatch.setattr(step_gpu, "describe", lambda device: {"device": "other", "torch": "1", "transformers": "1"})
@@ -87,6 +114,6 @@ def test_the_list_of_cells_has_every_row_of_the_table():
     every = step_gpu.cells((16, 32))
     assert len({cell.key for cell in every}) == len(every)
     assert {(cell.way, cell.objective) for cell in every if cell.kind == "step" and cell.batch == 16} == {
-        (way, objective) for way in WAYS for objective in step_gpu.OBJECTIVES
+        (way, objective) for way in WAYS for objective in step_gpu_cells.OBJECTIVES if way.fits(objective)
     }
     assert [cell.kind for cell in every[:3]] == ["peak", "kernels", "step"]

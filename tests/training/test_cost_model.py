@@ -207,3 +207,16 @@ def test_lora_is_counted(models, parts, dropout):
     counts = count_parameters(student)
     lora = sum(p.numel() for name, p in student.named_parameters() if "lora_" in name and "language" in name)
     assert counts["language"][1] == lora
+
+
+@pytest.mark.parametrize("share", (0.0, 1 / 3, 1.0))
+def test_the_projector_of_the_switch_pathway_is_counted_for_images_that_pass_it(models, share):
+    """Forward and backward of the teacher's frozen projector, by torch's count; everything else as it was."""
+    student, teacher = models
+    cost_model = CostModel(student, freeze(teacher), None, 0, VISION)
+    work = Work(ROWS * LENGTH, ROWS * LENGTH**2, ROWS, share * ROWS * LENGTH, share * ROWS * LENGTH**2, 9, 9 * share)
+    features = torch.randn(round(share * ROWS), VISION, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        teacher.model.multi_modal_projector(features).sum().backward()
+    without = cost_model.flops(work._replace(switched_share=0.0))
+    assert cost_model.flops(work._replace(switched_share=share)) - without == counter.get_total_flops()

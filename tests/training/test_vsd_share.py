@@ -25,7 +25,9 @@ from switchkd.models.vlm import freeze, load_model
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.training.batches.collator import Collator
 from switchkd.pipelines.training.batches.switch_share import SwitchShare
+from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.live.teacher_source import LiveTeacher
+from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
 
@@ -96,6 +98,33 @@ def test_the_mean_over_all_draws_is_all_samples(trainer, samples, row_tokens, mo
     assert len(values) == 8
     for mine, expected in zip(mean, whole, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("row_tokens", (None, 40), ids=("padded", "packed"))
+def test_flops_count_the_images_that_pass(trainer, samples, row_tokens):
+    """Of two micro-batches, all three images pass in one, and one of three in the other."""
+    cost_model = CostModel(trainer.model, trainer.teacher, trainer.source.teacher, 0, 4)
+    metrics = StepMetrics(cost_model, knees=False, window=None)
+    chosen = iter((True, False, False))
+    drawn = [replace(s, switched=next(chosen)) if s.media is not None else s for s in samples]
+    for each in (samples, drawn):
+        metrics.count(Batch.of(Collator(0, row_tokens=row_tokens)([(sample, 0) for sample in each])))
+    assert metrics.work().switched_share == pytest.approx(4 / 6)
+    found = metrics.take(trainer.accelerator, 1.0, None)
+    assert found["tflops_per_second"] * found["seconds"] * 1e12 == pytest.approx(
+        cost_of(cost_model, samples, drawn, row_tokens)
+    )
+
+
+def cost_of(cost_model, *batches_and_row_tokens):
+    """FLOP of micro-batches, each counted by itself."""
+    *batches, row_tokens = batches_and_row_tokens
+    total = 0.0
+    for each in batches:
+        metrics = StepMetrics(cost_model, knees=False, window=None)
+        metrics.count(Batch.of(Collator(0, row_tokens=row_tokens)([(sample, 0) for sample in each])))
+        total += cost_model.flops(metrics.work())
+    return total
 
 
 def test_several_images_of_a_sample_go_together(trainer):

@@ -7,8 +7,8 @@ from switchkd.pipelines.options import keyword_options_class, option
 from switchkd.settings import BASELINE_OBJECTIVES
 
 STEP = "How a step runs"  # heading of the help
-VARLEN, TRITON, COMPILE = "varlen-attention", "triton-selection", "compile-layers"
-EXPERIMENTAL = (VARLEN, TRITON, COMPILE)  # of `--experimental`
+VARLEN, TRITON, COMPILE, FP8_TEACHER = "varlen-attention", "triton-selection", "compile-layers", "fp8-teacher"
+EXPERIMENTAL = (VARLEN, TRITON, COMPILE, FP8_TEACHER)  # of `--experimental`
 
 
 @keyword_options_class
@@ -29,7 +29,7 @@ class StepOptions:
         group=STEP,
         metavar="LIST",
         help="Ways of running a step that no GPU has confirmed yet: varlen-attention (of packed rows, in one kernel), "
-        "triton-selection, compile-layers; separated by commas.",
+        "triton-selection, compile-layers, fp8-teacher (the layers of its LLM multiply in float8); separated by commas.",
         unset="none",
     )
 
@@ -46,6 +46,7 @@ class StepOptions:
 def check_step(options: Any) -> None:
     """Raise ConfigError for ways of running a step that do not fit the other options; `options` are those of training."""
     _check_experimental(options)
+    _check_fp8_teacher(options)
     _check_copies(options)
     _check_vsd_share(options)
 
@@ -65,6 +66,33 @@ def _check_experimental(options: Any) -> None:
         )
     if COMPILE in chosen and options.lora is not None:
         raise ConfigError(f"--experimental {COMPILE} was not tried with --lora: leave one of them out")
+
+
+def _check_fp8_teacher(options: Any) -> None:
+    """Raise ConfigError for a teacher in float8 where a step runs none, or one of another kind."""
+    if FP8_TEACHER not in options.as_experimental():
+        return
+    if options.objective in BASELINE_OBJECTIVES:
+        raise ConfigError(
+            f"--experimental {FP8_TEACHER} cannot be combined with objective {options.objective}, whose teacher is as published"
+        )
+    if options.objective == "sft" or (options.switch is False and options.teacher_mode != "live"):
+        raise ConfigError(
+            f"--experimental {FP8_TEACHER} is for a teacher that runs in a step, on the switch pathway or with --teacher-mode "
+            "live: leave it out"
+        )
+    if options.precision == "float32":
+        raise ConfigError(f"--experimental {FP8_TEACHER} computes beside bfloat16: pass --precision bfloat16")
+    if options.teacher_dtype not in ("auto", "bfloat16"):
+        raise ConfigError(
+            f"--experimental {FP8_TEACHER} quantises a teacher in bfloat16: pass --teacher-dtype bfloat16, got "
+            f"{options.teacher_dtype}"
+        )
+    if options.profile != "ddp":
+        raise ConfigError(
+            f"--profile {options.profile} was not tried with a teacher in float8: pass --profile ddp, or leave --experimental "
+            f"{FP8_TEACHER} out"
+        )
 
 
 def _check_copies(options: Any) -> None:

@@ -1,4 +1,4 @@
-"""A Trainer whose student may compute with bfloat16 copies of its weights."""
+"""A Trainer whose batches reach the device without a wait, and whose student may compute with bfloat16 copies of its weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from switchkd.pipelines.training.step_ways.half_copies import HalfCopies
+from switchkd.pipelines.training.step_ways.transfers import on_device
 
 
 class CopyingTrainer(Trainer):  # type: ignore[misc]
@@ -21,7 +22,7 @@ class CopyingTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Run forward and backward passes of one micro-batch; both read the copies of the weights, where there are copies."""
         with self.reading_copies():
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            loss: Tensor = super().training_step(model, on_device(inputs, self.args.device), num_items_in_batch)
         return loss
 
     @contextmanager

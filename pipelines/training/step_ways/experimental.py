@@ -11,7 +11,8 @@ from switchkd.errors import ConfigError
 from switchkd.losses.selection import leading_entries, use_kernels
 from switchkd.models.components import language_model_of, layers_of, tower_layers_of
 from switchkd.models.varlen_attention import check_kernel
-from switchkd.pipelines.training.option_groups.step import TRITON, VARLEN
+from switchkd.pipelines.training.option_groups.step import FP8_TEACHER, TRITON, VARLEN
+from switchkd.pipelines.training.step_ways.fp8_teacher import check_fp8
 
 BACKEND = "inductor"
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ def begin(chosen: frozenset[str], arguments: Any) -> None:
     use_kernels("torch")
     if VARLEN in chosen:
         check_kernel(arguments.device)
+    if FP8_TEACHER in chosen:
+        check_fp8(arguments.device)
     if TRITON in chosen:
         if importlib.util.find_spec("triton") is None:
             raise ConfigError(
