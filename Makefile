@@ -95,7 +95,7 @@ test-torchao: install  ## --teacher-dtype int8 with torchao itself
 	$(PIP) install --quiet --constraint constraints.txt torchao
 	$(BIN)/python -m pytest tests/training/test_int8_teacher.py
 
-test-triton: install  ## Triton's kernels in its interpreter, on a CPU, and compiled for Hopper (200 MB from PyPI)
+test-triton: install  ## Triton's kernels in its interpreter, on a CPU, and compiled for Ada and Hopper (200 MB from PyPI)
 	$(PIP) install --quiet --no-deps 'triton>=3.7'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/losses tests/training/test_fp8_kernel.py
 

@@ -118,7 +118,7 @@ def _when_it_pays(found: "Plan", hours: str) -> str:
     passes = found.paying_passes
     if passes is None or isinstance(found.live_seconds, str):
         return f"not known, since a live teacher could not be timed: {found.live_seconds}"
-    of_live, of_read = (seconds * found.devices / 3600 for seconds in (found.live_seconds, found.read_seconds))
+    of_live, of_read = found.live_seconds / 3600, found.read_seconds / 3600
     figures = f"a live teacher takes about {of_live:,.2f} {hours} an epoch, reading the store {of_read:,.2f} hours of a loader"
     if math.isinf(passes):
         return f"never in time, since reading takes longer than a live teacher: {figures}"

@@ -93,7 +93,7 @@ def _exact_match(options: dict[str, Any]) -> None:
         echo(
             f"compared with {found.run}, {found.model}, on the {found.overall.questions:,} questions that both answered:"
         )
-        for kind, row in {"all": found.overall, **found.by_type}.items():
+        for kind, row in [("all", found.overall), *found.by_type.items()]:
             low, high = row.interval
             echo(
                 f"  {kind:<16} {row.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}; right only here {row.gained:,}, "

@@ -100,7 +100,7 @@ def show_differences(axes: Any, values: Iterable[float]) -> None:
 
     The axis begins at 0 only if the least value is near it, and is logarithmic if few values are far above the others.
     """
-    drawn = np.asarray([value for value in values if np.isfinite(value)], dtype=float)
+    drawn = np.asarray([value for value in values if value is not None and np.isfinite(value)], dtype=float)
     if not len(drawn):
         return
     low, high = float(drawn.min()), float(drawn.max())

@@ -25,6 +25,9 @@ def build(folder: Path) -> int:
     Returns:
         The exit status of Zensical: not 0 if there is anything to warn of, such as a link that leads nowhere.
     """
+    if (folder / "docs").resolve() == ROOT / "docs":
+        print(f"{folder} holds the documents themselves: build into another folder", file=sys.stderr)
+        return 2
     for made in ("docs", "site"):
         shutil.rmtree(folder / made, ignore_errors=True)
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))

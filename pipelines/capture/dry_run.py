@@ -1,5 +1,6 @@
 """`switchkd cache-teacher --dry-run`: estimate the time and disk space of a capture from a probe of random samples."""
 
+import logging
 import math
 import tempfile
 import time
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from switchkd.data.encoded import EncodedSample
 from switchkd.data.samples import BadSample
+from switchkd.errors import CheckpointError
+from switchkd.library_errors import words_of
 from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.backends.open import check_available
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
@@ -27,6 +30,7 @@ from switchkd.stores.info import describe
 from switchkd.stores.layout import HIDDEN_DTYPES
 from switchkd.stores.manifest import Manifest
 
+log = logging.getLogger(__name__)
 HIDDEN_ERRORS = (0.01, 0.02, 0.04)  # the sizes that are told beside the requested one
 PROBE_SAMPLES = 64  # minimum number of samples; two batches if that is more
 
@@ -47,10 +51,11 @@ class Plan:
     devices: int  # of one worker
     on_gpu: bool
     probed_samples: int
-    # Of all samples, by one worker: a live teacher in one pass of training, and reading the store in one pass. A string says
+    # Of all samples, on one device: a live teacher in one pass of training, and reading the store in one pass. A string says
     # why the former is not known.
     live_seconds: float | str
     read_seconds: float
+    live_a_token: float | str | None = None  # seconds, where transformers was timed beside another backend
 
     @property
     def bytes_per_position(self) -> float:
@@ -66,7 +71,7 @@ class Plan:
         """From how many passes on a store is cheaper than a live teacher, see `paying_passes`; None if that is not known."""
         if isinstance(self.live_seconds, str):
             return None
-        return paying_passes(self.seconds, self.live_seconds, self.read_seconds)
+        return paying_passes(self.seconds * self.devices, self.live_seconds, self.read_seconds)
 
     @property
     def device_hours(self) -> float:
@@ -80,19 +85,19 @@ def paying_passes(capture: float, live: float, read: float) -> float:
     A pass is one epoch of one student. Only what differs counts: the step of the student, VSD and the LM heads are in both.
 
     Args:
-        capture: seconds of the capture, once. live, read: seconds of a pass that the live teacher's forward passes take, and that
-            reading the store takes, as if nothing else ran beside it.
+        capture: device seconds of the capture, once. live, read: seconds of a pass that the live teacher's forward passes take,
+            and that reading the store takes, as if nothing else ran beside it.
     """
     return math.inf if live <= read else math.floor(capture / (live - read)) + 1
 
 
-def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
+def plan(options: CacheOptions, lender: CaptureWorker | None = None, live_a_token: float | str | None = None) -> Plan:
     """Run the teacher over a few random samples and extrapolate; leaves nothing on disk.
 
     The probe captures both payloads, so that each one's size is measured on the same positions.
 
     Args:
-        lender: see `CaptureWorker`.
+        lender: see `CaptureWorker`. live_a_token: of an earlier plan with the same teacher and backend.
 
     Raises:
         InputError: as the capture itself would raise.
@@ -105,12 +110,18 @@ def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
     chosen = np.random.default_rng(0).choice(len(samples), min(wanted, len(samples)), replace=False)
     bad, usable, reading = _encode(worker, sorted(chosen.tolist()))
     # Before vLLM's engine takes the device's memory; a teacher in transformers is loaded once for both.
-    live = _time_apart(worker, usable) if options.backend == "vllm" else None
+    if options.backend == "vllm" and usable and live_a_token is None:
+        live_a_token = _time_apart(worker, usable)
     payloads, seconds = _capture(worker, usable, options.batch_size)
     captured = list(zip((sample for _, sample in usable), payloads, strict=True))
     found: _Found = [*bad, *captured]
-    if live is None:
+    live: float | str
+    if options.backend != "vllm":
         live = _time_live(worker.backend, [sample for _, sample in usable], options.batch_size)
+    elif isinstance(live_a_token, str):
+        live = live_a_token
+    else:
+        live = (live_a_token or 0.0) * sum(len(sample.input_ids) for _, sample in usable)
     positions_per_sample = sum(map(len, payloads)) / len(found)
     assert options.payload is not None
     requested = with_payload(manifest, options.payload)
@@ -135,6 +146,7 @@ def plan(options: CacheOptions, lender: CaptureWorker | None = None) -> Plan:
         probed_samples=len(found),
         live_seconds=live if isinstance(live, str) else live * len(samples) / len(found),
         read_seconds=read_seconds * len(samples) / len(found),
+        live_a_token=live_a_token,
     )
 
 
@@ -196,19 +208,23 @@ def _time_live(backend: Backend, encoded: list[EncodedSample], batch_size: int) 
 
 
 def _time_apart(worker: CaptureWorker, usable: list[tuple[int, EncodedSample]]) -> float | str:
-    """Return the same with transformers, which runs a live teacher in training, in a process of its own; or why it cannot.
+    """Return the seconds a token with transformers, which runs a live teacher in training, or why that is not known.
 
-    A part of the probe is run, evenly chosen by length.
+    A part of the probe is run, evenly chosen by length, in a process of its own.
     """
-    if not usable:
-        return 0.0
     some = [sample for _, sample in usable[:: -(-len(usable) // PROBE_SAMPLES)]]
     dtype = worker.manifest.teacher["dtype"]
+    log.info("running %d samples with transformers, for the time of a live teacher", len(some))
     try:
         seconds = seconds_with_transformers(worker.checkpoint, dtype, some, BATCH_SIZES["transformers"])
-    except LeftOut as reason:
+    except (LeftOut, CheckpointError) as reason:
         return str(reason)
-    return seconds * len(usable) / len(some)
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # what else may go wrong there, as without enough memory, ends no dry run of vLLM
+        return words_of(error)
+    return seconds / sum(len(sample.input_ids) for sample in some)
 
 
 def _measure(found: _Found, manifest: Manifest, spread: NDArray[np.float64]) -> tuple[float, float]:

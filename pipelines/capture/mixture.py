@@ -74,7 +74,8 @@ def plan_mixture(mixture: Mixture, options: CacheOptions) -> dict[str, Plan]:
     for entry, own in each.items():
         with mixture.naming(entry):
             lender = lender or CaptureWorker(own)
-            found[entry.name] = plan(own, lender)
+            live = next((one.live_a_token for one in found.values() if one.live_a_token is not None), None)
+            found[entry.name] = plan(own, lender, live)
     return found
 
 

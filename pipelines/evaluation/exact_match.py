@@ -52,12 +52,15 @@ def evaluate(options: EvalOptions) -> Scores:
     identity: dict[str, Any] = {"weights": hash_json(hash_weights(checkpoint.path)), "data_sha256": samples.fingerprint}
     if options.template is None:
         identity["template"] = template.as_dict()
-    other = None if options.baseline is None else open_baseline(options.baseline, samples.fingerprint)
+    turns = {f"{s.index}/{turn}": (s, turn) for s in samples for turn in range(len(s.turns))}
+    chosen = sample_of(dict.fromkeys(turns, ""), options.limit)
+    other = None
+    if options.baseline is not None:
+        wanted = {(s.index, turn) for key, (s, turn) in turns.items() if key in chosen}
+        other = open_baseline(options.baseline, samples.fingerprint, wanted)
     record(options.output, to_plain(options) | identity, RESUMABLE_CHANGES)
 
     path = options.output / PREDICTIONS
-    turns = {f"{s.index}/{turn}": (s, turn) for s in samples for turn in range(len(s.turns))}
-    chosen = sample_of(dict.fromkeys(turns, ""), options.limit)
     before = read_lines(path, "row", "turn")
     done = {(row, turn): line for (row, turn), line in before.items() if f"{row}/{turn}" in chosen}
     asked = [(s, turn) for key, (s, turn) in turns.items() if key in chosen and (s.index, turn) not in done]
@@ -76,9 +79,10 @@ def evaluate(options: EvalOptions) -> Scores:
                 file.flush()
                 progress.advance(len(batch))
     scores = _score(list(done.values()), skipped, path, options.limit if len(chosen) < len(turns) else None)
+    write_atomically(options.output / SCORES, json.dumps(to_plain(scores), indent=1))
     if other is not None:
         scores = replace(scores, baseline=compare(list(done.values()), other))
-    write_atomically(options.output / SCORES, json.dumps(to_plain(scores), indent=1))
+        write_atomically(options.output / SCORES, json.dumps(to_plain(scores), indent=1))
     return scores
 
 

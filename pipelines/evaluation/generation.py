@@ -177,7 +177,7 @@ def parse_lines(text: str, *key: str) -> tuple[dict[tuple[Any, ...], dict[str, A
         try:
             content = json.loads(line)
             found[tuple(content[name] for name in key)] = content
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
         whole.append(line)
     return found, whole

@@ -41,7 +41,7 @@ from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.held_out.best import BestStudent
 from switchkd.pipelines.training.held_out.evaluating_trainer import EvaluatingTrainer
 from switchkd.pipelines.training.held_out.evaluator import Evaluator
-from switchkd.pipelines.training.lifecycle.stopping import begin_worker
+from switchkd.pipelines.training.lifecycle.stopping import RunLoader, begin_worker
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.step_ways.experimental import compilations
@@ -136,7 +136,7 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
             process=args.process_index,
             processes=args.world_size,
         )
-        return DataLoader(
+        return RunLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=self.data_collator,

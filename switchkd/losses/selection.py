@@ -237,7 +237,7 @@ def _lead(logits: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _in_numpy(rows: Tensor) -> bool:
-    """Whether numpy processes these rows; on one core it counts, searches and sorts several times as fast as torch."""
+    """Whether numpy processes these rows; on one core it searches and sorts several times as fast as torch."""
     return rows.device.type == "cpu" and bool(torch.isfinite(rows.sum()))
 
 

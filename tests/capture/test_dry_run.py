@@ -4,19 +4,22 @@ import math
 import time
 from dataclasses import replace
 
+import mixtures
 import pytest
 import tiny
 from click.testing import CliRunner
 
 from switchkd.cli.cache_teacher import _print_plan
 from switchkd.cli.main import main
-from switchkd.errors import DataError
+from switchkd.errors import CheckpointError, DataError
 from switchkd.pipelines.capture import dry_run
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
 from switchkd.pipelines.capture.backends.vllm_parity import LeftOut
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.dry_run import Plan, paying_passes, plan
+from switchkd.pipelines.capture.mixture import plan_mixture
 from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.mixture import read_mixture
 from switchkd.stores import TeacherStore
 from switchkd.stores.info import describe
 
@@ -111,9 +114,10 @@ def test_a_store_pays_from_the_first_pass_at_which_the_sums_say_so(capture, live
     [
         (
             {},
-            "pays       from 2 epochs x students on (docs/scale.md): a live teacher takes about 30.00 GPU hours an epoch",
+            "pays       from 6 epochs x students on (docs/scale.md): a live teacher takes about 7.50 GPU hours an epoch, reading "
+            "the store 0.25 hours of a loader",
         ),
-        ({"read_seconds": 26_000.0}, "pays       from 37 epochs x students on"),
+        ({"read_seconds": 26_000.0}, "pays       from 145 epochs x students on"),
         ({"read_seconds": 27_001.0}, "pays       never in time, since reading takes longer than a live teacher"),
         (
             {"live_seconds": "its weights are quantised"},
@@ -122,6 +126,7 @@ def test_a_store_pays_from_the_first_pass_at_which_the_sums_say_so(capture, live
     ],
 )
 def test_when_a_store_pays_is_told(options, monkeypatch, capsys, changed, said):
+    """The capture takes 36,000 seconds of four devices; a live teacher was timed on one."""
     monkeypatch.setattr("switchkd.pipelines.capture.dry_run.plan", lambda _: plan_of(**changed))
     _print_plan(options, egress_price=0.05)
     assert said in capsys.readouterr().out
@@ -163,13 +168,41 @@ def test_with_vllm_a_live_teacher_is_timed_in_transformers(options, vllm_is_tran
     def seconds(checkpoint, dtype, samples, batch_size):
         assert (checkpoint.path, dtype, batch_size) == (options.teacher, "float32", 16)
         assert [len(sample.input_ids) for sample in samples] == sorted(len(sample.input_ids) for sample in samples)
-        return 0.5 * len(samples)
+        return 0.5 * sum(len(sample.input_ids) for sample in samples)
 
+    encoded = []
+    encode = dry_run._encode
+    monkeypatch.setattr(dry_run, "_encode", lambda *found: encoded.append(encode(*found)) or encoded[-1])
     monkeypatch.setattr(dry_run, "seconds_with_transformers", seconds)
     monkeypatch.setattr(dry_run, "PROBE_SAMPLES", 20)
     found = plan(replace(options, backend="vllm", batch_size=30, check=0))
-    assert found.live_seconds == pytest.approx(0.5 * 59)
+    tokens = sum(len(sample.input_ids) for _, sample in encoded[0][1])
+    assert len(encoded[0][1]) == 59 and found.live_seconds == pytest.approx(0.5 * tokens)
     assert found.paying_passes == paying_passes(found.seconds, found.live_seconds, found.read_seconds)
+
+
+@pytest.mark.parametrize("error", (RuntimeError("out of memory"), CheckpointError("no such weights")))
+def test_what_fails_in_the_timing_of_a_live_teacher_ends_no_dry_run(options, vllm_is_transformers, monkeypatch, error):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(dry_run, "seconds_with_transformers", failing)
+    found = plan(replace(options, backend="vllm", batch_size=30, check=0))
+    assert str(error) in found.live_seconds and found.paying_passes is None
+
+
+def test_of_a_mixture_a_live_teacher_is_timed_once(teacher, tmp_path, vllm_is_transformers, monkeypatch):
+    """Before the engine has taken the device's memory; the time a token then serves every entry."""
+    timed = []
+    monkeypatch.setattr(
+        dry_run, "seconds_with_transformers", lambda _, __, samples, ___: timed.append(len(samples)) or 0.5
+    )
+    mixture = mixtures.cut(tmp_path)
+    options = mixtures.cache_options(teacher, tmp_path, backend="vllm", check=0)
+    found = plan_mixture(read_mixture(mixture), options)
+    assert len(timed) == 1
+    assert [one.live_seconds > 0 for one in found.values()] == [True, True]
+    assert found["a"].live_a_token == found["b"].live_a_token
 
 
 def test_with_vllm_it_is_told_why_a_live_teacher_is_not_timed(options, vllm_is_transformers, monkeypatch, capsys):

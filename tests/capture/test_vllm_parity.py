@@ -1,6 +1,7 @@
 """`--check`: vLLM's final states compared with those of transformers, here with a stand-in for vLLM; see test_vllm.py."""
 
 import logging
+import os
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from switchkd.errors import CheckpointError, ConfigError
 from switchkd.pipelines.capture import worker as workers
 from switchkd.pipelines.capture.backends import vllm_parity
 from switchkd.pipelines.capture.backends.transformers_backend import TransformersBackend
+from switchkd.pipelines.capture.backends.vllm_plugin import CAUSE, CauseWriter
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.capture.worker import CaptureWorker
@@ -130,3 +132,25 @@ def test_one_position_may_differ(given, tmp_path):
 def test_it_is_vllms_option(given, tmp_path):
     with pytest.raises(ConfigError, match="--check are vLLM's: add --backend vllm"):
         CacheOptions(**given, out=tmp_path / "s.zarr", check=1)
+
+
+def test_a_forked_engine_writes_its_cause_where_the_parent_reads_it(tmp_path, monkeypatch):
+    """Its handlers were made when the plugin was loaded, before the file was named; a process that is spawned makes its own."""
+    logger = logging.getLogger("an engine")
+    logger.propagate = False
+    logger.addHandler(CauseWriter())
+    monkeypatch.setenv(CAUSE, str(tmp_path / "cause"))
+    if (child := os.fork()) == 0:
+        try:
+            raise ValueError("too little memory")
+        except ValueError:
+            logger.exception("it failed")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / "cause").read_text() == "too little memory"
+    monkeypatch.setenv(CAUSE, str(tmp_path / "nowhere/cause"))
+    logger.error("it failed", exc_info=ValueError("again"))
+    monkeypatch.delenv(CAUSE)
+    logger.error("it failed", exc_info=ValueError("again"))
+    assert [path.name for path in tmp_path.iterdir()] == ["cause"]

@@ -120,8 +120,11 @@ def test_too_little_memory_is_told_in_one_line_and_nothing_written(apart, tmp_pa
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--max-length", "200", "--vllm-option", "max_model_len=64"), "--vllm-option max_model_len let vLLM take 64"),
-        (("--max-length", "5000"), "the teacher's positions let vLLM take 512"),
+        (
+            ("--max-length", "200", "--vllm-option", "max_model_len=64"),
+            "vLLM takes 64 at most, by --vllm-option max_model_len",
+        ),
+        (("--max-length", "5000"), "vLLM takes 512 at most, by the teacher's positions"),
     ],
 )
 def test_an_engine_for_shorter_samples_is_refused(more, said, tmp_path, data):

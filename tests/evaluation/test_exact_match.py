@@ -207,8 +207,19 @@ def test_a_baseline_of_other_questions_is_refused_before_a_model_is_loaded(optio
     assert not other.output.exists()
 
 
-def test_a_baseline_that_has_no_answer_in_common_is_told(options):
+def test_a_baseline_that_has_no_answer_in_common_is_told(options, monkeypatch):
     evaluate(options)
+    begun = options.output.with_name("begun")
+    shutil.copytree(options.output, begun)
+    monkeypatch.setattr("switchkd.pipelines.evaluation.exact_match.load_model", None)
+    for text in ("", "[1]\n", '{"row": 0, "turn": 0, "skipped": "image_missing"}\n'):
+        (begun / "predictions.jsonl").write_text(text)
+        with pytest.raises(DataError, match="has answered none of the questions"):
+            evaluate(replace(options, baseline=begun))
+    (begun / "predictions.jsonl").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="is no output folder"):
+        evaluate(replace(options, baseline=begun))
     opened = open_baseline(options.output, SampleFile(options.data).fingerprint)
     with pytest.raises(DataError, match="has answered none of the questions"):
         compare([answered(99, "color", True)], opened)
+    assert (options.output / "scores.json").exists()

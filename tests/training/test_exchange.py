@@ -96,7 +96,7 @@ def test_fsdp_gathers_layers_twice_and_scatters_gradients_once(options, hidden, 
 
 def test_counts_at_real_sizes():
     """2 (n - 1) / n of float32 gradients; the student has about 0.5 billion weights beside its tower's 0.4."""
-    student, teacher, flops = exchange.models_and_flops(16)
+    student, teacher, flops = exchange.models_and_flops()
     weights = sum(p.numel() for p in student.parameters())
     assert 0.85e9 < weights < 1.0e9 and flops > 1e14
     assert exchange.sent_bytes(exchange.exchanged_bytes(student, teacher, "ddp", half=True), 2) == 4 * weights

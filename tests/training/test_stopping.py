@@ -126,6 +126,26 @@ def test_a_failed_run_leaves_no_loader_that_its_process_would_wait_for(options, 
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
 
 
+def test_processes_of_the_program_itself_end_as_they_would_without_switchkd(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import multiprocessing, signal, sys, time\n"
+        "import switchkd.pipelines.training.lifecycle.stopping\n"
+        "def clean(*_):\n"
+        "    open(sys.argv[1], 'w').close()\n"
+        "    sys.exit()\n"
+        "def work(ready):\n"
+        "    signal.signal(signal.SIGTERM, clean)\n"
+        "    ready.set()\n"
+        "    time.sleep(100)\n"
+        "ready = multiprocessing.get_context('fork').Event()\n"
+        "multiprocessing.get_context('fork').Process(target=work, args=(ready,), daemon=True).start()\n"
+        "ready.wait()\n"
+    )
+    subprocess.run([sys.executable, script, tmp_path / "cleaned"], check=True, timeout=60)
+    assert (tmp_path / "cleaned").exists()
+
+
 def test_all_processes_stop_after_the_same_step(options, tmp_path):
     """One of two gets the signal; and both go on from what they saved."""
     send = (

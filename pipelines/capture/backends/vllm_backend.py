@@ -94,8 +94,8 @@ class VllmBackend(Backend):
             "disable_log_stats": True,
             **(options or {}),
         }
-        self._item, probe = _checked(checkpoint, arguments)
         _check_length(checkpoint, max_length, options or {})
+        self._item, probe = _checked(checkpoint, arguments)
         before_engine()
         self.engine = _start_engine(arguments)
         self._names = count()
@@ -241,8 +241,8 @@ def _check_length(checkpoint: Checkpoint, max_length: int, options: Mapping[str,
     for name, limit in limits.items():
         if isinstance(limit, int) and 0 < limit < max_length:
             raise ConfigError(
-                f"samples may have up to {max_length} tokens (--max-length), and {name} let vLLM take {limit}: pass --max-length "
-                f"{limit}, and longer samples are skipped"
+                f"samples may have up to {max_length} tokens (--max-length), and vLLM takes {limit} at most, by {name}: pass "
+                f"--max-length {limit}, and longer samples are skipped"
             )
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "SwitchKDCapture"
@@ -19,8 +20,9 @@ def register() -> None:
     from vllm import ModelRegistry, __version__
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    if CAUSE in os.environ:
-        logging.getLogger("vllm.v1.engine.core").addHandler(_CauseWriter(Path(os.environ[CAUSE])))
+    engine = logging.getLogger("vllm.v1.engine.core")
+    if not any(isinstance(handler, CauseWriter) for handler in engine.handlers):
+        engine.addHandler(CauseWriter())
     version = re.sub(r"\W", "_", __version__)
     known = set(ModelRegistry.get_supported_archs())
     for architecture in known:
@@ -32,16 +34,21 @@ def register() -> None:
             MODELS_CONFIG_MAP[ours] = MODELS_CONFIG_MAP[architecture]
 
 
-class _CauseWriter(logging.Handler):
-    """Writes the exception that vLLM logs when an engine's process fails; its parent is told only that it failed."""
+class CauseWriter(logging.Handler):
+    """Writes the exception that vLLM logs when an engine's process fails to the file that `CAUSE` names at that time.
 
-    def __init__(self, path: Path) -> None:
+    The parent of the process is told only that it failed. A forked process has the handlers of its parent, so the file is not one
+    that was named when the plugin was loaded.
+    """
+
+    def __init__(self) -> None:
         super().__init__(logging.ERROR)
-        self.path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] is not None and self.path.parent.exists():
-            self.path.write_text(str(record.exc_info[1]), encoding="utf-8")
+        """Write the exception of a record, if it has one."""
+        if record.exc_info and record.exc_info[1] is not None and (named := os.environ.get(CAUSE)):
+            with suppress(OSError):  # the folder is gone: nobody reads it any more
+                Path(named).write_text(str(record.exc_info[1]), encoding="utf-8")
 
 
 def capture_architecture(architecture: str) -> str:

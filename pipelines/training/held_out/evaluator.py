@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
 
 from switchkd.data.encoded import Prompt
 from switchkd.data.samples import BadSample, Sample
@@ -20,7 +19,7 @@ from switchkd.pipelines.evaluation.exact_match import normalise
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
 from switchkd.pipelines.training.batches.collator import Collator
 from switchkd.pipelines.training.held_out.inputs import HeldOut
-from switchkd.pipelines.training.lifecycle.stopping import begin_worker
+from switchkd.pipelines.training.lifecycle.stopping import RunLoader, begin_worker
 from switchkd.positions import count_positions
 
 NEW_TOKENS = 32  # of an answer, as `switchkd eval` cuts it
@@ -65,7 +64,7 @@ class Evaluator:
         processes, own = args.world_size, self.batches[args.process_index :: args.world_size]
         own += [[]] * (-(-len(self.batches) // processes) - len(own))  # sharded layers run as often in every process
         sums = torch.zeros(5, dtype=torch.float64, device=args.device)  # CE, Align, VSD, their divisor, positions
-        loader = DataLoader(
+        loader = RunLoader(
             self.held_out.samples,
             batch_sampler=own,
             collate_fn=self.collator,

@@ -6,12 +6,14 @@ import multiprocessing.util  # it ends child processes at exit; what is register
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import seed_worker
 
@@ -123,13 +125,26 @@ def begin_worker(worker: int, num_workers: int, rank: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+_processes: weakref.WeakSet[Any] = weakref.WeakSet()  # those of every `RunLoader`
+
+
+class RunLoader(DataLoader[Any]):
+    """A loader whose processes, which begin with `begin_worker`, do not outlive that of the run."""
+
+    def __iter__(self) -> Any:
+        """Start the loader's processes; see torch's class."""
+        iterator = super().__iter__()
+        _processes.update(getattr(iterator, "_workers", ()))
+        return iterator
+
+
 @atexit.register
 def _end_loaders() -> None:
     """End loader processes that outlive their loop, as after an error whose traceback holds the loader.
 
     Python itself sends each of them one SIGTERM, which `begin_worker` lets it survive, and then waits for it without limit.
     """
-    loaders = [process for process in multiprocessing.active_children() if process.daemon]
+    loaders = [process for process in multiprocessing.active_children() if process in _processes]
     if loaders:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader that is killed
     for process in loaders:

@@ -12,6 +12,7 @@ No gradient of a weight exists. The scaling by rows is that of `torch._scaled_mm
 The error of such a teacher is measured by `benchmarks/teacher_weights.py` and reported in docs/training-engine.md.
 """
 
+import importlib.util
 import weakref
 from functools import partial
 from typing import Any
@@ -62,7 +63,14 @@ def check_fp8(device: torch.device) -> None:
             f"--experimental {FP8_TEACHER} needs a GPU of compute capability {'.'.join(map(str, FIRST_CAPABILITY))} or above "
             f"(Ada, Hopper, Blackwell); {torch.cuda.get_device_name(device)} has {'.'.join(map(str, found))}: leave it out"
         )
-    error = product_error(device)
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"--experimental {FP8_TEACHER} needs triton, which torch's CUDA build brings; leave it out")
+    try:
+        error = product_error(device)
+    except RuntimeError as refused:
+        raise ConfigError(
+            f"--experimental {FP8_TEACHER}: torch has no such product on {device}: {refused}"
+        ) from refused
     if not error < NEAR:
         raise ConfigError(
             f"--experimental {FP8_TEACHER}: products on {device} differ from their reference by {error:.1%}, expected "
