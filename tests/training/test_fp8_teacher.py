@@ -1,6 +1,7 @@
 """`--experimental fp8-teacher`: what is quantised and how, value and gradient, what is kept, and where it is refused."""
 
 import copy
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -328,6 +329,17 @@ def test_it_is_refused_on_a_device_without_such_products(monkeypatch):
     with pytest.raises(ConfigError, match=r"capability 8\.9 or above .*; NVIDIA A100 has 8\.0: leave it out"):
         check_fp8(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="fp8-teacher needs triton, which torch's CUDA build brings"):
+        check_fp8(torch.device("cuda"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    def without(device):
+        raise RuntimeError("torch._scaled_mm is only supported on other devices")
+
+    monkeypatch.setattr(fp8_teacher, "product_error", without)
+    with pytest.raises(ConfigError, match="torch has no such product on cuda: torch._scaled_mm is only supported"):
+        check_fp8(torch.device("cuda"))
     monkeypatch.setattr(fp8_teacher, "product_error", lambda device: 0.5)
     with pytest.raises(ConfigError, match=r"differ from their reference by 50\.0%, expected 1% at most"):
         check_fp8(torch.device("cuda"))
