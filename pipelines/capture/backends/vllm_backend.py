@@ -94,8 +94,8 @@ class VllmBackend(Backend):
             "disable_log_stats": True,
             **(options or {}),
         }
-        _check_length(checkpoint, max_length, options or {})
         self._item, probe = _checked(checkpoint, arguments)
+        _check_length(checkpoint, max_length, options or {})  # after it: what vLLM cannot run at all is told first
         before_engine()
         self.engine = _start_engine(arguments)
         self._names = count()
