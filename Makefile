@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm bench-loss bench-step bench-gpu bench-exchange bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm test-vllm-ray bench-loss bench-step bench-gpu bench-exchange bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -120,6 +120,11 @@ test-ray: install  ## capture over Ray: two actors, one of them killed (Ray Data
 test-vllm: install $(VLLM_VENV)/.installed  ## parity of the vLLM backend on the CPU, in an environment of its own (3.5 GB)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
 		SWITCHKD_TRAINER=$(CURDIR)/$(BIN)/python $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
+
+test-vllm-ray: install $(VLLM_VENV)/.installed  ## capture over Ray with an engine of vLLM in each of two actors (Ray Data, 600 MB)
+	$(VLLM_VENV)/bin/python -m pip install --quiet 'ray[data]==$(shell sed -n "s/^ray==//p" constraints.txt)'
+	PYTHONPATH=$(CURDIR)/tests/vllm_shim HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+		$(VLLM_VENV)/bin/python -m pytest tests/capture/test_vllm_ray.py
 
 bench-vllm: $(VLLM_VENV)/.installed  ## what capture adds to vLLM's and transformers' time at a published model's width and vocabularies (docs/backends-table.md)
 	PYTHONPATH=$(CURDIR)/tests/vllm_shim:$(CURDIR)/tests/helpers HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
