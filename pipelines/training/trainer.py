@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from switchkd.pipelines.training.cost_model import CostModel
 from switchkd.pipelines.training.held_out.best import BestStudent
 from switchkd.pipelines.training.held_out.evaluating_trainer import EvaluatingTrainer
 from switchkd.pipelines.training.held_out.evaluator import Evaluator
-from switchkd.pipelines.training.lifecycle.stopping import RunLoader, begin_worker
+from switchkd.pipelines.training.lifecycle.stopping import RunLoader
 from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.step_ways.experimental import compilations
@@ -138,14 +137,12 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
         )
         return RunLoader(
             dataset,
+            args,
             batch_sampler=batches,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(begin_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
         )
 
     def create_accelerator_and_postprocess(self) -> None:

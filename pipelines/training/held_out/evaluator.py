@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from switchkd.pipelines.evaluation.exact_match import normalise
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
 from switchkd.pipelines.training.batches.collator import Collator
 from switchkd.pipelines.training.held_out.inputs import HeldOut
-from switchkd.pipelines.training.lifecycle.stopping import RunLoader, begin_worker
+from switchkd.pipelines.training.lifecycle.stopping import RunLoader
 from switchkd.positions import count_positions
 
 NEW_TOKENS = 32  # of an answer, as `switchkd eval` cuts it
@@ -66,11 +65,9 @@ class Evaluator:
         sums = torch.zeros(5, dtype=torch.float64, device=args.device)  # CE, Align, VSD, their divisor, positions
         loader = RunLoader(
             self.held_out.samples,
+            args,
             batch_sampler=own,
             collate_fn=self.collator,
-            num_workers=args.dataloader_num_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            worker_init_fn=partial(begin_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
             generator=torch.Generator(),  # the global one is the run's
         )
         for columns in loader:

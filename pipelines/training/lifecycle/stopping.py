@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,7 +130,21 @@ _processes: weakref.WeakSet[Any] = weakref.WeakSet()  # those of every `RunLoade
 
 
 class RunLoader(DataLoader[Any]):
-    """A loader whose processes, which begin with `begin_worker`, do not outlive that of the run."""
+    """A loader whose processes, as many as the run's arguments say, begin with `begin_worker` and do not outlive that of the run.
+
+    Args:
+        arguments: the run's `TrainingArguments`. options: further arguments of torch's class.
+    """
+
+    def __init__(self, dataset: Any, arguments: Any, **options: Any) -> None:
+        workers = arguments.dataloader_num_workers
+        super().__init__(
+            dataset,
+            num_workers=workers,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+            worker_init_fn=partial(begin_worker, num_workers=workers, rank=arguments.process_index),
+            **options,
+        )
 
     def __iter__(self) -> Any:
         """Start the loader's processes; see torch's class."""
