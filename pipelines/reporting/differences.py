@@ -7,9 +7,9 @@ from typing import Any
 
 from switchkd.errors import DataError
 from switchkd.pipelines.evaluation.benchmarks.registry import BENCHMARKS
-from switchkd.pipelines.evaluation.benchmarks.results import read_results, read_units
+from switchkd.pipelines.evaluation.benchmarks.results import read_results
+from switchkd.pipelines.evaluation.benchmarks.scoreboard import differences
 from switchkd.pipelines.evaluation.comparison import compare, open_baseline
-from switchkd.pipelines.evaluation.intervals import paired_difference
 from switchkd.pipelines.reporting.figures import Interval, intervals
 from switchkd.pipelines.reporting.inputs import EvalRun, Inputs
 from switchkd.pipelines.reporting.page import Section, Table
@@ -45,11 +45,11 @@ def add_differences(section: Section, inputs: Inputs, baseline: EvalRun | None) 
                 of_run[run.label] = _of_benchmarks(run.scores) if run.on_benchmarks else _of_types(recorded)
         elif run is not baseline and run.on_benchmarks == baseline.on_benchmarks:
             try:
-                differences = _on_benchmarks(run, baseline) if run.on_benchmarks else _on_data(run, baseline)
+                found_here = _on_benchmarks(run, baseline) if run.on_benchmarks else _on_data(run, baseline)
             except DataError as error:
                 section.missing.append(f"The differences of {run.label} from {baseline.label} are left out: {error}")
                 continue
-            found.setdefault((baseline.label, run.on_benchmarks), {})[run.label] = differences
+            found.setdefault((baseline.label, run.on_benchmarks), {})[run.label] = found_here
     if baseline is not None and not found:
         section.missing.append(
             f"No difference from {baseline.label}: give further evaluations by `switchkd eval` on the same questions."
@@ -78,8 +78,8 @@ def _show(
             f"{one.interval.low:+{form}} … {one.interval.high:+{form}}",
             *one.sides,
         ]
-        for label, differences in by_run.items()
-        for one in differences
+        for label, found in by_run.items()
+        for one in found
     ]
     head = ["model", what, "questions", f"difference from {baseline}", "95 % interval", *sides]
     section.tables.append(Table(head, rows))
@@ -88,8 +88,8 @@ def _show(
         "paired bootstrap over them."
     )
     by_kind: dict[str, dict[str, Interval]] = {}
-    for label, differences in by_run.items():
-        for one in differences:
+    for label, found in by_run.items():
+        for one in found:
             by_kind.setdefault(f"{one.kind} ({one.count:,})", {})[label] = one.interval
     title = f"Difference from {baseline} by {what}, with 95 % intervals and the number of questions"
     section.figures.extend(intervals(figure, title, by_kind, f"difference, {unit}", inputs.series))
@@ -126,7 +126,7 @@ def _of_benchmarks(scores: Numbers) -> list[Difference]:
     """Return the differences that a scoreboard recorded.
 
     Args:
-        scores: the scoreboard's `scores.json`.
+        scores: the scoreboard's `scores.json`, or its entries `benchmarks` and `baseline`.
     """
     ours = {(one["name"], one["split"]): one["score"] for one in scores["benchmarks"]}
     return [
@@ -142,22 +142,6 @@ def _of_benchmarks(scores: Numbers) -> list[Difference]:
 
 def _on_benchmarks(run: EvalRun, baseline: EvalRun) -> list[Difference]:
     """Compare the benchmarks that both have scored. Raises DataError: none, or one with other questions."""
-    theirs = {(one.name, one.split): one for one in read_results(baseline.path) if one.score is not None}
-    found = []
-    for result in read_results(run.path):
-        other = theirs.get((result.name, result.split))
-        if result.score is None or other is None or other.score is None:
-            continue
-        where = f"{result.title} ({result.split})"
-        if other.fingerprint != result.fingerprint:
-            raise DataError(f"{where} has other questions than the baseline's: score both on one copy")
-        units = read_units(run.path, result), read_units(baseline.path, other)
-        try:
-            one = paired_difference(*units, BENCHMARKS[result.name].headline)
-        except ValueError as error:
-            raise DataError(f"{where} cannot be compared: {error}") from None
-        sides = f"{result.score:.1f}", f"{other.score:.1f}"
-        found.append(Difference(where, one.units, Interval(one.difference, *one.interval), sides))
-    if not found:
-        raise DataError("they share no scored benchmark")
-    return found
+    ours, theirs = read_results(run.path), read_results(baseline.path)
+    rows = differences(run.path, ours, baseline.path, theirs)
+    return _of_benchmarks({"benchmarks": [asdict(one) for one in ours], "baseline": {"benchmarks": rows}})

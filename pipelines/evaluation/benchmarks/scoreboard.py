@@ -138,7 +138,25 @@ def _averages(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def _compare(run: Path, results: Sequence[Result], baseline: Path) -> dict[str, Any]:
-    theirs = {(r.name, r.split): r for r in _ordered(read_results(baseline)) if r.score is not None}
+    theirs = [result for result in _ordered(read_results(baseline)) if result.score is not None]
+    rows = differences(run, results, baseline, theirs)
+    return {
+        "run": str(baseline),
+        "model": _about(baseline)["model"],
+        "benchmarks": rows,
+        "averages": _averages(theirs),
+    }
+
+
+def differences(
+    run: Path, results: Sequence[Result], baseline: Path, their_results: Sequence[Result]
+) -> list[dict[str, Any]]:
+    """Return the entries `baseline.benchmarks` of `scores.json`, see above: a run minus a baseline, where both have a score.
+
+    Raises:
+        DataError: there is no such benchmark, or one with other questions.
+    """
+    theirs = {(r.name, r.split): r for r in their_results if r.score is not None}
     shared = [r for r in results if r.score is not None and (r.name, r.split) in theirs]
     if not shared:
         raise DataError(f"--baseline {baseline} shares no scored benchmark with {run}")
@@ -157,12 +175,7 @@ def _compare(run: Path, results: Sequence[Result], baseline: Path) -> dict[str, 
             raise DataError(f"{result.name} ({result.split}) of {baseline} cannot be compared: {error}") from None
         about = {"name": result.name, "split": result.split, "score": other.score, "limited_to": other.limited_to}
         rows.append(about | found._asdict())
-    return {
-        "run": str(baseline),
-        "model": _about(baseline)["model"],
-        "benchmarks": rows,
-        "averages": _averages(list(theirs.values())),
-    }
+    return rows
 
 
 def _caveats(rows: Sequence[dict[str, Any]]) -> str:
