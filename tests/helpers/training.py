@@ -11,6 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from switchkd.models.switch import switch_states
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.training.options import TrainOptions
@@ -173,3 +174,21 @@ def hidden(teacher, cached, tmp_path_factory):
         )
     )
     return store
+
+
+def switch_inputs():
+    """Features, ids, mask and rows of two samples with an image, for a tiny teacher of width 64."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 14, (2, 12), generator=generator)
+    ids[:, 2:6] = 2
+    rows = torch.zeros_like(ids, dtype=torch.bool)
+    rows[:, 7:11] = True
+    features = torch.randn(2, 4, 32, generator=generator, requires_grad=True)
+    return features, ids, torch.ones_like(ids), rows
+
+
+def switch_outcome(model):
+    """The states of the switch pathway for `switch_inputs`, and the gradient of the features."""
+    features, *rest = switch_inputs()
+    states = switch_states(model, features, *rest)
+    return states.detach(), torch.autograd.grad(states.sin().sum(), features)[0]

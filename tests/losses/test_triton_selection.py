@@ -1,7 +1,6 @@
 """Triton's kernels against a stable full sort and the reference's knee, on a GPU or in its interpreter (`make test-triton`)."""
 
-import os
-
+import on_triton
 import pytest
 import reference
 import torch
@@ -12,15 +11,7 @@ from spectra import SPECTRA
 from switchkd.losses import dbild_loss, selection
 from switchkd.losses.selection import entries_up_to, leading_entries, top_of_rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device, or `make test-triton`"
-    ),
-]
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+pytestmark = on_triton.MARKS
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +26,7 @@ def normal(*shape, seed=0):
 
 def assert_leads(logits):
     """Knee and order are the reference's; the ids may be more than the largest knee."""
-    ids, k = leading_entries(logits.to(DEVICE))
+    ids, k = leading_entries(logits.to(on_triton.DEVICE))
     expected = logits.float().sort(dim=-1, descending=True, stable=True).indices
     assert k.tolist() == [reference.knee(row) for row in logits]
     assert ids.shape[-1] >= int(k.max()) and ids.min() >= 0 and ids.max() < logits.shape[-1]
@@ -67,12 +58,12 @@ def test_any_row(columns, seed, spread):
 def test_tops_are_those_of_a_stable_sort(spectrum, count):
     z = SPECTRA[spectrum](normal(3, 3000))
     expected = z.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    assert torch.equal(top_of_rows(z.to(DEVICE), count).cpu(), expected)
+    assert torch.equal(top_of_rows(z.to(on_triton.DEVICE), count).cpu(), expected)
 
 
 def test_as_many_as_each_row_asks_for():
     z, k = SPECTRA["ties"](normal(3, 3000)), torch.tensor([2, 700, 3000])
-    found = entries_up_to(z.to(DEVICE), k.to(DEVICE)).cpu()
+    found = entries_up_to(z.to(on_triton.DEVICE), k.to(on_triton.DEVICE)).cpu()
     expected = z.sort(dim=-1, descending=True, stable=True).indices
     for row, count in enumerate(k.tolist()):
         assert torch.equal(found[row, :count], expected[row, :count])
@@ -81,16 +72,16 @@ def test_as_many_as_each_row_asks_for():
 def test_masked_columns_do_not_count():
     z = normal(3, 200)
     z[0, ::3] = z[1, 50:] = -torch.inf
-    found, k = leading_entries(z.to(DEVICE))
+    found, k = leading_entries(z.to(on_triton.DEVICE))
     for row in range(3):
         there = (z[row] > -torch.inf).nonzero().squeeze(-1)
         assert int(k[row]) == reference.knee(z[row][there])
         order = z[row][there].sort(descending=True, stable=True).indices[: int(k[row])]
         assert found[row, : int(k[row])].tolist() == there[order].tolist()
-    assert top_of_rows(z.to(DEVICE), 200).cpu().sort().values.tolist() == [list(range(200))] * 3
+    assert top_of_rows(z.to(on_triton.DEVICE), 200).cpu().sort().values.tolist() == [list(range(200))] * 3
     z[1, 1:] = -torch.inf
     with pytest.raises(ValueError, match="all but 1 of position 1 are -inf"):
-        leading_entries(z.to(DEVICE))
+        leading_entries(z.to(on_triton.DEVICE))
 
 
 @pytest.mark.filterwarnings(
@@ -100,13 +91,13 @@ def test_masked_columns_do_not_count():
 def test_what_is_not_finite_is_no_crash(value):
     z = normal(2, 100)
     z[0, 7] = value
-    ids, k = leading_entries(z.to(DEVICE))
+    ids, k = leading_entries(z.to(on_triton.DEVICE))
     assert int(k[1]) == reference.knee(z[1])
     assert ids.min() >= 0 and ids.max() < 100 and k.min() >= 2
 
 
 def test_the_loss_and_its_gradient_are_the_same(monkeypatch):
-    student, teacher = (normal(3, 500, seed=seed).mul(3).to(DEVICE).requires_grad_() for seed in (1, 2))
+    student, teacher = (normal(3, 500, seed=seed).mul(3).to(on_triton.DEVICE).requires_grad_() for seed in (1, 2))
     results = []
     for in_triton in (True, False):
         monkeypatch.setattr(selection, "_in_triton", lambda rows, chosen=in_triton: chosen)
@@ -122,13 +113,13 @@ def test_the_check_before_a_run(monkeypatch):
     from switchkd.pipelines.training.step_ways.experimental import check_selection
 
     monkeypatch.setattr(selection, "_in_triton", lambda rows: selection._kernels == "triton")
-    check_selection(torch.device(DEVICE))
+    check_selection(torch.device(on_triton.DEVICE))
     assert selection._kernels == "triton"
     selection.use_kernels("torch")
     lead = triton_selection.lead
     monkeypatch.setattr(triton_selection, "lead", lambda rows: (lead(rows)[0].flip(-1), lead(rows)[1]))
     with pytest.raises(ConfigError, match="triton-selection: the kernels select otherwise than torch on"):
-        check_selection(torch.device(DEVICE))
+        check_selection(torch.device(on_triton.DEVICE))
     assert selection._kernels == "torch"
 
 
@@ -136,7 +127,7 @@ def test_one_wait_a_call(monkeypatch):
     """What reads a number from the device: `tolist` once, and nothing else."""
     from switchkd.losses import triton_selection
 
-    z, calls = normal(3, 500).to(DEVICE), []
+    z, calls = normal(3, 500).to(on_triton.DEVICE), []
     for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
         original = getattr(torch.Tensor, name)
 

@@ -1,7 +1,6 @@
 """Triton's kernel of fp8 quantisation equals torch's operators bit for bit, on a GPU or in its interpreter (`make test-triton`)."""
 
-import os
-
+import on_triton
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,15 +8,7 @@ from hypothesis import strategies as st
 
 from switchkd.pipelines.training.step_ways import fp8_teacher
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() or INTERPRETED), reason="needs a CUDA device, or `make test-triton`"
-    ),
-]
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+pytestmark = on_triton.MARKS
 
 
 def assert_same(x, columns=None):
@@ -25,7 +16,9 @@ def assert_same(x, columns=None):
     from switchkd.pipelines.training.step_ways.fp8_kernel import quantise_rows_in_triton
 
     rows, scales = fp8_teacher.quantise_rows(x, columns)
-    found, of_found = quantise_rows_in_triton(x.to(DEVICE), None if columns is None else columns.to(DEVICE))
+    found, of_found = quantise_rows_in_triton(
+        x.to(on_triton.DEVICE), None if columns is None else columns.to(on_triton.DEVICE)
+    )
     assert torch.equal(of_found.cpu(), scales)
     torch.testing.assert_close(found.cpu().float(), rows.float(), rtol=0, atol=0, equal_nan=True)
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 import training
 import yaml
-from training import history, kept_bytes
+from training import history, kept_bytes, switch_inputs, switch_outcome
 
 from switchkd.errors import ConfigError
 from switchkd.models.checkpoint import open_checkpoint
@@ -148,22 +148,6 @@ def quantised(model, **how):
     return made
 
 
-def inputs():
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, 14, (2, 12), generator=generator)
-    ids[:, 2:6] = 2
-    rows = torch.zeros_like(ids, dtype=torch.bool)
-    rows[:, 7:11] = True
-    features = torch.randn(2, 4, 32, generator=generator, requires_grad=True)
-    return features, ids, torch.ones_like(ids), rows
-
-
-def outcome(model):
-    features, *rest = inputs()
-    states = switch_states(model, features, *rest)
-    return states.detach(), torch.autograd.grad(states.sin().sum(), features)[0]
-
-
 def test_the_layers_alone_are_quantised(blind):
     made = quantised(blind)
     kinds = {name: p.dtype for name, p in made.named_parameters()}
@@ -180,10 +164,10 @@ def test_states_and_gradient_of_a_whole_model(blind, recompute):
     made = quantised(blind)
     if recompute:
         enable_activation_checkpointing(made.model.language_model)
-    for mine, exact in zip(outcome(made), outcome(blind), strict=True):
+    for mine, exact in zip(switch_outcome(made), switch_outcome(blind), strict=True):
         assert 1e-3 < (mine - exact).norm() / exact.norm() < 0.4
     if recompute:
-        for mine, plain in zip(outcome(made), outcome(quantised(blind)), strict=True):
+        for mine, plain in zip(switch_outcome(made), switch_outcome(quantised(blind)), strict=True):
             assert torch.equal(mine, plain)
 
 
@@ -195,7 +179,7 @@ def test_layers_that_read_the_same_tensor_share_its_quantisation(blind, monkeypa
         return quantise_rows(x, columns)
 
     monkeypatch.setattr(fp8_teacher, "quantise_rows", counted)
-    outcome(made)
+    switch_outcome(made)
     assert calls.count(True) == 4 * 3  # q, k and v; o; gate and up; down: in three layers
     assert calls.count(False) == 7 * 3  # every gradient is its own
 
@@ -213,7 +197,7 @@ def test_nothing_is_kept_for_the_backward_pass_beside_what_the_model_keeps(blind
     sizes = []
     for model in (blind, quantised(blind)):
         with kept_bytes([model]) as kept:
-            switch_states(model, *inputs())
+            switch_states(model, *switch_inputs())
         sizes.append(sum(size for size, _ in kept.values()))
     assert sizes[1] <= sizes[0]
 
@@ -236,10 +220,10 @@ def test_the_estimate_of_memory_knows_its_bytes(blind, folder, student, with_gra
 
 def test_a_model_without_a_gradient_has_no_second_copy(blind):
     made = quantised(blind, with_gradient=False)
-    features, *rest = inputs()
+    features, *rest = switch_inputs()
     with torch.no_grad():
         found = switch_states(made, features, *rest)
-    assert torch.equal(found, outcome(quantised(blind))[0])
+    assert torch.equal(found, switch_outcome(quantised(blind))[0])
 
 
 @pytest.fixture

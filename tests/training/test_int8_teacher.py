@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 import training
-from training import history, kept_bytes
+from training import history, kept_bytes, switch_inputs, switch_outcome
 
 from switchkd.errors import ConfigError
 from switchkd.models.checkpoint import open_checkpoint
@@ -38,22 +38,6 @@ def quantised(model):
     return made
 
 
-def inputs():
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, 14, (2, 12), generator=generator)
-    ids[:, 2:6] = 2
-    rows = torch.zeros_like(ids, dtype=torch.bool)
-    rows[:, 7:11] = True
-    features = torch.randn(2, 4, 32, generator=generator, requires_grad=True)
-    return features, ids, torch.ones_like(ids), rows
-
-
-def outcome(model):
-    features, *rest = inputs()
-    states = switch_states(model, features, *rest)
-    return states.detach(), torch.autograd.grad(states.sin().sum(), features)[0]
-
-
 @needs_torchao
 def test_weights_are_within_half_a_step_of_their_group(blind):
     made = quantised(blind)
@@ -80,9 +64,9 @@ def test_states_and_gradient_are_those_of_the_weights_that_it_stands_for(blind, 
             module.weight.data = made.model.language_model.layers.get_submodule(name).weight.dequantize()
     if recompute:
         enable_activation_checkpointing(made.model.language_model)
-    for mine, expected in zip(outcome(made), outcome(plain), strict=True):
+    for mine, expected in zip(switch_outcome(made), switch_outcome(plain), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
-    for mine, exact in zip(outcome(made), outcome(blind), strict=True):
+    for mine, exact in zip(switch_outcome(made), switch_outcome(blind), strict=True):
         assert 1e-5 < (mine - exact).norm() / exact.norm() < 0.1
 
 
@@ -92,7 +76,7 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(blind):
     for model in (blind, quantised(blind)):
         own = torch.nn.ParameterList(p for p in model.parameters() if type(p) is torch.nn.Parameter)
         with kept_bytes([own]) as kept:
-            switch_states(model, *inputs())
+            switch_states(model, *switch_inputs())
         sizes.append(sum(size for size, _ in kept.values()))
     assert sizes[1] <= sizes[0]
 

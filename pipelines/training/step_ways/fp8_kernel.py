@@ -26,6 +26,15 @@ def _rounded(z):
 
 
 @triton.jit
+def _scaled(x, factors, there, has_factors: tl.constexpr):
+    """Read a block of x · factor, in float32; 0 where nothing is there."""
+    z = tl.load(x, mask=there, other=0.0).to(tl.float32)
+    if has_factors:
+        z = z * tl.load(factors, mask=there, other=0.0)
+    return z
+
+
+@triton.jit
 def _quantise(
     x, factors, quantised, scales, columns, stride, has_factors: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
@@ -36,9 +45,7 @@ def _quantise(
     start = 0
     while start < columns:
         there = start + offsets < columns
-        z = tl.load(x + row * stride + start + offsets, mask=there, other=0.0).to(tl.float32)
-        if has_factors:
-            z = z * tl.load(factors + start + offsets, mask=there, other=0.0)
+        z = _scaled(x + row * stride + start + offsets, factors + start + offsets, there, has_factors)
         most = tl.maximum(most, tl.abs(z), propagate_nan=tl.PropagateNan.ALL)
         start += block
     scale = tl.math.div_rn(tl.max(most, 0), tl.full((), LARGEST, tl.float32))
@@ -47,9 +54,7 @@ def _quantise(
     start = 0
     while start < columns:
         there = start + offsets < columns
-        z = tl.load(x + row * stride + start + offsets, mask=there, other=0.0).to(tl.float32)
-        if has_factors:
-            z = z * tl.load(factors + start + offsets, mask=there, other=0.0)
+        z = _scaled(x + row * stride + start + offsets, factors + start + offsets, there, has_factors)
         z = tl.math.div_rn(z, tl.zeros((block,), tl.float32) + scale)
         tl.store(quantised + row * columns + start + offsets, _rounded(z).to(tl.float8e4nv), mask=there)
         start += block
