@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import families
 import numpy as np
 import pytest
 import tiny
@@ -215,6 +216,21 @@ def test_another_teacher_of_equal_shape_is_refused(options, tmp_path):
     other = tiny.checkpoint(tmp_path / "other", seed=9, width=32)
     with pytest.raises(StoreMismatch, match="teacher language: store"):
         cache_teacher(replace(options, teacher=other))
+
+
+def test_a_teacher_with_other_logits_is_refused(options, tmp_path):
+    """The same weights with another soft-cap of the logits."""
+    teacher = families.write_checkpoint("paligemma2", tmp_path / "paligemma", 0)
+    options = replace(options, teacher=teacher, payload="hidden", max_length=2048)
+    cache_teacher(options)
+    config = json.loads((teacher / "config.json").read_text())
+    assert config["text_config"]["final_logit_softcapping"] == 3.0
+    config["text_config"]["final_logit_softcapping"] = 4.0
+    (teacher / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        StoreMismatch, match="teacher logit_map: store 'scale 1, soft-cap 3', here 'scale 1, soft-cap 4'"
+    ):
+        cache_teacher(options)
 
 
 def test_an_edited_data_file_is_refused(options):
