@@ -16,6 +16,8 @@ from switchkd.pipelines.options import fields_of, value_of_option
 from switchkd.pipelines.run_folder import write_atomically
 
 FILES = ("train", "what", "test")
+VALIDATION = "val"  # may be given besides: questions of every fifth test image, which the test file then leaves out
+VALIDATION_IMAGES = 5
 PRIMARY_SPLITS = ("style", "combo")  # of EmojiVQA, on which methods are compared
 _SHIPPED: dict[str, Any] = {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "shipped": True}
 
@@ -45,8 +47,10 @@ def check_small_models(
         return
     if sizes is not None:
         easy_vqa.package_folder()
-        if sizes.keys() != set(FILES) or not all(isinstance(n, int) and n > 0 for n in sizes.values()):
-            raise ConfigError(f"easy_vqa should give the rows of {', '.join(FILES)}, found {dict(sizes)}")
+        if sizes.keys() - {VALIDATION} != set(FILES) or not all(isinstance(n, int) and n > 0 for n in sizes.values()):
+            raise ConfigError(
+                f"easy_vqa should give the rows of {', '.join(FILES)}, and maybe {VALIDATION}, found {dict(sizes)}"
+            )
     for name, spec in specs.items():
         wanted = {"shipped"} if "shipped" in spec else {"vision", "language"}
         if (
@@ -63,15 +67,22 @@ def write_small_data(folder: Path, sizes: Mapping[str, int]) -> None:
     """Write easy-VQA's images, and NAME-ROWS.json with evenly spread rows of each file.
 
     train: training questions; what: those of them about a colour or a shape, which replace captions in pre-training, since the
-    demo's teacher answers them correctly but no longer generates its captions; test: test questions.
+    demo's teacher answers them correctly but no longer generates its captions; test: test questions. With `val`, the questions of
+    every fifth test image are its own, and those of the others are in test-ROWS-without-val.json.
     """
-    wanted = [folder / f"{name}-{sizes[name]}.json" for name in FILES]
-    if all(path.is_file() for path in wanted):
+    wanted = {name: folder / f"{name}-{rows}.json" for name, rows in sizes.items()}
+    if VALIDATION in sizes:
+        wanted["test"] = folder / f"test-{sizes['test']}-without-val.json"
+    if all(path.is_file() for path in wanted.values()):
         return
     easy_vqa.write_data(folder)
     rows = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("train", "test")}
     rows["what"] = [row for row in rows["train"] if row["question_type"] != "yes/no"]
-    for name, path in zip(FILES, wanted, strict=True):
+    if VALIDATION in sizes:
+        chosen = set(sorted({row["image"] for row in rows["test"]})[::VALIDATION_IMAGES])
+        rows[VALIDATION] = [row for row in rows["test"] if row["image"] in chosen]
+        rows["test"] = [row for row in rows["test"] if row["image"] not in chosen]
+    for name, path in wanted.items():
         write_atomically(path, json.dumps(easy_vqa.spread(rows[name], sizes[name])))
 
 
