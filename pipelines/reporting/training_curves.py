@@ -21,6 +21,7 @@ CURVES = {
 }
 NATS = "nats per position"
 EXACT_MATCH = "eval_exact_match"
+ADVANTAGE = "eval_visual_advantage"
 
 
 def training_section(inputs: Inputs) -> Section:
@@ -46,6 +47,8 @@ def training_section(inputs: Inputs) -> Section:
         section.figures.extend(_curve(inputs, f"eval_{key}", f"eval-loss-{word.lower()}", title, NATS))
     title = "Exact match on held-out samples"
     section.figures.extend(_curve(inputs, EXACT_MATCH, "eval-exact-match", title, "share of the answers"))
+    title = "The student's visual advantage on held-out samples"
+    section.figures.extend(_curve(inputs, ADVANTAGE, "eval-visual-advantage", title, "nats per sample"))
     if not any(run.evaluations for run in inputs.trains):
         section.missing.append("No run was evaluated on held-out samples while it trained: train with `--eval-data`.")
     for key, (title, unit, remedy) in CURVES.items():
@@ -93,7 +96,11 @@ def _results_table(runs: list[TrainRun], terms: dict[str, str]) -> Table:
     """Return steps, samples and the last losses of each run; those on held-out samples, and the best student that was kept."""
     logged = {key: word for key, word in terms.items() if any(_last(run.history, key) for run in runs)}
     held_out = {f"eval_{key}": f"{word}, held out" for key, word in terms.items()}
-    held_out = (held_out | {EXACT_MATCH: "exact match, held out"}) if any(run.evaluations for run in runs) else {}
+    held_out = (
+        (held_out | {EXACT_MATCH: "exact match, held out", ADVANTAGE: "visual advantage, held out"})
+        if any(run.evaluations for run in runs)
+        else {}
+    )
     held_out = {key: word for key, word in held_out.items() if any(_last(run.evaluations, key) for run in runs)}
     kept = any((run.summary or {}).get("best") for run in runs)
     rows = []

@@ -1,4 +1,4 @@
-"""Plots of a run: parts of the loss, also on held-out samples, exact match, learning rate, positions per second."""
+"""Plots of a run: parts of the loss, also on held-out samples, exact match, visual advantage, learning rate, speed."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -85,6 +85,8 @@ def _panels(logged: Entries, evaluated: Entries) -> list[tuple[str, str, list[st
         panels.append(("Distance to the teacher", "nats per position", distances))
     if any("eval_exact_match" in entry for entry in evaluated):
         panels.append(("Exact match, held out", "share of the answers", ["exact_match"]))
+    if any("eval_visual_advantage" in entry for entry in evaluated):
+        panels.append(("Visual advantage, held out", "nats per sample", ["visual_advantage"]))
     panels.append(("Learning rate", "", ["learning_rate"]))
     panels.append(("Speed", "positions per second", ["positions_per_second"]))
     return panels

@@ -191,6 +191,11 @@ def line_of_held_out(logs: dict[str, Any]) -> str:
     ]
     if "eval_exact_match" in logs:
         said.append(f"exact match {logs['eval_exact_match']:.3f} of {logs['eval_answers']:,.0f} answers")
+    if "eval_visual_advantage" in logs:
+        error, samples = logs["eval_visual_advantage_error"], logs["eval_visual_advantage_samples"]
+        said.append(
+            f"visual advantage {logs['eval_visual_advantage']:+.3f} ± {error:.3f} nats of {samples:,.0f} samples"
+        )
     return ", ".join([*said, f"{logs['eval_seconds']:.1f} s"])
 
 

@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 
 import families
+import numpy as np
 import pytest
 import reference
 import tiny
@@ -34,8 +35,10 @@ from switchkd.pipelines.reporting.report import report
 from switchkd.pipelines.training.held_out import best
 from switchkd.pipelines.training.option_groups.held_out import HeldOutOptions
 from switchkd.pipelines.training.options import TrainOptions
+from switchkd.pipelines.training.run_log import line_of_held_out
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
+from switchkd.pipelines.visual_advantage import blurred_encoder
 
 cached, hidden = training.cached, training.hidden
 LOSSES = ("eval_loss", "eval_loss_ce", "eval_loss_align", "eval_loss_vsd")
@@ -135,6 +138,46 @@ def test_losses_are_those_of_whole_logits(options, held, teacher):
     assert last["eval_positions"] == positions
     assert last["eval_loss_ce"] == pytest.approx(ce / positions, rel=1e-5)
     assert last["eval_loss_align"] == pytest.approx(align / positions, rel=1e-3)
+
+
+def test_the_students_visual_advantage_is_that_of_its_own_forward(options, held):
+    """Mean and standard error over the images, from transformers' own logits; the text-only row is left out."""
+    train(replace(options, batch_size=3))  # batches of 3, 3 and 1
+    student = LlavaForConditionalGeneration.from_pretrained(options.output).double().eval()
+    encoder = SampleEncoder(open_checkpoint(options.student), TEMPLATES["qa"], held / "images", 2048)
+    gains = []
+    for sample in SampleFile(held / "data.json"):
+        sides = []
+        for each in (encoder, blurred_encoder(encoder)) if sample.images else ():
+            batch = collate([each.encode(sample)], 0)
+            with torch.no_grad():
+                logits = student(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"].double()).logits[0]
+            wanted = [(row, label) for row, label in enumerate(batch["labels"][0, 1:].tolist()) if label >= 0]
+            sides.append(sum(logits[row].log_softmax(-1)[label].item() for row, label in wanted))
+        if sides:
+            gains.append(sides[0] - sides[1])
+    last = evaluations(options.output)[-1]
+    assert last["eval_visual_advantage_samples"] == len(gains) == 7
+    assert last["eval_visual_advantage"] == pytest.approx(np.mean(gains), rel=1e-3, abs=1e-5)
+    assert last["eval_visual_advantage_error"] == pytest.approx(np.std(gains, ddof=1) / 7**0.5, rel=1e-3, abs=1e-5)
+    assert "visual advantage +" in line_of_held_out(last | {"eval_seconds": 1.0}).replace("-", "+")
+
+
+def test_samples_without_an_image_have_no_visual_advantage(options, held):
+    """Nor is it computed on more samples than needed."""
+    chosen = {
+        "eval_samples": 1,
+        "objective": "sft",
+        "switch": False,
+        "teacher": None,
+        "cache": None,
+        "eval_cache": None,
+    }
+    rows = json.loads((held / "data.json").read_text())
+    text_only = options.output.parent / "text.json"
+    text_only.write_text(json.dumps([row for row in rows if "image" not in row]))
+    train(replace(options, **chosen, template="qa", eval_data=text_only))
+    assert not any("visual" in name for entry in evaluations(options.output) for name in entry)
 
 
 def test_exact_match_is_that_of_eval(options, held, tmp_path):

@@ -1,4 +1,4 @@
-"""One evaluation of a student that trains: losses and exact match on held-out samples, without a trace in what is trained."""
+"""One evaluation of a student that trains: metrics of held-out samples, without a trace in what is trained."""
 
 import time
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from switchkd.pipelines.evaluation.exact_match import normalise
 from switchkd.pipelines.evaluation.generation import GreedyGenerator
 from switchkd.pipelines.training.batches.collator import Collator
 from switchkd.pipelines.training.held_out.inputs import HeldOut
+from switchkd.pipelines.training.held_out.student_advantage import StudentAdvantage
 from switchkd.pipelines.training.lifecycle.stopping import RunLoader
 from switchkd.positions import count_positions
 
@@ -35,6 +36,7 @@ class Evaluator:
 
     def __init__(self, held_out: HeldOut, collator: Collator, batch_size: int, sharded: bool) -> None:
         self.held_out, self.collator, self.batch_size, self.sharded = held_out, collator, batch_size, sharded
+        self.advantage = StudentAdvantage(held_out, collator.pad_id, batch_size)
         order = sorted(held_out.chosen, key=lambda item: -_length(held_out, item))  # neighbours need little padding
         self.batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
@@ -54,6 +56,7 @@ class Evaluator:
         device = trainer.args.device
         with _in_evaluation(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             found = self._losses(trainer, model) | self._exact_match(trainer, model)
+            found |= self.advantage.measure(trainer, model)
         found["seconds"] = time.perf_counter() - started
         return {PREFIX + name: value for name, value in found.items()}
 

@@ -78,10 +78,10 @@ def open_held_out(
     samples = TrainingSamples(data, encoder, found, workers, other if found or store is None else None, max_skipped)
     if found is not None and found.manifest.data != data.fingerprint:
         samples.require_same_texts()
-    chosen = _spread(len(samples), options.eval_samples or SAMPLES)
+    chosen = spread(len(samples), options.eval_samples or SAMPLES)
     rows = [data[int(samples.usable[item])] for item in chosen]
     asked = [(row, turn) for row in rows for turn in range(len(row.turns))]
-    questions = [asked[number] for number in _spread(len(asked), options.answers())]
+    questions = [asked[number] for number in spread(len(asked), options.answers())]
     questions.sort(key=lambda question: (question[0].image is None, len(question[0].turns[question[1]][0])))
     with_teacher = found is not None or (store is None and objective.needs_signal and not objective.baseline)
     if options.keep_best == "vsd" and not any(row.image is not None for row in rows):
@@ -94,7 +94,7 @@ def open_held_out(
     return HeldOut(samples, chosen, questions, with_teacher, not objective.needs_teacher, every)
 
 
-def _spread(count: int, most: int) -> list[int]:
+def spread(count: int, most: int) -> list[int]:
     """Return at most `most` of the numbers below `count`, evenly spaced."""
     found: list[int] = np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
     return found
