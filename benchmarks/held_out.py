@@ -3,9 +3,9 @@
     python benchmarks/held_out.py --workdir build/bench-held-out
 
 The demo's teacher, student and data (easy-VQA); the held-out samples are 256 of the test split, with a store of their own, so that
-CE, Align, VSD, exact match of 64 answers and the student's visual advantage on 16 images are computed. By default a student is evaluated when it has trained on 100 times as
-many samples, here after 800 steps of 32 samples. CPU seconds of the evaluation and of all else in one run of 800 steps: two runs,
-with and without, differ by more than that on a machine that does other work, too.
+CE, Align, VSD, exact match of 64 answers and the student's visual advantage on 16 images are computed. By default a student is
+evaluated when it has trained on 100 times as many samples, here after 800 steps of 32 samples. CPU seconds of the evaluation and of
+all else in one run of 800 steps: two runs, with and without, differ by more than that on a machine that does other work, too.
 """
 
 import argparse

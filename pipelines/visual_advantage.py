@@ -8,7 +8,7 @@ not look, or that is shown other images than those the answers are about, has an
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from switchkd.data.encoded import collate
+from switchkd.data.encoded import EncodedSample, collate
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import Sample
 from switchkd.losses.lm_head import LMHead
@@ -101,6 +101,43 @@ def blurred_encoder(encoder: SampleEncoder) -> SampleEncoder:
     other = copy(encoder)  # with an empty cache of images
     other.blur = BLUR
     return other
+
+
+class SharpAndBlurred:
+    """Encodes samples with their images, and these blurred, too, as `EncodedSample.blurred`; errors are those of `encode`."""
+
+    def __init__(self, encoder: SampleEncoder) -> None:
+        self.sharp, self.soft = encoder, blurred_encoder(encoder)
+
+    def __call__(self, sample: Sample) -> EncodedSample:
+        encoded = self.sharp.encode(sample)
+        return replace(encoded, blurred=self.soft.encode(sample).media) if encoded.media is not None else encoded
+
+
+@torch.no_grad()
+def advantages(model: Any, head: LMHead, samples: Sequence[EncodedSample], states: Tensor, pad_id: int) -> Tensor:
+    """Return log p(y | image, text before) − log p(y | blurred image, text before) of every supervised token y (VA-OPD, eq. 2).
+
+    The paper takes 0 for a negative difference; here it keeps its sign, which does not change the order of positive ones.
+
+    Args:
+        model: the teacher, on any device; it runs over the blurred images. head: its LM head, over the rows in use.
+        samples: with `blurred` where they have an image.
+        states: the teacher's final states at all P positions of the samples, with their sharp images, [P, d].
+
+    Returns:
+        [P] float64 on the CPU, nats; 0 at the positions of samples without an image.
+    """
+    counts = torch.tensor([sample.positions for sample in samples])
+    on_image = torch.tensor([sample.media is not None for sample in samples]).repeat_interleave(counts)
+    found = torch.zeros(len(states), dtype=torch.float64)
+    if not on_image.any():
+        return found
+    soft = collate([replace(one, media=one.blurred) for one in samples if one.media is not None], pad_id)
+    wanted = targets(soft["labels"])
+    sharp = log_probs_of_states(states[on_image.to(states.device)], head, wanted)
+    found[on_image] = sharp - log_probs_of_states(states_at_positions(model, soft), head, wanted)
+    return found
 
 
 @dataclass(frozen=True)

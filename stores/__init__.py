@@ -2,7 +2,8 @@
 
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
-from switchkd.stores.reader import StoredSample, TeacherStore
+from switchkd.stores.reader import TeacherStore
+from switchkd.stores.stored_sample import StoredSample
 from switchkd.stores.writer import PartArrays, StoreTables, StoreWriter
 
 __all__ = ["Manifest", "PartArrays", "Payload", "StoreTables", "StoreWriter", "StoredSample", "TeacherStore"]

@@ -47,6 +47,7 @@ def check_manifest(data: dict[str, Any]) -> None:
         raise ValueError("statuses should be an object from numbers, 0 to 255 with 0 among them, to names")
     if "stats_dtype" in data:
         text(data["stats_dtype"], "stats_dtype")
+    number(data.get("visual_advantage", 0), "visual_advantage", 0, 1)
 
 
 def _check_topk(data: dict[str, Any], vocab_rows: int) -> None:

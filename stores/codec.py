@@ -267,6 +267,21 @@ def encode_hidden(states: NDArray[np.float32], dtype: str, steps: HiddenSteps | 
     return (rounded >> np.uint32(16)).astype(np.uint16)
 
 
+def encode_advantage(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Encode visual advantages [P], nats: to the nearest float16, which differs by at most 2^-11 of its size.
+
+    A teacher in half precision does not give its logits as precisely as that.
+
+    Raises:
+        ValueError: not finite, or beyond float16.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError("a visual advantage is not finite")
+    if values.size and np.abs(values).max() > np.finfo(np.float16).max:
+        raise ValueError(f"a visual advantage of {np.abs(values).max():g} nats does not fit float16")
+    return values.astype(np.float16)
+
+
 def decode_hidden(
     state: NDArray[Any],
     dtype: str,

@@ -27,6 +27,7 @@ STATE, SCALE = "hidden/state", "hidden/scale"  # scales: of int8 states, in vers
 INT8_BLOCK = 32  # int8 states of version 1 share a scale per this many entries
 STEP, MEAN = "hidden/step", "hidden/mean"  # of the store, not of a part: [d] float32, for states stored as steps
 STATS = "stats"
+VISUAL_ADVANTAGE = "visual_advantage"  # optional, since version 2
 PAYLOADS: tuple[str, ...] = get_args(PayloadName)
 HIDDEN_DTYPES: tuple[str, ...] = get_args(HiddenDtype)  # written; int8 is read in stores of version 1
 STATS_DTYPE = "float32"  # of the logits that statistics, knees and top-k are taken from, since version 2
@@ -65,7 +66,7 @@ def array_options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """
     from zarr.codecs.numcodecs import PCodec
 
-    positional = name in (GAP, HEIGHT, BOTTOM, ORDER, STATE, STATS)
+    positional = name in (GAP, HEIGHT, BOTTOM, ORDER, STATE, STATS, VISUAL_ADVANTAGE)
     rows = chunk_positions(shape) if positional else max(shape[0], 1)
     # Gaps grow along a row; columns with similar distributions share a chunk.
     columns = [_gap_columns(size) if name == GAP else size for size in shape[1:]]
@@ -78,7 +79,7 @@ def array_options(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     if name == STATE:  # automatic mode selection takes as long as compressing and has no benefit
         pcodec = PCodec(level=8, mode_spec="classic", delta_spec="none")
         return options | {"serializer": pcodec, "compressors": [Crc32cCodec()]}
-    if name in (BOTTOM, ORDER, STATS, OFFSET):
+    if name in (BOTTOM, ORDER, STATS, OFFSET, VISUAL_ADVANTAGE):
         return options | {"serializer": PCodec(level=8), "compressors": [Crc32cCodec()]}
     return options | {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
 

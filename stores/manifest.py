@@ -36,14 +36,18 @@ _WORDS = {
     "statuses": "sample statuses",
     "hidden_error": "error of hidden states",
     "stats_dtype": "dtype of statistics",
+    "visual_advantage": "blur of the visual advantage (0: none is stored)",
 }
 # Fields that stores of version 1 do not have. Their identity, which their parts record, leaves these out.
 _SINCE_2 = ("hidden_error", "stats_dtype")
+# Fields that a manifest has only if they are not 0, and that identities leave out: what they describe is beside the rest, which is
+# the same without, and a reader that does not know them reads it.
+_OPTIONAL = ("visual_advantage",)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Identity of a store. Two writers may fill one store only if all fields but `written_by` and `version` are equal."""
+    """Description of a store. Two writers may fill one store only if all fields but `written_by` and `version` are equal."""
 
     payload: str  # "topk", "hidden" or "both"
     top_k: int  # K; 0 without topk
@@ -68,6 +72,9 @@ class Manifest:
     stats_dtype: str = (
         ""  # dtype of the logits that statistics and top-k come from; "" in version 1: that of the teacher's head
     )
+    # Standard deviation of the blur by which the visual advantage of every position is defined, as a share of an image's longer
+    # side; 0: none is stored.
+    visual_advantage: float = 0.0
     version: int = VERSION
 
     @property
@@ -110,12 +117,13 @@ class Manifest:
     def describe_all(self) -> str:
         """Return what the store keeps, in words."""
         kept = [name for name, there in (("topk", self.has_topk), ("hidden", self.has_hidden)) if there]
-        return "; ".join(map(self.describe, kept))
+        looking = [f"visual advantage, blur {self.visual_advantage:g}"] if self.visual_advantage else []
+        return "; ".join([*map(self.describe, kept), *looking])
 
     @property
     def position_arrays(self) -> list[str]:
         """Names of the arrays that have a row for every position."""
-        names = [layout.STATS]
+        names = [layout.STATS] + ([layout.VISUAL_ADVANTAGE] if self.visual_advantage else [])
         names += [layout.GAP, layout.HEIGHT, layout.BOTTOM] if self.has_topk else []
         names += [layout.ORDER] if self.has_topk and self.version > 1 else []
         names += [layout.STATE] if self.has_hidden else []
@@ -123,8 +131,8 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """Hash of all fields but `written_by` and `version`; every part records it."""
-        return _checksum({name: getattr(self, name) for name in self._words})
+        """Hash of all fields but `written_by`, `version` and the optional ones; every part records it."""
+        return _checksum({name: getattr(self, name) for name in self._words if name not in _OPTIONAL})
 
     @property
     def _words(self) -> list[str]:
@@ -142,6 +150,7 @@ class Manifest:
     def as_attributes(self) -> dict[str, Any]:
         """Return the manifest as JSON data, as the root group's attributes keep it; `checksum` covers the rest."""
         data = {"format": FORMAT, **asdict(self)}
+        data = {name: value for name, value in data.items() if value or name not in _OPTIONAL}
         if self.version == 1:
             data = {name: value for name, value in data.items() if name not in _SINCE_2}
         return data | {"checksum": _checksum(data)}
@@ -168,6 +177,7 @@ class Manifest:
                 "use the switchkd that wrote it, or cache again"
             )
         names = {field.name for field in fields(cls)} - (set(_SINCE_2) if version == 1 else set())
+        names -= set(_OPTIONAL) - data.keys()
         if missing := sorted(names - data.keys()):
             raise StoreError(f"the manifest of {where} lacks {', '.join(missing)}; it was damaged after writing")
         if data.get("checksum") != _checksum({name: value for name, value in data.items() if name != "checksum"}):

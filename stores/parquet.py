@@ -8,6 +8,8 @@ One file a part, `part-00000.parquet`, …, one row a sample:
     logprobs    list<list<float32>>        [P][K], log p over the rows in use, natural logarithm
     tail        list<float32>              [P], the log-probability of all other tokens together; -inf if there is none
 
+    visual_advantage  list<float32>        [P], nats; only of a store that has it
+
 A sample's positions are those of its supervised tokens, in order. The schema's metadata hold the store's manifest (`switchkd`).
 """
 
@@ -54,7 +56,7 @@ def export_parquet(store: TeacherStore, folder: Path) -> Iterator[PartExported]:
             f"{store.path} holds hidden states alone, and an export is of top-k logits: cache with --payload topk or both"
         )
     identity = hashlib.blake2b(_text_of(store.manifest).encode(), digest_size=16).hexdigest()
-    store = store.only("topk") if store.manifest.has_hidden else store
+    store = TeacherStore(store.path, store.cache_bytes, "topk") if store.manifest.has_hidden else store
     folder.mkdir(parents=True, exist_ok=True)
     for part in store.parts():
         file = folder / f"part-{part:05d}.parquet"
@@ -81,14 +83,18 @@ def _table(store: TeacherStore, samples: range, identity: str) -> tuple[Any, int
     import pyarrow as pa
 
     manifest = store.manifest
-    columns: dict[str, list[Any]] = {name: [] for name in ("sample", "status", "ids", "logprobs", "tail")}
+    floats = pa.list_(pa.float32())
+    of_positions = {"ids": pa.list_(pa.list_(pa.int32())), "logprobs": pa.list_(floats), "tail": floats}
+    if manifest.visual_advantage:
+        of_positions["visual_advantage"] = floats
+    columns: dict[str, list[Any]] = {name: [] for name in ("sample", "status", *of_positions)}
     positions = 0
     for index in samples:
         found = store[index]
         columns["sample"].append(index)
         columns["status"].append(manifest.statuses.get(str(found.status), str(found.status)))
         if found.status:
-            for name in ("ids", "logprobs", "tail"):
+            for name in of_positions:
                 columns[name].append(None)
             continue
         payload = found.payload
@@ -97,15 +103,11 @@ def _table(store: TeacherStore, samples: range, identity: str) -> tuple[Any, int
         columns["ids"].append(list(payload.ids))
         columns["logprobs"].append(list((payload.logits - whole).astype(np.float32)))
         columns["tail"].append((payload.stat("tail_logsumexp") - whole[:, 0]).astype(np.float32))
+        if payload.visual_advantage is not None:
+            columns["visual_advantage"].append(payload.visual_advantage)
         positions += len(payload)
     schema = pa.schema(
-        {
-            "sample": pa.int64(),
-            "status": pa.string(),
-            "ids": pa.list_(pa.list_(pa.int32())),
-            "logprobs": pa.list_(pa.list_(pa.float32())),
-            "tail": pa.list_(pa.float32()),
-        },
+        {"sample": pa.int64(), "status": pa.string()} | of_positions,
         metadata={"switchkd": _text_of(manifest), "switchkd-identity": identity},
     )
     return pa.table(columns, schema=schema), positions

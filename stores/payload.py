@@ -13,12 +13,14 @@ from switchkd.stores.manifest import Manifest
 
 @dataclass(frozen=True)
 class Payload:
-    """Data of P positions: statistics always, top-k logits and final hidden states as the store's kind of payload has them."""
+    """Data of P positions: statistics always, all else as the store has it."""
 
     stats: NDArray[np.float32]  # [P, 5], columns of STAT_COLUMNS
     ids: NDArray[np.int32] | None = None  # [P, K], by descending logit
     logits: NDArray[np.float32] | None = None  # [P, K]
     hidden: NDArray[np.float32] | None = None  # [P, d], after the teacher's final norm
+    # [P], nats: log p(token | image) − log p(token | blurred image) of the supervised token; 0 in samples without an image
+    visual_advantage: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.stats)
@@ -58,4 +60,5 @@ def empty_payload(manifest: Manifest, positions: int) -> Payload:
         ids=np.empty((positions, manifest.top_k), np.int32) if manifest.has_topk else None,
         logits=np.empty((positions, manifest.top_k), np.float32) if manifest.has_topk else None,
         hidden=np.empty((positions, manifest.hidden_width), np.float32) if manifest.has_hidden else None,
+        visual_advantage=np.empty(positions, np.float32) if manifest.visual_advantage else None,
     )

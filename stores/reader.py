@@ -1,7 +1,7 @@
 """Reads a store: random access by sample, from any process."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ from switchkd.stores.storage import paths
 from switchkd.stores.storage.failures import unreadable
 from switchkd.stores.storage.open import open_storage
 from switchkd.stores.storage.paths import MARKER
+from switchkd.stores.stored_sample import StoredSample
 from switchkd.stores.tables import read_hidden_steps, read_rank_table
 
 MIN_DECODE_POSITIONS = 256  # positions: below this number, the overhead of numpy calls exceeds the computation
@@ -31,56 +32,6 @@ _Span = tuple[int, int, int]  # a part, and the begin and end of a run of its po
 _Key = tuple[int, int, int]  # a part, the rows of a chunk, and the chunk's number
 _Chunks = dict[str, NDArray[Any]]  # all arrays with this number of rows per chunk: [rows, …], still encoded
 _PENDING: _Chunks = {}
-
-
-@dataclass(frozen=True)
-class StoredSample:
-    """A store's record of one sample. Its arrays have a row for each of its P positions.
-
-    Raises:
-        StoreError: an array is asked for that the store does not keep, or of a sample that was skipped; says which and why.
-    """
-
-    index: int
-    status: int  # 0: usable
-    reason: str  # why it was skipped; "ok" if it was not
-    digest: tuple[int, int, int]  # text, supervised mask, image
-    payload: Payload
-
-    @property
-    def ids(self) -> NDArray[np.int32]:
-        """Ids of the K largest logits, [P, K], in descending order of the logits."""
-        return self._array("ids", self.payload.ids)
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        """The K largest logits, [P, K]."""
-        return self._array("logits", self.payload.logits)
-
-    @property
-    def hidden(self) -> NDArray[np.float32]:
-        """Final hidden states, [P, d]."""
-        return self._array("hidden", self.payload.hidden)
-
-    @property
-    def stats(self) -> NDArray[np.float32]:
-        """Statistics of all logits, [P, 5], columns `layout.STAT_COLUMNS`."""
-        return self._array("stats", self.payload.stats)
-
-    def __repr__(self) -> str:
-        if self.status:
-            return f"StoredSample({self.index}: skipped, {self.reason})"
-        kept = [name for name, array in self.payload.arrays().items() if array is not None]
-        return f"StoredSample({self.index}: {len(self.payload)} positions, {', '.join(kept)})"
-
-    def _array(self, name: str, array: NDArray[Any] | None) -> NDArray[Any]:
-        if self.status:
-            raise StoreError(
-                f"sample {self.index} was skipped when the teacher was cached ({self.reason}): it has no {name}"
-            )
-        if array is None:
-            raise StoreError(f"this store keeps no {name}, see its payload (`switchkd store info`)")
-        return array
 
 
 class TeacherStore:
@@ -94,6 +45,7 @@ class TeacherStore:
         path: the store's folder, or its URL on an object store.
         cache_bytes: of encoded chunks, in memory.
         payload: "topk" or "hidden" reads only this payload of a store that has both; None reads all that there is.
+        visual_advantage: False leaves visual advantages unread.
 
     Raises:
         StoreError: no store at `path`, a newer format, or damage. Damage is raised when it is read; the error names the file and
@@ -102,14 +54,22 @@ class TeacherStore:
             raised by any access, and say nothing about the store.
     """
 
-    def __init__(self, path: StoreLocation, cache_bytes: int = 256 << 20, payload: str | None = None) -> None:
+    def __init__(
+        self,
+        path: StoreLocation,
+        cache_bytes: int = 256 << 20,
+        payload: str | None = None,
+        visual_advantage: bool = True,
+    ) -> None:
         self.storage = open_storage(path)
         self.path = self.storage.path
         self.cache_bytes = cache_bytes
         self.manifest = read_manifest(self.path)
-        self.read_payload = payload
-        # What is read: the store's own description, with the requested payload alone.
+        self.read_payload, self.read_advantage = payload, visual_advantage
+        # What is read: the store's own description, with what was requested alone.
         self._reading = self.manifest if payload is None else replace(self.manifest, payload=payload)
+        if not visual_advantage:
+            self._reading = replace(self._reading, visual_advantage=0.0)
         self.id_of_rank = read_rank_table(self.storage, self.manifest)
         self.hidden_steps = read_hidden_steps(self.storage, self.manifest)
         self._ids = self.id_of_rank.astype(np.int32)  # the type that a payload has
@@ -129,8 +89,8 @@ class TeacherStore:
         return cls(found[0])
 
     def only(self, payload: str) -> "TeacherStore":
-        """Return the store opened to read one of its payloads, "topk" or "hidden"."""
-        return TeacherStore(self.path, self.cache_bytes, payload)
+        """Return the store opened to read one of its payloads, "topk" or "hidden", and no visual advantage."""
+        return TeacherStore(self.path, self.cache_bytes, payload, visual_advantage=False)
 
     @cached_property
     def tables_digest(self) -> str:
@@ -187,7 +147,8 @@ class TeacherStore:
         return joined
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "cache_bytes": self.cache_bytes, "payload": self.read_payload}
+        read = {"payload": self.read_payload, "visual_advantage": self.read_advantage}
+        return {"path": self.path, "cache_bytes": self.cache_bytes, **read}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -311,6 +272,8 @@ class TeacherStore:
         """Decode positions, which come from these parts, into `out`."""
         manifest = self.manifest
         out.stats[...] = rows[layout.STATS]
+        if out.visual_advantage is not None:
+            out.visual_advantage[...] = rows[layout.VISUAL_ADVANTAGE]
         if out.ids is not None and out.logits is not None:
             codes = TopKCodes(rows[layout.GAP], rows[layout.HEIGHT], rows[layout.BOTTOM], rows.get(layout.ORDER))
             steps = manifest.fine, manifest.coarse

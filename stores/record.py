@@ -74,6 +74,7 @@ def array_form(name: str, manifest: Manifest, samples: int, positions: int) -> _
         layout.STATUS: ((samples,), (np.uint8,)),
         layout.TOKENS: ((samples,), (np.uint32,)),
         layout.STATS: ((positions, len(layout.STAT_COLUMNS)), (np.float32,)),
+        layout.VISUAL_ADVANTAGE: ((positions,), (np.float16,)),
         layout.GAP: ((positions, top_k), (layout.rank_dtype(manifest.vocab_rows),)),
         layout.HEIGHT: ((positions, top_k), (np.uint16,)),
         layout.BOTTOM: ((positions,), (np.uint16,)),

@@ -44,8 +44,8 @@ def verify(store: TeacherStore) -> Iterator[tuple[int, list[Finding]]]:
 
     Files: all listed files exist with their size and digest, and no others. Arrays: every chunk decodes (crc32c), shapes agree,
     offsets ascend. Statistics: finite, z_min ≤ k-th logit ≤ z_max, logsumexp ≥ z_max, tail ≤ logsumexp, 2 ≤ knee ≤ N, ids distinct.
-    Hidden states: finite, and not further from the mean than a writer encodes. A part that could not be read has one finding that
-    says so.
+    Visual advantages: finite. Hidden states: finite, and not further from the mean than a writer encodes. A part that could not be
+    read has one finding that says so.
 
     Raises:
         StoreUnreadable: the parts cannot be listed. RunError: an object store cannot be reached.
@@ -158,6 +158,8 @@ def _payload_problems(payload: Payload, manifest: Manifest, steps: HiddenSteps |
             "an id lies outside the vocabulary": (ordered[:, 0] < 0) | (ordered[:, -1] >= vocab_rows),
             "the k-th logit lies below z_min": smallest < z_min - _slack(z_min) - manifest.coarse,
         }
+    if payload.visual_advantage is not None:
+        checks["a visual advantage is not finite"] = ~np.isfinite(payload.visual_advantage)
     if payload.hidden is not None:
         checks["a hidden state is not finite"] = ~np.isfinite(payload.hidden).all(-1)
         if steps is not None:

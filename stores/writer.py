@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 from switchkd.errors import RunError, StoreError
 from switchkd.settings import StoreLocation
 from switchkd.stores import layout
-from switchkd.stores.codec import HiddenSteps, encode_hidden, encode_topk, invert, round_stats
+from switchkd.stores.codec import HiddenSteps, encode_advantage, encode_hidden, encode_topk, invert, round_stats
 from switchkd.stores.manifest import Manifest
 from switchkd.stores.payload import Payload
 from switchkd.stores.reader import TeacherStore, read_manifest
@@ -145,6 +145,9 @@ class StoreWriter:
         }
         if manifest.version > 1:
             data[layout.TOKENS] = arrays.tokens
+        if manifest.visual_advantage:
+            assert payload.visual_advantage is not None
+            data[layout.VISUAL_ADVANTAGE] = encode_advantage(payload.visual_advantage)
         if manifest.has_topk:
             assert payload.ids is not None and payload.logits is not None
             # Levels are relative to the rounded logsumexp, which is the one that a reader gets.

@@ -175,7 +175,7 @@ def _encode(worker: CaptureWorker, chosen: list[int]) -> tuple[list[BadSample], 
     unusable: list[BadSample] = []
     for index in chosen:
         try:
-            usable.append((index, worker.encoder.encode(worker.samples[index])))
+            usable.append((index, worker.encode(worker.samples[index])))
         except BadSample as bad:
             unusable.append(bad)
     usable.sort(key=lambda pair: len(pair[1].input_ids))

@@ -10,6 +10,7 @@ from switchkd.fingerprints import hash_image_processor, hash_tokenizer
 from switchkd.models.checkpoint import Checkpoint, teacher_identity
 from switchkd.pipelines.capture.backends.base import software_of
 from switchkd.pipelines.capture.options import DEFAULT_HIDDEN_DTYPE, DEFAULT_PAYLOAD, CacheOptions
+from switchkd.pipelines.visual_advantage import BLUR
 from switchkd.settings import HiddenDtype, PayloadName
 from switchkd.stores import Manifest
 from switchkd.stores.layout import STATS_DTYPE
@@ -69,6 +70,7 @@ def build_manifest(
         | ({} if options.max_pixels is None else {"max_pixels": str(options.max_pixels)}),
         hidden_error=options.hidden_error if hidden and options.hidden_dtype == "steps" else 0.0,
         stats_dtype=STATS_DTYPE,
+        visual_advantage=BLUR if options.visual_advantage else 0.0,
     )
 
 

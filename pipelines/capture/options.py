@@ -99,6 +99,12 @@ class CacheOptions:
         help="With --hidden-dtype steps, the root-mean-square error of a logit; halving it costs one bit a feature. "
         "0.01 is fine, 0.04 is small.",
     )
+    visual_advantage: bool = option(
+        default=False,
+        group=PAYLOAD,
+        help="Also store log p(token | image) - log p(token | blurred image) of every supervised token, which `train --weight-by "
+        "visual-advantage` reads: the teacher runs a second time, over blurred images.",
+    )
     part_size: int = option(
         default=512, at_least=1, group=PAYLOAD, help="Samples per part, the unit of work and resume."
     )
@@ -206,6 +212,11 @@ class CacheOptions:
             raise ConfigError("--engine ray hands out the parts itself: leave out --shard")
         if self.actors is not None and self.engine != "ray":
             raise ConfigError("--actors is Ray's: add --engine ray")
+        if self.visual_advantage and self.backend == "vllm":
+            raise ConfigError(
+                "--visual-advantage runs the teacher over blurred images, too, which --backend vllm does not: pass --backend "
+                "transformers"
+            )
         if self.backend != "vllm" and (self.tensor_parallel != 1 or self.vllm_options or self.check):
             raise ConfigError("--tensor-parallel, --vllm-option and --check are vLLM's: add --backend vllm")
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -49,9 +50,10 @@ def probe_tables(
         if len(encoded) == PROBE_SAMPLES:
             break
     probe: list[Payload] = []
+    sharp = replace(manifest, visual_advantage=0.0)  # the tables do not depend on it
     with Waiting(f"running the teacher over the first {len(encoded):,} samples") as wait:
         for start in range(0, len(encoded), batch_size):
-            probe += capture_rows(backend, manifest, checkpoint.path, encoded[start : start + batch_size])
+            probe += capture_rows(backend, sharp, checkpoint.path, encoded[start : start + batch_size])
             wait.share = min(1.0, (start + batch_size) / len(encoded))
     return tables_of(probe, manifest, head_spread(checkpoint, manifest) if manifest.hidden_dtype == "steps" else None)
 

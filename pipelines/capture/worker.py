@@ -18,7 +18,7 @@ from switchkd.data.encoded import EncodedSample
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.files import check_folder
 from switchkd.data.load_template import load_template
-from switchkd.data.samples import BadSample, SampleFile, Status
+from switchkd.data.samples import BadSample, Sample, SampleFile, Status
 from switchkd.models.checkpoint import open_checkpoint, with_image_mode
 from switchkd.pipelines.capture.backends.base import Backend, BackendFailed
 from switchkd.pipelines.capture.backends.open import open_backend
@@ -36,6 +36,7 @@ from switchkd.pipelines.capture.tables import probe_tables
 from switchkd.pipelines.cores import local_processes, workers_beside
 from switchkd.pipelines.preflight.skip_limit import SkipLimit
 from switchkd.pipelines.progress import Progress
+from switchkd.pipelines.visual_advantage import SharpAndBlurred
 from switchkd.stores import Manifest, PartArrays, Payload, StoreTables, StoreWriter
 from switchkd.stores.payload import empty_payload
 from switchkd.stores.storage.open import open_storage
@@ -99,6 +100,8 @@ class CaptureWorker:
         # Of the parts that this worker knows of: those committed before it began, and its own.
         self.skip_limit = SkipLimit(options.data, len(self.samples), options.max_skipped)
         self.manifest = manifest or build_manifest(options, self.checkpoint, self.encoder, self.samples)
+        looks = self.manifest.visual_advantage
+        self.encode: Callable[[Sample], EncodedSample] = SharpAndBlurred(self.encoder) if looks else self.encoder.encode
 
     @cached_property
     def backend(self) -> Backend:
@@ -211,7 +214,7 @@ class CaptureWorker:
 
     def _captured_batches(self, parts: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, Encoded]], list[Payload]]]:
         """Yield (part, batch, payloads of its usable samples) in order, with up to the backend's `ahead` batches started."""
-        batches = _Batches(parts, self.manifest, self.encoder, self.samples, self.options.batch_size)
+        batches = _Batches(parts, self.manifest, self.encode, self.samples, self.options.batch_size)
         loader = DataLoader(batches, batch_size=None, num_workers=self._loaders())
         under_way: deque[tuple[int, list[tuple[int, Encoded]], Any]] = deque()
         try:
@@ -277,9 +280,14 @@ class _Batches(Dataset[Any]):
     """
 
     def __init__(
-        self, parts: Sequence[int], manifest: Manifest, encoder: SampleEncoder, samples: SampleFile, batch_size: int
+        self,
+        parts: Sequence[int],
+        manifest: Manifest,
+        encode: Callable[[Sample], EncodedSample],
+        samples: SampleFile,
+        batch_size: int,
     ) -> None:
-        self.encoder, self.samples, self.manifest, self.batch_size = encoder, samples, manifest, batch_size
+        self.encode, self.samples, self.manifest, self.batch_size = encode, samples, manifest, batch_size
         per_part = [(part, -(-len(manifest.part_samples(part)) // batch_size)) for part in parts]
         self.items = [(part, batch) for part, batches in per_part for batch in range(batches)]
         self._order: tuple[int, list[int]] = (-1, [])
@@ -300,7 +308,7 @@ class _Batches(Dataset[Any]):
 
     def _encode(self, index: int) -> Encoded:
         try:
-            return self.encoder.encode(self.samples[index])
+            return self.encode(self.samples[index])
         except BadSample as bad:
             return bad
 

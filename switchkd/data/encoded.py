@@ -32,6 +32,7 @@ class EncodedSample:
     )
     image_tokens: tuple[int, ...] = ()  # of each of its images, in the order of the media; empty without media
     switched: bool = True  # with an image: whether it passes the switch pathway, see `--vsd-share`
+    blurred: Mapping[str, Tensor] | None = None  # as `media`, of the blurred image; for a capture of visual advantages
 
     @property
     def positions(self) -> int:

@@ -1,15 +1,18 @@
 """Capture with plain transformers: a teacher-forced forward pass, the LM head at supervised positions only."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from switchkd.data.encoded import EncodedSample, collate, pad_id_of
+from switchkd.errors import RunError
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.models.components import lm_head_of
 from switchkd.models.vlm import freeze, load_model, states_at_positions
 from switchkd.pipelines.capture.backends.base import Backend
 from switchkd.pipelines.capture.backends.packed_rows import pack, unpack
+from switchkd.pipelines.visual_advantage import advantages
 from switchkd.stores import Manifest, Payload
 
 
@@ -32,12 +35,20 @@ class TransformersBackend(Backend):
     def capture(self, samples: Sequence[EncodedSample], manifest: Manifest) -> list[Payload]:
         """Run the teacher over a batch and pack each sample's positions as the manifest specifies.
 
+        For visual advantages it runs a second time, over the blurred images.
+
         Raises:
             RunError: logits of a sample are not finite.
         """
-        states = states_at_positions(self.model, collate(samples, self.pad_id))  # [P, d]
-        packed = pack(states, lm_head_of(self.model).logits, manifest.vocab_rows, manifest.top_k, manifest.has_hidden)
-        return unpack(packed, manifest.top_k).split([sample.positions for sample in samples])
+        states, head = states_at_positions(self.model, collate(samples, self.pad_id)), lm_head_of(self.model)  # [P, d]
+        packed = pack(states, head.logits, manifest.vocab_rows, manifest.top_k, manifest.has_hidden)
+        payload = unpack(packed, manifest.top_k)
+        if manifest.visual_advantage:
+            found = advantages(self.model, head.rows(manifest.vocab_rows), samples, states, self.pad_id)
+            if not found.isfinite().all():
+                raise RunError("the teacher's logits are not finite where the image is blurred")
+            payload = replace(payload, visual_advantage=found.float().numpy())
+        return payload.split([sample.positions for sample in samples])
 
     @torch.inference_mode()
     def run_only(self, samples: Sequence[EncodedSample]) -> None:

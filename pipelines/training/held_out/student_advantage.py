@@ -74,7 +74,7 @@ class StudentAdvantage:
         return {NAME: every.mean, f"{NAME}_error": every.error, f"{NAME}_samples": every.samples}
 
     def _log_probs(self, trainer: Any, model: Any, samples: Sequence[EncodedSample]) -> Tensor:
-        """Return log p of the supervised tokens over all rows of the LM head, [P] float64, nats; inside the model's forward pass."""
+        """Return log p of the supervised tokens over all rows of the LM head, [P] float64, nats; inside the forward pass."""
         student, device = trainer.accelerator.unwrap_model(model), trainer.args.device
         batch = {name: value.to(device) for name, value in collate(samples, self.pad_id).items()}
         labels, media = batch["labels"], media_for(student, media_of(batch))
