@@ -139,6 +139,8 @@ def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
         columns["teacher_tail"] = torch.tensor(payload.stat("tail_logsumexp"))
     if payload.hidden is not None:
         columns["teacher_hidden"] = torch.from_numpy(payload.hidden)
+    if payload.visual_advantage is not None:
+        columns["visual_advantage"] = torch.from_numpy(payload.visual_advantage)
     return columns
 
 

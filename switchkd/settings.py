@@ -29,6 +29,7 @@ BASELINE_OBJECTIVES = (
     "compodistill",
 )  # baselines, which have no switch pathway and need a live teacher
 NormalizeBy = Literal["position", "sample"]
+WeightBy = Literal["visual-advantage"]
 TailPolicy = Literal["student", "uniform", "floor"]
 ImageMode = Literal["own", "square", "pad"]
 PayloadName = Literal["topk", "hidden", "both"]
@@ -52,13 +53,18 @@ def is_mixture(data: Path) -> bool:
 
 
 def check_objective(
-    name: str, switch: bool, temperature: float | None = None, window: int | None = None, normalize_by: str = "position"
+    name: str,
+    switch: bool,
+    temperature: float | None = None,
+    window: int | None = None,
+    normalize_by: str = "position",
+    weight_by: str | None = None,
 ) -> None:
     """Check that the settings of an objective are consistent; see `losses.objective.Objective` for their meaning.
 
     Raises:
         ConfigError: unknown name, `switch` or `window` set for an objective without it, `switch-ce` without switch or with a
-            temperature, a temperature that is not positive.
+            temperature, weights of positions for an objective without a divergence, a temperature that is not positive.
     """
     names = get_args(ObjectiveName)
     if name not in names:
@@ -82,6 +88,12 @@ def check_objective(
     ways = get_args(NormalizeBy)
     if normalize_by not in ways:
         raise ConfigError(f"the mean is one over {'s or over '.join(ways)}s, got {normalize_by!r}")
+    if weight_by is not None and weight_by not in get_args(WeightBy):
+        raise ConfigError(f"there are no weights {weight_by!r}; there are {', '.join(get_args(WeightBy))}")
+    if weight_by is not None and name in ("sft", "switch-ce"):
+        raise ConfigError(
+            f"objective {name} compares with no logits of a teacher, which --weight-by {weight_by} would weight: leave it out"
+        )
 
 
 LORA_PARTS = ("language", "vision")  # parts of a student that may train as LoRA; a projector is small and trains whole

@@ -54,7 +54,10 @@ def join(
         return JoinedFile(options, teacher, data, None, None)
     top_k = store.manifest.top_k if store.manifest.has_topk else None
     payload = choose_payload(options, str(store.path), top_k, store.manifest.has_hidden, teacher is not None)
-    return JoinedFile(options, teacher, data, TeacherStore(store.path, store.cache_bytes // files, payload), payload)
+    looks = options.weight_by is not None
+    return JoinedFile(
+        options, teacher, data, TeacherStore(store.path, store.cache_bytes // files, payload, looks), payload
+    )
 
 
 def read_samples(joined: JoinedFile, student: Checkpoint, teacher: Checkpoint | None) -> TrainingSamples:
@@ -80,15 +83,17 @@ def read_samples(joined: JoinedFile, student: Checkpoint, teacher: Checkpoint | 
 def _preferences(
     options: TrainOptions, teacher: Checkpoint | None, samples: SampleFile
 ) -> list[Callable[[TeacherStore], bool]]:
-    """Return what decides between several stores that fit: this data file, completeness, and the payload that is read.
+    """Return what decides between several stores that fit: this data file, completeness, and what is read of it.
 
-    Without `--payload`, hidden states win over top-k logits where a teacher can read them, since they are nearer to it.
+    Where positions are weighted by the visual advantage, a store that holds it. Without `--payload`, hidden states win over top-k
+    logits where a teacher can read them, since they are nearer to it.
     """
     topk = options.payload == "topk" or (options.payload is None and teacher is None)
     return [
         lambda store: len(store) == len(samples),
         lambda store: store.manifest.data == samples.fingerprint,
         lambda store: len(store.parts()) == store.manifest.part_count,
+        lambda store: options.weight_by is None or store.manifest.visual_advantage > 0,
         lambda store: store.manifest.has_topk if topk else store.manifest.has_hidden,
     ]
 
@@ -123,6 +128,11 @@ def open_store(
         wanted["max_length"] = options.max_length
     store = pick_store(options.cache, wanted, _preferences(options, teacher, samples))
     store.check_complete()
+    if options.weight_by is not None and not store.manifest.visual_advantage:
+        raise ConfigError(
+            f"{store.path} holds no visual advantage, which --weight-by {options.weight_by} reads: cache again into another --out "
+            "with `switchkd cache-teacher --visual-advantage`, or leave --weight-by out"
+        )
     return store
 
 

@@ -16,6 +16,7 @@ from switchkd.pipelines.training.option_checks import (
 from switchkd.pipelines.training.option_groups.held_out import FREE, HeldOutOptions, check_held_out
 from switchkd.pipelines.training.option_groups.lora import LoraOptions
 from switchkd.pipelines.training.option_groups.step import StepOptions, check_step
+from switchkd.pipelines.training.option_groups.weights import WeightOptions, check_weights
 from switchkd.pipelines.training.trainer_entries import check_trainer_entries
 from switchkd.settings import (
     MAX_SKIPPED,
@@ -76,7 +77,7 @@ LOGGING = "Logging and checkpoints"
 
 
 @keyword_options_class
-class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
+class TrainOptions(HeldOutOptions, LoraOptions, StepOptions, WeightOptions):
     """The options of `switchkd train`. Defaults follow LLaVA-KD's fine-tuning stage.
 
     Raises:
@@ -315,11 +316,14 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
     )
 
     def __post_init__(self) -> None:
-        check_objective(self.objective, self.switch is not False, self.temperature, self.window, self.mean)
+        check_objective(
+            self.objective, self.switch is not False, self.temperature, self.window, self.mean, self.weight_by
+        )
         check_trainer_entries(self.trainer)
         check_lora(self, self.as_parts())
         check_baseline(self)
         check_switch_ce(self)
+        check_weights(self)
         check_int8_teacher(self)
         check_step(self)
         check_held_out(
@@ -342,6 +346,7 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
             self.temperature,
             self.window,
             self.mean,
+            self.weight_by,
         )
 
     def as_parts(self) -> frozenset[str]:

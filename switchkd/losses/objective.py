@@ -16,8 +16,9 @@ from switchkd.losses.kl import kl_loss
 from switchkd.losses.lm_head import LMHead
 from switchkd.losses.reduction import at_least_float32
 from switchkd.losses.signals import TeacherSignal
+from switchkd.losses.visual_weights import visual_weights
 from switchkd.positions import count_positions, per_sample_weights
-from switchkd.settings import check_objective
+from switchkd.settings import WeightBy, check_objective
 
 _Divergence = Callable[..., Tensor]
 
@@ -64,6 +65,8 @@ class Objective:
         window: restricts DBiLD's knee search, see `kneedle`; None is the paper's setting.
         normalize_by: "position" is the mean over all supervised positions of the global batch; "sample" takes each sample's mean
             over its positions first and then the mean over the samples of the global batch, so that long answers weigh no more.
+        weight_by: "visual-advantage" weights the positions of Align and VSD within each sample, see `losses.visual_weights`; CE is
+            an ordinary mean. None weights none.
 
     Raises:
         ConfigError: unknown name, `switch` or `window` set for an objective without it, a temperature that is not positive.
@@ -76,9 +79,10 @@ class Objective:
     temperature: float | None = None
     window: int | None = None
     normalize_by: str = "position"
+    weight_by: WeightBy | None = None
 
     def __post_init__(self) -> None:
-        check_objective(self.name, self.switch, self.temperature, self.window, self.normalize_by)
+        check_objective(self.name, self.switch, self.temperature, self.window, self.normalize_by, self.weight_by)
 
     @property
     def needs_teacher(self) -> bool:
@@ -109,6 +113,18 @@ class Objective:
         """Return the weight of each position, [P] float32; None if all weights are 1."""
         return None if self.normalize_by == "position" else per_sample_weights(labels)
 
+    def distil_weights(self, labels: Tensor, advantage: Tensor | None) -> Tensor | None:
+        """Return the weight of each position in Align and VSD, [P] float32; None if it is that of `weights`.
+
+        Args:
+            labels: [B, L]. advantage: the teacher's visual advantage at the P positions, [P]; needed with `weight_by`.
+        """
+        if self.weight_by is None:
+            return None
+        assert advantage is not None
+        within, of_sample = visual_weights(advantage, labels), self.weights(labels)
+        return within if of_sample is None else within * of_sample
+
     def divergence(self, logits: Tensor, teacher: TeacherSignal, weights: Tensor | None = None) -> Tensor:
         """Return the named loss between `logits` [T, N] and the teacher, summed over positions with `weights` [T]."""
         loss = OBJECTIVES[self.name]
@@ -128,6 +144,7 @@ class Objective:
         switch: Tensor | None,
         on_image: Tensor,
         weights: Tensor | None = None,
+        distil_weights: Tensor | None = None,
     ) -> LossTerms:
         """Compute CE, Align (eq. 4) and VSD (eq. 6), each summed over positions.
 
@@ -139,6 +156,7 @@ class Objective:
             switch: z_switch at the positions of image samples, [P_image, V_T]; None if there are none or VSD is off.
             on_image: [P] bool, which positions belong to image samples.
             weights: [P], of each position; see `Objective.weights`. VSD uses those of image samples.
+            distil_weights: [P], of Align and VSD; see `Objective.distil_weights`. None: those of CE.
         """
         ce = _cross_entropy(student_logits, targets, weights)
         if self.name == "switch-ce" and switch is not None:
@@ -147,6 +165,7 @@ class Objective:
         if not self.needs_signal or teacher is None:
             return LossTerms(ce, None, None)
         rows = teacher.vocab_rows
+        weights = weights if distil_weights is None else distil_weights
         align = self.divergence(student_logits[:, :rows], teacher, weights)
         vsd = None
         if switch is not None:
@@ -177,6 +196,7 @@ class Objective:
         weights: Tensor | None = None,
         chunk_positions: int | None = None,
         on_block: Callable[[Tensor, TeacherSignal | None], None] | None = None,
+        distil_weights: Tensor | None = None,
     ) -> FusedLoss:
         """Compute `total(terms(…))` from hidden states; the logits of one chunk at most are in memory at a time.
 
@@ -187,7 +207,7 @@ class Objective:
             hidden: the student's final hidden states at the P positions, [P, d]. head: its LM head.
             targets: [P] int64. teacher: see `terms`.
             switch: the switch pathway at the same P positions; None if there is no image or VSD is off.
-            weights: [P], see `terms`.
+            weights, distil_weights: [P], see `terms`.
             chunk_positions: maximum number of positions per chunk.
             on_block: called with each block's student logits and the teacher's signal at its positions, to compute metrics
                 beside the loss.
@@ -204,11 +224,11 @@ class Objective:
             rows = block.rows
             none = targets.new_zeros(len(block.logits), dtype=torch.bool)
             keep = none if switch is None else switch.on_image[rows]
-            weight = None if weights is None else weights[rows]
+            weight, distil = (None if each is None else each[rows] for each in (weights, distil_weights))
             here = None if signal is None else signal.slice_rows(block.in_chunk)
             if on_block is not None:
                 on_block(block.logits.detach(), here)
-            terms = self.terms(block.logits, targets[rows], here, block.switch, keep, weight)
+            terms = self.terms(block.logits, targets[rows], here, block.switch, keep, weight, distil)
             if terms.vsd is not None and switch is not None:
                 terms = terms._replace(vsd=terms.vsd * switch.scale)
             return self.total(terms), torch.stack([terms.ce.new_zeros(()) if term is None else term for term in terms])

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from switchkd.losses.objective import Objective
@@ -56,6 +57,9 @@ class EvaluatingTrainer(CopyingTrainer):
         self.meter = self.meter.unlogged()
         self.prefix_cache = None if self.prefix_cache is None else SharedPrefixCache()
         self.extra_terms, self.vsd_share = None, 1.0  # all held-out samples pass the switch pathway
+        self.objective = replace(
+            self.objective, weight_by=None
+        )  # comparable, and the held-out store need not hold advantages
         if not with_teacher:
             self.objective = Objective("sft", False, normalize_by=self.objective.normalize_by)
             self.source = self.vocab_map = None
