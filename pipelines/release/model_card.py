@@ -98,6 +98,8 @@ def _method(record: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     elif record["objective"] != "sft":
         rows["λ1 (Align), λ2 (VSD)"] = f"{record['align_weight']:g}, {record['vsd_weight']:g}"
         rows["temperature"] = record["temperature"] or "the objective's default"
+    if record.get("weight_by"):  # runs of earlier versions do not record it
+        rows["positions of Align and VSD weighted by"] = record["weight_by"]
     rows["began as"] = _name(record["student"])
     rows["steps"] = f"{summary['steps']:,}"
     if "kept_by" in summary:

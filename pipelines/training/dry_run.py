@@ -117,8 +117,9 @@ def _open(options: TrainOptions) -> tuple[TrainingInputs, bool]:
     )
     # A live teacher is what a run without a store opens; int8 weights are refused for one.
     inputs = open_inputs(replace(options, teacher_mode="live", teacher_dtype="auto", weight_by=None))
-    given = {"teacher_dtype": options.teacher_dtype, "weight_by": options.weight_by}
-    asked = replace(inputs.options, teacher_mode="cached", **given)
+    asked = replace(
+        inputs.options, teacher_mode="cached", teacher_dtype=options.teacher_dtype, weight_by=options.weight_by
+    )
     return replace(inputs, options=asked), False
 
 

@@ -22,6 +22,8 @@ from switchkd.errors import ConfigError, StoreMismatch
 from switchkd.models.checkpoint import open_checkpoint
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
+from switchkd.pipelines.release.model_card import model_card
+from switchkd.pipelines.run_folder import read_record
 from switchkd.pipelines.training.dry_run import plan
 from switchkd.pipelines.training.inputs import open_inputs, resolve_options
 from switchkd.pipelines.training.train import train
@@ -155,6 +157,9 @@ def test_a_run_goes_on_and_its_held_out_losses_are_ordinary_means(options, place
         train(replace(options, weight_by=None))
     train(options)
     assert history(options.output) == history(whole.output)
+    summary = json.loads((options.output / "summary.json").read_text())
+    card = model_card("name", open_checkpoint(options.output), read_record(options.output), summary, ())
+    assert "| positions of Align and VSD weighted by | visual-advantage |" in card
     plain = replace(options, output=tmp_path / "plain", weight_by=None)
     train(plain)
     losses = [
