@@ -22,11 +22,13 @@ ObjectiveName = Literal[
     "llava-kd",
     "align-kd",
     "compodistill",
+    "align-ti-iva",
 ]
 BASELINE_OBJECTIVES = (
     "llava-kd",
     "align-kd",
     "compodistill",
+    "align-ti-iva",
 )  # baselines, which have no switch pathway and need a live teacher
 NormalizeBy = Literal["position", "sample"]
 TailPolicy = Literal["student", "uniform", "floor"]

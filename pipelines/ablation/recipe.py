@@ -15,8 +15,8 @@
     compare: {arms: {NAME: values of axes}, pairs: [[NAME, NAME]]}: paired tests between arms over seeds, see `comparisons.py`
 
 A cell is one point of the matrix. Points that are the same run are one cell: without a distilled training stage, teacher, objective
-and switch have no effect; "sft" replaces distilled stages by plain ones; llava-kd, align-kd and compodistill have no switch
-pathway, and run the teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
+and switch have no effect; "sft" replaces distilled stages by plain ones; the baselines (llava-kd and those after it)
+have no switch pathway, and run the teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
 """
 
 import re

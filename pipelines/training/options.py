@@ -108,7 +108,15 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
         default="dbild-rkl",
         group=OBJECTIVE,
         help="The divergence that Align and VSD measure; sft is CE alone. switch-ce: CE, and CE of the true answers on the switch "
-        "pathway, without a store. llava-kd, align-kd and compodistill are other methods: --no-switch --teacher-mode live.",
+        "pathway, without a store. llava-kd, align-kd, compodistill and align-ti-iva are other methods: --no-switch --teacher-mode "
+        "live.",
+    )
+    attention_layer: int | None = option(
+        default=None,
+        at_least=0,
+        group=OBJECTIVE,
+        help="align-ti-iva: the layer of the teacher's LLM whose attention to the image weighs its tokens, counted from 0.",
+        unset="the one that depends most on the instruction",
     )
     switch: bool | None = option(
         default=None,
