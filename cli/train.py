@@ -12,8 +12,9 @@ from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
 from switchkd.collector import without_collection
 from switchkd.errors import ConfigError
 from switchkd.pipelines.given import require_given
-from switchkd.pipelines.run_folder import SUMMARY
+from switchkd.pipelines.run_folder import SUMMARY, read_record
 from switchkd.pipelines.training.options import SCALE, TrainOptions
+from switchkd.settings import absent_terms
 
 if TYPE_CHECKING:
     from switchkd.pipelines.training.resuming import TrainSummary
@@ -75,7 +76,10 @@ def command(ctx: click.Context, /, dry_run: bool, devices: int, **options: Any) 
         done = train(resolved)
     if not first:
         return
-    losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in done.losses.items())
+    record = read_record(done.output)
+    absent = absent_terms(record.get("objective", ""), record.get("switch", True))
+    told = {name.removeprefix("loss_"): value for name, value in done.losses.items() if name not in absent}
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in told.items())
     echo(
         f"{done.output}: {'was already trained for' if done.already_finished else 'trained for'} {done.steps} steps on "
         f"{done.samples:,} samples; skipped: {lines_of(done.skipped)}" + (f"\nlast losses: {losses}" if losses else "")

@@ -86,6 +86,12 @@ def check_objective(
         raise ConfigError(f"the mean is one over {'s or over '.join(ways)}s, got {normalize_by!r}")
 
 
+def absent_terms(objective: str, switch: bool) -> frozenset[str]:
+    """Return which of a run's logged losses are always 0, since its objective has no such term; lines for people leave them out."""
+    absent = {"loss_align"} if objective in ("sft", "switch-ce") else set()
+    return frozenset(absent if switch else absent | {"loss_vsd"})
+
+
 LORA_PARTS = ("language", "vision")  # parts of a student that may train as LoRA; a projector is small and trains whole
 
 

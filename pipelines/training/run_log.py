@@ -2,6 +2,7 @@
 
 import logging
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,14 @@ def _gigabytes(size: float) -> str:
 
 
 class RunReport(TrainerCallback):
-    """Logs one line per logging interval, and at the end the peak memory, if the device counts it."""
+    """Logs one line per logging interval, and at the end the peak memory, if the device counts it.
 
-    def __init__(self, samples: int, samples_per_step: int) -> None:
-        self.samples, self.samples_per_step = samples, samples_per_step
+    Args:
+        samples: of an epoch. absent: losses that the lines leave out, see `settings.absent_terms`.
+    """
+
+    def __init__(self, samples: int, samples_per_step: int, absent: Collection[str] = ()) -> None:
+        self.samples, self.samples_per_step, self.absent = samples, samples_per_step, absent
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress = Progress("training", state.max_steps, "steps", done=state.global_step, every=STEP_LINE_SECONDS)
@@ -151,7 +156,11 @@ class RunReport(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss_ce" in logs and state.is_world_process_zero:
-            self.progress.advance(0, int(logs["positions"]), line_of(logs))
+            self.progress.advance(
+                0,
+                int(logs["positions"]),
+                line_of({name: value for name, value in logs.items() if name not in self.absent}),
+            )
         elif logs and "eval_loss_ce" in logs and state.is_world_process_zero:
             log.info("held-out samples after step %s: %s", f"{state.global_step:,}", line_of_held_out(logs))
 
@@ -201,7 +210,8 @@ def line_of(logs: dict[str, Any]) -> str:
     if "grad_norm" in logs:
         said.append(f"gradient {logs['grad_norm']:.3g}")
     if "vsd_gradient_norm" in logs:
-        said.append(f"of VSD {logs['vsd_gradient_norm']:.3g}")
+        term = "the switch pathway's CE" if "loss_switch_ce" in logs else "VSD"
+        said.append(f"of {term} {logs['vsd_gradient_norm']:.3g}")
     if "knee_teacher_mean" in logs:
         said += [
             f"k {who} {logs[f'knee_{who}_mean']:,.0f} p95 {logs[f'knee_{who}_p95']:,.0f}"
