@@ -10,6 +10,7 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
+from switchkd.counting import counted
 from switchkd.errors import StoreError, StoreMismatch
 from switchkd.settings import StoreLocation
 from switchkd.stores import layout
@@ -71,7 +72,7 @@ class StoredSample:
         if self.status:
             return f"StoredSample({self.index}: skipped, {self.reason})"
         kept = [name for name, array in self.payload.arrays().items() if array is not None]
-        return f"StoredSample({self.index}: {len(self.payload)} positions, {', '.join(kept)})"
+        return f"StoredSample({self.index}: {counted(len(self.payload), 'position')}, {', '.join(kept)})"
 
     def _array(self, name: str, array: NDArray[Any] | None) -> NDArray[Any]:
         if self.status:
@@ -204,7 +205,7 @@ class TeacherStore:
         there = len(self.parts())
         if there < self.manifest.part_count:
             raise StoreError(
-                f"{self.path} holds {there} of {self.manifest.part_count} parts; "
+                f"{self.path} holds {there} of {counted(self.manifest.part_count, 'part')}; "
                 "run the same `switchkd cache-teacher` command again to finish it"
             )
 

@@ -28,6 +28,7 @@ from typing import Any, get_args
 
 import yaml
 
+from switchkd.counting import counted
 from switchkd.errors import ConfigError
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
@@ -383,7 +384,8 @@ def _comparison(given: Any, cells: Iterable[Cell], path: Path) -> Comparison:
         seeds = [cell.seed for cell in cells if is_of_arm(cell, axes)]
         if not seeds or len(seeds) != len(set(seeds)):
             raise ConfigError(
-                f"recipe {path}: compare: the arm {name} should be one cell of the matrix for each seed, it is {len(seeds)} cells"
+                f"recipe {path}: compare: the arm {name} should be one cell of the matrix for each seed, it is "
+                f"{counted(len(seeds), 'cell')}"
             )
     if not isinstance(pairs, list) or not all(
         isinstance(p, list) and len(p) == 2 and set(p) <= arms.keys() for p in pairs

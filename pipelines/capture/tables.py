@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from switchkd.counting import counted
 from switchkd.data.encoded import EncodedSample
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile
@@ -49,7 +50,7 @@ def probe_tables(
         if len(encoded) == PROBE_SAMPLES:
             break
     probe: list[Payload] = []
-    with Waiting(f"running the teacher over the first {len(encoded):,} samples") as wait:
+    with Waiting(f"running the teacher over the first {counted(len(encoded), 'sample')}") as wait:
         for start in range(0, len(encoded), batch_size):
             probe += capture_rows(backend, manifest, checkpoint.path, encoded[start : start + batch_size])
             wait.share = min(1.0, (start + batch_size) / len(encoded))

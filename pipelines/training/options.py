@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from switchkd.counting import counted
 from switchkd.errors import ConfigError
 from switchkd.pipelines.options import keyword_options_class, option
 from switchkd.pipelines.training.option_checks import (
@@ -388,7 +389,8 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions):
         at_once = self.batch_size * processes
         if self.global_batch % at_once:
             raise ConfigError(
-                f"a global batch of {self.global_batch} samples cannot be made of {processes} devices x {self.batch_size} "
-                "samples: choose a --batch-size that divides it, or pass --accumulation"
+                f"a global batch of {counted(self.global_batch, 'sample')} cannot be made of "
+                f"{counted(processes, 'device')} x {counted(self.batch_size, 'sample')}: "
+                "choose a --batch-size that divides it, or pass --accumulation"
             )
         return self.global_batch // at_once

@@ -91,7 +91,7 @@ def test_the_instruction_is_text_after_the_image_with_an_answer_to_come():
 def said_layer(caplog):
     """What a run said of the layer that it chose: (layer, of how many, highest score, lowest)."""
     text = next(record.getMessage() for record in caplog.records if NAME in record.getMessage())
-    return re.search(r"layer (\d+) of (\d+) .*score, ([\d.]+) \(lowest ([\d.]+), .* (\d+) images", text).groups()
+    return re.search(r"layer (\d+) of (\d+) .*score, ([\d.]+) \(lowest ([\d.]+), .* (\d+) images?, two", text).groups()
 
 
 def asked_after(batch, is_image):
@@ -208,7 +208,7 @@ def test_what_cannot_work_is_said_before_anything_runs(live, name, change, messa
 def test_one_instruction_alone_tells_no_layer(live, tmp_path, content):
     data = tiny.data(tmp_path / "same", content)
     run = live(NAME, data=data, images=data.parent / "images", batch_size=1)
-    with pytest.raises(ConfigError, match="have no two instructions to compare: name a layer, --attention-layer N"):
+    with pytest.raises(ConfigError, match="gave no two instructions to compare: name a layer, --attention-layer N"):
         train(run)
     train(replace(run, attention_layer=1, steps=1))  # the refused command left no record
 

@@ -155,7 +155,7 @@ def test_the_plan_is_told_before_the_first_step(options, monkeypatch, caplog):
         in said
     )
     assert "teacher: 0 of 23,424 parameters train (projector 0 of 2,112, language 0 of 21,312), float32" in said
-    assert "steps: 6 of 4 samples: 1 processes (ddp) x batch size 4 x accumulation 1" in said
+    assert "steps: 6 of 4 samples: 1 process (ddp) x batch size 4 x accumulation 1" in said
     for kind in ("student", "gradients", "optimizer", "teacher", "activations", "loss"):
         assert f"{kind} 0." in said.partition("memory, estimated")[2], kind
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from switchkd.counting import counted
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.losses.baselines import (
     Seen,
@@ -63,15 +64,16 @@ class InstructionFocusTerms(VisualLogitTerms):
         if not pairs:
             raise ConfigError(
                 f"objective {self.name} takes the teacher's layer whose attention to an image depends most on the instruction, "
-                f"but {len(encoded)} samples with an image have no two instructions to compare: name a layer, --attention-layer N"
+                f"but {counted(len(encoded), 'sample')} with an image gave no two instructions to compare: name a "
+                "layer, --attention-layer N"
             )
         scores = instruction_relevance(*(torch.stack(side, 1) for side in zip(*pairs, strict=True)))
         best = int(scores.argmax())
         self.source.attention_layers = (layers[best],)
         log.info(
             "%s: layer %d of %d of the teacher's LLM weighs the visual tokens, with the highest instruction-relevance score, %.3f "
-            "(lowest %.3f, mean %.3f; %d images, two instructions each)",
-            self.name, layers[best], depth_of(teacher), scores[best], scores.min(), scores.mean(), len(pairs),
+            "(lowest %.3f, mean %.3f; %s, two instructions each)",
+            self.name, layers[best], depth_of(teacher), scores[best], scores.min(), scores.mean(), counted(len(pairs), "image"),
         )  # fmt: skip
 
     def of_images(self, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
