@@ -8,6 +8,7 @@ import click
 
 from switchkd.cli.common import default_device, echo, importing, quiet_libraries
 from switchkd.cli.options import options_of
+from switchkd.counting import counted
 from switchkd.pipelines.ablation.options import AblateOptions
 
 
@@ -62,6 +63,6 @@ def command(
     )
     echo(done.table)
     echo("\n".join(f"written: {path}" for path in done.files))
-    echo(f"{done.cells} cells, {done.done_before} of them were done before")
+    echo(f"{counted(done.cells, 'cell')}, {done.done_before} done before")
     if done.left:
-        echo(f"{done.left} cells are left, since --minutes were over: run the same command again")
+        echo(f"left: {counted(done.left, 'cell')}, since --minutes were over: run the same command again")

@@ -8,6 +8,7 @@ import click
 
 from switchkd.cli.common import PATH, default_device, echo, importing, quiet_libraries
 from switchkd.cli.options import options_of
+from switchkd.counting import counted
 from switchkd.pipelines.reporting.options import AttendOptions
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def command(images: tuple[Path, ...], questions: tuple[str, ...], device: str | 
     """
     if len(images) != len(questions):
         raise click.UsageError(
-            f"each --question goes with an --image: {len(images)} images, {len(questions)} questions"
+            f"each --question goes with an --image: {counted(len(images), 'image')}, {counted(len(questions), 'question')}"
         )
     quiet_libraries()
     with importing():

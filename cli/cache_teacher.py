@@ -8,6 +8,7 @@ import click
 
 from switchkd.cli.common import config_option, default_device, echo, importing, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
+from switchkd.counting import counted
 from switchkd.pipelines.capture.options import BATCH_SIZES, SCALE, CacheOptions
 from switchkd.pipelines.mixture import mixture_at
 
@@ -83,9 +84,9 @@ def command(
         found = list(cache_mixture(mixture, resolved, tell=lambda line: echo(line, err=True)).values())
     for done in found:
         echo(
-            f"{done.store}: {done.parts_written} parts written, {done.parts_already_there} were there, "
+            f"{done.store}: {counted(done.parts_written, 'part')} written, {done.parts_already_there} there before, "
             f"{done.parts_missing} left to other workers\n"
-            f"cached now: {done.samples:,} samples, {done.positions:,} positions, "
+            f"cached now: {counted(done.samples, 'sample')}, {counted(done.positions, 'position')}, "
             f"{done.written_bytes / 1e9:,.3f} GB; skipped: {lines_of(done.skipped)}"
         )
 
@@ -107,7 +108,7 @@ def _print_plans(options: CacheOptions, plans: "dict[str, Plan]", egress_price: 
         _print_plan(options, egress_price, found)
     every = plans.values()
     echo(
-        f"together: {sum(found.samples for found in every):,} samples, about "
+        f"together: {counted(sum(found.samples for found in every), 'sample')}, about "
         f"{sum(found.device_hours for found in every):,.2f} {'GPU hours' if all(p.on_gpu for p in every) else 'hours'}, about "
         f"{sum(found.store_bytes() for found in every) / 1e9:,.3f} GB"
     )
@@ -147,7 +148,7 @@ def _print_plan(options: CacheOptions, egress_price: float, found: "Plan | None"
             f"about ${read * egress_price:,.2f} to train from it for one epoch ({found.trained_from}) outside, at "
             f"${egress_price:g} a GB"
         )
-    rows["probe"] = f"{found.probed_samples} random samples with {options.backend}; nothing was written"
+    rows["probe"] = f"{counted(found.probed_samples, 'random sample')} with {options.backend}; nothing was written"
     for name, value in rows.items():
         echo(f"{name:<11}{value}")
     echo("size by payload:")

@@ -6,6 +6,7 @@ import click
 
 from switchkd.cli.common import PATH, echo, quiet_libraries
 from switchkd.cli.options import options_of
+from switchkd.counting import counted
 from switchkd.pipelines.checkpoints.options import ConvertOptions
 
 
@@ -23,8 +24,9 @@ def command(**options: Any) -> None:
 
     done = convert(ConvertOptions(**options))
     echo(
-        f"{done.target}: {done.layout} to {options['to']}, {done.tensors} tensors, {done.parameters:,} parameters; "
-        f"{done.from_tower} tensors from the tower's folder, {done.new_rows} new rows for <image>"
+        f"{done.target}: {done.layout} to {options['to']}, {counted(done.tensors, 'tensor')}, "
+        f"{counted(done.parameters, 'parameter')}; "
+        f"{counted(done.from_tower, 'tensor')} from the tower's folder, {counted(done.new_rows, 'new row')} for <image>"
     )
     if done.dropped:
         echo(f"left out, since they are computed: {', '.join(done.dropped)}")

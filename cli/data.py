@@ -7,6 +7,7 @@ import click
 
 from switchkd.cli.common import PATH, default_device, echo, quiet_libraries
 from switchkd.cli.options import options_of
+from switchkd.counting import counted
 from switchkd.pipelines.emoji_vqa.options import EmojiVQAOptions
 from switchkd.pipelines.mixture import Mixture, mixture_at
 from switchkd.pipelines.preflight.options import CheckOptions, ShowOptions
@@ -75,7 +76,8 @@ def show(data: Path, plain: bool, **options: Any) -> None:
             f"{name and name + ', '}row {sample.row}, id {sample.id}, {sample.image or 'no image'}: ", 500
         )
         of = "a made-up image (pass --images: their number depends on the image)" if sample.stands_in else "the image"
-        counts = f"{sample.tokens():,} tokens, {sample.tokens('image'):,} of {of}, {sample.tokens('supervised'):,} supervised"
+        total = counted(sample.tokens(), "token")
+        counts = f"{total}, {sample.tokens('image'):,} of {of}, {sample.tokens('supervised'):,} supervised"
         console.print(Text(about + printable(sample.problem or counts), "bold"))
         text, tokens = Text(), Text("  ")
         for span in sample.spans:
@@ -111,7 +113,7 @@ def format_check(check: "DataCheck") -> list[str]:
     from switchkd.data.samples import Status
     from switchkd.pipelines.preflight.skip_limit import allowed_skips
 
-    out = [f"{check.rows:,} rows", "", "rows that can be read"]
+    out = [counted(check.rows, "row"), "", "rows that can be read"]
     out += [f"  {kind:<28}{count:>10,}" for kind, count in sorted(check.kinds.items())]
     out += ["", f"would be skipped: {check.skipped:,} ({check.skipped / check.rows:.2%})"]
     if check.skipped > (allowed := allowed_skips(check.rows, MAX_SKIPPED)):
@@ -147,7 +149,7 @@ def format_mixture(mixture: Mixture, checks: "dict[str, DataCheck]") -> list[str
     """Return what an epoch of a mixture takes of each data file, as lines of text."""
     drawn = {entry.name: entry.drawn(checks[entry.name].rows - checks[entry.name].skipped) for entry in mixture.entries}
     total = sum(drawn.values())
-    out = [f"{mixture.path}: {total:,} samples an epoch"]
+    out = [f"{mixture.path}: {counted(total, 'sample')} an epoch"]
     for entry in mixture.entries:
         check, share = checks[entry.name], entry.share()
         usable = f"of {check.rows - check.skipped:,} usable" + (f", {share}" if share else "")

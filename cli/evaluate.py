@@ -6,6 +6,7 @@ import click
 
 from switchkd.cli.common import config_option, default_device, echo, importing, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
+from switchkd.counting import counted
 from switchkd.pipelines.evaluation.options import BENCHMARKS, AnswerOptions, BenchmarkOptions, EvalOptions
 from switchkd.pipelines.options import fields_of
 
@@ -84,14 +85,15 @@ def _exact_match(options: dict[str, Any]) -> None:
     scores = evaluate(EvalOptions(**options))
     sample = "" if scores.limited_to is None else ", a sample"
     echo(
-        f"exact match {scores.accuracy:.4f} over {scores.questions:,} questions{sample}; skipped: {lines_of(scores.skipped)}"
+        f"exact match {scores.accuracy:.4f} over {counted(scores.questions, 'question')}{sample}; skipped: "
+        f"{lines_of(scores.skipped)}"
     )
     for kind, share in scores.by_type.items():
         echo(f"  {kind:<16} {share:.4f}")
     if scores.baseline is not None:
         found = scores.baseline
         echo(
-            f"compared with {found.run}, {found.model}, on the {found.overall.questions:,} questions that both answered:"
+            f"compared with {found.run}, {found.model}, on the {counted(found.overall.questions, 'question')} that both answered:"
         )
         for kind, row in [("all", found.overall), *found.by_type.items()]:
             low, high = row.interval

@@ -6,6 +6,7 @@ import click
 
 from switchkd.cli.common import config_option, echo, quiet_libraries
 from switchkd.cli.options import options_of
+from switchkd.counting import counted
 from switchkd.pipelines.checkpoints.options import InitOptions
 
 
@@ -23,6 +24,6 @@ def command(**options: Any) -> None:
     done = init_student(InitOptions(**options))
     parts = ", ".join(f"{name} {count:,}" for name, count in done.parameters.items())
     echo(
-        f"{done.out}: {sum(done.parameters.values()):,} parameters ({parts}); "
-        f"an image becomes {done.image_tokens} tokens, <image> has id {done.image_token_id}"
+        f"{done.out}: {counted(sum(done.parameters.values()), 'parameter')} ({parts}); "
+        f"an image becomes {counted(done.image_tokens, 'token')}, <image> has id {done.image_token_id}"
     )

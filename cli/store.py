@@ -8,6 +8,7 @@ import click
 
 from switchkd.cli.common import PATH, STORE, default_device, echo, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, options_of
+from switchkd.counting import counted
 from switchkd.pipelines.capture.options import AuditOptions
 from switchkd.waits import duration
 
@@ -37,15 +38,15 @@ def info(path: "StoreLocation") -> None:
         "skipped": lines_of(found.skipped),
         "positions": f"{found.positions:,}",
         "payload": manifest.describe_all(),
-        "size": f"{found.store_bytes:,} bytes on disk, {found.bytes_per_position:.1f} a position in its arrays",
+        "size": f"{counted(found.store_bytes, 'byte')} on disk, {found.bytes_per_position:.1f} a position in its arrays",
         "knee": ", ".join(f"{name} {value:,.0f}" for name, value in found.knee_quantiles.items()) or "no position",
         "format": f"version {manifest.version}, statistics of {manifest.stats_dtype or manifest.teacher['dtype']} logits",
         "teacher": ", ".join(f"{name} {value}" for name, value in manifest.teacher.items()),
         "tokenizer": manifest.tokenizer,
         "template": manifest.template["name"],
         "images": f"processor {manifest.image_processor}, "
-        + (f"{manifest.image_tokens} tokens each" if manifest.image_tokens else "tokens by their size"),
-        "max length": f"{manifest.max_length} tokens",
+        + (f"{counted(manifest.image_tokens, 'token')} each" if manifest.image_tokens else "tokens by their size"),
+        "max length": counted(manifest.max_length, "token"),
         "data": manifest.data,
         "written by": ", ".join(f"{name} {value}" for name, value in manifest.written_by.items()),
     }
@@ -64,18 +65,22 @@ def status(path: "StoreLocation") -> None:
     rows = {
         "store": str(found.path),
         "parts": f"{len(found.done):,} of {manifest.part_count:,} done; missing: {_ranges(found.missing)}",
-        "samples": f"{found.samples:,} of {manifest.samples:,}, {found.positions:,} positions",
+        "samples": f"{found.samples:,} of {manifest.samples:,}, {counted(found.positions, 'position')}",
     }
     if found.last is not None:
         rows["last"] = f"{found.last:%Y-%m-%d %H:%M:%S} UTC"
     if found.samples_per_second is not None:
-        rows["rate"] = f"{found.samples_per_second:,.1f} samples/s over the latest {found.stretch_parts} parts"
+        rows["rate"] = (
+            f"{found.samples_per_second:,.1f} samples/s over the latest {counted(found.stretch_parts, 'part')}"
+        )
     if found.missing and found.seconds_left is not None:
         rows["left"] = f"about {duration(found.seconds_left)} at that rate"
     for name, value in rows.items():
         echo(f"{name:<12}{value}")
     for writer in found.writers:
-        echo(f"  {writer.name}  {writer.parts:,} parts, {writer.samples:,} samples, last {writer.last:%H:%M:%S}")
+        echo(
+            f"  {writer.name}  {counted(writer.parts, 'part')}, {counted(writer.samples, 'sample')}, last {writer.last:%H:%M:%S}"
+        )
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -114,8 +119,8 @@ def verify(ctx: click.Context, path: "StoreLocation") -> None:
             progress.advance(1, positions=0 if findings else store.part_positions(part))
     missing = missing_parts(store)
     if missing:
-        echo(f"missing: {len(missing)} parts, the first is {missing[0]}; run cache-teacher again")
-    counts = f"{good} parts good, {bad} bad, {len(missing)} missing"
+        echo(f"missing: {counted(len(missing), 'part')}, the first is {missing[0]}; run cache-teacher again")
+    counts = f"{counted(good, 'part')} good, {bad} bad, {len(missing)} missing"
     echo(f"{store.path}: {counts}" + (f", {unreadable} could not be read" if unreadable else ""))
     if bad:
         echo("`switchkd store repair` drops the bad ones; cache-teacher then writes exactly these again")
@@ -180,9 +185,9 @@ def export(path: "StoreLocation", out: Path) -> None:
             progress.advance(done.samples, positions=done.positions)
             written, positions, kept = written + done.written, positions + done.positions, kept + (not done.written)
     missing = store.manifest.part_count - len(store.parts())
-    echo(f"{out}: {written:,} parts written, {positions:,} positions; {kept:,} were there already")
+    echo(f"{out}: {counted(written, 'part')} written, {counted(positions, 'position')}; {kept:,} there already")
     if missing:
-        echo(f"{missing:,} parts of {store.path} are not captured yet: run cache-teacher again, and then this")
+        echo(f"{counted(missing, 'part')} of {store.path} not captured yet: run cache-teacher again, and then this")
 
 
 @command.command("plot")
@@ -198,7 +203,8 @@ def plot(path: "StoreLocation", out: Path) -> None:
 def _format_audit(report: "AuditReport") -> Iterator[str]:
     """Yield the report as the command line prints it: a table per student, and the verdict."""
     yield (
-        f"{report.store}: {report.samples} random samples, {report.positions} positions, against the live teacher in "
+        f"{report.store}: {counted(report.samples, 'random sample')}, {counted(report.positions, 'position')}, "
+        "against the live teacher in "
         f"{report.dtype} with float32 logits"
     )
     for student in dict.fromkeys(row.student for row in report.rows):

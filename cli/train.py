@@ -10,10 +10,12 @@ from click.core import ParameterSource
 from switchkd.cli.common import config_option, echo, gigabytes, importing, lines_of, quiet_libraries
 from switchkd.cli.options import GroupedCommand, GroupedOption, options_of
 from switchkd.collector import without_collection
+from switchkd.counting import counted
 from switchkd.errors import ConfigError
 from switchkd.pipelines.given import require_given
-from switchkd.pipelines.run_folder import SUMMARY
+from switchkd.pipelines.run_folder import SUMMARY, read_record
 from switchkd.pipelines.training.options import SCALE, TrainOptions
+from switchkd.settings import absent_terms
 
 if TYPE_CHECKING:
     from switchkd.pipelines.training.resuming import TrainSummary
@@ -75,10 +77,14 @@ def command(ctx: click.Context, /, dry_run: bool, devices: int, **options: Any) 
         done = train(resolved)
     if not first:
         return
-    losses = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in done.losses.items())
+    record = read_record(done.output)
+    absent = absent_terms(record.get("objective", ""), record.get("switch", True))
+    told = {name.removeprefix("loss_"): value for name, value in done.losses.items() if name not in absent}
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in told.items())
     echo(
-        f"{done.output}: {'was already trained for' if done.already_finished else 'trained for'} {done.steps} steps on "
-        f"{done.samples:,} samples; skipped: {lines_of(done.skipped)}" + (f"\nlast losses: {losses}" if losses else "")
+        f"{done.output}: {'was already trained for' if done.already_finished else 'trained for'} {counted(done.steps, 'step')} on "
+        f"{counted(done.samples, 'sample')}; skipped: {lines_of(done.skipped)}"
+        + (f"\nlast losses: {losses}" if losses else "")
     )
 
 
@@ -103,12 +109,12 @@ def _print_plan(options: TrainOptions, devices: int) -> None:
     kinds = ", ".join(f"{name} {gigabytes(size)}" for name, size in found.memory.items() if size)
     again = f", and {_petaflop(found.recomputed_flops)} computed again" if found.recomputed_flops else ""
     rows = {
-        "steps": f"{found.steps:,} of {found.global_batch:,} samples on {devices:,} devices",
+        "steps": f"{found.steps:,} of {counted(found.global_batch, 'sample')} on {counted(devices, 'device')}",
         "memory": f"about {gigabytes(sum(found.memory.values()))} of each device ({kinds})",
-        "compute": f"about {_petaflop(found.step_flops)} a step{again}, from {found.probed_samples:,} samples",
+        "compute": f"about {_petaflop(found.step_flops)} a step{again}, from {counted(found.probed_samples, 'sample')}",
         "time": "pass --peak-tflops, what one device can do at this precision",
-        "disk": f"about {gigabytes(found.disk_bytes)}: {found.checkpoints} checkpoints of {gigabytes(found.checkpoint_bytes)}, "
-        f"one of them being written, and the student; free {gigabytes(found.free_bytes)}",
+        "disk": f"about {gigabytes(found.disk_bytes)}: {counted(found.checkpoints, 'checkpoint')} of "
+        f"{gigabytes(found.checkpoint_bytes)}, one of them being written, and the student; free {gigabytes(found.free_bytes)}",
     }
     if (peak := options.peak_tflops) is not None:
         at_peak = found.hours(peak, 1.0)

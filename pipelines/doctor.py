@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import switchkd
+from switchkd.counting import counted
 from switchkd.settings import OLDEST_FOR_TRAINING
 
 # Extra → the features that it adds, for users. A test checks that it is complete.
@@ -116,7 +117,7 @@ def _tried(area: str, look: Callable[[], str], failed: str, advice: str) -> Find
 def _devices() -> Iterator[Finding]:
     import torch
 
-    threads = f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads for torch"
+    threads = f"CPU: {counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')} for torch"
     yield Finding("devices", "ok", threads)
     if not torch.cuda.is_available():
         built = (

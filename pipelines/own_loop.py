@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from switchkd.counting import counted
 from switchkd.data.encoded import EncodedSample, collate, pad_id_of
 from switchkd.data.samples import SampleFile, Status
 from switchkd.errors import ConfigError, StoreMismatch
@@ -137,7 +138,8 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self.samples = SampleFile(Path(data))
         if len(self.samples) != len(store):
             raise StoreMismatch(
-                f"{store.store.path} was made from {len(store)} rows, {data} has {len(self.samples)}: pass the file that was cached"
+                f"{store.store.path} was made from {counted(len(store), 'row')}, {data} has {len(self.samples)}: "
+                "pass the file that was cached"
             )
         self.encoder = encoder_of_store(manifest, opened, None if images is None else Path(images))
         self.pad_id = pad_id_of(opened.tokenizer)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from switchkd.counting import counted
 from switchkd.waits import duration
 
 FIRST_SECONDS = 2.0  # until the first line of a log file, also where nothing is done by then
@@ -79,7 +80,7 @@ class Progress:
         slow = done and done / seconds < SLOW
         rate = f"{duration(seconds / done)} each" if slow else f"{done / seconds:,.1f} {self.unit}/s"
         rate += f", {self.positions / seconds:,.0f} positions/s" if self.positions else ""
-        rate += f", {self.ahead:,} requests ahead" if self.ahead else ""
+        rate += f", {counted(self.ahead, 'request')} ahead" if self.ahead else ""
         return rate + (f", {self.written_bytes / 1e9:,.3f} GB written" if self.written_bytes else "")
 
     def _line(self, note: str = "") -> None:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from switchkd.counting import counted
 from switchkd.data.encoded import EncodedSample, collate
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import Sample
@@ -80,7 +81,8 @@ class VisualAdvantage:
         if not self.every.is_clear:
             return [
                 f"the teacher does not look: a sharp image instead of a blurred one adds {self.every.mean:.3f} ± "
-                f"{self.every.error:.3f} nats to an answer's log-probability, over {self.every.samples} samples. Perhaps images "
+                f"{self.every.error:.3f} nats to an answer's log-probability, over "
+                f"{counted(self.every.samples, 'sample')}. Perhaps images "
                 "belong to other rows, the template leaves them out, or the model answers from the text: compare with "
                 "`switchkd data show` and `switchkd chat`"
             ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from switchkd.counting import counted
 from switchkd.errors import RunError, StoreError
 from switchkd.stores import layout
 from switchkd.stores.checks import METADATA_BYTES, attribute
@@ -89,7 +90,7 @@ def read_record(storage: Storage, manifest: Manifest, number: int) -> dict[str, 
         raise StoreError(f"cannot open {where}: {error}; {DAMAGED_PART_ADVICE}") from error
     except NotThePart:
         raise StoreError(
-            f"{where} is not part {number} of this store ({samples} samples); {DAMAGED_PART_ADVICE}"
+            f"{where} is not part {number} of this store ({counted(samples, 'sample')}); {DAMAGED_PART_ADVICE}"
         ) from None
     except ValueError as error:
         raise StoreError(f"{where}/{MARKER}: {error}; {DAMAGED_PART_ADVICE}") from error
@@ -113,7 +114,7 @@ def _open(
     for name, array in arrays.items():
         if len(array) != offset[-1]:
             raise StoreError(
-                f"{where}: {name} has {len(array)} positions, its samples have {offset[-1]}; {DAMAGED_PART_ADVICE}"
+                f"{where}: {name} has {counted(len(array), 'position')}, its samples have {offset[-1]}; {DAMAGED_PART_ADVICE}"
             )
     for problem in _table_problems(manifest, offset, status):
         raise StoreError(f"{where}: {problem}; {DAMAGED_PART_ADVICE}")

@@ -10,6 +10,7 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
+from switchkd.counting import counted
 from switchkd.errors import StoreError, StoreMismatch
 from switchkd.settings import StoreLocation
 from switchkd.stores import layout
@@ -165,7 +166,7 @@ class TeacherStore:
         there = len(self.parts())
         if there < self.manifest.part_count:
             raise StoreError(
-                f"{self.path} holds {there} of {self.manifest.part_count} parts; "
+                f"{self.path} holds {there} of {counted(self.manifest.part_count, 'part')}; "
                 "run the same `switchkd cache-teacher` command again to finish it"
             )
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from switchkd.counting import counted
 from switchkd.errors import StoreError
 from switchkd.stores.payload import Payload
 
@@ -53,7 +54,7 @@ class StoredSample:
         if self.status:
             return f"StoredSample({self.index}: skipped, {self.reason})"
         kept = [name for name, array in self.payload.arrays().items() if array is not None]
-        return f"StoredSample({self.index}: {len(self.payload)} positions, {', '.join(kept)})"
+        return f"StoredSample({self.index}: {counted(len(self.payload), 'position')}, {', '.join(kept)})"
 
     def _array(self, name: str, array: NDArray[Any] | None) -> NDArray[Any]:
         if self.status:

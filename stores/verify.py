@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from switchkd.counting import counted
 from switchkd.errors import RunError, StoreError, StoreUnreadable
 from switchkd.stores import layout
 from switchkd.stores.codec import LARGEST_STEP_COUNT, STAT_STEPS, HiddenSteps
@@ -169,7 +170,7 @@ def _payload_problems(payload: Payload, manifest: Manifest, steps: HiddenSteps |
             ).any(-1)
     for what, wrong in checks.items():
         if wrong.any():
-            yield f"{what} ({int(wrong.sum())} of {len(wrong)} positions)"
+            yield f"{what} ({int(wrong.sum())} of {counted(len(wrong), 'position')})"
 
 
 def _slack(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from switchkd.counting import counted
 from switchkd.errors import RunError, StoreError
 from switchkd.settings import StoreLocation
 from switchkd.stores import layout
@@ -127,7 +128,8 @@ class StoreWriter:
         except (OSError, MemoryError) as error:
             done = self.manifest.part_count - len(self.missing_parts())
             raise RunError(
-                f"cannot write part {part} of {self.path}: {_reason(error)}. The {done} parts written so far are whole; "
+                f"cannot write part {part} of {self.path}: {_reason(error)}. What was written so far, "
+                f"{counted(done, 'part')}, is whole; "
                 "make room or mend the folder and run the same command again"
             ) from error
         self.written_bytes += sum(map(len, files.values())) if committed else 0

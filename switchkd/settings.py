@@ -22,11 +22,13 @@ ObjectiveName = Literal[
     "llava-kd",
     "align-kd",
     "compodistill",
+    "align-ti-iva",
 ]
 BASELINE_OBJECTIVES = (
     "llava-kd",
     "align-kd",
     "compodistill",
+    "align-ti-iva",
 )  # baselines, which have no switch pathway and need a live teacher
 NormalizeBy = Literal["position", "sample"]
 WeightBy = Literal["visual-advantage"]
@@ -94,6 +96,12 @@ def check_objective(
         raise ConfigError(
             f"objective {name} compares with no logits of a teacher, which --weight-by {weight_by} would weight: leave it out"
         )
+
+
+def absent_terms(objective: str, switch: bool) -> frozenset[str]:
+    """Return which of a run's logged losses are always 0, since its objective has no such term; lines for people leave them out."""
+    absent = {"loss_align"} if objective in ("sft", "switch-ce") else set()
+    return frozenset(absent if switch else absent | {"loss_vsd"})
 
 
 LORA_PARTS = ("language", "vision")  # parts of a student that may train as LoRA; a projector is small and trains whole

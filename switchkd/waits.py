@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import Self
 
+from switchkd.counting import counted
+
 FIRST_SECONDS = 2.0  # a wait that ends earlier is not mentioned
 NEXT_SECONDS = 15.0  # seconds between two lines about one wait
 log = logging.getLogger(__name__)
@@ -60,5 +62,5 @@ class Waiting:
 def duration(seconds: float) -> str:
     """Return a time in the most readable unit: "28 seconds", "12 minutes", "3.4 hours"."""
     if seconds < 120:
-        return f"{seconds:,.0f} seconds"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+        return counted(round(seconds), "second")
+    return counted(round(seconds / 60), "minute") if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

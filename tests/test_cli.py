@@ -54,7 +54,7 @@ def evaluation(place, *more):
 def test_the_whole_way(place):
     cached = cache(place)
     assert cached.exit_code == 0, cached.output
-    assert "2 parts written, 0 were there, 0 left to other workers" in cached.stdout
+    assert "2 parts written, 0 there before, 0 left to other workers" in cached.stdout
     assert "6 samples, 12 positions, 0.000 GB; skipped: none" in cached.stdout
     trained = train(place)
     assert trained.exit_code == 0, trained.output
@@ -168,7 +168,7 @@ def test_a_full_disk_is_a_failed_run(place, monkeypatch):
         patch.setattr("switchkd.stores.storage.local.LocalStorage.commit_part", full)
         done = cache(place)
     assert done.exit_code == 1
-    assert "No space left on device. The 0 parts written so far are whole" in done.output
+    assert "No space left on device. What was written so far, 0 parts, is whole" in done.output
     assert "Traceback" not in done.output
     assert "2 parts written" in cache(place).output
 

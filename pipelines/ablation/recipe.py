@@ -15,8 +15,8 @@
     compare: {arms: {NAME: values of axes}, pairs: [[NAME, NAME]]}: paired tests between arms over seeds, see `comparisons.py`
 
 A cell is one point of the matrix. Points that are the same run are one cell: without a distilled training stage, teacher, objective
-and switch have no effect; "sft" replaces distilled stages by plain ones; llava-kd, align-kd and compodistill have no switch
-pathway, and run the teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
+and switch have no effect; "sft" replaces distilled stages by plain ones; the baselines (llava-kd and those after it)
+have no switch pathway, and run the teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
 """
 
 import re
@@ -28,6 +28,7 @@ from typing import Any, get_args
 
 import yaml
 
+from switchkd.counting import counted
 from switchkd.errors import ConfigError
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
@@ -383,7 +384,8 @@ def _comparison(given: Any, cells: Iterable[Cell], path: Path) -> Comparison:
         seeds = [cell.seed for cell in cells if is_of_arm(cell, axes)]
         if not seeds or len(seeds) != len(set(seeds)):
             raise ConfigError(
-                f"recipe {path}: compare: the arm {name} should be one cell of the matrix for each seed, it is {len(seeds)} cells"
+                f"recipe {path}: compare: the arm {name} should be one cell of the matrix for each seed, it is "
+                f"{counted(len(seeds), 'cell')}"
             )
     if not isinstance(pairs, list) or not all(
         isinstance(p, list) and len(p) == 2 and set(p) <= arms.keys() for p in pairs

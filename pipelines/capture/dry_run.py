@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from switchkd.counting import counted
 from switchkd.data.encoded import EncodedSample
 from switchkd.data.samples import BadSample
 from switchkd.errors import CheckpointError
@@ -214,7 +215,7 @@ def _time_apart(worker: CaptureWorker, usable: list[tuple[int, EncodedSample]]) 
     """
     some = [sample for _, sample in usable[:: -(-len(usable) // PROBE_SAMPLES)]]
     dtype = worker.manifest.teacher["dtype"]
-    log.info("running %d samples with transformers, for the time of a live teacher", len(some))
+    log.info("running %s with transformers, for the time of a live teacher", counted(len(some), "sample"))
     try:
         seconds = seconds_with_transformers(worker.checkpoint, dtype, some, BATCH_SIZES["transformers"])
     except (LeftOut, CheckpointError) as reason:

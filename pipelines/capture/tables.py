@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from switchkd.counting import counted
 from switchkd.data.encoded import EncodedSample
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile
@@ -51,7 +52,7 @@ def probe_tables(
             break
     probe: list[Payload] = []
     sharp = replace(manifest, visual_advantage=0.0)  # the tables do not depend on it
-    with Waiting(f"running the teacher over the first {len(encoded):,} samples") as wait:
+    with Waiting(f"running the teacher over the first {counted(len(encoded), 'sample')}") as wait:
         for start in range(0, len(encoded), batch_size):
             probe += capture_rows(backend, sharp, checkpoint.path, encoded[start : start + batch_size])
             wait.share = min(1.0, (start + batch_size) / len(encoded))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from switchkd.counting import counted
 from switchkd.data.encoded import EncodedSample
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.files import check_folder
@@ -120,7 +121,8 @@ class CaptureWorker:
         """Yield the states of the samples to check from transformers; nothing without samples, or if it cannot run the teacher."""
         if samples:
             log.info(
-                "comparing vLLM with transformers on %d samples: transformers runs the teacher first", len(samples)
+                "comparing vLLM with transformers on %s: transformers runs the teacher first",
+                counted(len(samples), "sample"),
             )
             try:
                 yield states_with_transformers(self.checkpoint, self.manifest.teacher["dtype"], samples, self.manifest)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from switchkd.counting import counted
 from switchkd.errors import ConfigError
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
@@ -190,7 +191,7 @@ def _report(
 
 {table}
 
-Switch-KD against SFT, same first weights, data order and {options.student_steps:,} steps (seed {options.seed}):
+Switch-KD against SFT, same first weights, data order and {counted(options.student_steps, "step")} (seed {options.seed}):
 {gain:+.4f} accuracy.
 Answering from the question alone scores {easy_vqa.BLIND_ACCURACY:.3f}.
 One seed says little: repeat with `--seed` before believing a small difference. The time column shows what Switch-KD costs

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from switchkd.counting import counted
 from switchkd.data.samples import Status
 from switchkd.errors import DataError, StoreError
 from switchkd.printable import printable
@@ -51,7 +52,9 @@ class SkipLimit:
         self.skipped.update(skipped)
         total = self.skipped.total()
         if total > self.allowed:
-            raise self._too_many(f"{total:,} samples of {printable(self.data)} so far", self.skipped, seen, advice)
+            raise self._too_many(
+                f"{counted(total, 'sample')} of {printable(self.data)} so far", self.skipped, seen, advice
+            )
 
     def foresee(self, skipped: Mapping[str, int], of: int, seen: str = "") -> None:
         """Judge all samples by some of them from all over the data file; nothing is counted.
@@ -65,7 +68,7 @@ class SkipLimit:
         share = sum(skipped.values()) / of
         certain = share - 3 * math.sqrt(share * (1 - share) / of)
         if certain * self.samples > self.allowed:
-            what = f"{sum(skipped.values()):,} of {of:,} samples from all over {printable(self.data)}"
+            what = f"{sum(skipped.values()):,} of {counted(of, 'sample')} from all over {printable(self.data)}"
             raise self._too_many(what, Counter(skipped), seen, "")
 
     def _too_many(self, what: str, skipped: Counter[str], seen: str, advice: str) -> DataError:

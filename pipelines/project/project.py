@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from switchkd.counting import counted
 from switchkd.data.load_template import CHECKPOINT_TEMPLATE, load_template
 from switchkd.data.templates import TEMPLATES as KNOWN
 from switchkd.errors import ConfigError
@@ -119,8 +120,9 @@ def _batch_size(options: NewOptions) -> int:
     if rest or not share:
         nearest = max(1, round(options.global_batch / devices)) * devices
         raise ConfigError(
-            f"a global batch of {options.global_batch} samples cannot be divided among {options.nodes} nodes x {options.gpus} "
-            f"GPUs: pass --global-batch {nearest}, or other --nodes and --gpus"
+            f"a global batch of {counted(options.global_batch, 'sample')} cannot be divided among "
+            f"{counted(options.nodes, 'node')} x {counted(options.gpus, 'GPU')}: "
+            f"pass --global-batch {nearest}, or other --nodes and --gpus"
         )
     return max(size for size in range(1, MAX_BATCH + 1) if share % size == 0)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import switchkd
+from switchkd.counting import counted
 from switchkd.models.checkpoint import Checkpoint
 from switchkd.pipelines.evaluation.benchmarks.scoreboard import TABLE
 from switchkd.printable import markdown_text, printable
@@ -149,6 +150,7 @@ def _score_section(found: EvalScores) -> str:
     sample = "" if scores.get("limited_to") is None else "a sample of "
     rows = {"all": f"{scores['accuracy']:.4f}"} | {kind: f"{share:.4f}" for kind, share in scores["by_type"].items()}
     return (
-        f"Exact match on {sample}{markdown_text(_name(found.record['data']))}, {scores['questions']:,} questions, greedy, template "
+        f"Exact match on {sample}{markdown_text(_name(found.record['data']))}, "
+        f"{counted(scores['questions'], 'question')}, greedy, template "
         f"{markdown_text(found.record['template'])}:\n\n" + _rows(rows)
     )

@@ -8,6 +8,7 @@ policy forbids scripts altogether.
 from dataclasses import dataclass
 from pathlib import Path
 
+from switchkd.counting import counted
 from switchkd.pipelines.drawing import TEACHER, matplotlib_ready
 from switchkd.pipelines.reporting import figures
 from switchkd.pipelines.reporting.inputs import Inputs, find_inputs, named
@@ -127,7 +128,8 @@ def _samples(inputs: Inputs, options: ReportOptions) -> Section:
         )
         return section
     section.notes.append(
-        f"{len(chosen.samples)} of {chosen.shared:,} questions, evenly spaced over the {chosen.differing:,} on which the answers "
+        f"{len(chosen.samples)} of {counted(chosen.shared, 'question')}, evenly spaced over the {chosen.differing:,} "
+        "on which the answers "
         "differ, then over the others."
     )
     return Section(section.title, notes=section.notes, chosen=chosen)

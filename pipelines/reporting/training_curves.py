@@ -17,7 +17,11 @@ CURVES = {
     "positions_per_second": ("Speed", "positions / s", LOGGED),
     "wait_share": ("Time spent waiting for data", "share of the time", LOGGED),
     "grad_norm": ("Gradient norm", "norm before clipping", LOGGED),
-    "vsd_gradient_norm": ("Gradient of VSD in the vision features", "norm", f"train with `--switch`; {LOGGED}"),
+    "vsd_gradient_norm": (
+        "Gradient of the switch pathway in the vision features",
+        "norm",
+        f"train with `--switch`; {LOGGED}",
+    ),
 }
 NATS = "nats per position"
 EXACT_MATCH = "eval_exact_match"

@@ -250,6 +250,12 @@ def check_models(options: TrainOptions, student: Checkpoint, teacher: Checkpoint
             f"objective {objective.name} compares visual tokens and attention of two Llavas: {options.student} and "
             f"{options.teacher} are not; take another objective"
         )
+    if options.attention_layer is not None and teacher is not None:
+        depth = teacher.config.get_text_config().num_hidden_layers
+        if options.attention_layer >= depth:
+            raise ConfigError(
+                f"--attention-layer {options.attention_layer}: the LLM of {options.teacher} has layers 0 to {depth - 1}"
+            )
     if options.vsd_share not in (None, 1.0) and objective.switch and not llavas:
         raise CheckpointError(
             f"--vsd-share takes the features of some images of a batch, as two Llavas have them: {options.student} and "

@@ -1,4 +1,4 @@
-"""Metrics between two logs of a run: work done, time waited, knees, and the gradient norm of VSD at the vision tower's output."""
+"""Metrics between two logs of a run: work done, time waited, knees, and the switch pathway's gradient at the tower's output."""
 
 import time
 from typing import Any
@@ -145,7 +145,8 @@ class StepMetrics:
     def watched(self, features: Features) -> Features:
         """Return the features for the teacher's projector, and measure the gradient that the switch pathway passes back to them.
 
-        They are views, whose gradient is that of VSD alone; the student reads the features themselves. The cost is one norm.
+        They are views, whose gradient is that of VSD alone, or of switch-ce's second CE; the student reads the features themselves.
+        The cost is one norm.
         """
         if not self.looking:
             return features

@@ -30,7 +30,8 @@ from switchkd.pipelines.training.cost_model import CostModel, patches_of
 from switchkd.pipelines.training.inputs import TrainingInputs
 from switchkd.pipelines.training.int8_teacher import NAME as INT8
 from switchkd.pipelines.training.int8_teacher import count_as_int8, to_int8
-from switchkd.pipelines.training.live.baseline_terms import ExtraTerms, make_extra_terms
+from switchkd.pipelines.training.live.baseline_terms import make_extra_terms
+from switchkd.pipelines.training.live.extra_terms import ExtraTerms
 from switchkd.pipelines.training.live.teacher_source import LiveTeacher
 from switchkd.pipelines.training.option_groups.step import COMPILE, FP8_TEACHER, VARLEN
 from switchkd.pipelines.training.options import TrainOptions
@@ -100,7 +101,7 @@ def set_up_models(inputs: TrainingInputs, arguments: TrainingArguments, weights:
     extra_terms = None
     if inputs.objective.baseline:
         assert isinstance(source, LiveTeacher)
-        extra_terms = make_extra_terms(inputs.objective.name, student, source, options.seed)
+        extra_terms = make_extra_terms(inputs.objective.name, student, source, options.seed, options.attention_layer)
         source = extra_terms.source
     if arguments.fsdp:
         fit_fsdp(arguments, student)

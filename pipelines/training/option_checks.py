@@ -21,11 +21,18 @@ def parts_of(text: str) -> frozenset[str]:
 
 def check_baseline(options: "TrainOptions") -> None:
     """Raise ConfigError for options that a baseline's objective cannot be trained with."""
+    if options.attention_layer is not None and options.objective != "align-ti-iva":
+        raise ConfigError(f"--attention-layer belongs to objective align-ti-iva: leave it out with {options.objective}")
     if options.objective not in BASELINE_OBJECTIVES:
         return
     if options.teacher_mode != "live":
-        compared = {"llava-kd": "logits at visual tokens", "align-kd": "visual tokens and attention"}
-        what = compared.get(options.objective, "attention among visual tokens")
+        compared = {
+            "llava-kd": "logits at visual tokens",
+            "align-kd": "visual tokens and attention",
+            "compodistill": "attention among visual tokens",
+            "align-ti-iva": "logits at visual tokens, weighted by attention",
+        }
+        what = compared[options.objective]
         raise ConfigError(
             f"objective {options.objective} compares {what}, which no store holds: pass --teacher-mode live, and the teacher "
             "runs in every step"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from switchkd.counting import counted
 from switchkd.errors import ConfigError
 from switchkd.pipelines.options import keyword_options_class, option
 from switchkd.pipelines.training.option_checks import (
@@ -109,7 +110,14 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions, WeightOptions):
         default="dbild-rkl",
         group=OBJECTIVE,
         help="The divergence that Align and VSD measure; sft is CE alone. switch-ce: CE, and CE of the true answers on the switch "
-        "pathway, without a store. llava-kd, align-kd and compodistill are other methods: --no-switch --teacher-mode live.",
+        "pathway, without a store. llava-kd, align-kd, compodistill, align-ti-iva: other methods, --no-switch --teacher-mode live.",
+    )
+    attention_layer: int | None = option(
+        default=None,
+        at_least=0,
+        group=OBJECTIVE,
+        help="align-ti-iva: the layer of the teacher's LLM whose attention to the image weighs its tokens, counted from 0.",
+        unset="the one that depends most on the instruction",
     )
     switch: bool | None = option(
         default=None,
@@ -385,7 +393,8 @@ class TrainOptions(HeldOutOptions, LoraOptions, StepOptions, WeightOptions):
         at_once = self.batch_size * processes
         if self.global_batch % at_once:
             raise ConfigError(
-                f"a global batch of {self.global_batch} samples cannot be made of {processes} devices x {self.batch_size} "
-                "samples: choose a --batch-size that divides it, or pass --accumulation"
+                f"a global batch of {counted(self.global_batch, 'sample')} cannot be made of "
+                f"{counted(processes, 'device')} x {counted(self.batch_size, 'sample')}: "
+                "choose a --batch-size that divides it, or pass --accumulation"
             )
         return self.global_batch // at_once

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from switchkd.counting import counted
 from switchkd.errors import ConfigError
 from switchkd.models.components import language_model_of, layers_of, tower_layers_of
 
@@ -51,7 +52,8 @@ def check_processes(environment: Mapping[str, str], devices: int) -> None:
     here = _count(environment, "LOCAL_WORLD_SIZE")
     if devices and here > devices:
         raise ConfigError(
-            f"torchrun started {here} processes on a machine with {devices} GPUs: pass --nproc-per-node {devices}, or ask Slurm "
+            f"torchrun started {counted(here, 'process')} on a machine with {counted(devices, 'GPU')}: pass "
+            f"--nproc-per-node {devices}, or ask Slurm "
             f"for --gres=gpu:{here}"
         )
     launched, in_step = "LOCAL_RANK" in environment, "SLURM_STEP_NUM_NODES" in environment
@@ -118,7 +120,8 @@ def require_checkpoint(profile: str, checkpoint: Path, processes: int) -> None:
     wrote = len(list(checkpoint.glob("rng_*.json")))
     if of_deepspeed and wrote != processes:
         raise ConfigError(
-            f"{checkpoint} was written with --profile zero3 by {wrote} processes, and only as many can read it, not {processes}"
+            f"{checkpoint} was written with --profile zero3 by {counted(wrote, 'process')}, and only as many can "
+            f"read it, not {processes}"
         )
 
 

@@ -10,7 +10,7 @@ from switchkd.pipelines.drawing import PAGES, TEACHER, color, matplotlib_ready, 
 from switchkd.pipelines.training.options import TrainOptions
 
 PLOT = "training.png"
-OF_DATA = ("loss", "loss_ce")  # drawn together; the other terms have an axis of their own
+OF_DATA = ("loss", "loss_ce", "loss_switch_ce")  # drawn together; the other terms have an axis of their own
 COLUMNS = 3
 PANEL = (4.4, 3.5)  # inches
 TITLE_CHARACTERS = 52  # of a line of the figure's title, per column

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from switchkd.counting import counted
 from switchkd.errors import ConfigError
 from switchkd.pipelines.run_folder import SUMMARY, check_record, read_record, to_plain
 from switchkd.pipelines.training.lifecycle.begun import has_begun
@@ -69,9 +70,9 @@ def resolve_batches(options: TrainOptions, processes: int) -> TrainOptions:
     if asked != wanted:
         if options.accumulation not in (None, before["accumulation"]):
             raise ConfigError(
-                f"{options.output} was begun with {wanted} samples a step; {processes} processes x batch size "
+                f"{options.output} was begun with {counted(wanted, 'sample')} a step; {counted(processes, 'process')} x batch size "
                 f"{options.batch_size} x accumulation {options.accumulation} make {asked}. Choose numbers that make {wanted}"
             )
         accumulation = replace(options, global_batch=wanted, accumulation=None).accumulated(processes)
-        log.info("accumulation %d: a step of this run has %d samples", accumulation, wanted)
+        log.info("accumulation %d: a step of this run has %s", accumulation, counted(wanted, "sample"))
     return replace(options, accumulation=accumulation, global_batch=wanted)

@@ -2,12 +2,14 @@
 
 import logging
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from switchkd.counting import counted
 from switchkd.models.block_attention import uses_block_attention
 from switchkd.models.components import language_model_of
 from switchkd.models.lora import lora_layers
@@ -66,18 +68,24 @@ def tell_plan(
             )
     if (lora := options.as_lora(inputs.parts)) is not None:
         log.info(
-            "LoRA: rank %d, alpha %g, dropout %g, beside %d linear layers of %s, whose own weights are frozen",
-            lora.rank, lora.alpha, lora.dropout, len(lora_layers(cost_model.student)), " and ".join(sorted(lora.parts)),
+            "LoRA: rank %d, alpha %g, dropout %g, beside %s of %s, whose own weights are frozen",
+            lora.rank, lora.alpha, lora.dropout, counted(len(lora_layers(cost_model.student)), "linear layer"),
+            " and ".join(sorted(lora.parts)),
         )  # fmt: skip
     if unused:
-        log.info("frozen, since no gradient reaches them: %d vision tensors, the first is %s", len(unused), unused[0])
+        log.info(
+            "frozen, since no gradient reaches them: %s, the first is %s",
+            counted(len(unused), "vision tensor"),
+            unused[0],
+        )
     what = "usable" if inputs.mixture is None else "an epoch"
     log.info("samples: %s %s, skipped: %s", f"{len(samples):,}", what, dict(samples.skipped) or "none")
     for name, about in (inputs.mixture or {}).items():
         share = f", {about['share']}" if "share" in about else ""
         log.info(
-            "  %s: %s an epoch, of %s usable (%s rows%s), template %s",
-            name, f"{about['samples_per_epoch']:,}", f"{about['usable']:,}", f"{about['rows']:,}", share, about.get("template"),
+            "  %s: %s an epoch, of %s usable (%s%s), template %s",
+            name, f"{about['samples_per_epoch']:,}", f"{about['usable']:,}", counted(about["rows"], "row"), share,
+            about.get("template"),
         )  # fmt: skip
     if not samples.surveyed:
         log.info(
@@ -88,13 +96,14 @@ def tell_plan(
         log.info("store: %s", store.path)
     if (held_out := inputs.held_out) is not None:
         log.info(
-            "held-out samples: %s of %s, evaluated every %s steps by CE%s, and exact match of %s answers",
-            f"{len(held_out.chosen):,}", f"{len(held_out.samples):,}", f"{held_out.every:,}",
-            "" if not held_out.with_teacher else ", Align, VSD" if options.switch else ", Align", f"{len(held_out.questions):,}",
+            "held-out samples: %s of %s, evaluated every %s by CE%s, and exact match of %s",
+            f"{len(held_out.chosen):,}", f"{len(held_out.samples):,}", counted(held_out.every, "step"),
+            "" if not held_out.with_teacher else ", Align, VSD" if options.switch else ", Align",
+            counted(len(held_out.questions), "answer"),
         )  # fmt: skip
     log.info(
-        "steps: %s of %d samples: %d processes (%s) x batch size %d x accumulation %d",
-        f"{steps:,}", options.global_batch, processes, options.profile,
+        "steps: %s of %s: %s (%s) x batch size %d x accumulation %d",
+        f"{steps:,}", counted(options.global_batch or 0, "sample"), counted(processes, "process"), options.profile,
         options.batch_size, options.accumulation,
     )  # fmt: skip
     rows, width, memory = estimate_memory(inputs, processes, cost_model)
@@ -132,10 +141,14 @@ def _gigabytes(size: float) -> str:
 
 
 class RunReport(TrainerCallback):
-    """Logs one line per logging interval, and at the end the peak memory, if the device counts it."""
+    """Logs one line per logging interval, and at the end the peak memory, if the device counts it.
 
-    def __init__(self, samples: int, samples_per_step: int) -> None:
-        self.samples, self.samples_per_step = samples, samples_per_step
+    Args:
+        samples: of an epoch. absent: losses that the lines leave out, see `settings.absent_terms`.
+    """
+
+    def __init__(self, samples: int, samples_per_step: int, absent: Collection[str] = ()) -> None:
+        self.samples, self.samples_per_step, self.absent = samples, samples_per_step, absent
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress = Progress("training", state.max_steps, "steps", done=state.global_step, every=STEP_LINE_SECONDS)
@@ -151,7 +164,11 @@ class RunReport(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss_ce" in logs and state.is_world_process_zero:
-            self.progress.advance(0, int(logs["positions"]), line_of(logs))
+            self.progress.advance(
+                0,
+                int(logs["positions"]),
+                line_of({name: value for name, value in logs.items() if name not in self.absent}),
+            )
         elif logs and "eval_loss_ce" in logs and state.is_world_process_zero:
             log.info("held-out samples after step %s: %s", f"{state.global_step:,}", line_of_held_out(logs))
 
@@ -190,11 +207,11 @@ def line_of_held_out(logs: dict[str, Any]) -> str:
         if name in logs
     ]
     if "eval_exact_match" in logs:
-        said.append(f"exact match {logs['eval_exact_match']:.3f} of {logs['eval_answers']:,.0f} answers")
+        said.append(f"exact match {logs['eval_exact_match']:.3f} of {counted(round(logs['eval_answers']), 'answer')}")
     if "eval_visual_advantage" in logs:
         error, samples = logs["eval_visual_advantage_error"], logs["eval_visual_advantage_samples"]
         said.append(
-            f"visual advantage {logs['eval_visual_advantage']:+.3f} ± {error:.3f} nats of {samples:,.0f} samples"
+            f"visual advantage {logs['eval_visual_advantage']:+.3f} ± {error:.3f} nats of {counted(round(samples), 'sample')}"
         )
     return ", ".join([*said, f"{logs['eval_seconds']:.1f} s"])
 
@@ -206,7 +223,8 @@ def line_of(logs: dict[str, Any]) -> str:
     if "grad_norm" in logs:
         said.append(f"gradient {logs['grad_norm']:.3g}")
     if "vsd_gradient_norm" in logs:
-        said.append(f"of VSD {logs['vsd_gradient_norm']:.3g}")
+        term = "the switch pathway's CE" if "loss_switch_ce" in logs else "VSD"
+        said.append(f"of {term} {logs['vsd_gradient_norm']:.3g}")
     if "knee_teacher_mean" in logs:
         said += [
             f"k {who} {logs[f'knee_{who}_mean']:,.0f} p95 {logs[f'knee_{who}_p95']:,.0f}"
@@ -218,9 +236,11 @@ def line_of(logs: dict[str, Any]) -> str:
         f"padding {logs['padding_share']:.0%}",
     ]
     if "left_out" in logs:
-        said.append(f"left out {logs['left_out']:,} samples")
+        said.append(f"left out {counted(logs['left_out'], 'sample')}")
     if "compiled_graphs" in logs:
-        said.append(f"compiled {logs['compiled_graphs']} graphs, {logs['not_compiled']} frames not")
+        said.append(
+            f"compiled {counted(logs['compiled_graphs'], 'graph')}, {counted(logs['not_compiled'], 'frame')} not"
+        )
     if "tflops_per_second" in logs:
         said.append(f"{logs['tflops_per_second']:.3g} TFLOP/s")
     if "mfu" in logs:

@@ -41,7 +41,7 @@ from switchkd.pipelines.training.resuming import TrainSummary, finished
 from switchkd.pipelines.training.run_log import EvaluationSchedule, RunReport, tell_plan
 from switchkd.pipelines.training.step_ways import experimental
 from switchkd.pipelines.training.trainer import SwitchTrainer
-from switchkd.settings import OLDEST_FOR_TRAINING
+from switchkd.settings import OLDEST_FOR_TRAINING, absent_terms
 
 SEALED = "checkpoints_have_digests"  # in the record of a run: a checkpoint without them is damaged, not old
 
@@ -95,6 +95,9 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     models = set_up_models(inputs, arguments)
     stopping = Stopping(request, options.save_minutes)
     trainer = _make_trainer(inputs, models, arguments, stopping, best)
+    if models.extra_terms is not None:
+        with trainer.accelerator.autocast():
+            models.extra_terms.prepare(inputs.samples, trainer.data_collator, arguments.device)
     if not before and trainer.is_world_process_zero():
         plain = yaml.safe_dump(to_plain(options) | made_from | ({} if begun else {SEALED: True}), sort_keys=False)
         write_atomically(run / RECORD, plain, durable=True)
@@ -176,7 +179,9 @@ def _make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     assert options.global_batch is not None  # resolved
-    trainer.add_callback(RunReport(len(inputs.samples), options.global_batch))
+    trainer.add_callback(
+        RunReport(len(inputs.samples), options.global_batch, absent_terms(options.objective, bool(options.switch)))
+    )
     trainer.add_callback(stopping)
     if held_out is not None:
         trainer.add_callback(EvaluationSchedule(held_out.every, trainer))

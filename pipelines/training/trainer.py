@@ -41,7 +41,7 @@ from switchkd.pipelines.training.held_out.best import BestStudent
 from switchkd.pipelines.training.held_out.evaluating_trainer import EvaluatingTrainer
 from switchkd.pipelines.training.held_out.evaluator import Evaluator
 from switchkd.pipelines.training.lifecycle.stopping import RunLoader
-from switchkd.pipelines.training.live.baseline_terms import ExtraTerms
+from switchkd.pipelines.training.live.extra_terms import ExtraTerms
 from switchkd.pipelines.training.metrics import StepMetrics
 from switchkd.pipelines.training.step_ways.experimental import compilations
 from switchkd.pipelines.training.student_parts import set_part_rates

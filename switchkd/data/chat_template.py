@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from switchkd.counting import counted
 from switchkd.data.bounded_render import RenderExceeded, RenderFailed, render
 from switchkd.data.templates import IMAGE_MARKER
 from switchkd.errors import ConfigError
@@ -120,7 +121,9 @@ class ChatTemplate:
         whole, found = self._jinja(self._messages(pairs, images, system))
         if _GENERATION.search(self.source):
             if len(found) != len(pairs):
-                raise TemplateNotInvertible(f"{len(pairs)} answers became {len(found)} supervised spans")
+                raise TemplateNotInvertible(
+                    f"{counted(len(pairs), 'answer')} became {counted(len(found), 'supervised span')}"
+                )
             for (begin, end), (_, answer) in zip(found, pairs, strict=True):
                 if not whole[begin:end].lstrip().startswith(answer.strip()):
                     raise TemplateNotInvertible(f"the answer {answer!r} became {whole[begin:end]!r}")
@@ -179,7 +182,9 @@ class ChatTemplate:
         marked = [(text if said else text.replace(self.image_token, IMAGE_MARKER), said) for text, said in segments]
         count = sum(text.count(IMAGE_MARKER) for text, said in marked if not said)
         if count != images:
-            raise TemplateNotInvertible(f"{images} images became {count} image tokens {self.image_token!r}")
+            raise TemplateNotInvertible(
+                f"{counted(images, 'image')} became {counted(count, 'image token')} {self.image_token!r}"
+            )
         return [segment for segment in marked if segment[0]]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from switchkd.counting import counted
 from switchkd.data.containers import IMAGE_COLUMNS
 from switchkd.data.templates import IMAGE_MARKER
 
@@ -57,7 +58,7 @@ def warnings_about(notes: Mapping[str, Sequence[int]]) -> list[str]:
         notes: note → rows, from `SampleFile.notes`.
     """
     return [
-        f"{len(rows):,} rows, {note} (the first is row {rows[0]}); they are used without an image"
+        f"{counted(len(rows), 'row')}, {note} (the first is row {rows[0]}); used without an image"
         for note, rows in sorted(notes.items())
         if note.startswith(NO_IMAGE) or note.endswith(HOLDS_NULL)
     ]

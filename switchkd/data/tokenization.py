@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from switchkd.counting import counted
 from switchkd.data.chat_template import TemplateNotInvertible
 from switchkd.data.status import BadSample, Status
 from switchkd.data.templates import IMAGE_MARKER, ConversationFormat
@@ -153,7 +154,7 @@ class ConversationTokenizer:
             pieces.append(text)
             place += len(text)
         if next(replacements, None) is not None:
-            raise BadSample(Status.BAD_TURN, f"{len(images)} images, but the text has a place for fewer")
+            raise BadSample(Status.BAD_TURN, f"{counted(len(images), 'image')}, but the text has a place for fewer")
         return "".join(pieces), spans, counts
 
 

@@ -1,14 +1,16 @@
-"""Extra loss terms of the baselines LLaVA-KD, Align-KD (paper, Tables 1 and 2) and CompoDistill, beside CE and KL on the response.
+"""Extra loss terms of the baselines LLaVA-KD, Align-KD (paper, Tables 1 and 2), CompoDistill and Align-TI, beside CE and KL.
 
 LLaVA-KD (arXiv 2410.16236): KL on the logits at the visual tokens, and a cosine distance between the two models' Gram matrices of
 these logits.
 Align-KD (arXiv 2412.01282): mean squared errors on the visual tokens (over all of them, and over those that the text attends to
 most) and on the first layer's attention from text to vision. Learned adapters map the teacher's widths to the student's.
 CompoDistill (arXiv 2510.12184): cosine distance of the attention among visual tokens in the middle layers, without its peaks.
+Align-TI (arXiv 2602.09483), its first part alone (instruction-aware vision alignment, IVA): KL on the logits at the visual tokens,
+weighted by the teacher's attention from the instruction. See docs/ablations.md for what of it is followed and what is chosen here.
 Each function here computes the loss of one image.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,12 +27,21 @@ BASELINES: dict[str, tuple[str, ...]] = {
     "llava-kd": ("visual", "relation"),
     "align-kd": ("tokens", "focus", "attention"),
     "compodistill": ("visual_attention",),
+    "align-ti-iva": ("iva",),
 }
 """Objective → the names of its terms beside CE and Align."""
 
 FOCUS_TOKENS = 16  # Align-KD: visual tokens that the text attends to most
 # LLaVA-KD and CompoDistill weight their terms equally. Align-KD's weight of the most attended tokens is that of its released code.
-TERM_WEIGHTS = {"visual": 1.0, "relation": 1.0, "tokens": 1.0, "focus": 0.1, "attention": 1.0, "visual_attention": 1.0}
+TERM_WEIGHTS = {
+    "visual": 1.0,
+    "relation": 1.0,
+    "tokens": 1.0,
+    "focus": 0.1,
+    "attention": 1.0,
+    "visual_attention": 1.0,
+    "iva": 1.0,
+}
 ATTENTION_GROUPS = 7  # CompoDistill: pairs of a student's layer and a group of the teacher's
 TEACHER_GROUP = {24: 2, 28: 3, 32: 3, 40: 5}  # CompoDistill's released code: depth of the teacher → layers in a group
 ADAPTERS = "peer_adapters"  # attribute of a student in training; the adapters are not saved with the student
@@ -121,6 +132,45 @@ def _without_peaks(maps: Tensor) -> Tensor:
     return found
 
 
+def instruction_focus(attention: Tensor) -> Tensor:
+    """Return the weight of each visual token: its share of the attention that the instruction pays to the image (Align-TI, IVA).
+
+    Args:
+        attention: of one layer of the teacher, from the t tokens of the instruction to the n of the image, [h, t, n].
+
+    Returns:
+        [n], at least float32, the sum over heads and instruction tokens, divided by its sum over the image. Where nothing attends
+        to the image (no instruction, or a layer whose window does not reach back to it), all tokens weigh the same.
+    """
+    paid = at_least_float32(attention).sum((0, 1))
+    paid = torch.where(paid.sum() > 0, paid, torch.ones_like(paid))
+    return paid / paid.sum()
+
+
+def iva_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of the next-token distributions at an image's n tokens, weighted (Align-TI, IVA).
+
+    Args:
+        student, teacher: [n, N] logits. weights: [n], see `instruction_focus`; equal ones make it `visual_kl`.
+
+    Returns:
+        Scalar, nats.
+    """
+    return (kl_loss(student, teacher, reduction="none") * weights).sum()
+
+
+def instruction_relevance(first: Tensor, second: Tensor) -> Tensor:
+    """Return Align-TI's instruction-relevance score of each layer: 1 - mean cosine of its focus under two instructions.
+
+    Args:
+        first, second: the focus on one image under one instruction and under another, [layers, pairs, n] each.
+
+    Returns:
+        [layers], 0 … 1: 0 for a layer that attends to an image in the same way whatever is asked.
+    """
+    return 1 - F.cosine_similarity(first, second, dim=-1).mean(-1)
+
+
 class AlignAdapters(nn.Module):
     """Align-KD's learned maps from the teacher's visual tokens and attention heads to the student's.
 
@@ -153,22 +203,35 @@ class Seen:
 
 
 @contextmanager
-def capture_visual_tokens(model: nn.Module, layers: Sequence[int] = ()) -> Iterator[Seen]:
+def capture_visual_tokens(
+    model: nn.Module, layers: Sequence[int] = (), keep: Callable[[Tensor], Tensor] = lambda maps: maps
+) -> Iterator[Seen]:
     """Capture the visual tokens and the attention of `layers` of `model`'s forward passes inside the block, with graph; see `Seen`.
 
     Attention maps need the LLM's eager attention, see `use_eager_attention`.
+
+    Args:
+        keep: returns what is kept of a layer's maps [B, h, L, L], for callers that read many layers.
     """
     seen = Seen()
     projector = model.get_submodule("model.multi_modal_projector")
     hooks = [projector.register_forward_hook(lambda _module, _inputs, output: seen.tokens.append(output))]
     for layer in layers:
         module = attention_of(model, layer)
-        hooks.append(module.register_forward_hook(lambda _module, _inputs, output: seen.attention.append(output[1])))
+        hooks.append(
+            module.register_forward_hook(lambda _module, _inputs, output: seen.attention.append(keep(output[1])))
+        )
     try:
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def layers_with_attention(model: nn.Module) -> list[int]:
+    """Return the numbers of those layers of the LLM that have self-attention; some hybrids have it in a few of them."""
+    layers = model.get_submodule("model.language_model.layers").named_children()
+    return [int(number) for number, layer in layers if hasattr(layer, "self_attn")]
 
 
 def attention_of(model: nn.Module, layer: int) -> nn.Module:

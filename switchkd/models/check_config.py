@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from switchkd.counting import counted
 from switchkd.errors import CheckpointError
 from switchkd.printable import printable
 
@@ -91,7 +92,7 @@ def check_feature_layers(layers: int | list[int], states: int, path: Path | str)
     for layer in [layers] if isinstance(layers, int) else layers:
         if not -states <= layer < states:
             raise CheckpointError(
-                f"{path}: feature layer {layer} does not exist: the tower has {states - 1} layers, so that it is one of "
+                f"{path}: feature layer {layer} does not exist: the tower has {counted(states - 1, 'layer')}, so that it is one of "
                 f"{-states} … {states - 1} (-2 is usual). Correct vision_feature_layer in its config.json, or pass --feature-layer"
             )
 

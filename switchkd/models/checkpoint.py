@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoMod
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from switchkd.collector import without_collection
+from switchkd.counting import counted
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.fingerprints import hash_config, hash_tokenizer, hash_weights
 from switchkd.library_errors import as_checkpoint_error
@@ -154,7 +155,8 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
             image_tokens = image_token_count(config, feature_tokens)
             if not 1 <= image_tokens <= MAX_IMAGE_TOKENS:
                 raise CheckpointError(
-                    f"{folder}: an image would become {image_tokens:,} tokens, expected 1 to {MAX_IMAGE_TOKENS:,}: compare "
+                    f"{folder}: an image would become {counted(image_tokens, 'token')}, expected 1 to "
+                    f"{MAX_IMAGE_TOKENS:,}: compare "
                     "image_size and patch_size of its vision_config with the tower's"
                 )
         if not getattr(tokenizer, "is_fast", False):
@@ -360,7 +362,8 @@ def check_compatible(
     advice = "--switch-adapter linear, or --no-switch" if switch else "another teacher"
     if (switch or one_text) and teacher.image_tokens != student.image_tokens:
         raise CheckpointError(
-            f"an image becomes {teacher.image_tokens} tokens for the teacher and {student.image_tokens} for the student: "
+            f"an image becomes {counted(teacher.image_tokens, 'token')} for the teacher and {student.image_tokens} "
+            "for the student: "
             f"{sides}. Choose a tower with the same number of patches, {advice}"
         )
     if switch and teacher.feature_tokens != student.feature_tokens:

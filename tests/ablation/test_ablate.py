@@ -237,7 +237,7 @@ def test_training_in_processes_of_their_own(place):
     words = ["ablate", place / "tiny.yaml", "--workdir", place / "work", "--launch", "env OMP_NUM_THREADS=1"]
     done = CliRunner().invoke(main, [str(word) for word in (*words, "--device", "cpu")])
     assert done.exit_code == 0, done.output
-    assert "1 cells, 0 of them were done before" in done.output
+    assert "1 cell, 0 done before" in done.output
     (run,) = (place / "work/runs").glob("*/run.yaml")
     assert yaml.safe_load(run.read_text())["stage"] == "sft"
 

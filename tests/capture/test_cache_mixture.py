@@ -147,7 +147,7 @@ def test_the_commands_print_every_entry(folder, teacher, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "together: 12 samples, about" in plan.output
     assert [f"{name}:\nsamples    {count}" in plan.output for name, count in (("a", 7), ("b", 5))] == [True, True]
-    assert f"{folder}/s/a.zarr: 1 parts written" in done.output
-    assert f"{folder}/s/b.zarr: 1 parts written" in done.output
+    assert f"{folder}/s/a.zarr: 1 part written" in done.output
+    assert f"{folder}/s/b.zarr: 1 part written" in done.output
     assert "a: payload: " in done.output
     assert [len(TeacherStore.open(folder / f"s/{name}.zarr")) for name in "ab"] == [7, 5]

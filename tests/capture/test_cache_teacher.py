@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from switchkd.counting import counted
 from switchkd.data.encoded import collate
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import BadSample, SampleFile
@@ -320,7 +321,7 @@ def test_progress_counts_the_requests_that_are_kept_ahead(options, monkeypatch):
     def watched(self, *args, **more):
         seen.append(self.ahead)
         advance(self, *args, **more)
-        assert not self.ahead or f", {self.ahead} requests ahead" in self._rate()
+        assert not self.ahead or f", {counted(self.ahead, 'request')} ahead" in self._rate()
 
     monkeypatch.setattr(Progress, "advance", watched)
     worker = CaptureWorker(replace(options, part_size=12, batch_size=2))

@@ -101,7 +101,7 @@ REFUSED = {
     "raises": ("{{ raise_exception('no images here') }}", "no images here"),
     "broken Jinja": ("{% for m in messages %}", "the template fails"),
     "a date": (CHATML + "{{ strftime_now('%d') }}", "today's date"),
-    "images left out": (GENERATION.replace("<image>\n", ""), "1 images became 0 image tokens"),
+    "images left out": (GENERATION.replace("<image>\n", ""), "1 image became 0 image tokens"),
 }
 
 

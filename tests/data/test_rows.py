@@ -134,7 +134,7 @@ def test_they_are_shown_by_data_check_and_told_by_capture_and_training(odd, teac
     told = []
     options = CacheOptions(teacher=teacher, data=odd, images=images, out=tmp_path / "s.zarr", template="qa", k=8)
     cache_teacher(options, tell=told.append)
-    warned = [line for line in told if line.startswith("warning: 1 rows, ")]
+    warned = [line for line in told if line.startswith("warning: 1 row, ")]
     assert len(warned) == 3 and any(HOLDS_NULL in line for line in warned)
     run = TrainOptions(
         student=student,
@@ -148,7 +148,7 @@ def test_they_are_shown_by_data_check_and_told_by_capture_and_training(odd, teac
     )
     with caplog.at_level(logging.WARNING):
         train(run)
-    assert f"1 rows, {NO_IMAGE} <img>" in caplog.text
+    assert f"1 row, {NO_IMAGE} <img>" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["weight", "loss", "train"])

@@ -21,6 +21,7 @@ from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.resuming import as_begun
 from switchkd.pipelines.training.trainer import SwitchTrainer
 from switchkd.positions import predicting_rows
+from switchkd.settings import BASELINE_OBJECTIVES
 
 STUDENTS = [family for family in tiny.FAMILIES if not family_of(tiny.config(family)).teaches_only]
 
@@ -124,7 +125,7 @@ def test_packing_is_refused_where_samples_would_mix(family, tmp_path):
         set_up_models(inputs_of(family, tmp_path, packing=128), arguments(tmp_path))
 
 
-@pytest.mark.parametrize("objective", ["llava-kd", "align-kd"])
+@pytest.mark.parametrize("objective", BASELINE_OBJECTIVES)
 def test_the_baselines_are_for_llava(objective, tmp_path):
     inputs = inputs_of("internvl", tmp_path, objective=objective, switch=False)
     with pytest.raises(

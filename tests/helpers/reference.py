@@ -202,6 +202,28 @@ def visual_attention(student: Tensor, teacher: Tensor) -> Tensor:
     return total
 
 
+def instruction_focus(attention: Tensor) -> list[float]:
+    """Align-TI (arXiv 2602.09483), IVA: each visual token's share of what the instruction attends to; [h, t, n] → n shares."""
+    heads, texts, tokens = attention.shape
+    paid = [sum(float(attention[h, t, n]) for h in range(heads) for t in range(texts)) for n in range(tokens)]
+    total = sum(paid)
+    return [one / total if total else 1 / tokens for one in paid]
+
+
+def iva(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
+    """Align-TI's instruction-aware vision alignment: Σ over an image's tokens of share · KL(teacher ‖ student)."""
+    found = [kl(t.log_softmax(0), s.log_softmax(0)) for s, t in zip(student, teacher, strict=True)]
+    return sum(share * one for share, one in zip(instruction_focus(attention), found, strict=True))
+
+
+def instruction_relevance(pairs: list[tuple[list[float], list[float]]]) -> float:
+    """Align-TI's score of a layer, of its focus on images under two instructions each: 1 - mean cosine."""
+    total = 0.0
+    for a, b in pairs:
+        total += sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+    return 1 - total / len(pairs)
+
+
 def assert_attends_within_samples(
     attend, samples: list[list[int]], kv_heads: int, scaling: float | None = None
 ) -> None:

@@ -1,42 +1,24 @@
-"""LLaVA-KD and Align-KD: each term against a loop, and a run whose losses are those of the two models run by hand."""
+"""LLaVA-KD, Align-KD and CompoDistill: each term against a loop, and a run whose losses are those of the two models run by hand."""
 
-import json
 from dataclasses import replace
 
+import baseline_runs
 import pytest
 import reference
 import tiny
 import torch
 import training
+from baseline_runs import by_hand, compare, history, normal
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from switchkd.data.encoded import collate
-from switchkd.data.encoding import SampleEncoder
-from switchkd.data.samples import SampleFile
-from switchkd.data.templates import TEMPLATES
 from switchkd.errors import CheckpointError, ConfigError
 from switchkd.losses import baselines
 from switchkd.losses.objective import Objective
-from switchkd.models.checkpoint import open_checkpoint
-from switchkd.models.vlm import load_model
 from switchkd.pipelines.training.student_parts import part_of
 from switchkd.pipelines.training.train import train
-from switchkd.positions import predicting_rows
 
-cached, options = training.cached, training.options
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def compare(found, expected, *inputs):
-    """Equal values, and equal gradients with respect to the inputs."""
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    grads = [torch.autograd.grad(value, inputs, retain_graph=True) for value in (found, expected)]
-    for mine, naive in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, naive, rtol=1e-9, atol=1e-11)
+cached, options, live = training.cached, training.options, baseline_runs.live
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 2), (3, 47), (9, 15)])
@@ -123,38 +105,6 @@ def test_the_middle_layers_are_those_of_the_released_code(depths, student, first
     assert (found.teacher[0], found.teacher[-1]) == (first_group, last_group)
     for depth, layers in zip(depths, (found.student, sum(found.teacher, ())), strict=True):
         assert all(0 <= layer < depth for layer in layers)
-
-
-@pytest.fixture
-def live(options):
-    """Options of a run with a baseline's objective; the data file has a text-only row and one of two turns."""
-
-    def of(name, **more):
-        return replace(options, objective=name, switch=False, teacher_mode="live", cache=None, template="qa", **more)
-
-    return of
-
-
-def history(run):
-    entries = json.loads((run / "summary.json").read_text())["history"]
-    return [entry for entry in entries if "loss_ce" in entry]
-
-
-def by_hand(options, cached):
-    """Both models' plain eager forward over the whole data file."""
-    opened = open_checkpoint(options.student)
-    encoder = SampleEncoder(opened, TEMPLATES["qa"], cached / "images", 128)
-    batch = collate([encoder.encode(sample) for sample in SampleFile(cached / "data.json")], 0)
-    rows, has_image = predicting_rows(batch.pop("labels")), batch.pop("has_image")
-    is_image = batch["input_ids"] == opened.image_token_id
-    out = []
-    for path in (options.student, options.teacher):
-        model = load_model(open_checkpoint(path))
-        model.set_attn_implementation("eager")
-        with torch.no_grad():
-            done = model(**batch, output_attentions=True)
-        out.append((done.logits, done.image_hidden_states, done.attentions[0], done.attentions))
-    return out, rows, has_image, is_image, batch["attention_mask"].bool()
 
 
 def test_llava_kd_trains_on_what_two_models_say_by_hand(live, cached):

@@ -78,7 +78,7 @@ def test_make_all_runs_to_a_report_and_again_changes_nothing(place, tmp_path):
         assert "exact" in report and "data.zarr" in report
         before = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()}
         told = run("make", "cache", "train", "verify", folder=out, path=path)
-        assert "0 parts written, 1 were there" in told and "was already trained for 2 steps" in told
+        assert "0 parts written, 1 there before" in told and "was already trained for 2 steps" in told
         assert {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()} == before
         run("make", "baseline", folder=out, path=path)
     scores = [json.loads((out / f"eval/{name}/scores.json").read_text()) for name in ("student", "baseline")]
@@ -131,7 +131,7 @@ def test_without_held_out_data_nothing_is_scored(place, tmp_path):
     [
         (
             {"global_batch": 100, "gpus": 8},
-            r"100 samples cannot be divided among 1 nodes x 8 GPUs: pass --global-batch 96",
+            r"100 samples cannot be divided among 1 node x 8 GPUs: pass --global-batch 96",
         ),
         ({"global_batch": 4, "nodes": 2, "gpus": 8}, r"4 samples cannot be divided among 2 .* pass --global-batch 16"),
         ({"template": "no_such"}, "no template 'no_such'"),

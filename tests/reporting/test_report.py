@@ -66,7 +66,10 @@ def test_everything_that_the_runs_hold_is_there(page, runs):
         titles
     )
     assert {"Speed", "Time spent waiting for data", "Gradient norm"} <= set(titles)
-    assert {"Gradient of VSD in the vision features", "Mean knee of switch-kd and its teacher, by step"} <= set(titles)
+    assert {
+        "Gradient of the switch pathway in the vision features",
+        "Mean knee of switch-kd and its teacher, by step",
+    } <= set(titles)
     assert {"Knee of the teacher, t.zarr", "Probability outside the top 4, t.zarr", "Size of the parts, t.zarr"} <= set(
         titles
     )
@@ -150,7 +153,7 @@ def test_what_is_not_there_is_left_out_and_said(runs, tmp_path):
         "No store was given",
         "No evaluation was given",
         "No run has VSD: train with a teacher to have Align",
-        "No run has “Gradient of VSD in the vision features”",
+        "No run has “Gradient of the switch pathway in the vision features”",
         "No question was answered by every evaluation",
     ):
         assert words in text

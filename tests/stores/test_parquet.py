@@ -70,7 +70,7 @@ def test_a_begun_export_goes_on_and_another_stores_is_refused(stored, tmp_path):
 
 def test_the_command(stored, tmp_path):
     words = ["store", "export", str(stored / "both.zarr"), "--out", str(tmp_path / "out")]
-    for line in ("3 parts written, ", "0 parts written, 0 positions; 3 were there already"):
+    for line in ("3 parts written, ", "0 parts written, 0 positions; 3 there already"):
         done = CliRunner().invoke(main, words)
         assert done.exit_code == 0, done.output
         assert line in done.stdout

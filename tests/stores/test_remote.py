@@ -399,13 +399,13 @@ def test_the_whole_way(folder, teacher, student, tmp_path):
 
     half = run(*cache, "--out", out, "--shard", "0/2")
     assert half.exit_code == 0, half.output
-    assert f"{out}: 1 parts written, 0 were there, 1 left to other workers" in half.stdout
+    assert f"{out}: 1 part written, 0 there before, 1 left to other workers" in half.stdout
     refused = run(*train, "--cache", folder, "--output", tmp_path / "early")
     assert refused.exit_code == 2
     assert "holds 1 of 2 parts" in refused.output
     whole = run(*cache, "--out", out, "--workers", 1)  # forked, but they do not read the store
     assert whole.exit_code == 0, whole.output
-    assert f"{out}: 1 parts written, 1 were there, 0 left to other workers" in whole.stdout
+    assert f"{out}: 1 part written, 1 there before, 0 left to other workers" in whole.stdout
     assert run(*cache, "--out", tmp_path / "stores/t.zarr").exit_code == 0
     assert_same_bytes(out, tmp_path / "stores/t.zarr")
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import synthetic
 
+from switchkd.counting import counted
 from switchkd.errors import RunError, StoreError, StoreMismatch
 from switchkd.stores import StoreTables, TeacherStore
 from switchkd.stores.layout import BOTTOM, DIGEST, GAP, HEIGHT, ID_OF_RANK, OFFSET, PART_KEY, STATS, STATUS
@@ -504,7 +505,9 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(small_disk, undisturbe
         synthetic.fill(path, MANIFEST)
     done = len(TeacherStore(path).parts())
     assert 0 < done < MANIFEST.part_count
-    assert f"The {done} parts written so far are whole; make room or mend the folder and run" in str(caught.value)
+    assert f"What was written so far, {counted(done, 'part')}, is whole; make room or mend the folder and run" in str(
+        caught.value
+    )
     assert unfinished(path) == []
     read_what_is_there(path)
     ballast.unlink()
@@ -544,7 +547,7 @@ def test_no_space_in_the_middle_of_a_part(copied, undisturbed, monkeypatch, file
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda *arguments: no_space() if next(left, None) is None else write(*arguments))
         with pytest.raises(
-            RunError, match=r"part 2 of .*No space left on device\. The 4 parts written so far are whole"
+            RunError, match=r"part 2 of .*No space left on device\. What was written so far, 4 parts, is whole"
         ):
             synthetic.fill(copied, MANIFEST)
     assert unfinished(copied) == []
@@ -557,7 +560,9 @@ def test_a_folder_that_cannot_be_written(copied, undisturbed, monkeypatch, act):
     shutil.rmtree(part_path(copied, 2))
     with monkeypatch.context() as patch:
         patch.setattr(os, act, read_only)
-        with pytest.raises(RunError, match=r"cannot write part 2 of .*Read-only file system\. The 4 parts"):
+        with pytest.raises(
+            RunError, match=r"cannot write part 2 of .*Read-only file system\. What was written so far, 4 parts"
+        ):
             synthetic.fill(copied, MANIFEST)
     assert unfinished(copied) == []
     synthetic.fill(copied, MANIFEST)

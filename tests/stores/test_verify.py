@@ -197,7 +197,7 @@ def test_the_commands_say_what_is_bad_and_what_to_do(path):
     bad = run("store", "verify", path)
     assert bad.exit_code == 1
     assert "part 2: " in bad.output
-    assert "missing: 1 parts, the first is 0; run cache-teacher again" in bad.output
+    assert "missing: 1 part, the first is 0; run cache-teacher again" in bad.output
     assert "3 parts good, 1 bad, 1 missing" in bad.output
     assert "dropped parts: 2; run cache-teacher again" in run("store", "repair", path).output
     assert "dropped parts: none" in run("store", "repair", path).output

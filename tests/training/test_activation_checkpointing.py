@@ -10,6 +10,7 @@ from training import assert_same_weights, history, kept_bytes, two_processes, we
 from switchkd.errors import ConfigError
 from switchkd.pipelines.training.train import train
 from switchkd.pipelines.training.trainer import SwitchTrainer
+from switchkd.settings import BASELINE_OBJECTIVES
 
 cached, hidden, options = training.cached, training.hidden, training.options
 SIDES = ("student", "teacher")
@@ -84,7 +85,7 @@ def test_towers_that_do_not_train_are_not_run_again(options, tmp_path, watched):
     assert calls_less["student language_model"] == 2 * calls["student language_model"]
 
 
-@pytest.mark.parametrize("objective", ("llava-kd", "align-kd", "compodistill"))
+@pytest.mark.parametrize("objective", BASELINE_OBJECTIVES)
 def test_baselines_too(options, tmp_path, objective):
     """Their losses read hidden states and attention maps from inside the layers."""
     live = {"cache": None, "teacher_mode": "live", "template": "qa", "switch": False}

@@ -183,10 +183,10 @@ def test_a_run_keeps_its_global_batch(options, monkeypatch):
     training.interrupt_after(monkeypatch, 5)
     with pytest.raises(training.Stop):
         train(options)
-    with pytest.raises(ConfigError, match="global batch of 4 samples cannot be made of 1 devices x 3 samples"):
+    with pytest.raises(ConfigError, match="global batch of 4 samples cannot be made of 1 device x 3 samples"):
         train(replace(options, batch_size=3))
     with pytest.raises(
-        ConfigError, match=r"begun with 4 samples a step; 1 processes x batch size 4 x accumulation 3 make 12"
+        ConfigError, match=r"begun with 4 samples a step; 1 process x batch size 4 x accumulation 3 make 12"
     ):
         train(replace(options, accumulation=3))
     with pytest.raises(ConfigError, match="global_batch: run 4, now 8"):

@@ -192,7 +192,7 @@ def test_the_command_line_resolves_a_stage_and_records_it(options, tmp_path):
             {"train_parts": "vision", "lr_language": 1.0},
             "--lr-language is given, but --train-parts vision leaves language",
         ),
-        ({"global_batch": 6}, "global batch of 6 samples cannot be made of 1 devices x 4 samples"),
+        ({"global_batch": 6}, "global batch of 6 samples cannot be made of 1 device x 4 samples"),
         ({"global_batch": 8, "accumulation": 2}, "say the same thing twice"),
     ],
 )

@@ -1,6 +1,7 @@
 """What a run tells: the plan, figures that are right, metrics that reach their observers, a plot."""
 
 import builtins
+import re
 import time
 from dataclasses import replace
 
@@ -8,8 +9,10 @@ import pytest
 import tiny
 import torch
 import training
+from click.testing import CliRunner
 from training import logged, two_processes
 
+from switchkd.cli.main import main
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.samples import SampleFile
 from switchkd.data.templates import TEMPLATES
@@ -110,6 +113,34 @@ def test_without_a_knee_or_a_switch_there_is_no_figure_for_it(options):
     assert not {"knee_student_mean", "vsd_gradient_norm"} & entry.keys()
 
 
+@pytest.mark.parametrize(
+    ("changed", "terms", "of_pathway"),
+    [
+        ({"objective": "sft", "switch": False, "cache": None, "teacher": None, "template": "qa"}, "ce", None),
+        ({"objective": "fkl", "switch": False}, "ce align", None),
+        ({}, "ce align vsd", "VSD"),
+        ({"objective": "switch-ce", "cache": None, "template": "qa"}, "ce switch_ce", "the switch pathway's CE"),
+    ],
+)
+def test_lines_name_the_terms_that_the_objective_has(options, capsys, changed, terms, of_pathway):
+    run = replace(options, steps=1, **changed)
+    train(run)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: 1/1")]
+    found = re.search(r", loss [\d.]+ \(([^)]*)\), lr", line).group(1)
+    assert re.sub(r" [\d.]+", "", found) == terms
+    assert re.findall(r", of ([A-Za-z' ]+) [\d.e-]+,", line) == ([of_pathway] if of_pathway else [])
+    # All columns stay in the log, and the command's last line is as the line above.
+    (entry,) = logged(run.output)
+    assert {"loss_ce", "loss_align"} <= entry.keys() and ({"loss_vsd", "loss_switch_ce"} & entry.keys())
+    given = {name: value for name, value in changed.items() if name not in ("cache", "teacher")}
+    dropped = {name: None for name in ("cache", "teacher") if name in changed}
+    flags = training.flags_of(run, **{"steps": 1, **given, **dropped})
+    done = CliRunner().invoke(main, ["train", *flags])
+    assert done.exit_code == 0, done.output
+    said = done.output.partition("last losses: ")[2].split(", ")
+    assert [text.split()[0] for text in said] == ["loss", *terms.split()]
+
+
 def test_the_plan_is_told_before_the_first_step(options, monkeypatch, caplog):
     def stop(self, **_):
         raise training.Stop
@@ -124,7 +155,7 @@ def test_the_plan_is_told_before_the_first_step(options, monkeypatch, caplog):
         in said
     )
     assert "teacher: 0 of 23,424 parameters train (projector 0 of 2,112, language 0 of 21,312), float32" in said
-    assert "steps: 6 of 4 samples: 1 processes (ddp) x batch size 4 x accumulation 1" in said
+    assert "steps: 6 of 4 samples: 1 process (ddp) x batch size 4 x accumulation 1" in said
     for kind in ("student", "gradients", "optimizer", "teacher", "activations", "loss"):
         assert f"{kind} 0." in said.partition("memory, estimated")[2], kind
 

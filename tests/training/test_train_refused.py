@@ -85,7 +85,7 @@ def test_an_edited_word_is_refused_and_named(options, cached, tmp_path):
     rows = json.loads((folder / "data.json").read_text())
     rows[4]["conversations"][1]["value"] = "circle"
     (folder / "data.json").write_text(json.dumps(rows))
-    with pytest.raises(StoreMismatch, match=r"1 samples .* differ .*\n  row 4 \(id s4\): text\n"):
+    with pytest.raises(StoreMismatch, match=r"differs in 1 sample from .*\n  row 4 \(id s4\): text\n"):
         train(replace(options, data=folder / "data.json"))
 
 

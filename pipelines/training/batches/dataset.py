@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from switchkd.counting import counted
 from switchkd.data.encoded import EncodedSample
 from switchkd.data.encoding import SampleEncoder
 from switchkd.data.files import check_folder
@@ -161,7 +162,7 @@ class TrainingSamples(OrderedSamples):
             self.left_out = LeftOut(limit)
         elif len(store) != len(samples):
             raise StoreMismatch(
-                f"{store.path} was made from {len(store)} samples, {samples.path} has {len(samples)}; "
+                f"{store.path} was made from {counted(len(store), 'sample')}, {samples.path} has {len(samples)}; "
                 "train on the data file that was cached"
             )
         else:
@@ -316,7 +317,7 @@ class TrainingSamples(OrderedSamples):
                 progress.advance(1)
         if wrong:
             raise StoreMismatch(
-                f"{len(wrong)} samples of {self.samples.path} differ from what {self.store.path} was made from:\n  "
+                f"{self.samples.path} differs in {counted(len(wrong), 'sample')} from what {self.store.path} was made from:\n  "
                 + "\n  ".join(wrong[:5])
                 + ("\n  …" if len(wrong) > 5 else "")
                 + "\nRestore the data file, or cache again; images may also be decoded otherwise by this version of switchkd"
