@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa test-gpu test-zarrs test-s3 test-ray test-vllm test-vllm-ray bench-loss bench-step bench-gpu bench-exchange bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
+.PHONY: help install demo test test-slow test-families test-faults test-tokenizers test-deepspeed test-loggers test-trl test-torchao test-triton test-emoji-vqa emoji-models test-gpu test-zarrs test-s3 test-ray test-vllm test-vllm-ray bench-loss bench-step bench-gpu bench-exchange bench-capture bench-store bench-held-out bench-weights bench-vllm bench-vllm-families check-lmms-eval test-browser lint types check \
 	docs commands clean
 
 help:  ## list the targets
@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
 	touch $@
 
-demo: install  ## cache a teacher, train two students, print the table (demo-run/)
+demo: install  ## cache a teacher, train three students, print the table (demo-run/)
 	$(BIN)/switchkd demo --workdir demo-run
 
 test: install  ## run the tests
@@ -101,6 +101,9 @@ test-triton: install  ## Triton's kernels in its interpreter, on a CPU, and comp
 
 test-emoji-vqa: install  ## EmojiVQA whole, from npm packages (26 MB): the published bytes
 	$(BIN)/python -m pytest -m slow tests/emoji_vqa
+
+emoji-models: install  ## train the models of EmojiVQA: a teacher, a student, with TOWER=--tower the tower (build/emoji-models; two hours)
+	$(BIN)/python -m switchkd.pipelines.demo.emoji_models build/emoji-models $(TOWER)
 
 test-gpu: install  ## selection, losses, capture and training on a CUDA device, beside the CPU
 	$(BIN)/python -m pytest -m gpu

@@ -150,19 +150,18 @@ def prepare(recipe: Recipe, options: AblateOptions, jobs: Sequence[Job]) -> None
     """
     if recipe.easy_vqa is not None:
         small_models.write_small_data(options.workdir / "easy-vqa", recipe.easy_vqa)
-    words = None
     if recipe.emoji_vqa is not None:
-        words = small_models.write_emoji_vqa(options.workdir / "emoji-vqa", recipe.emoji_vqa)
+        small_models.write_emoji_vqa(options.workdir / "emoji-vqa", recipe.emoji_vqa)
+    suite = "easy-vqa" if recipe.emoji_vqa is None else "emoji-vqa"
     models = options.workdir / "models"
     models.mkdir(parents=True, exist_ok=True)
     for name, model in recipe.teachers.items():
-        small_models.write_untrained(
-            small_models.untrained_path(models, name, model, seed=0), model, seed=0, words=words
-        )
+        path = small_models.untrained_path(models, name, model, seed=0)
+        small_models.write_untrained(path, model, 0, suite)
     for cell in recipe.cells:
         model = recipe.students[cell.student]
         path = small_models.untrained_path(models, cell.student, model, cell.seed)
-        small_models.write_untrained(path, model, cell.seed, words)
+        small_models.write_untrained(path, model, cell.seed, suite)
     opened = cache(open_checkpoint)
     seen: set[tuple[object, ...]] = set()
     for run in _runs(jobs):

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchkd.errors import ConfigError
+from switchkd.pipelines.ablation.cells import is_of_arm
 from switchkd.pipelines.ablation.plan import Job
-from switchkd.pipelines.ablation.recipe import Recipe, is_of_arm
+from switchkd.pipelines.ablation.recipe import Recipe
 from switchkd.pipelines.evaluation.options import EvalOptions
 from switchkd.pipelines.run_folder import PREDICTIONS, write_atomically
 

@@ -14,8 +14,9 @@ from switchkd.errors import InputError
 from switchkd.fingerprints import hash_json
 from switchkd.losses.baselines import BASELINES
 from switchkd.pipelines.ablation import small_models
+from switchkd.pipelines.ablation.cells import DISTILLED, Cell
 from switchkd.pipelines.ablation.options import AblateOptions
-from switchkd.pipelines.ablation.recipe import DISTILLED, Cell, Recipe
+from switchkd.pipelines.ablation.recipe import Recipe
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 from switchkd.pipelines.run_folder import to_plain
@@ -25,6 +26,8 @@ from switchkd.pipelines.training.stages import with_stage
 
 # Options of a training stage that define the encoding of samples; a distilled stage's store is created with them and records them.
 ENCODING = ("template", "max_length", "image_mode", "max_pixels")
+# Options of training, capture and evaluation that earlier versions did not have, with their defaults.
+LATER = {"limit": None, "weight_by": None, "attention_layer": None, "visual_advantage": False}
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,8 @@ def _job(recipe: Recipe, options: AblateOptions, cell: Cell | None, name: str, r
         kind = BenchmarkOptions if "tasks" in recipe.evaluate else EvalOptions
         evaluation = kind(**{"device": options.device, **recipe.evaluate}, model=model, output=Path())
     named = {name: value for name, value in _named(evaluation).items() if name != "retry_failed"}
-    if named["limit"] is None:
-        del named["limit"]  # names from before there was one stay the same
     if isinstance(evaluation, EvalOptions):
-        del named["baseline"]  # as for the limit; no recipe sets it
+        del named["baseline"]  # that of benchmarks has always been there; no recipe sets either
     # Answers are kept by benchmark and question, so evaluations that differ in these share a folder.
     answers = {name: value for name, value in named.items() if name not in ("limit", "tasks", "benchmarks")}
     evaluation = replace(evaluation, output=options.workdir / "evals" / _digest(answers))
@@ -104,9 +105,11 @@ def _cell_run(recipe: Recipe, options: AblateOptions, cell: Cell, stage: str, un
         return _run(options, stage, start, cell.seed, given, untrained, teacher_start)
     if cell.objective in BASELINES:
         given["teacher_mode"] = "live"
+    signal = recipe.signals[cell.signal] if cell.signal is not None else {"cache": {}, "train": {}}
+    given |= signal["train"]
     if given.get("teacher_mode") == "live":
         return _run(options, stage, start, cell.seed, given, untrained, teacher_start)
-    cache = _cache_options(recipe, options, cell.teacher, stage, teacher)
+    cache = _cache_options(recipe, options, cell.teacher, stage, teacher, signal["cache"])
     # Training takes these from the store's manifest.
     given = {name: value for name, value in given.items() if name not in ENCODING}
     return _run(options, stage, start, cell.seed, given | {"cache": cache.out}, untrained, teacher_start, cache)
@@ -126,17 +129,21 @@ def _run(
     if resolved.precision is None:
         resolved = replace(resolved, precision=precision_here())
     # Names from before the default was chosen by the data stay the same.
-    named = to_plain(resolved) | {"group_by": resolved.group_by or "none"}
+    named = _without_later(to_plain(resolved)) | {"group_by": resolved.group_by or "none"}
     digest = _digest({k: v for k, v in named.items() if k not in RESUMABLE_CHANGES})
     resolved = replace(resolved, output=options.workdir / "runs" / f"{stage}-{digest}")
     return Run(f"stages: {stage}", resolved, cache, untrained, teacher)
 
 
-def _cache_options(recipe: Recipe, options: AblateOptions, name: str, stage: str, teacher: Path) -> CacheOptions:
+def _cache_options(
+    recipe: Recipe, options: AblateOptions, name: str, stage: str, teacher: Path, signal: Mapping[str, Any]
+) -> CacheOptions:
     stage_options = recipe.stages[stage]
     given = {name: stage_options[name] for name in ("data", "images", *ENCODING) if stage_options.get(name) is not None}
     with naming("cache"):
-        made = CacheOptions(**{"device": options.device, **recipe.cache, **given}, teacher=teacher, out=Path("x.zarr"))
+        made = CacheOptions(
+            **{"device": options.device, **recipe.cache, **signal, **given}, teacher=teacher, out=Path("x.zarr")
+        )
     digest = _digest(_named(made))
     return replace(made, out=options.workdir / "stores" / f"{name}-{stage}-{digest}.zarr")
 
@@ -159,7 +166,12 @@ def _teacher_runs(recipe: Recipe, options: AblateOptions, name: str) -> list[Run
 
 def _named(options: CacheOptions | EvalOptions | BenchmarkOptions) -> dict[str, Any]:
     """Return what names a store or an evaluation; the default number of workers is that of any machine."""
-    return to_plain(options) | {"workers": options.workers or 0}
+    return _without_later(to_plain(options)) | {"workers": options.workers or 0}
+
+
+def _without_later(named: dict[str, Any]) -> dict[str, Any]:
+    """Leave out options that came after the first recipes and have their defaults, so that names from before stay the same."""
+    return {name: value for name, value in named.items() if name not in LATER or value != LATER[name]}
 
 
 def _digest(content: dict[str, Any]) -> str:

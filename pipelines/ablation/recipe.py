@@ -9,38 +9,34 @@
     teachers, students: {NAME: checkpoint folder, or with easy_vqa or emoji_vqa the model to create}
     stages: {all, pt, dpt, sft, dft: options of `switchkd train`}; dpt inherits those of pt, dft those of sft
     cache: options of `switchkd cache-teacher`; one store per teacher and distilled training stage
+    signals: {NAME: {cache: options of `switchkd cache-teacher`, train: options of `switchkd train`}}: values of the axis signal,
+            beside those of `cache` and of the distilled stages; `train: {teacher_mode: live}` reads no store
     evaluate: options of `switchkd eval`: data, or tasks (benchmarks by name) and benchmarks (their folder)
-    matrix: axes (objective, switch, scheme, teacher, student, seed), each a value or a list; or a list of such mappings. The axes
-            align_weight, vsd_weight and lr are options of the fine-tuning stage that differ between cells
+    matrix: axes (objective, switch, scheme, teacher, student, signal, seed), each a value or a list; or a list of such mappings.
+            The axes align_weight, vsd_weight, lr and steps are options of the fine-tuning stage that differ between cells
     compare: {arms: {NAME: values of axes}, pairs: [[NAME, NAME]]}: paired tests between arms over seeds, see `comparisons.py`
 
-A cell is one point of the matrix. Points that are the same run are one cell: without a distilled training stage, teacher, objective
-and switch have no effect; "sft" replaces distilled stages by plain ones; the baselines (llava-kd and those after it)
-have no switch pathway, and run the teacher live; switch-ce has no store, and is plain in stages that leave the vision tower frozen.
+A cell is one point of the matrix, see `cells.py`.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from switchkd.counting import counted
 from switchkd.errors import ConfigError
+from switchkd.pipelines.ablation.cells import AXES, DISTILLED, OPTION_AXES, Cell, cells_of, is_of_arm, require_known
 from switchkd.pipelines.capture.options import CacheOptions
 from switchkd.pipelines.evaluation.options import BenchmarkOptions, EvalOptions
 from switchkd.pipelines.options import fields_of, value_of_option
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.stages import STAGES
-from switchkd.settings import BASELINE_OBJECTIVES, ObjectiveName
 
 SHIPPED = Path(__file__).parent / "recipes"
-AXES = ("student", "scheme", "objective", "switch", "teacher", "seed")
-OPTION_AXES = ("align_weight", "vsd_weight", "lr")  # None: the stage's own
-DISTILLED = {"dpt": "pt", "dft": "sft"}  # training stage with a teacher → the same without
 _KEYS = {
     "title",
     "base",
@@ -53,6 +49,7 @@ _KEYS = {
     "students",
     "stages",
     "cache",
+    "signals",
     "evaluate",
     "matrix",
     "compare",
@@ -67,36 +64,6 @@ _DECIDED: dict[type, set[str]] = {
 }
 # What is evaluated on: a recipe that names one replaces the other in its base.
 _ON_FILE, _ON_BENCHMARKS = {"data", "images"}, {"tasks", "benchmarks"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One configuration of training one student."""
-
-    student: str
-    scheme: str  # names of stages with "-" between
-    objective: str = "sft"
-    switch: bool = False
-    teacher: str | None = None
-    seed: int = 0
-    align_weight: float | None = None
-    vsd_weight: float | None = None
-    lr: float | None = None
-
-    @property
-    def stages(self) -> list[str]:
-        """The training stages of the scheme in order."""
-        return self.scheme.split("-")
-
-    def __str__(self) -> str:
-        words = [self.student, self.scheme, self.objective, "switch" if self.switch else "", self.teacher or ""]
-        words += [f"{axis} {value:g}" for axis in OPTION_AXES if (value := getattr(self, axis)) is not None]
-        return ", ".join([*filter(None, words), f"seed {self.seed}"])
-
-    def options_of(self, stage: str) -> dict[str, Any]:
-        """Return the options of `stage` that this cell decides: the learning rate of fine-tuning, and weights of terms in it."""
-        names = {"sft": ("lr",), "dft": OPTION_AXES}.get(stage, ())
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -119,6 +86,7 @@ class Recipe:
     students: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, Any]]  # stage → options of TrainOptions
     cache: Mapping[str, Any]
+    signals: Mapping[str, Mapping[str, Mapping[str, Any]]]  # name → cache, train → options
     evaluate: Mapping[str, Any]  # of BenchmarkOptions if it names tasks, else of EvalOptions
     easy_vqa: Mapping[str, Any] | None
     emoji_vqa: Mapping[str, Any] | None
@@ -148,9 +116,9 @@ def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -
     fill = _Fill(_variables(path, content, settings) | {"workdir": str(workdir)})
     matrix = fill(content["matrix"])
     fill.require_all(path, content)
-    cells = _cells(matrix, content, path)
+    cells = cells_of(matrix, content, path)
     given = content.get("stages", {})
-    _require_known("stages", given, {"all", *STAGES}, path)
+    require_known("stages", given, {"all", *STAGES}, path)
     teachers = {name: fill(content["teachers"][name]) for name in _used(cell.teacher for cell in cells)}
     students = {name: fill(content["students"][name]) for name in _used(cell.student for cell in cells)}
     trained = {
@@ -184,6 +152,7 @@ def read_recipe(name_or_path: str, settings: Mapping[str, str], workdir: Path) -
         students=students,
         stages={name: _options(TrainOptions, stages[name], f"stages: {name}", path) for name in names},
         cache=_options(CacheOptions, cache, "cache", path),
+        signals={name: _signal(fill(content["signals"][name]), name, path) for name in _used(c.signal for c in cells)},
         evaluate=_options(kind, evaluation, "evaluate", path),
         easy_vqa=easy_vqa,
         emoji_vqa=emoji_vqa,
@@ -216,7 +185,7 @@ def _training(teacher: Any, path: Path) -> list[tuple[str, dict[str, Any]]]:
     stages = teacher.get("train", {}) if isinstance(teacher, dict) else {}
     if not isinstance(stages, dict) or not all(isinstance(options, dict) for options in stages.values()):
         raise ConfigError(f"recipe {path}: teachers: train should hold the options of pt and sft, found {stages!r}")
-    _require_known("teachers: train", stages, set(DISTILLED.values()), path)
+    require_known("teachers: train", stages, set(DISTILLED.values()), path)
     return list(stages.items())
 
 
@@ -232,7 +201,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {path} should hold entries by name, found {type(content).__name__}")
-    _require_known("a recipe", content, _KEYS, path)
+    require_known("a recipe", content, _KEYS, path)
     for key in _KEYS - {"title", "base", "notes", "matrix"}:
         if key in content and not isinstance(content[key], dict):
             raise ConfigError(f"recipe {path}: {key} should hold entries by name, found {content[key]!r}")
@@ -252,11 +221,6 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = key != "matrix" and isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
         out[key] = _merged(out[key], value) if both else value
     return out
-
-
-def _require_known(what: str, found: Iterable[Any], known: set[str], path: Path) -> None:
-    if unknown := sorted({str(name) for name in found} - known):
-        raise ConfigError(f"recipe {path}: {what} has no {unknown[0]!r}; there are {', '.join(sorted(known))}")
 
 
 def _variables(path: Path, content: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
@@ -307,65 +271,19 @@ def _stage(given: Mapping[str, Any], stage: str) -> dict[str, Any]:
     return options
 
 
-def _cells(matrix: Any, content: Mapping[str, Any], path: Path) -> tuple[Cell, ...]:
-    """Expand the matrix; equal runs are one cell, in the order of their first appearance."""
-    cells: dict[Cell, None] = {}
-    for axes in matrix if isinstance(matrix, list) else [matrix]:
-        if not isinstance(axes, Mapping):
-            raise ConfigError(f"recipe {path}: matrix should hold axes by name, found {axes!r}")
-        _require_known("matrix", axes, {*AXES, *OPTION_AXES}, path)
-        for key in ("teacher", "student"):
-            there = list(content.get(f"{key}s", {}))
-            axes = {key: there[0] if len(there) == 1 else None} | dict(axes)
-        values = {"scheme": "pt-dft", "objective": "dbild-rkl", "switch": True, "seed": [0, 1, 2]} | dict(axes)
-        values = dict.fromkeys(OPTION_AXES) | values
-        every = (*AXES, *OPTION_AXES)
-        lists = [value if isinstance(value, list) else [value] for value in (values[axis] for axis in every)]
-        for point in product(*lists):
-            cells[_cell(dict(zip(every, point, strict=True)), content, path)] = None
-    if not cells:
-        raise ConfigError(f"recipe {path}: the matrix is empty")
-    return tuple(cells)
-
-
-def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell:
-    """Check one point of the matrix, and remove settings that have no effect."""
-    where = f"recipe {path}: matrix"
-    point["scheme"] = str(point["scheme"]).lower()
-    for axis, known in (("objective", get_args(ObjectiveName)), ("student", content.get("students", {}))):
-        if point[axis] not in known:
-            raise ConfigError(f"{where} has no {axis} {point[axis]!r}; there are {', '.join(known)}")
-    if not isinstance(point["switch"], bool) or isinstance(point["seed"], bool) or not isinstance(point["seed"], int):
-        raise ConfigError(f"{where}: switch is true or false and seed a number, found {point}")
-    for axis in OPTION_AXES:
-        if point[axis] is not None:
-            try:
-                point[axis] = value_of_option(TrainOptions, axis, point[axis])
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from None
-    if point["objective"] in BASELINE_OBJECTIVES:
-        point["switch"] = False  # they have no switch pathway
-    if point["objective"] == "switch-ce":
-        point["switch"] = True  # it is nothing else
-        point["align_weight"] = None
-    if not point["switch"]:
-        point["vsd_weight"] = None
-    cell = Cell(**point)
-    if unknown := [stage for stage in cell.stages if stage not in STAGES]:
-        raise ConfigError(f"{where} has no stage {unknown[0]!r} in {cell.scheme!r}; there are {', '.join(STAGES)}")
-    if cell.objective == "sft":
-        cell = replace(cell, scheme="-".join(DISTILLED.get(stage, stage) for stage in cell.stages))
-    if not any(stage in DISTILLED for stage in cell.stages):
-        return replace(cell, objective="sft", switch=False, teacher=None, align_weight=None, vsd_weight=None)
-    if cell.teacher not in content.get("teachers", {}):
-        there = ", ".join(content.get("teachers", {})) or "none"
-        raise ConfigError(f"{where} has no teacher {cell.teacher!r}; there are {there}")
-    return cell
+def _signal(given: Any, name: str, path: Path) -> dict[str, dict[str, Any]]:
+    """Check what a signal changes of a store and of the training that reads it."""
+    entry = f"signals: {name}"
+    if not isinstance(given, Mapping) or not all(isinstance(options, Mapping) for options in given.values()):
+        raise ConfigError(f"recipe {path}: {entry} should hold options below cache and train, found {given!r}")
+    kinds = {"cache": CacheOptions, "train": TrainOptions}
+    require_known(entry, given, set(kinds), path)
+    return {what: _options(kind, given.get(what, {}), f"{entry}: {what}", path) for what, kind in kinds.items()}
 
 
 def _options(kind: type, given: Mapping[str, Any], entry: str, path: Path) -> dict[str, Any]:
     """Check options by name, and convert YAML values to the types of an options class."""
-    _require_known(entry, given, set(fields_of(kind)) - _DECIDED[kind], path)
+    require_known(entry, given, set(fields_of(kind)) - _DECIDED[kind], path)
     try:
         return {name: value_of_option(kind, name, value) for name, value in given.items()}
     except ConfigError as error:
@@ -380,7 +298,7 @@ def _comparison(given: Any, cells: Iterable[Cell], path: Path) -> Comparison:
     for name, axes in arms.items():
         if not isinstance(axes, Mapping):
             raise ConfigError(f"recipe {path}: compare: the arm {name} should hold axes by name, found {axes!r}")
-        _require_known(f"compare: the arm {name}", axes, {*AXES, *OPTION_AXES} - {"seed"}, path)
+        require_known(f"compare: the arm {name}", axes, {*AXES, *OPTION_AXES} - {"seed"}, path)
         seeds = [cell.seed for cell in cells if is_of_arm(cell, axes)]
         if not seeds or len(seeds) != len(set(seeds)):
             raise ConfigError(
@@ -392,8 +310,3 @@ def _comparison(given: Any, cells: Iterable[Cell], path: Path) -> Comparison:
     ):
         raise ConfigError(f"recipe {path}: compare: pairs should be pairs of {', '.join(arms)}, found {pairs!r}")
     return Comparison(arms, tuple((one, other) for one, other in pairs))
-
-
-def is_of_arm(cell: Cell, axes: Mapping[str, Any]) -> bool:
-    """Whether a cell has the values that name an arm; an axis that is not named may have any."""
-    return all(getattr(cell, axis) == value for axis, value in axes.items())

@@ -1,8 +1,7 @@
 """Data and tiny models of recipes that need no checkpoint: easy-VQA or EmojiVQA, below the working folder of an ablation."""
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ from switchkd.fingerprints import hash_json
 from switchkd.pipelines.demo import easy_vqa
 from switchkd.pipelines.demo.easy_vqa import TEACHER_LANGUAGE, TEACHER_VISION, TEACHER_WEIGHTS
 from switchkd.pipelines.emoji_vqa.drawings import require_renderer
-from switchkd.pipelines.emoji_vqa.options import IMAGES, EmojiVQAOptions
+from switchkd.pipelines.emoji_vqa.models import TOWER, TOWER_WEIGHTS
+from switchkd.pipelines.emoji_vqa.options import EmojiVQAOptions
+from switchkd.pipelines.emoji_vqa.vocabulary import vocabulary
 from switchkd.pipelines.options import fields_of, value_of_option
 from switchkd.pipelines.run_folder import write_atomically
 
@@ -19,7 +20,8 @@ FILES = ("train", "what", "test")
 VALIDATION = "val"  # may be given besides: questions of every fifth test image, which the test file then leaves out
 VALIDATION_IMAGES = 5
 PRIMARY_SPLITS = ("style", "combo")  # of EmojiVQA, on which methods are compared
-_SHIPPED: dict[str, Any] = {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "shipped": True}
+_SHIPPED: dict[str, Any] = {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "weights": TEACHER_WEIGHTS}
+PRETRAINED = "pretrained"
 
 
 def check_small_models(
@@ -30,7 +32,8 @@ def check_small_models(
     Args:
         sizes: rows of each data file of easy-VQA. emoji: options of `switchkd data emoji-vqa`, without `out`.
         models: name → a checkpoint folder, or a specification: `vision` and `language` (arguments of SiglipVisionConfig and
-            Qwen2Config), `train` (stage → options of `switchkd train`), or `shipped: true` for the demo's teacher.
+            Qwen2Config), `train` (stage → options of `switchkd train`), with EmojiVQA `tower`, pretrained for the one that ships,
+            see `emoji_vqa/tower.py`, null for random weights; or `shipped: true` for the demo's teacher.
 
     Raises:
         ConfigError: names the entry; also if a package that makes the data is missing.
@@ -53,14 +56,20 @@ def check_small_models(
             )
     for name, spec in specs.items():
         wanted = {"shipped"} if "shipped" in spec else {"vision", "language"}
+        allowed = set() if "shipped" in spec else {"train"} | ({"tower"} if emoji is not None else set())
         if (
-            spec.keys() - {"train"} != wanted
+            spec.keys() - allowed != wanted
             or spec.get("shipped", True) is not True
-            or ("shipped" in spec and "train" in spec)
+            or spec.get("tower") not in (None, PRETRAINED)
         ):
-            raise ConfigError(f"{name} should have vision, language and maybe train, or shipped: true; found {spec}")
+            raise ConfigError(
+                f"{name} should have vision, language and maybe train, and with emoji_vqa maybe tower: {PRETRAINED}, or shipped: "
+                f"true; found {spec}"
+            )
         if "shipped" in spec and emoji is not None:
             raise ConfigError(f"{name}: the shipped teacher knows easy-VQA alone; give vision, language and train")
+        if spec.get("tower") and spec["vision"] != TOWER:
+            raise ConfigError(f"{name}: the tower that ships has vision: {TOWER}, found {spec['vision']}")
 
 
 def write_small_data(folder: Path, sizes: Mapping[str, int]) -> None:
@@ -86,8 +95,8 @@ def write_small_data(folder: Path, sizes: Mapping[str, int]) -> None:
         write_atomically(path, json.dumps(easy_vqa.spread(rows[name], sizes[name])))
 
 
-def write_emoji_vqa(folder: Path, given: Mapping[str, Any]) -> list[str]:
-    """Build EmojiVQA, and `primary.json`, the splits style and combo in one file; return the words of all questions and answers.
+def write_emoji_vqa(folder: Path, given: Mapping[str, Any]) -> None:
+    """Build EmojiVQA, and `primary.json`, the splits style and combo in one file.
 
     In `primary.json` the kinds are named "style/what", "combo/where" and so on.
 
@@ -105,10 +114,6 @@ def write_emoji_vqa(folder: Path, given: Mapping[str, Any]) -> list[str]:
             for row in json.loads((folder / f"{split}.json").read_text())
         ]
         write_atomically(primary, json.dumps(rows))
-    texts = [turn["value"] for split in IMAGES for row in json.loads((folder / f"{split}.json").read_text())
-             for turn in row["conversations"]]  # fmt: skip
-    words = {word for text in texts for word in re.findall(r"\w+|[.?]", text.replace("<image>", "").lower())}
-    return [*easy_vqa.SPECIAL, *sorted(words)]
 
 
 def _emoji_options(folder: Path, given: Mapping[str, Any]) -> EmojiVQAOptions:
@@ -126,17 +131,23 @@ def untrained_path(folder: Path, name: str, model: Any, seed: int) -> Path:
     return folder / f"{name}-{hash_json([made, seed])[:8]}"
 
 
-def write_untrained(path: Path, model: Any, seed: int, words: Sequence[str] | None = None) -> None:
+def write_untrained(path: Path, model: Any, seed: int, suite: str) -> None:
     """Create a model at its `untrained_path`; does nothing for a checkpoint folder, or if the model exists.
 
     Args:
-        words: of its tokenizer; None are those of easy-VQA.
+        suite: easy-vqa or emoji-vqa, whose words its tokenizer has.
     """
     if isinstance(model, str) or path.exists():
         return
     spec = _SHIPPED if model.get("shipped") else model
     unfinished = path.with_name(f".{path.name}")
-    weights = TEACHER_WEIGHTS if spec.get("shipped") else None
-    made = {"vision": spec["vision"], "language": spec["language"], "seed": seed, "weights": weights}
-    easy_vqa.write_checkpoint(unfinished, **made, words=words)
+    easy_vqa.write_checkpoint(
+        unfinished,
+        vision=spec["vision"],
+        language=spec["language"],
+        seed=seed,
+        weights=spec.get("weights"),
+        tower=TOWER_WEIGHTS if spec.get("tower") else None,
+        words=[*easy_vqa.SPECIAL, *vocabulary()] if suite == "emoji-vqa" else None,
+    )
     unfinished.rename(path)

