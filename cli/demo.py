@@ -12,7 +12,7 @@ from switchkd.pipelines.demo.options import DemoOptions
 @click.command("demo")
 @options_of(DemoOptions)
 def command(workdir: Path, train_teacher: bool, seed: int) -> None:
-    """Run the whole method on easy-VQA: cache a teacher, train two students, compare them.
+    """Run the whole method on easy-VQA: cache a teacher, train three students, compare them.
 
     Takes a few minutes on two cores; nothing is downloaded.
     """

@@ -1,7 +1,7 @@
 """`switchkd demo`: the complete method on easy-VQA, on a laptop, from public data to a table.
 
-A teacher is cached once; two students with the same initial weights, data order and number of steps are trained, one by SFT, one by
-Switch-KD from that store; all three are evaluated on the whole test split. Every step resumes after an interruption.
+A teacher is cached once; three students with the same initial weights, data order and number of steps are trained: by SFT, by Align
+alone and by Switch-KD from that store; all are evaluated on the whole test split. Every step resumes after an interruption.
 """
 
 import json
@@ -61,7 +61,7 @@ def demo(options: DemoOptions) -> DemoResult:
     student = work / "student"
     if not student.exists():
         easy_vqa.write_checkpoint(student, vision=STUDENT_VISION, language=STUDENT_LANGUAGE, seed=options.seed)
-    runs = {"sft": work / "runs/sft", "switch-kd": work / "runs/switch-kd"}
+    runs = {name: work / "runs" / name for name in STUDENTS}
     for name, run in runs.items():
         with watch.timing(f"train {name}"):
             train(_student_options(options, name, run, teacher, student))
@@ -137,16 +137,16 @@ def _cache_options(work: Path, teacher: Path) -> CacheOptions:
 
 def _student_options(options: DemoOptions, name: str, run: Path, teacher: Path, student: Path) -> TrainOptions:
     work = options.workdir
-    switch_kd = name == "switch-kd"
+    distilled = name != "sft"
     return TrainOptions(
         student=student,
         data=work / "data/distil.json",
         images=work / "data/images",
         output=run,
-        teacher=teacher if switch_kd else None,
-        cache=work / "stores" if switch_kd else None,
-        objective="dbild-rkl" if switch_kd else "sft",
-        switch=switch_kd,
+        teacher=teacher if distilled else None,
+        cache=work / "stores" if distilled else None,
+        objective="dbild-rkl" if distilled else "sft",
+        switch=name == "switch-kd",
         template=easy_vqa.TEMPLATE,
         steps=options.student_steps,
         batch_size=32,
@@ -171,7 +171,17 @@ def _eval_options(work: Path, name: str, model: Path) -> EvalOptions:
     )
 
 
-NAMES = {"teacher": "teacher", "sft": "student, SFT", "switch-kd": "student, Switch-KD"}
+STUDENTS = ("sft", "align", "switch-kd")
+NAMES = {
+    "teacher": "teacher",
+    "sft": "student, SFT",
+    "align": "student, Align",
+    "switch-kd": "student, Switch-KD",
+}
+
+
+# Student → its terms beside CE, drawn on an axis of their own.
+_PARTS = {"align": {"align": "Align"}, "switch-kd": {"align": "Align", "vsd": "VSD"}}
 
 
 def _report(
@@ -183,7 +193,7 @@ def _report(
 ) -> DemoResult:
     work = options.workdir
     table = _table(scores, seconds)
-    gain = scores["switch-kd"].accuracy - scores["sft"].accuracy
+    gains = {other: scores["switch-kd"].accuracy - scores[other].accuracy for other in ("sft", "align")}
     picture = work / "report.png"
     _draw(picture, runs, scores)
     total = sum(seconds.values())
@@ -191,11 +201,14 @@ def _report(
 
 {table}
 
-Switch-KD against SFT, same first weights, data order and {counted(options.student_steps, "step")} (seed {options.seed}):
-{gain:+.4f} accuracy.
+Switch-KD, with the same first weights, data order and {counted(options.student_steps, "step")} (seed {options.seed}):
+{gains["sft"]:+.4f} accuracy against SFT, {gains["align"]:+.4f} against Align alone, which has the teacher's logits but no switch.
 Answering from the question alone scores {easy_vqa.BLIND_ACCURACY:.3f}.
-One seed says little: repeat with `--seed` before believing a small difference. The time column shows what Switch-KD costs
-more than SFT; equal steps are not equal time.
+
+What this shows: that both stages run, and how soon a student uses the image at all. What it does not show: that it learns to see (a
+mean colour answers the colour questions), or that the teacher's logits are what helps (the trained decoder alone does as well in
+two seeds of three). One seed says little: repeat with `--seed` before believing a small difference. The time column shows what
+Switch-KD costs more than SFT; equal steps are not equal time. docs/evidence.md has more seeds, tuned rates and the control.
 
 The store: {store.samples:,} samples, {store.positions:,} positions, {store.store_bytes / 1e6:.1f} MB on disk,
 {store.bytes_per_position:.0f} bytes a position, all {store.manifest.top_k} logits of the demo's vocabulary.
@@ -231,18 +244,20 @@ def _draw(path: Path, runs: dict[str, Path], scores: dict[str, Scores]) -> None:
     """Draw the runs' CE, the distances to the teacher on an axis of their own, and the accuracies as bars, which begin at 0."""
     with matplotlib_ready("the demo") as pyplot:
         figure, (losses, distances, bars) = pyplot.subplots(1, 3, figsize=(14, 4.2))
-        colors = {"teacher": color(TEACHER), "sft": color(0), "switch-kd": color(1)}
+        colors = {"teacher": color(TEACHER)} | {name: color(number) for number, name in enumerate(STUDENTS)}
         drawn: dict[str, list[float]] = {"ce": [], "distances": []}
+        number = len(STUDENTS)
         for name, run in runs.items():
             history = [entry for entry in json.loads((run / SUMMARY).read_text())["history"] if "loss_ce" in entry]
             steps = [entry["step"] for entry in history]
             drawn["ce"] += [entry["loss_ce"] for entry in history]
             losses.plot(steps, [entry["loss_ce"] for entry in history], color=colors[name], label=NAMES[name])
-            if name == "switch-kd":
-                for number, (part, word) in enumerate((("align", "Align"), ("vsd", "VSD")), 2):
-                    values = [entry[f"loss_{part}"] for entry in history]
-                    drawn["distances"] += values
-                    distances.plot(steps, values, style(number), color=color(number), label=f"{NAMES[name]}: {word}")
+            for part, word in _PARTS.get(name, {}).items():
+                values = [entry[f"loss_{part}"] for entry in history]
+                drawn["distances"] += values
+                look = {"linestyle": style(number), "color": color(number)}
+                distances.plot(steps, values, **look, label=f"{NAMES[name]}: {word}")
+                number += 1
         for axes, title, values in (
             (losses, "CE", drawn["ce"]),
             (distances, "Distance to the teacher", drawn["distances"]),

@@ -375,7 +375,7 @@ def test_interrupting_keeps_what_was_committed(options, tmp_path):
     there = len(TeacherStore(options.out).parts())
     assert 3 < there < 60
     again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert f"{60 - there} parts written, {there} were there" in again.stdout
+    assert f"{60 - there} parts written, {there} there before" in again.stdout
     assert len(TeacherStore(options.out)[119].payload) == 2
 
 
