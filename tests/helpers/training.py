@@ -151,11 +151,11 @@ def two_processes(options, tmp_path, prelude="", **changed):
     )
 
 
-def assert_equal_runs(a, b):
-    """Losses equal to 1e-5 (or to 1e-6 nats, for the small ones), weights to 1e-5."""
+def assert_equal_runs(a, b, atol=1e-5):
+    """Losses equal to 1e-5 (or to 1e-6 nats, for the small ones), weights to `atol`."""
     for mine, other in zip(history(a), history(b), strict=True):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
-    assert_same_weights(weights(a), weights(b), rtol=0, atol=1e-5)
+    assert_same_weights(weights(a), weights(b), rtol=0, atol=atol)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_a_store_that_vanishes_stops_the_run(options, cached, monkeypatch, tmp_p
     """Also the files of one array: Zarr reads a missing chunk as zeros, which no digest would notice."""
     store = shutil.copytree(cached / "stores/s.zarr", tmp_path / "s.zarr")
     monkeypatch.setattr(
-        reader.TeacherStore.__init__, "__defaults__", (0, None)
+        reader.TeacherStore.__init__, "__defaults__", (0, None, True)
     )  # bytes of cache: each sample is read anew
     at_step(monkeypatch, 3, lambda trainer: shutil.rmtree(store / lost))
     with pytest.raises(

@@ -120,7 +120,8 @@ def test_dividing_the_batch_changes_nothing(options, tmp_path, change):
     options = replace(options, steps=2, mean=change.get("mean", "position"))
     train(options)
     train(replace(options, output=tmp_path / "divided", **change))
-    training.assert_equal_runs(options.output, tmp_path / "divided")
+    # Adam divides by the size of a gradient, which blows up the rounding of a small one: 1.6e-5 was seen, at steps of 1e-3.
+    training.assert_equal_runs(options.output, tmp_path / "divided", atol=5e-5)
 
 
 def test_with_one_group_in_each_answer_it_is_the_plain_run(options, teacher, tmp_path):
