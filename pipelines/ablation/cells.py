@@ -98,6 +98,8 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
                 point[axis] = value_of_option(TrainOptions, axis, point[axis])
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
+    if point["signal"] is not None and not isinstance(point["signal"], str):
+        raise ConfigError(f"{where}: signal is a name of the recipe's signals, found {point['signal']!r}")
     if point["signal"] is not None and point["signal"] not in content.get("signals", {}):
         there = ", ".join(content.get("signals", {})) or "none"
         raise ConfigError(f"{where} has no signal {point['signal']!r}; there are {there}")

@@ -1,6 +1,6 @@
 """Paired comparisons of an ablation's arms: over seeds with Holm's correction, and over questions by bootstrap.
 
-The measure is the macro average: the mean over kinds of question of the share of right answers; where kinds are named
+The measure is the macro average: the mean over kinds of question of the share of right answers; where all kinds are named
 "GROUP/KIND", the mean over groups of the mean over their kinds. The rotations of one question count as one question. Statistics
 are scipy's and statsmodels'.
 """
@@ -67,10 +67,11 @@ def macro(answers: Answers) -> float:
 
 
 def weights_of(kinds: Mapping[str, Any]) -> dict[str, float]:
-    """Return the weight of each kind in the macro average; they sum to 1."""
+    """Return the weight of each kind in the macro average; they sum to 1. Kinds are in groups if all are named "GROUP/KIND"."""
+    grouped = all("/" in kind for kind in kinds)  # easy-VQA's "yes/no" stands beside kinds without a group
     groups: dict[str, list[str]] = defaultdict(list)
     for kind in kinds:
-        groups[kind.partition("/")[0] if "/" in kind else ""].append(kind)
+        groups[kind.partition("/")[0] if grouped else ""].append(kind)
     return {kind: 1 / len(groups) / len(members) for members in groups.values() for kind in members}
 
 

@@ -278,6 +278,8 @@ def _signal(given: Any, name: str, path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"recipe {path}: {entry} should hold options below cache and train, found {given!r}")
     kinds = {"cache": CacheOptions, "train": TrainOptions}
     require_known(entry, given, set(kinds), path)
+    if decided := sorted({*OPTION_AXES, "train_parts"} & given.get("train", {}).keys()):
+        raise ConfigError(f"recipe {path}: {entry}: {decided[0]} is the cell's or the stage's: give it there")
     return {what: _options(kind, given.get(what, {}), f"{entry}: {what}", path) for what, kind in kinds.items()}
 
 

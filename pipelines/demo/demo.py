@@ -206,8 +206,8 @@ Switch-KD, with the same first weights, data order and {counted(options.student_
 Answering from the question alone scores {easy_vqa.BLIND_ACCURACY:.3f}.
 
 What this shows: that both stages run, and how soon a student uses the image at all. What it does not show: that it learns to see (a
-mean colour answers the colour questions), or that the teacher's logits are what helps (the trained decoder alone does as well in
-two seeds of three). One seed says little: repeat with `--seed` before believing a small difference. The time column shows what
+mean colour answers the colour questions), or that the teacher's logits are what helps (the trained decoder alone does about as
+well). One seed says little: repeat with `--seed` before believing a small difference. The time column shows what
 Switch-KD costs more than SFT; equal steps are not equal time. docs/evidence.md has more seeds, tuned rates and the control.
 
 The store: {store.samples:,} samples, {store.positions:,} positions, {store.store_bytes / 1e6:.1f} MB on disk,

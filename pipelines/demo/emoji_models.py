@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from switchkd.errors import SwitchKDError
 from switchkd.pipelines.demo.easy_vqa import SPECIAL, TEMPLATE, write_checkpoint
 from switchkd.pipelines.emoji_vqa.build import build
 from switchkd.pipelines.emoji_vqa.models import STUDENT_LANGUAGE, TEACHER_LANGUAGE, TOWER, TOWER_WEIGHTS
@@ -46,6 +47,9 @@ def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
     write_atomically(mixed, json.dumps(rows))
     pre: dict[str, Any] = {"data": captions, "train_parts": "projector,language", "warmup": 0.03}
     fine: dict[str, Any] = {"data": mixed, "train_parts": "vision,projector,language", "warmup": 0.03}
+    if tower_again:
+        folder = folder / "own-tower"  # its teacher and student stand apart from those of the tower that ships
+        folder.mkdir(exist_ok=True)
     start = _blank(folder / "teacher-blank", TEACHER_LANGUAGE, tower)
     start = _train(start, folder / "runs/teacher-pt", TEACHER_PT_STEPS, lr=1e-3, **pre)
     teacher = _train(start, folder / "runs/teacher", TEACHER_STEPS, lr=1e-3, **fine)
@@ -90,8 +94,11 @@ def _train(student: Path, run: Path, steps: int, data: Path, **settings: Any) ->
 @click.option("--tower", is_flag=True, help="Train the tower again, too, instead of taking the one that ships.")
 def main(folder: Path, tower: bool) -> None:
     """Train the models of EmojiVQA below FOLDER."""
-    for path in train_models(folder, tower):
-        click.echo(path)
+    try:
+        for path in train_models(folder, tower):
+            click.echo(path)
+    except SwitchKDError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

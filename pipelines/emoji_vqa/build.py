@@ -38,7 +38,7 @@ from switchkd.pipelines.preflight.processes import in_order
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import write_atomically
 
-CAPTION = "caption"
+CAPTION, CAPTIONS = "caption", "captions.json"
 REPORT = "report.json"  # written last: a folder with it is complete
 GREY = "grey.png"
 CHUNK_IMAGES = 100  # drawn from one seed
@@ -84,6 +84,10 @@ def build(options: EmojiVQAOptions, packages: Sequence[Package] = PACKAGES) -> B
         report = json.loads((options.out / REPORT).read_text())
         if report["settings"] != settings:
             raise ConfigError(f"{options.out} was built with {report['settings']}, now {settings}: pass another --out")
+        if not (options.out / CAPTIONS).is_file():
+            raise ConfigError(
+                f"{options.out} has no {CAPTIONS}: an earlier version built it; remove it or pass another --out"
+            )
         return Built(options.out, report)
     if options.out.exists() and any(options.out.iterdir()):
         raise ConfigError(f"{options.out} is not empty and holds no {REPORT}: pass another --out")
@@ -188,7 +192,7 @@ def _write(
     questions, images = hashlib.sha256(), hashlib.sha256()
     splits: dict[str, Any] = {}
     captions = [row for row in rows["train"] if row["question_type"] == CAPTION]
-    write_atomically(folder / "captions.json", json.dumps(captions))
+    write_atomically(folder / CAPTIONS, json.dumps(captions))
     rows = {split: [row for row in found if row["question_type"] != CAPTION] for split, found in rows.items()}
     for split, found in rows.items():
         content = json.dumps(found)

@@ -32,6 +32,7 @@ def test_the_macro_average_is_the_loop():
     plain = {"a": {"0": 1.0}, "b": {"0": 0.0, "1": 0.0}}
     assert macro(plain) == pytest.approx(by_hand(plain)) == 0.5
     assert sum(weights_of(found).values()) == pytest.approx(1)
+    assert set(weights_of({"color": 0, "shape": 0, "yes/no": 0}).values()) == {1 / 3}
     assert weights_of({"style/a": 0, "style/b": 0, "combo/c": 0})["combo/c"] == 0.5
 
 

@@ -60,7 +60,7 @@ class InstructionFocusTerms(VisualLogitTerms):
         for first in range(0, len(encoded), SCORED_AT_ONCE):
             columns = collate(encoded[first : first + SCORED_AT_ONCE])
             batch = Batch.of({name: _on(device, value) for name, value in columns.items()})
-            pairs += self._under_twoinstruction_tokens(batch, layers)
+            pairs += self._under_two_instructions(batch, layers)
         if not pairs:
             raise ConfigError(
                 f"objective {self.name} takes the teacher's layer whose attention to an image depends most on the instruction, "
@@ -86,7 +86,7 @@ class InstructionFocusTerms(VisualLogitTerms):
         return self.of_logits(student, batch, states, kept, of_image, _focus(maps, batch, is_image_of(student, batch)))
 
     @torch.no_grad()
-    def _under_twoinstruction_tokens(self, batch: Batch, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def _under_two_instructions(self, batch: Batch, layers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Return the focus of all layers on each image under its own and its neighbour's instruction, where they differ."""
         teacher, media, found = self.source.teacher, batch.media_of_teacher, []
         is_image = is_image_of(teacher, batch)
