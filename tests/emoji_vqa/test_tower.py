@@ -16,7 +16,7 @@ from switchkd.pipelines.emoji_vqa import models, tower, vocabulary
 from switchkd.pipelines.emoji_vqa.build import styles
 from switchkd.pipelines.emoji_vqa.drawings import read_drawings
 from switchkd.pipelines.emoji_vqa.packages import fetch
-from switchkd.pipelines.emoji_vqa.scenes import COLORS, SceneMaker, Shown
+from switchkd.pipelines.emoji_vqa.scenes import COLORS, DESCRIBE, SceneMaker, Shown, caption_of
 
 pytest.importorskip("resvg_py", reason="drawings are rendered with resvg-py: extra `demo`")
 pytest.importorskip("matplotlib", reason="numbers are set in matplotlib's fonts: extra `demo`")
@@ -81,6 +81,21 @@ def test_a_scene_tells_where_its_things_are(packages):
             assert f"bar of {answers['value']}" in {one.thing for one in maker.shown}
 
 
+def test_a_caption_is_in_reading_order():
+    """Rows from top to bottom, each from left to right, with colours; digits of a sign and bars need no row."""
+    owl, cat, dog = (
+        Shown("owl", "gray", (5, 60, 40, 95)),
+        Shown("cat", "red", (5, 5, 40, 40)),
+        Shown("dog", None, (60, 9, 95, 44)),
+    )
+    assert caption_of([owl, dog, cat], 96) == "top red cat dog bottom gray owl"
+    assert caption_of([owl], 96) == "gray owl"
+    digits = [Shown(f"digit {n}", "blue", (20 * n, 30, 20 * n + 15, 60)) for n in (3, 1)]
+    assert caption_of(digits, 96) == "blue sign 1 3"
+    bars = [Shown("bar of two", "red", (40, 70, 60, 90)), Shown("bar of nine", "pink", (10, 10, 30, 90))]
+    assert caption_of(bars, 96) == "pink nine red two"
+
+
 def test_a_tower_is_trained_and_a_model_starts_from_it(packages, tmp_path, monkeypatch):
     """The weights change, the same in two runs, and are those of the checkpoint's tower."""
     monkeypatch.setattr(tower, "CHUNK", 8)
@@ -118,14 +133,16 @@ def test_the_tower_that_ships_has_the_shape_that_is_told():
 
 
 def test_every_word_is_known(packages):
-    """Questions and answers of many scenes consist of words of the vocabulary."""
+    """Questions, answers and captions of many scenes consist of words of the vocabulary."""
     kinds, known = drawn_packages.kinds(), set(vocabulary.vocabulary())
     drawings = read_drawings(fetch(*packages), kinds, 96)
     for name, style in styles(kinds).items():
         maker = SceneMaker(drawings, kinds, style, 48, name)
         for _ in range(40):
-            for one in maker.make()[1]:
-                assert set(vocabulary.words_of(f"{one.question} {one.answer}")) <= known
+            _, asked = maker.make()
+            said = [f"{one.question} {one.answer}" for one in asked]
+            said += [DESCRIBE, caption_of(maker.shown, 48)]
+            assert set(vocabulary.words_of(" ".join(said))) <= known
 
 
 @pytest.mark.slow
