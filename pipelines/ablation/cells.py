@@ -87,6 +87,9 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
     """Check one point of the matrix, and remove settings that have no effect."""
     where = f"recipe {path}: matrix"
     point["scheme"] = str(point["scheme"]).lower()
+    for axis in ("objective", "student", "teacher", "signal"):
+        if not isinstance(point[axis], str | None):
+            raise ConfigError(f"{where}: {axis} is a name, found {point[axis]!r}")
     for axis, known in (("objective", get_args(ObjectiveName)), ("student", content.get("students", {}))):
         if point[axis] not in known:
             raise ConfigError(f"{where} has no {axis} {point[axis]!r}; there are {', '.join(known)}")
@@ -98,8 +101,6 @@ def _cell(point: dict[str, Any], content: Mapping[str, Any], path: Path) -> Cell
                 point[axis] = value_of_option(TrainOptions, axis, point[axis])
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
-    if point["signal"] is not None and not isinstance(point["signal"], str):
-        raise ConfigError(f"{where}: signal is a name of the recipe's signals, found {point['signal']!r}")
     if point["signal"] is not None and point["signal"] not in content.get("signals", {}):
         there = ", ".join(content.get("signals", {})) or "none"
         raise ConfigError(f"{where} has no signal {point['signal']!r}; there are {there}")

@@ -43,18 +43,19 @@ def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
     tower = folder / "tower.safetensors" if tower_again else TOWER_WEIGHTS
     if not tower.is_file():
         train_tower(suite.with_name("packages"), tower, vision=TOWER)
-    rows = [row for path in (captions, suite / "train.json") for row in json.loads(path.read_text())]
-    write_atomically(mixed, json.dumps(rows))
+    if not mixed.is_file():
+        rows = [row for path in (captions, suite / "train.json") for row in json.loads(path.read_text())]
+        write_atomically(mixed, json.dumps(rows))
     pre: dict[str, Any] = {"data": captions, "train_parts": "projector,language", "warmup": 0.03}
     fine: dict[str, Any] = {"data": mixed, "train_parts": "vision,projector,language", "warmup": 0.03}
-    if tower_again:
-        folder = folder / "own-tower"  # its teacher and student stand apart from those of the tower that ships
-        folder.mkdir(exist_ok=True)
-    start = _blank(folder / "teacher-blank", TEACHER_LANGUAGE, tower)
-    start = _train(start, folder / "runs/teacher-pt", TEACHER_PT_STEPS, lr=1e-3, **pre)
-    teacher = _train(start, folder / "runs/teacher", TEACHER_STEPS, lr=1e-3, **fine)
-    start = _blank(folder / "student-blank", STUDENT_LANGUAGE, tower)
-    student = _train(start, folder / "runs/student-pt", STUDENT_PT_STEPS, lr=2e-3, **pre)
+    # Teacher and student of a tower that was trained again stand apart from those of the tower that ships.
+    models = folder / "own-tower" if tower_again else folder
+    models.mkdir(exist_ok=True)
+    start = _blank(models / "teacher-blank", TEACHER_LANGUAGE, tower)
+    start = _train(start, models / "runs/teacher-pt", TEACHER_PT_STEPS, lr=1e-3, **pre)
+    teacher = _train(start, models / "runs/teacher", TEACHER_STEPS, lr=1e-3, **fine)
+    start = _blank(models / "student-blank", STUDENT_LANGUAGE, tower)
+    student = _train(start, models / "runs/student-pt", STUDENT_PT_STEPS, lr=2e-3, **pre)
     return [tower, teacher, student]
 
 
