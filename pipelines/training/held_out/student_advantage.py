@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +15,15 @@ from switchkd.models.block_attention import without_block_attention
 from switchkd.models.components import language_model_of, lm_head_of, replace_lm_head
 from switchkd.models.features import media_for, media_of, text_arguments
 from switchkd.pipelines.training.held_out.inputs import HeldOut, spread
-from switchkd.pipelines.visual_advantage import FEWEST, Measured, blurred_encoder, log_probs_of_states, summarise
+from switchkd.pipelines.visual_advantage import Measured, SharpAndBlurred, log_probs_of_states, summarise
 from switchkd.positions import predicting_rows, targets
 
 NAME = "visual_advantage"
-
-
-class _Pair(NamedTuple):
-    """One sample, as the student reads it, and the same with its image blurred."""
-
-    sharp: EncodedSample
-    blurred: EncodedSample
+SAMPLES = 16  # of an evaluation
 
 
 class StudentAdvantage:
-    """Measures log p(answer | image) − log p(answer | blurred image) of a student on `FEWEST` held-out samples with an image.
+    """Measures log p(answer | image) − log p(answer | blurred image) of a student on `SAMPLES` held-out samples with an image.
 
     The samples are evenly spaced over those whose losses are computed, and are the same in every evaluation. Every process
     computes all of them, so that they may gather sharded layers together; the results are equal.
@@ -41,17 +36,17 @@ class StudentAdvantage:
         self.held_out, self.pad_id, self.batch_size = held_out, pad_id, batch_size
 
     @cached_property
-    def _pairs(self) -> list[_Pair]:
+    def _samples(self) -> list[EncodedSample]:
         """The samples, read once, of similar length side by side; those whose image cannot be used are left out."""
         samples = self.held_out.samples
-        encoder, soft = samples.encoder, blurred_encoder(samples.encoder)
+        encode = SharpAndBlurred(samples.encoder)
         shown = [item for item in self.held_out.chosen if samples.has_image[item]]
         found = []
-        for place in spread(len(shown), FEWEST):
+        for place in spread(len(shown), SAMPLES):
             sample = samples.samples[int(samples.usable[shown[place]])]
             with suppress(BadSample):
-                found.append(_Pair(encoder.encode(sample), soft.encode(sample)))
-        return sorted(found, key=lambda pair: len(pair.sharp.input_ids))
+                found.append(encode(sample))
+        return sorted(found, key=lambda one: len(one.input_ids))
 
     @torch.no_grad()
     def measure(self, trainer: Any, model: Any) -> dict[str, float]:
@@ -60,16 +55,16 @@ class StudentAdvantage:
         Args:
             trainer: a `SwitchTrainer` within a run. model: its student, in evaluation mode.
         """
-        pairs = self._pairs
-        if not pairs:
+        sharp = self._samples
+        if not sharp:
             return {}
         passes: list[Tensor] = []
         with without_block_attention(language_model_of(model)):
-            for side in zip(*pairs, strict=True):
+            for side in (sharp, [replace(one, media=one.blurred) for one in sharp]):
                 begins = range(0, len(side), self.batch_size)
                 found = [self._log_probs(trainer, model, side[at : at + self.batch_size]) for at in begins]
                 passes.append(torch.cat(found))
-        every = summarise(Measured([""] * len(pairs), [pair.sharp.positions for pair in pairs], *passes)).every
+        every = summarise(Measured([""] * len(sharp), [one.positions for one in sharp], *passes)).every
         assert every is not None
         return {NAME: every.mean, f"{NAME}_error": every.error, f"{NAME}_samples": every.samples}
 
