@@ -5,7 +5,6 @@ models are trained on a suite of their own, three times the published one, drawn
 another machine differ by rounding, and so do their scores.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,24 @@ import click
 
 from switchkd.errors import SwitchKDError
 from switchkd.pipelines.demo.easy_vqa import SPECIAL, TEMPLATE, write_checkpoint
-from switchkd.pipelines.emoji_vqa.build import build
+from switchkd.pipelines.emoji_vqa.build import CAPTIONS, CONVERSATIONS, build
 from switchkd.pipelines.emoji_vqa.models import STUDENT_LANGUAGE, TEACHER_LANGUAGE, TOWER, TOWER_WEIGHTS
 from switchkd.pipelines.emoji_vqa.options import SEED, EmojiVQAOptions
 from switchkd.pipelines.emoji_vqa.tower import train_tower
 from switchkd.pipelines.emoji_vqa.vocabulary import vocabulary
-from switchkd.pipelines.run_folder import SUMMARY, write_atomically
+from switchkd.pipelines.run_folder import SUMMARY
 from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 
 SHARE, OTHER_SEED = 3, SEED + 1
-TEACHER_PT_STEPS, TEACHER_STEPS, STUDENT_PT_STEPS = 1500, 7000, 3000
+TEACHER_PT_STEPS, TEACHER_STEPS, STUDENT_PT_STEPS = 1500, 5000, 3000
 
 
 def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
     """Train the models below `folder`; return the tower's weights (float16), and the checkpoints of teacher and student.
 
-    The teacher is the tower with an LLM: pre-training on captions with the tower frozen, then captions and questions. The student
-    is pre-trained alone.
+    The teacher is the tower with an LLM: pre-training on captions with the tower frozen, then SFT on conversations. The student is
+    pre-trained alone.
 
     Args:
         tower_again: train the tower, too, instead of taking the one that ships.
@@ -39,15 +38,15 @@ def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
         InputError, RunError: see `emoji_vqa.build.build` and `switchkd train`.
     """
     suite = build(EmojiVQAOptions(out=folder / "emoji-vqa", share=SHARE, seed=OTHER_SEED)).folder
-    captions, mixed = suite / "captions.json", suite / "captions-and-train.json"
     tower = folder / "tower.safetensors" if tower_again else TOWER_WEIGHTS
     if not tower.is_file():
         train_tower(suite.with_name("packages"), tower, vision=TOWER)
-    if not mixed.is_file():
-        rows = [row for path in (captions, suite / "train.json") for row in json.loads(path.read_text())]
-        write_atomically(mixed, json.dumps(rows))
-    pre: dict[str, Any] = {"data": captions, "train_parts": "projector,language", "warmup": 0.03}
-    fine: dict[str, Any] = {"data": mixed, "train_parts": "vision,projector,language", "warmup": 0.03}
+    pre: dict[str, Any] = {"data": suite / CAPTIONS, "train_parts": "projector,language"}
+    fine: dict[str, Any] = {
+        "data": suite / CONVERSATIONS,
+        "train_parts": "vision,projector,language",
+        "lr_vision": 3e-4,
+    }
     # Teacher and student of a tower that was trained again stand apart from those of the tower that ships.
     models = folder / "own-tower" if tower_again else folder
     models.mkdir(exist_ok=True)
@@ -82,6 +81,7 @@ def _train(student: Path, run: Path, steps: int, data: Path, **settings: Any) ->
                 precision="bfloat16",
                 steps=steps,
                 batch_size=32,
+                warmup=0.03,
                 weight_decay=0.05,
                 log_every=100,
                 **settings,

@@ -8,6 +8,7 @@ quality of the image. The drawings are not shipped: they come from pinned packag
 
 import hashlib
 import json
+import random
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,8 @@ from switchkd.pipelines.preflight.processes import in_order
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import write_atomically
 
-CAPTION, CAPTIONS = "caption", "captions.json"
+CAPTION, CAPTIONS, CONVERSATIONS = "caption", "captions.json", "conversations.json"
+MARKER = "<image>\n"
 REPORT = "report.json"  # written last: a folder with it is complete
 GREY = "grey.png"
 CHUNK_IMAGES = 100  # drawn from one seed
@@ -69,8 +71,8 @@ def build(options: EmojiVQAOptions, packages: Sequence[Package] = PACKAGES) -> B
     """Build the suite; a folder that is complete is left as it is.
 
     Files: `SPLIT.json` (LLaVA-style rows, with the kind as `question_type`), `captions.json` (what each training image shows, for
-    pre-training), `images/`, `grey/SPLIT.json` (the same questions,
-    every image grey), `report.json` (counts, blind scores, digests, versions), `LICENCES.md`.
+    pre-training), `conversations.json` (a row for each training image: its questions, then its caption), `images/`,
+    `grey/SPLIT.json` (the same questions, every image grey), `report.json` (counts, blind scores, digests, versions), licences.
 
     Args:
         packages: where the drawings come from; those that are pinned.
@@ -84,9 +86,9 @@ def build(options: EmojiVQAOptions, packages: Sequence[Package] = PACKAGES) -> B
         report = json.loads((options.out / REPORT).read_text())
         if report["settings"] != settings:
             raise ConfigError(f"{options.out} was built with {report['settings']}, now {settings}: pass another --out")
-        if not (options.out / CAPTIONS).is_file():
+        if missing := [name for name in (CAPTIONS, CONVERSATIONS) if not (options.out / name).is_file()]:
             raise ConfigError(
-                f"{options.out} has no {CAPTIONS}: an earlier version built it; remove it or pass another --out"
+                f"{options.out} has no {missing[0]}: an earlier version built it; remove it or pass another --out"
             )
         return Built(options.out, report)
     if options.out.exists() and any(options.out.iterdir()):
@@ -96,8 +98,8 @@ def build(options: EmojiVQAOptions, packages: Sequence[Package] = PACKAGES) -> B
     archives = fetch(options.packages or options.out.with_name("packages"), packages)
     drawings = read_drawings(archives, kinds, max(96, options.size))
     shutil.rmtree(unfinished, ignore_errors=True)
-    rows = _draw(unfinished, options, drawings, kinds)
-    report = _write(unfinished, rows, kinds, packages) | {"settings": settings}
+    rows, captions = _draw(unfinished, options, drawings, kinds)
+    report = _write(unfinished, rows, captions, kinds, packages) | {"settings": settings}
     write_atomically(unfinished / REPORT, json.dumps(report, indent=1), durable=True)
     if options.out.exists():
         options.out.rmdir()
@@ -125,13 +127,40 @@ def styles(kinds: Mapping[str, str | None]) -> dict[str, Style]:
     }
 
 
-def _turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+def conversations(
+    questions: Sequence[Mapping[str, Any]], captions: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a row for each captioned image: its questions in an order drawn from its name, then its caption.
+
+    An image is read once for all its questions. The caption is last, since the answers before it would follow from its text.
+
+    Args:
+        questions, captions: LLaVA-style rows with one turn each; every question's image has a caption.
+    """
+    asked: dict[str, list[dict[str, str]]] = {row["image"]: [] for row in captions}
+    for row in questions:
+        asked[row["image"]].append(row["conversations"])
+    out = []
+    for row in captions:
+        name = row["image"]
+        random.Random(name).shuffle(asked[name])
+        turns = [turn for pair in (*asked[name], row["conversations"]) for turn in pair]
+        later = [turn | {"value": turn["value"].removeprefix(MARKER)} for turn in turns[1:]]
+        out.append({"id": name, "image": name, "conversations": [turns[0], *later]})
+    return out
+
+
+def _row(image: str, name: str | int, kind: str, question: str, answer: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": MARKER + question}, {"from": "gpt", "value": answer}]
+    return {"id": f"{image}/{name}", "image": image, "question_type": kind, "conversations": turns}
+
+
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Draws a chunk of a split: (split, number of the first image, how many) → its rows."""
+    """Draws a chunk of a split: (split, number of the first image, how many) → the rows of its questions and of its captions."""
 
     folder: Path
     drawings: Drawings
@@ -140,31 +169,26 @@ class _Chunks:
     size: int
     seed: int
 
-    def __call__(self, chunk: tuple[str, int, int]) -> list[dict[str, Any]]:
+    def __call__(self, chunk: tuple[str, int, int]) -> tuple[Rows, Rows]:
         split, start, count = chunk
         seed = f"{self.seed}/{split}/{start}"
         maker = SceneMaker(self.drawings, self.kinds, self.styles[split], self.size, seed)
-        rows = []
+        rows, captions = [], []
         for number in range(start, start + count):
             image, asked = maker.make()
             name = f"{split}/{number:05d}.jpg"
             image.save(self.folder / "images" / name, quality=QUALITY)
             for index, one in enumerate(asked):
-                turns = _turns(one.question, one.answer)
-                row = {"id": f"{name}/{index}", "image": name, "question_type": one.kind, "conversations": turns}
+                row = _row(name, index, one.kind, one.question, one.answer)
                 rows.append(row | ({"unit": f"{name}/{one.unit}"} if one.unit else {}))
-            if split == "train":
-                turns = _turns(DESCRIBE, caption_of(maker.shown, self.size))
-                rows.append(
-                    {"id": f"{name}/{CAPTION}", "image": name, "question_type": CAPTION, "conversations": turns}
-                )
-        return rows
+            captions.append(_row(name, CAPTION, CAPTION, DESCRIBE, caption_of(maker.shown, self.size)))
+        return rows, captions
 
 
 def _draw(
     folder: Path, options: EmojiVQAOptions, drawings: Drawings, kinds: Mapping[str, str | None]
-) -> dict[str, list[dict[str, Any]]]:
-    """Draw all images below `folder`, and return the rows of every split."""
+) -> tuple[dict[str, Rows], Rows]:
+    """Draw all images below `folder`, and return the rows of every split, and the captions of the training images."""
     work = _Chunks(folder, drawings, kinds, styles(kinds), options.size, options.seed)
     counts = {split: max(1, round(count * options.share)) for split, count in IMAGES.items()}
     chunks = [
@@ -172,28 +196,33 @@ def _draw(
         for split, count in counts.items()
         for start in range(0, count, CHUNK_IMAGES)
     ]
-    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in counts}
+    rows: dict[str, Rows] = {split: [] for split in counts}
+    captions: Rows = []
     for split in counts:
         (folder / "images" / split).mkdir(parents=True)
     workers = workers_alone() if options.workers is None else options.workers
     with Progress("drawing", sum(counts.values()), "images") as progress:
-        for (split, _, count), found in zip(chunks, in_order(work, chunks, workers), strict=True):
-            rows[split] += found
+        for (split, _, count), (asked, shown) in zip(chunks, in_order(work, chunks, workers), strict=True):
+            rows[split] += asked
+            captions += shown if split == "train" else []
             progress.advance(count)
-    return rows
+    return rows, captions
 
 
 def _write(
-    folder: Path, rows: Mapping[str, list[dict[str, Any]]], kinds: Mapping[str, str | None], packages: Sequence[Package]
+    folder: Path,
+    rows: Mapping[str, Rows],
+    captions: Rows,
+    kinds: Mapping[str, str | None],
+    packages: Sequence[Package],
 ) -> dict[str, Any]:
     """Write data files, the grey ones and the licences; return the report."""
     Image.new("RGB", (32, 32), (128, 128, 128)).save(folder / "images" / GREY)
     (folder / "grey").mkdir()
     questions, images = hashlib.sha256(), hashlib.sha256()
     splits: dict[str, Any] = {}
-    captions = [row for row in rows["train"] if row["question_type"] == CAPTION]
     write_atomically(folder / CAPTIONS, json.dumps(captions))
-    rows = {split: [row for row in found if row["question_type"] != CAPTION] for split, found in rows.items()}
+    write_atomically(folder / CONVERSATIONS, json.dumps(conversations(rows["train"], captions)))
     for split, found in rows.items():
         content = json.dumps(found)
         questions.update(content.encode())

@@ -146,12 +146,40 @@ def test_colours_of_cards_are_those_in_the_image(packages):
     assert seen > 10
 
 
+def test_a_conversation_holds_all_questions_of_its_image_and_ends_with_the_caption(suite):
+    """One row for each training image; its turns are those of `train.json`, in orders that differ, and its image comes once."""
+    single = [*rows_of(suite, "train"), *rows_of(suite, "captions")]
+    expected = defaultdict(list)
+    for row in single:
+        expected[row["image"]].append(turns(row))
+    orders = set()
+    for row in rows_of(suite, "conversations"):
+        values = [turn["value"] for turn in row["conversations"]]
+        assert values[0].startswith("<image>\n") and not any("<image>" in value for value in values[1:])
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (len(values) // 2)
+        asked = list(zip([values[0].removeprefix("<image>\n"), *values[2::2]], values[1::2], strict=True))
+        found = expected.pop(row["image"])
+        assert asked[-1] == found[-1] and asked[-1][0] == scenes.DESCRIBE
+        assert sorted(asked) == sorted(found)
+        orders.add(tuple(found.index(one) for one in asked))
+    assert not expected
+    assert len(orders) > 10
+
+
 def test_a_second_start_does_nothing_and_other_options_are_refused(suite, packages, monkeypatch):
     monkeypatch.setattr(module, "read_drawings", None)
     same = options_of(suite.folder, packages, share=0.05)
     assert build(same, packages[1]).report == suite.report
     with pytest.raises(ConfigError, match="was built with .* pass another --out"):
         build(replace(same, seed=3), packages[1])
+
+
+@pytest.mark.parametrize("name", ["captions.json", "conversations.json"])
+def test_a_suite_of_an_earlier_version_is_refused(packages, tmp_path, name):
+    same = options_of(tmp_path / "s", packages)
+    (build(same, packages[1]).folder / name).unlink()
+    with pytest.raises(ConfigError, match=f"has no {name}: an earlier version built it; remove it or pass another"):
+        build(same, packages[1])
 
 
 def test_an_interrupted_build_leaves_nothing_behind_that_counts(packages, tmp_path, monkeypatch):
