@@ -97,7 +97,10 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     trainer = _make_trainer(inputs, models, arguments, stopping, best)
     if models.extra_terms is not None:
         with trainer.accelerator.autocast():
-            models.extra_terms.prepare(inputs.samples, trainer.data_collator, arguments.device)
+            chosen = models.extra_terms.prepare(inputs.samples, trainer.data_collator, arguments.device)
+        if begun:
+            check_record(run, chosen, later=chosen)
+        made_from |= chosen
     if not before and trainer.is_world_process_zero():
         plain = yaml.safe_dump(to_plain(options) | made_from | ({} if begun else {SEALED: True}), sort_keys=False)
         write_atomically(run / RECORD, plain, durable=True)

@@ -10,6 +10,7 @@ import reference
 import tiny
 import torch
 import training
+import yaml
 from baseline_runs import by_hand, compare, history, normal, whole_file
 
 from switchkd.errors import CheckpointError, ConfigError
@@ -183,6 +184,14 @@ def test_a_resumed_run_chooses_the_same_layer(live, tmp_path, monkeypatch):
         training.interrupt_after(patch, 5)
         with pytest.raises(training.Stop):
             train(live(NAME))
+    record = live(NAME).output / "run.yaml"
+    chosen = yaml.safe_load(record.read_text())["chosen_attention_layer"]
+    assert chosen == yaml.safe_load((whole.output / "run.yaml").read_text())["chosen_attention_layer"]
+    written = record.read_text()
+    record.write_text(written.replace(f"chosen_attention_layer: {chosen}", f"chosen_attention_layer: {1 - chosen}"))
+    with pytest.raises(ConfigError, match=f"chosen_attention_layer: run {1 - chosen}, now {chosen}"):
+        train(live(NAME))
+    record.write_text(written)
     train(live(NAME))
     training.assert_same_weights(training.weights(live(NAME).output), training.weights(whole.output))
 

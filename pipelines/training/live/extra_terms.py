@@ -96,13 +96,16 @@ class ExtraTerms(ABC):
         if hasattr(student, ADAPTERS):
             delattr(student, ADAPTERS)
 
-    def prepare(self, samples: Any, collate: Callable[[Any], dict[str, Any]], device: torch.device) -> None:
+    def prepare(self, samples: Any, collate: Callable[[Any], dict[str, Any]], device: torch.device) -> dict[str, Any]:
         """Set what depends on the data, with the teacher on its device; called in every process before the first step.
 
         Args:
             samples: of the run, the same in every process and when the run is resumed. collate: makes a batch's columns of some.
+
+        Returns:
+            What was chosen, for the run's record: name → YAML value.
         """
-        return
+        return {}
 
     def kept_rows(self, student: LlavaForConditionalGeneration, batch: Batch, rows: Tensor) -> Tensor:
         """Return the rows whose final states the terms read, [B, L] bool; they include `rows`, the rows that predict a position."""

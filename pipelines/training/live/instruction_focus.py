@@ -23,6 +23,7 @@ from switchkd.losses.baselines import (
 from switchkd.models.features import final_states
 from switchkd.pipelines.batch import Batch
 from switchkd.pipelines.preflight.left_out import Unusable
+from switchkd.pipelines.training.lifecycle.together import from_first_process
 from switchkd.pipelines.training.live.extra_terms import VisualLogitTerms, after_image, depth_of, is_image_of
 from switchkd.positions import IGNORED
 
@@ -39,17 +40,18 @@ class InstructionFocusTerms(VisualLogitTerms):
         """See `ExtraTerms.attach`; attention is read of the teacher alone."""
         use_eager_attention(self.source.teacher)
 
-    def prepare(self, samples: Any, collate: Callable[[Any], dict[str, Any]], device: torch.device) -> None:
+    def prepare(self, samples: Any, collate: Callable[[Any], dict[str, Any]], device: torch.device) -> dict[str, Any]:
         """Choose the teacher's layer with the highest instruction-relevance score, if none was given; see `ExtraTerms.prepare`.
 
-        The score compares how a layer attends to an image under its own instruction and under that of another sample.
+        The score compares how a layer attends to an image under its own instruction and under that of another sample. Every
+        process computes it, since a teacher may be sharded; the first one's choice is taken, so that rounding cannot part them.
 
         Raises:
             CheckpointError: the teacher's LLM has no self-attention.
             ConfigError: no two samples have an image and different instructions.
         """
         if self.source.attention_layers:
-            return
+            return {}
         teacher, encoded = self.source.teacher, _some_with_image(samples, SCORED_IMAGES)
         layers = layers_with_attention(teacher)
         if not layers:
@@ -68,13 +70,14 @@ class InstructionFocusTerms(VisualLogitTerms):
                 "layer, --attention-layer N"
             )
         scores = instruction_relevance(*(torch.stack(side, 1) for side in zip(*pairs, strict=True)))
-        best = int(scores.argmax())
+        best = from_first_process(lambda: int(scores.argmax()))
         self.source.attention_layers = (layers[best],)
         log.info(
             "%s: layer %d of %d of the teacher's LLM weighs the visual tokens, with the highest instruction-relevance score, %.3f "
             "(lowest %.3f, mean %.3f; %s, two instructions each)",
             self.name, layers[best], depth_of(teacher), scores[best], scores.min(), scores.mean(), counted(len(pairs), "image"),
         )  # fmt: skip
+        return {"chosen_attention_layer": layers[best]}
 
     def of_images(self, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
         """See `ExtraTerms.of_images`, [images, 1]."""
