@@ -1,15 +1,19 @@
 """Data and tiny models of recipes that need no checkpoint: easy-VQA or EmojiVQA, below the working folder of an ablation."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from switchkd.errors import ConfigError
 from switchkd.fingerprints import hash_json
 from switchkd.pipelines.demo import easy_vqa
 from switchkd.pipelines.demo.easy_vqa import TEACHER_LANGUAGE, TEACHER_VISION, TEACHER_WEIGHTS
 from switchkd.pipelines.emoji_vqa.drawings import require_renderer
+from switchkd.pipelines.emoji_vqa.models import SHIPPED as SHIPPED_WITH_EMOJI_VQA
 from switchkd.pipelines.emoji_vqa.models import TOWER, TOWER_WEIGHTS
 from switchkd.pipelines.emoji_vqa.options import EmojiVQAOptions
 from switchkd.pipelines.emoji_vqa.vocabulary import vocabulary
@@ -20,7 +24,14 @@ FILES = ("train", "what", "test")
 VALIDATION = "val"  # may be given besides: questions of every fifth test image, which the test file then leaves out
 VALIDATION_IMAGES = 5
 PRIMARY_SPLITS = ("style", "combo")  # of EmojiVQA, on which methods are compared
-_SHIPPED: dict[str, Any] = {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "weights": TEACHER_WEIGHTS}
+# Suite → value of `shipped` → the model with weights that ship.
+_SHIPPED: dict[str, dict[bool | str, dict[str, Any]]] = {
+    "easy-vqa": {True: {"vision": TEACHER_VISION, "language": TEACHER_LANGUAGE, "weights": TEACHER_WEIGHTS}},
+    "emoji-vqa": {
+        name: {"vision": TOWER, "language": language, "weights": weights}
+        for name, (language, weights) in SHIPPED_WITH_EMOJI_VQA.items()
+    },
+}
 PRETRAINED = "pretrained"
 
 
@@ -33,7 +44,8 @@ def check_small_models(
         sizes: rows of each data file of easy-VQA. emoji: options of `switchkd data emoji-vqa`, without `out`.
         models: name → a checkpoint folder, or a specification: `vision` and `language` (arguments of SiglipVisionConfig and
             Qwen2Config), `train` (stage → options of `switchkd train`), with EmojiVQA `tower`, pretrained for the one that ships,
-            see `emoji_vqa/tower.py`, null for random weights; or `shipped: true` for the demo's teacher.
+            see `emoji_vqa/tower.py`, null for random weights; or `shipped: true` for the demo's teacher, with EmojiVQA
+            `shipped: teacher` and `shipped: student` for those of `emoji_vqa/models.py`.
 
     Raises:
         ConfigError: names the entry; also if a package that makes the data is missing.
@@ -54,20 +66,19 @@ def check_small_models(
             raise ConfigError(
                 f"easy_vqa should give the rows of {', '.join(FILES)}, and maybe {VALIDATION}, found {dict(sizes)}"
             )
+    shipped = _SHIPPED["easy-vqa" if emoji is None else "emoji-vqa"]
     for name, spec in specs.items():
         wanted = {"shipped"} if "shipped" in spec else {"vision", "language"}
         allowed = set() if "shipped" in spec else {"train"} | ({"tower"} if emoji is not None else set())
         if (
             spec.keys() - allowed != wanted
-            or spec.get("shipped", True) is not True
+            or ("shipped" in spec and spec["shipped"] not in list(shipped))
             or spec.get("tower") not in (None, PRETRAINED)
         ):
             raise ConfigError(
                 f"{name} should have vision, language and maybe train, and with emoji_vqa maybe tower: {PRETRAINED}, or shipped: "
-                f"true; found {spec}"
+                f"{' or '.join(yaml.safe_dump(one).split()[0] for one in shipped)}; found {spec}"
             )
-        if "shipped" in spec and emoji is not None:
-            raise ConfigError(f"{name}: the shipped teacher knows easy-VQA alone; give vision, language and train")
         if spec.get("tower") and spec["vision"] != TOWER:
             raise ConfigError(f"{name}: the tower that ships has vision: {TOWER}, found {spec['vision']}")
 
@@ -128,6 +139,13 @@ def untrained_path(folder: Path, name: str, model: Any, seed: int) -> Path:
     if isinstance(model, str):
         return Path(model.replace("{seed}", str(seed)))
     made = {key: value for key, value in model.items() if key != "train"}
+    # Weights that ship with EmojiVQA may be trained again; those of the demo's teacher stay, and with them the names of its runs.
+    if (
+        weights := TOWER_WEIGHTS
+        if made.get("tower")
+        else _SHIPPED["emoji-vqa"].get(made.get("shipped"), {}).get("weights")
+    ):
+        made["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return folder / f"{name}-{hash_json([made, seed])[:8]}"
 
 
@@ -139,7 +157,7 @@ def write_untrained(path: Path, model: Any, seed: int, suite: str) -> None:
     """
     if isinstance(model, str) or path.exists():
         return
-    spec = _SHIPPED if model.get("shipped") else model
+    spec = _SHIPPED[suite][model["shipped"]] if "shipped" in model else model
     unfinished = path.with_name(f".{path.name}")
     easy_vqa.write_checkpoint(
         unfinished,
@@ -148,6 +166,6 @@ def write_untrained(path: Path, model: Any, seed: int, suite: str) -> None:
         seed=seed,
         weights=spec.get("weights"),
         tower=TOWER_WEIGHTS if spec.get("tower") else None,
-        words=[*easy_vqa.SPECIAL, *vocabulary()] if suite == "emoji-vqa" else None,
+        words=vocabulary() if suite == "emoji-vqa" else None,
     )
     unfinished.rename(path)

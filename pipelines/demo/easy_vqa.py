@@ -108,11 +108,11 @@ def _captions(questions: list[tuple[str, str, int]]) -> Iterator[tuple[int, str,
 
 
 def vocabulary() -> list[str]:
-    """Return the demo tokenizer's words: special tokens first, then every word of questions and answers, sorted."""
+    """Return every word of questions and answers, sorted, after the question mark."""
     source = package_folder()
     questions = json.loads((source / "train" / "questions.json").read_text())
     words = {word for text, answer, _ in questions for word in (*words_of(text), answer)} - {"?"}
-    return [*SPECIAL, "?", *sorted(words)]
+    return ["?", *sorted(words)]
 
 
 def write_checkpoint(
@@ -130,7 +130,7 @@ def write_checkpoint(
     Args:
         vision, language: arguments of SiglipVisionConfig and Qwen2Config. seed: of the random weights.
         weights: a safetensors file that replaces them. tower: the same of the vision tower alone, see `emoji_vqa/tower.py`.
-        words: of the tokenizer, with `SPECIAL` first; None are those of easy-VQA.
+        words: that the tokenizer has after `SPECIAL`; None are those of easy-VQA.
     """
     import torch
     from safetensors.torch import load_file
@@ -144,7 +144,7 @@ def write_checkpoint(
     )
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    words = vocabulary() if words is None else list(words)
+    words = [*SPECIAL, *(vocabulary() if words is None else words)]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

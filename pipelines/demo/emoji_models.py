@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from safetensors.torch import load_file, save_file
 
 from switchkd.errors import SwitchKDError
-from switchkd.pipelines.demo.easy_vqa import SPECIAL, TEMPLATE, write_checkpoint
+from switchkd.pipelines.demo.easy_vqa import TEMPLATE, write_checkpoint
 from switchkd.pipelines.emoji_vqa.build import CAPTIONS, CONVERSATIONS, build
-from switchkd.pipelines.emoji_vqa.models import STUDENT_LANGUAGE, TEACHER_LANGUAGE, TOWER, TOWER_WEIGHTS
+from switchkd.pipelines.emoji_vqa.models import SHIPPED, STUDENT_LANGUAGE, TEACHER_LANGUAGE, TOWER, TOWER_WEIGHTS
 from switchkd.pipelines.emoji_vqa.options import SEED, EmojiVQAOptions
 from switchkd.pipelines.emoji_vqa.tower import train_tower
 from switchkd.pipelines.emoji_vqa.vocabulary import vocabulary
@@ -26,7 +27,7 @@ TEACHER_PT_STEPS, TEACHER_STEPS, STUDENT_PT_STEPS = 1500, 5000, 3000
 
 
 def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
-    """Train the models below `folder`; return the tower's weights (float16), and the checkpoints of teacher and student.
+    """Train the models below `folder`; return the weights of tower, teacher and student, as they ship (float16).
 
     The teacher is the tower with an LLM: pre-training on captions with the tower frozen, then SFT on conversations. The student is
     pre-trained alone.
@@ -55,14 +56,17 @@ def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
     teacher = _train(start, models / "runs/teacher", TEACHER_STEPS, lr=1e-3, **fine)
     start = _blank(models / "student-blank", STUDENT_LANGUAGE, tower)
     student = _train(start, models / "runs/student-pt", STUDENT_PT_STEPS, lr=2e-3, **pre)
-    return [tower, teacher, student]
+    written = [models / f"{name}.safetensors" for name in SHIPPED]
+    for run, path in zip((teacher, student), written, strict=True):
+        weights = load_file(run / "model.safetensors")
+        save_file({name: tensor.half() for name, tensor in weights.items()}, path)
+    return [tower, *written]
 
 
 def _blank(path: Path, language: dict[str, int], tower: Path) -> Path:
     if not path.exists():
         unfinished = path.with_name(f".{path.name}")
-        words = [*SPECIAL, *vocabulary()]
-        write_checkpoint(unfinished, vision=TOWER, language=language, seed=0, tower=tower, words=words)
+        write_checkpoint(unfinished, vision=TOWER, language=language, seed=0, tower=tower, words=vocabulary())
         unfinished.rename(path)
     return path
 

@@ -1,4 +1,4 @@
-"""The small models of EmojiVQA: their shapes, and the tower that ships."""
+"""The small models of EmojiVQA: their shapes, and the weights that ship (float16, trained by `make emoji-models`)."""
 
 from pathlib import Path
 
@@ -26,4 +26,9 @@ STUDENT_LANGUAGE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "intermediate_size": 256,
+}
+# Name → arguments of its LLM, and its weights: a teacher that answers questions, and a student after its pre-training on captions.
+SHIPPED = {
+    "teacher": (TEACHER_LANGUAGE, ASSETS / "teacher.safetensors"),
+    "student": (STUDENT_LANGUAGE, ASSETS / "student.safetensors"),
 }

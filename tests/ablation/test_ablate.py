@@ -203,13 +203,13 @@ def test_emoji_vqa_and_its_models_are_made(tmp_path, monkeypatch):
     content = {
         "base": "emoji",
         "emoji_vqa": {"share": 0.005, "size": 48, "workers": 0},
-        "teachers": {"large": model},
+        "teachers": {"tiny": model},
         "students": {"small": model},
-        "matrix": [{"objective": o, "scheme": "dft", "seed": 0} for o in ("sft", "switch-ce")],
+        "matrix": [{"objective": o, "scheme": "dft", "seed": 0, "teacher": "tiny"} for o in ("sft", "switch-ce")],
         "compare": {"arms": {"SFT": {"objective": "sft"}, "CE": {"objective": "switch-ce"}}, "pairs": [["CE", "SFT"]]},
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
-    given = {"steps": "2", "teacher_steps": "2", "batch": "4"}
+    given = {"steps": "2", "batch": "4"}
     done = ablate(AblateOptions(str(tmp_path / "small.yaml"), tmp_path / "work", given))
     assert done.cells == 3  # with the teacher
     primary = json.loads((tmp_path / "work/emoji-vqa/primary.json").read_text())
