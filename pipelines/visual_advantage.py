@@ -72,6 +72,8 @@ class VisualAdvantage:
     every: Advantage | None  # None without a sample that has an image
     by_kind: Mapping[str, Advantage]
     stored: Advantage | None = None  # of a store's logits in place of the model's at sharp images
+    stored_error: float | None = None  # mean distance of a store's visual advantages, in nats a position
+    spread: float = 0.0  # mean distance of the model's own visual advantages from their mean, in nats a position
 
     @property
     def warnings(self) -> list[str]:
@@ -91,6 +93,12 @@ class VisualAdvantage:
             found.append(
                 f"the images of this capture went astray: the live teacher gains {self.every.mean:.3f} nats an answer from a sharp "
                 f"image, what is stored {self.stored.mean:.3f}. Cache again"
+            )
+        if self.stored_error is not None and self.stored_error > self.spread:
+            found.append(
+                f"the visual advantages that the store holds are {self.stored_error:.3f} nats a position from the live "
+                f"teacher's, which vary by {self.spread:.3f} themselves: they tell nothing. Cache again, or train without "
+                "--weight-by visual-advantage"
             )
         blind = [kind for kind, one in self.by_kind.items() if one.samples >= FEWEST and not one.is_clear]
         if blind and len(self.by_kind) > 1:
@@ -198,11 +206,14 @@ def log_probs_of_signal(signal: HiddenSignal | SparseSignal, wanted: Tensor) -> 
     return torch.where(at.any(-1), kept, torch.nan).cpu()
 
 
-def summarise(measured: Measured, stored: Tensor | None = None) -> VisualAdvantage:
+def summarise(
+    measured: Measured, stored: Tensor | None = None, advantages_of_store: Tensor | None = None
+) -> VisualAdvantage:
     """Summarise log-probabilities by sample and kind.
 
     Args:
         stored: log p by a store's signal at the same positions, [P]; a sample with a NaN is left out of `stored`.
+        advantages_of_store: the visual advantages that a store holds at the same positions, [P] nats.
     """
     if not measured.kinds:
         return VisualAdvantage(None, {})
@@ -216,7 +227,11 @@ def summarise(measured: Measured, stored: Tensor | None = None) -> VisualAdvanta
         kept = _of_samples(stored, measured.positions)
         known = ~np.isnan(kept)
         of_store = Advantage.of(kept[known], blurred[known]) if known.any() else None
-    return VisualAdvantage(Advantage.of(sharp, blurred), by_kind, of_store)
+    every, gain = Advantage.of(sharp, blurred), measured.sharp - measured.blurred
+    if advantages_of_store is None or not len(gain):
+        return VisualAdvantage(every, by_kind, of_store)
+    error = float((advantages_of_store - gain).abs().mean())
+    return VisualAdvantage(every, by_kind, of_store, error, float((gain - gain.mean()).abs().mean()))
 
 
 def _of_samples(values: Tensor, positions: Sequence[int]) -> NDArray[np.float64]:
@@ -240,5 +255,10 @@ def lines_of(found: VisualAdvantage) -> list[str]:
         out.append(
             f"{name[:23]:<24}{one.samples:>8,}{one.sharp:>14.3f}{one.blurred:>10.3f}{one.mean:>+11.3f}{one.error:>9.3f}"
             f"{one.positive:>10.0%}"
+        )
+    if found.stored_error is not None:
+        out.append(
+            f"the store's visual advantages are {found.stored_error:.4f} nats a position from these, which vary by "
+            f"{found.spread:.4f}"
         )
     return out + [f"warning: {text}" for text in found.warnings]

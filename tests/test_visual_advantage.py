@@ -43,6 +43,7 @@ from switchkd.pipelines.visual_advantage import (
     measure,
     summarise,
 )
+from switchkd.stores import TeacherStore
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,28 @@ def test_an_audit_tells_that_the_teacher_looks_and_the_store_agrees(store, name)
     found = audit(options).looking
     assert found.every.samples == 40 and found.warnings == []
     assert found.stored.mean == pytest.approx(found.every.mean, abs=0.02)
+    assert found.stored_error is None
     assert audit(replace(options, visual_advantage=False)).looking is None
+
+
+def test_stored_visual_advantages_are_compared(store, monkeypatch):
+    """Those of the right images agree to the store's float16; those of the rows before tell nothing, and the audit says so."""
+    given = {"teacher": store / "teacher", "data": store / "data.json", "images": store / "images"}
+    out = store / "looks.zarr"
+    cache_teacher(CacheOptions(out=out, part_size=20, template="qa", visual_advantage=True, **given))
+    options = AuditOptions(out, samples=41, **given)
+    found = audit(options).looking
+    assert 0 < found.stored_error < 0.002 < 0.1 < found.spread and found.warnings == []
+    assert "the store's visual advantages are 0.00" in "\n".join(lines_of(found))
+    original = TeacherStore.payload
+
+    def stray(self, indices):
+        payload = original(self, indices)
+        return replace(payload, visual_advantage=np.roll(payload.visual_advantage, 2))
+
+    monkeypatch.setattr(TeacherStore, "payload", stray)
+    (warning,) = audit(options).looking.warnings
+    assert "they tell nothing. Cache again, or train without --weight-by visual-advantage" in warning
 
 
 def test_a_capture_whose_images_went_astray_is_named(store, monkeypatch):
