@@ -41,7 +41,7 @@ class Batch:
         teacher_ids: [P, K] int64; teacher_logits: [P, K]; teacher_tail: [P]: from a store that contains top-k logits.
         teacher_hidden: [P, d_T], from a store that contains hidden states. With another tokenizer these five have P_T rows.
         teacher_number: [P] int64, with the stores of several teachers: whose each position is.
-        visual_advantage: [P], nats, from a store, with `--weight-by visual-advantage`.
+        teacher_visual_advantage: [P], nats, from a store, with `--weight-by visual-advantage`.
         store_seconds: time spent reading the store.
         left_out: the samples that belong to the batch and cannot be used, the fields of a `preflight.left_out.Unusable` each.
     """
@@ -70,7 +70,7 @@ class Batch:
     teacher_knee: Tensor | None = None
     teacher_hidden: Tensor | None = None
     teacher_number: Tensor | None = None
-    visual_advantage: Tensor | None = None
+    teacher_visual_advantage: Tensor | None = None
     store_seconds: float = 0.0
     left_out: tuple[Any, ...] = ()
 

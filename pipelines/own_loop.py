@@ -54,18 +54,25 @@ class StoreDataset(Dataset[dict[str, Tensor]]):
     * `teacher_knee` [P] int64;
     * of payload `hidden`: `teacher_hidden` [P, d] float32, the final hidden states;
     * of payload `topk`: `teacher_ids` [P, K] int64 and `teacher_logits` [P, K] float32 in descending order, `teacher_tail` [P]
-      float32, the logsumexp of all other logits.
+      float32, the logsumexp of all other logits;
+    * with `visual_advantage`: `teacher_visual_advantage` [P] float32, nats.
 
     Args:
         store: its folder or URL, or a folder with one store.
         payload: which one is read of a store that has both; None: `hidden` if it is there.
+        visual_advantage: whether it is read, for `switchkd.losses.visual_weights`.
 
     Raises:
         StoreError: no store there, an unfinished or a damaged one.
-        ConfigError: the store does not hold the payload.
+        ConfigError: the store does not hold the payload, or no visual advantage.
     """
 
-    def __init__(self, store: StoreLocation, payload: Literal["topk", "hidden"] | None = None) -> None:
+    def __init__(
+        self,
+        store: StoreLocation,
+        payload: Literal["topk", "hidden"] | None = None,
+        visual_advantage: bool = False,
+    ) -> None:
         opened = TeacherStore.open(Path(store) if isinstance(store, str) and "://" not in store else store)
         opened.check_complete()
         manifest = opened.manifest
@@ -76,7 +83,12 @@ class StoreDataset(Dataset[dict[str, Tensor]]):
             raise ConfigError(
                 f"{opened.path} holds payload {there}, not {self.payload}: pass payload={there.split()[0]!r}"
             )
-        self.store = opened.only(self.payload)
+        if visual_advantage and not manifest.visual_advantage:
+            raise ConfigError(
+                f"{opened.path} holds no visual advantage: cache again into another --out with `switchkd cache-teacher "
+                "--visual-advantage`, or leave visual_advantage out"
+            )
+        self.store = opened.only(self.payload, visual_advantage)
         self.rows: NDArray[np.int64] = np.flatnonzero(self.store.statuses() == Status.OK)  # those that are usable
 
     def __len__(self) -> int:

@@ -140,7 +140,7 @@ def teacher_columns(payload: Payload) -> dict[str, torch.Tensor]:
     if payload.hidden is not None:
         columns["teacher_hidden"] = torch.from_numpy(payload.hidden)
     if payload.visual_advantage is not None:
-        columns["visual_advantage"] = torch.from_numpy(payload.visual_advantage)
+        columns["teacher_visual_advantage"] = torch.from_numpy(payload.visual_advantage)
     return columns
 
 

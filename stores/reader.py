@@ -89,9 +89,9 @@ class TeacherStore:
             raise StoreError(f"{path} holds {len(found)} stores, name one: " + ", ".join(map(str, found)))
         return cls(found[0])
 
-    def only(self, payload: str) -> "TeacherStore":
-        """Return the store opened to read one of its payloads, "topk" or "hidden", and no visual advantage."""
-        return TeacherStore(self.path, self.cache_bytes, payload, visual_advantage=False)
+    def only(self, payload: str, visual_advantage: bool = False) -> "TeacherStore":
+        """Return the store opened to read one of its payloads, "topk" or "hidden", and its visual advantages only if asked."""
+        return TeacherStore(self.path, self.cache_bytes, payload, visual_advantage=visual_advantage)
 
     @cached_property
     def tables_digest(self) -> str:

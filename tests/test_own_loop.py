@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
 
 from switchkd.errors import ConfigError, StoreError, StoreMismatch
-from switchkd.losses import LMHead, dbild_loss, fused_dbild
+from switchkd.losses import LMHead, dbild_loss, fused_dbild, visual_weights
 from switchkd.pipelines import own_loop
 from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.capture.options import CacheOptions
@@ -67,6 +67,31 @@ def test_losses_are_those_of_switchkd_train(options, stores, cached, teacher, st
     on_logits = dbild_loss(logits, signal_of.signal(batch), reduction="sum")
     assert float(on_logits) == pytest.approx(float(found.terms.align), rel=1e-4)
     assert signal_of.signal(batch).rows(logits).shape == (len(wanted), 15)
+
+
+def test_weights_are_those_of_switchkd_train(options, cached, teacher, student, tmp_path):
+    """As above, with a store of visual advantages: Align of the log of `--weight-by visual-advantage`."""
+    given = {"teacher": teacher, "data": cached / "data.json", "images": cached / "images", "template": "qa"}
+    cache_teacher(CacheOptions(out=tmp_path / "stores/looks.zarr", visual_advantage=True, **given))
+    run = replace(options, cache=tmp_path / "stores", steps=1, batch_size=12, switch=False)
+    found = {}
+    for weight_by in (None, "visual-advantage"):
+        train(replace(run, weight_by=weight_by, output=tmp_path / str(weight_by)))
+        (found[weight_by],) = training.logged(tmp_path / str(weight_by))
+    store = StoreDataset(tmp_path / "stores", visual_advantage=True)
+    data = EncodedDataset(cached / "data.json", student, store, cached / "images")
+    collator = TeacherCollator(partial(pad_encoded, pad_id=data.pad_id), store)
+    (batch,) = DataLoader(data, batch_size=12, collate_fn=collator)
+    model = AutoModelForImageTextToText.from_pretrained(student, dtype=torch.float32)
+    signal, wanted = StoredTeacher(store, teacher).signal(batch), targets(batch["labels"])
+    weights = visual_weights(batch["teacher_visual_advantage"], batch["labels"])
+    states, head = states_of(model, batch), LMHead(model.lm_head.weight)
+    for weight_by, given in ((None, None), ("visual-advantage", weights)):
+        terms = fused_dbild(states, head, wanted, signal, distil_weights=given).terms
+        assert float(terms.align) / len(wanted) == pytest.approx(found[weight_by]["loss_align"], rel=1e-5)
+    with pytest.raises(ConfigError, match="holds no visual advantage: cache again into another --out"):
+        StoreDataset(cached / "stores", visual_advantage=True)
+    assert found[None]["loss_align"] != pytest.approx(found["visual-advantage"]["loss_align"], rel=1e-3)
 
 
 def test_an_item_is_what_the_store_has(stores, cached):

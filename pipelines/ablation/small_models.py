@@ -140,11 +140,10 @@ def untrained_path(folder: Path, name: str, model: Any, seed: int) -> Path:
         return Path(model.replace("{seed}", str(seed)))
     made = {key: value for key, value in model.items() if key != "train"}
     # Weights that ship with EmojiVQA may be trained again; those of the demo's teacher stay, and with them the names of its runs.
-    if (
-        weights := TOWER_WEIGHTS
-        if made.get("tower")
-        else _SHIPPED["emoji-vqa"].get(made.get("shipped"), {}).get("weights")
-    ):
+    weights = TOWER_WEIGHTS if made.get("tower") else None
+    if made.get("shipped") in list(SHIPPED_WITH_EMOJI_VQA):
+        _, weights = SHIPPED_WITH_EMOJI_VQA[made["shipped"]]
+    if weights is not None:
         made["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return folder / f"{name}-{hash_json([made, seed])[:8]}"
 

@@ -276,7 +276,7 @@ class SwitchTrainer(EvaluatingTrainer, CheckpointHooks):
             switch,
             weights=weights,
             on_block=self.meter.record_knees,
-            distil_weights=self.objective.distil_weights(batch.labels, batch.visual_advantage),
+            distil_weights=self.objective.distil_weights(batch.labels, batch.teacher_visual_advantage),
         )
 
     def _switch_states(self, features: Features, batch: Batch) -> SwitchStates:

@@ -263,6 +263,7 @@ def fused_dbild(
     align_weight: float = 1.0,
     vsd_weight: float = 1.0,
     chunk_positions: int | None = None,
+    distil_weights: Tensor | None = None,
 ) -> FusedLoss:
     """CE + λ1·Align + λ2·VSD with DBiLD (eq. 1) from hidden states and LM heads, without [P, V] logits.
 
@@ -270,7 +271,7 @@ def fused_dbild(
     only once.
 
     Args:
-        student_hidden, student_head, targets, teacher, chunk_positions: see `Objective.fused`.
+        student_hidden, student_head, targets, teacher, chunk_positions, distil_weights: see `Objective.fused`.
         switch_hidden, switch_head, on_image: see `fused.SwitchStates`; all three or none. Without `switch_hidden` there is no VSD.
         temperature, window, align_weight, vsd_weight: see `Objective`. divergence: see `dbild_loss`.
 
@@ -291,4 +292,12 @@ def fused_dbild(
         if switch_head is None or on_image is None:
             raise ValueError("switch_hidden comes with switch_head and on_image")
         switch = SwitchStates(switch_hidden, switch_head, on_image)
-    return objective.fused(student_hidden, student_head, targets, teacher, switch, chunk_positions=chunk_positions)
+    return objective.fused(
+        student_hidden,
+        student_head,
+        targets,
+        teacher,
+        switch,
+        chunk_positions=chunk_positions,
+        distil_weights=distil_weights,
+    )
