@@ -134,27 +134,10 @@ def write_checkpoint(
     """
     import torch
     from safetensors.torch import load_file
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import (
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        PreTrainedTokenizerFast,
-        Qwen2Config,
-        SiglipVisionConfig,
-    )
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     words = [*SPECIAL, *(vocabulary() if words is None else words)]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        extra_special_tokens=["<image>"],
-    )
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(vision_use_head=False, **vision),
         text_config=Qwen2Config(
@@ -181,9 +164,25 @@ def write_checkpoint(
         assert set(missing) <= {"lm_head.weight"}, missing
         model.tie_weights()
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _word_tokenizer(words).save_pretrained(folder)
     size = vision["image_size"]
     SiglipImageProcessorPil(size={"height": size, "width": size}).save_pretrained(folder)
+
+
+def _word_tokenizer(words: Sequence[str]) -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=["<image>"],
+    )
 
 
 ASSETS = Path(__file__).parent

@@ -38,6 +38,32 @@ def tell_plan(
     Args:
         steps, processes: of the run. unused: vision tensors that no gradient reaches. resume: the checkpoint that it resumes from.
     """
+    options = inputs.options
+    _tell_signal(inputs)
+    said = ", ".join(f"{name} {value}" for name, value in to_plain(options).items() if value not in (None, {}))
+    log.info(
+        "options (in %s): %s",
+        options.output / RECORD,
+        textwrap.fill(said, 130, initial_indent="\n  ", subsequent_indent="  "),
+    )
+    _tell_models(inputs, cost_model, unused)
+    _tell_data(inputs)
+    log.info(
+        "steps: %s of %s: %s (%s) x batch size %d x accumulation %d",
+        f"{steps:,}", counted(options.global_batch or 0, "sample"), counted(processes, "process"), options.profile,
+        options.batch_size, options.accumulation,
+    )  # fmt: skip
+    rows, width, memory = estimate_memory(inputs, processes, cost_model)
+    log.info(
+        "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",
+        rows, width, _gigabytes(sum(memory.values())),
+        ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items() if size),
+    )  # fmt: skip
+    if resume is not None:
+        log.info("resuming from %s", resume)
+
+
+def _tell_signal(inputs: TrainingInputs) -> None:
     options, samples = inputs.options, inputs.samples
     log.info("objective: %s%s", options.objective, " with the switch pathway" if options.switch else "")
     if (count := samples.skipped.total()) > allowed_skips(samples.rows, MAX_SKIPPED):
@@ -52,12 +78,9 @@ def tell_plan(
         log.info("teacher's signal: %s", inputs.teacher_signal)
     if inputs.caution is not None:
         log.warning("%s; train from hidden states", inputs.caution)
-    said = ", ".join(f"{name} {value}" for name, value in to_plain(options).items() if value not in (None, {}))
-    log.info(
-        "options (in %s): %s",
-        options.output / RECORD,
-        textwrap.fill(said, 130, initial_indent="\n  ", subsequent_indent="  "),
-    )
+
+
+def _tell_models(inputs: TrainingInputs, cost_model: CostModel, unused: list[str]) -> None:
     for who, model in (("student", cost_model.student), ("teacher", cost_model.switch or cost_model.live)):
         if model is not None:
             parts = count_parameters(model)
@@ -66,7 +89,7 @@ def tell_plan(
             log.info(
                 "%s: %s of %s parameters train (%s), %s", who, f"{trained:,}", f"{every:,}", told, str(model.dtype)[6:]
             )
-    if (lora := options.as_lora(inputs.parts)) is not None:
+    if (lora := inputs.options.as_lora(inputs.parts)) is not None:
         log.info(
             "LoRA: rank %d, alpha %g, dropout %g, beside %s of %s, whose own weights are frozen",
             lora.rank, lora.alpha, lora.dropout, counted(len(lora_layers(cost_model.student)), "linear layer"),
@@ -78,6 +101,10 @@ def tell_plan(
             counted(len(unused), "vision tensor"),
             unused[0],
         )
+
+
+def _tell_data(inputs: TrainingInputs) -> None:
+    options, samples = inputs.options, inputs.samples
     what = "usable" if inputs.mixture is None else "an epoch"
     log.info("samples: %s %s, skipped: %s", f"{len(samples):,}", what, dict(samples.skipped) or "none")
     for name, about in (inputs.mixture or {}).items():
@@ -101,19 +128,6 @@ def tell_plan(
             "" if not held_out.with_teacher else ", Align, VSD" if options.switch else ", Align",
             counted(len(held_out.questions), "answer"),
         )  # fmt: skip
-    log.info(
-        "steps: %s of %s: %s (%s) x batch size %d x accumulation %d",
-        f"{steps:,}", counted(options.global_batch or 0, "sample"), counted(processes, "process"), options.profile,
-        options.batch_size, options.accumulation,
-    )  # fmt: skip
-    rows, width, memory = estimate_memory(inputs, processes, cost_model)
-    log.info(
-        "memory, estimated for one process and a batch of the longest samples (%d x %d tokens): %s (%s)",
-        rows, width, _gigabytes(sum(memory.values())),
-        ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items() if size),
-    )  # fmt: skip
-    if resume is not None:
-        log.info("resuming from %s", resume)
 
 
 def estimate_memory(inputs: TrainingInputs, processes: int, cost_model: CostModel) -> tuple[int, int, dict[str, float]]:
