@@ -23,14 +23,14 @@ from switchkd.pipelines.training.options import TrainOptions
 from switchkd.pipelines.training.train import train
 
 SHARE, OTHER_SEED = 3, SEED + 1
-TEACHER_PT_STEPS, TEACHER_STEPS, STUDENT_PT_STEPS = 1500, 5000, 3000
+TEACHER_PT_STEPS, TEACHER_STEPS, STUDENT_PT_STEPS, STUDENT_STEPS = 1500, 5000, 3000, 3000
 
 
 def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
     """Train the models below `folder`; return the weights of tower, teacher and student, as they ship (float16).
 
     The teacher is the tower with an LLM: pre-training on captions with the tower frozen, then SFT on conversations. The student is
-    pre-trained alone.
+    trained in the same order with the tower frozen throughout, so that a fine-tuning begins with an LLM that knows the questions.
 
     Args:
         tower_again: train the tower, too, instead of taking the one that ships.
@@ -55,7 +55,8 @@ def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
     start = _train(start, models / "runs/teacher-pt", TEACHER_PT_STEPS, lr=1e-3, **pre)
     teacher = _train(start, models / "runs/teacher", TEACHER_STEPS, lr=1e-3, **fine)
     start = _blank(models / "student-blank", STUDENT_LANGUAGE, tower)
-    student = _train(start, models / "runs/student-pt", STUDENT_PT_STEPS, lr=2e-3, **pre)
+    start = _train(start, models / "runs/student-pt", STUDENT_PT_STEPS, lr=2e-3, **pre)
+    student = _train(start, models / "runs/student", STUDENT_STEPS, lr=2e-3, **pre | {"data": suite / CONVERSATIONS})
     written = [models / f"{name}.safetensors" for name in SHIPPED]
     for run, path in zip((teacher, student), written, strict=True):
         weights = load_file(run / "model.safetensors")

@@ -27,7 +27,7 @@ STUDENT_LANGUAGE = {
     "num_key_value_heads": 2,
     "intermediate_size": 256,
 }
-# Name → arguments of its LLM, and its weights: a teacher that answers questions, and a student after its pre-training on captions.
+# Name → arguments of its LLM, and its weights: a teacher, and a student whose tower is still the pretrained one.
 SHIPPED = {
     "teacher": (TEACHER_LANGUAGE, ASSETS / "teacher.safetensors"),
     "student": (STUDENT_LANGUAGE, ASSETS / "student.safetensors"),

@@ -157,7 +157,7 @@ def test_the_models_of_the_pilot_are_trained(packages, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji_models, "train_tower", partial(tower.train_tower, images=8, steps=2, batch=4))
     monkeypatch.setattr(tower, "CHUNK", 4)
     monkeypatch.setattr(emoji_models, "SHARE", 0.01)
-    for name in ("TEACHER_PT_STEPS", "TEACHER_STEPS", "STUDENT_PT_STEPS"):
+    for name in ("TEACHER_PT_STEPS", "TEACHER_STEPS", "STUDENT_PT_STEPS", "STUDENT_STEPS"):
         monkeypatch.setattr(emoji_models, name, 2)
     start, *trained = emoji_models.train_models(tmp_path / "models", tower_again=True)
     key = "encoder.layers.0.self_attn.q_proj.weight"
