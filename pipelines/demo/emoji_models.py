@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from switchkd.errors import SwitchKDError
+from switchkd.models.checkpoint import open_checkpoint
+from switchkd.models.vlm import load_model
 from switchkd.pipelines.demo.easy_vqa import TEMPLATE, write_checkpoint
 from switchkd.pipelines.emoji_vqa.build import CAPTIONS, CONVERSATIONS, build
 from switchkd.pipelines.emoji_vqa.models import SHIPPED, STUDENT_LANGUAGE, TEACHER_LANGUAGE, TOWER, TOWER_WEIGHTS
@@ -59,7 +61,8 @@ def train_models(folder: Path, tower_again: bool = False) -> list[Path]:
     student = _train(start, models / "runs/student", STUDENT_STEPS, lr=2e-3, **pre | {"data": suite / CONVERSATIONS})
     written = [models / f"{name}.safetensors" for name in SHIPPED]
     for run, path in zip((teacher, student), written, strict=True):
-        weights = load_file(run / "model.safetensors")
+        weights = load_model(open_checkpoint(run)).state_dict()
+        del weights["lm_head.weight"]  # that of the input embeddings
         save_file({name: tensor.half() for name, tensor in weights.items()}, path)
     return [tower, *written]
 
