@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -157,7 +160,7 @@ def write_untrained(path: Path, model: Any, seed: int, suite: str) -> None:
     if isinstance(model, str) or path.exists():
         return
     spec = _SHIPPED[suite][model["shipped"]] if "shipped" in model else model
-    unfinished = path.with_name(f".{path.name}")
+    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     easy_vqa.write_checkpoint(
         unfinished,
         vision=spec["vision"],
@@ -167,4 +170,9 @@ def write_untrained(path: Path, model: Any, seed: int, suite: str) -> None:
         tower=TOWER_WEIGHTS if spec.get("tower") else None,
         words=vocabulary() if suite == "emoji-vqa" else None,
     )
-    unfinished.rename(path)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+        shutil.rmtree(unfinished)  # another ablation in this folder was faster; its model is the same

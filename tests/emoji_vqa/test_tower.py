@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from switchkd.errors import ConfigError
-from switchkd.pipelines.ablation.small_models import check_small_models, write_untrained
+from switchkd.fingerprints import hash_json
+from switchkd.pipelines.ablation import small_models
+from switchkd.pipelines.ablation.small_models import check_small_models, untrained_path, write_untrained
 from switchkd.pipelines.demo import emoji_models
-from switchkd.pipelines.emoji_vqa import models, tower, vocabulary
+from switchkd.pipelines.emoji_vqa import concepts, models, tower, vocabulary
 from switchkd.pipelines.emoji_vqa.build import styles
 from switchkd.pipelines.emoji_vqa.drawings import read_drawings
 from switchkd.pipelines.emoji_vqa.packages import fetch
@@ -116,6 +118,46 @@ def test_a_tower_is_trained_and_a_model_starts_from_it(packages, tmp_path, monke
     for name, tensor in of_tower.items():
         key = next(key for key in one if name.endswith(key))
         assert torch.equal(tensor, one[key].float())
+
+
+@pytest.mark.parametrize("name", models.SHIPPED)
+def test_the_models_that_ship_can_be_made(name, tmp_path, monkeypatch):
+    """From their float16 weights; the student's tower is the one that ships."""
+    monkeypatch.setattr(vocabulary, "kind_of", concepts.kind_of)
+    path = untrained_path(tmp_path, name, {"shipped": name}, 0)
+    write_untrained(path, {"shipped": name}, 0, "emoji-vqa")
+    saved = load_file(path / "model.safetensors")
+    assert all(torch.equal(tensor.half().float(), tensor) for tensor in saved.values())
+    tower = load_file(models.TOWER_WEIGHTS)["encoder.layers.0.self_attn.q_proj.weight"].float()
+    assert any(torch.equal(tensor, tower) for tensor in saved.values()) == (name == "student")
+
+
+def test_the_model_of_another_process_that_was_faster_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+
+    def make_both(folder, **_):
+        for each in (folder, path):
+            each.mkdir()
+            (each / "config.json").write_text(each.name)
+
+    monkeypatch.setattr(small_models.easy_vqa, "write_checkpoint", make_both)
+    write_untrained(path, {"shipped": "teacher"}, 0, "emoji-vqa")
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+    assert (path / "config.json").read_text() == "model"
+
+
+def test_other_weights_are_another_model(tmp_path, monkeypatch):
+    """A cell's name holds what ships, so that no result of other weights is taken for its own."""
+    for spec, weights in (({"shipped": "teacher"}, "teacher"), ({"tower": "pretrained"}, "tower")):
+        before = untrained_path(tmp_path, "m", spec, 0)
+        other = tmp_path / f"{weights}.safetensors"
+        other.write_bytes(b"other")
+        if weights == "tower":
+            monkeypatch.setattr("switchkd.pipelines.ablation.small_models.TOWER_WEIGHTS", other)
+        else:
+            monkeypatch.setitem(small_models.SHIPPED_WITH_EMOJI_VQA, "teacher", ({}, other))
+        assert untrained_path(tmp_path, "m", spec, 0) != before
+    assert untrained_path(tmp_path, "m", {"shipped": True}, 0).name == "m-" + hash_json([{"shipped": True}, 0])[:8]
 
 
 def test_the_tower_that_ships_has_the_shape_that_is_told():
