@@ -64,5 +64,10 @@ def command(
     echo(done.table)
     echo("\n".join(f"written: {path}" for path in done.files))
     echo(f"{counted(done.cells, 'cell')}, {done.done_before} done before")
-    if done.left:
-        echo(f"left: {counted(done.left, 'cell')}, since --minutes were over: run the same command again")
+    if done.left > done.elsewhere:
+        left = counted(done.left - done.elsewhere, "cell")
+        echo(f"left: {left}, since --minutes were over: run the same command again")
+    if done.elsewhere:
+        echo(
+            f"left to other processes: {counted(done.elsewhere, 'cell')}; when they are done, run the same command again"
+        )

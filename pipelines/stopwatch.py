@@ -10,11 +10,11 @@ from switchkd.pipelines.run_folder import write_atomically
 
 
 class Stopwatch:
-    """Seconds by step, in the JSON file `path`."""
+    """Seconds by step, in the JSON file `path`, which several processes may write, each its own steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.seconds = self._read()
 
     @contextmanager
     def timing(self, stage: str) -> Iterator[None]:
@@ -23,6 +23,10 @@ class Stopwatch:
         try:
             yield
         finally:
+            self.seconds = self._read()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.seconds))
+
+    def _read(self) -> dict[str, float]:
+        return json.loads(self.path.read_text()) if self.path.is_file() else {}

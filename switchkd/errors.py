@@ -5,6 +5,7 @@
     │   ├── DataError           data file, row or image
     │   ├── CheckpointError     model folder, or two incompatible models
     │   ├── ConfigError         option or recipe
+    │   │   └── InUse               an output folder that another process writes into
     │   └── StoreError          teacher store
     │       └── StoreMismatch       store and run disagree: teacher, tokenizer, template, sample …
     ├── RunError            the run itself failed                      exit code 1
@@ -39,6 +40,10 @@ class CheckpointError(InputError):
 
 class ConfigError(InputError):
     """An option or a recipe is wrong."""
+
+
+class InUse(ConfigError):
+    """An output folder belongs to a process that is still going."""
 
 
 class StoreError(InputError):

@@ -8,12 +8,14 @@ import json
 import logging
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
 
-from switchkd.errors import RunError
+from switchkd.errors import InUse, RunError
 from switchkd.pipelines.ablation.checks import check, prepare
 from switchkd.pipelines.ablation.comparisons import write_comparisons
 from switchkd.pipelines.ablation.evaluation import Evaluation, evaluate
@@ -25,8 +27,10 @@ from switchkd.pipelines.capture.cache_teacher import cache_teacher
 from switchkd.pipelines.progress import Progress
 from switchkd.pipelines.run_folder import SUMMARY, to_plain, write_atomically
 from switchkd.pipelines.stopwatch import Stopwatch
+from switchkd.pipelines.training.lifecycle.lock import one_run
 from switchkd.pipelines.training.train import train
 
+POLL_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 
@@ -38,11 +42,14 @@ class Ablation:
     files: tuple[Path, ...]
     cells: int
     done_before: int
-    left: int = 0  # not begun, because the time was up
+    left: int = 0  # not finished, because the time was up or another process has them
+    elsewhere: int = 0  # of those, cells that another process has
 
 
 def ablate(options: AblateOptions) -> Ablation:
     """Run the unfinished jobs of a recipe, and write its table.
+
+    Several processes may work in one folder: a cell that another one has is left to it, also if it has a run that the cell needs.
 
     Raises:
         InputError: something in the recipe cannot be used; all of it is checked before any work.
@@ -51,10 +58,12 @@ def ablate(options: AblateOptions) -> Ablation:
     recipe = read_recipe(options.recipe, options.settings, options.workdir)
     jobs = list(plan_jobs(recipe, options))
     check(recipe, options, jobs)
-    prepare(recipe, options, jobs)
+    with _in_turn(options.workdir / "prepare.lock"):
+        prepare(recipe, options, jobs)
     watch, start = Stopwatch(options.workdir / "seconds.json"), time.monotonic()
     before = sum(job.result.is_file() for job in jobs)
     files: tuple[Path, ...] = ()
+    elsewhere = 0
     with Progress(recipe.name, len(jobs), "cells", done=before, bar=False) as progress:
         for job in jobs:
             if job.result.is_file():
@@ -62,7 +71,15 @@ def ablate(options: AblateOptions) -> Ablation:
             if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
                 break
             log.info("cell %d of %d: %s", progress.done + 1, len(jobs), job.name)
-            found = _finish(job, options, watch)
+            try:
+                with one_run(job.result.with_suffix(".lock"), first=True):
+                    if job.result.is_file():
+                        continue  # finished by another process since
+                    found = _finish(job, options, watch)
+            except InUse as held:
+                log.info("left to another process: %s", held)
+                elsewhere += 1
+                continue
             files = write_report(options.workdir, recipe, _results(jobs), final=False)
             progress.advance(1, note=f"{job.name}: {found.measure} {found}")
     results = _results(jobs)
@@ -71,8 +88,30 @@ def ablate(options: AblateOptions) -> Ablation:
     if recipe.compare is not None and not left:
         files += (write_comparisons(options.workdir, recipe, jobs),)
     return Ablation(
-        "\n".join(path.read_text() for path in files if path.suffix == ".md"), files, len(jobs), before, left
+        "\n".join(path.read_text() for path in files if path.suffix == ".md"),
+        files,
+        len(jobs),
+        before,
+        left,
+        min(elsewhere, left),
     )
+
+
+@contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Hold a lock, after waiting for the process that has it."""
+    waited = False
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(one_run(folder, first=True))
+                break
+            except InUse as held:
+                if not waited:
+                    log.info("waiting for another process, which makes data and models: %s", held)
+                waited = True
+                time.sleep(POLL_SECONDS)
+        yield
 
 
 def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> Evaluation:
@@ -105,6 +144,8 @@ def _train(run: Run, options: AblateOptions) -> None:
     if not options.launch:
         train(run.options)
         return
+    with one_run(run.options.output, first=True):
+        pass  # raises InUse, which could not be told from the exit code below
     # `switchkd train` in separate processes; a launcher such as torchrun starts as many as its options request.
     file = run.options.output.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)

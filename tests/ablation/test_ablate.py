@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import statistics
+from contextlib import ExitStack
 from dataclasses import replace
 
 import drawn_packages
@@ -19,8 +20,10 @@ from switchkd.pipelines.ablation import small_models
 from switchkd.pipelines.ablation.ablate import ablate
 from switchkd.pipelines.ablation.checks import processes_of
 from switchkd.pipelines.ablation.options import AblateOptions
-from switchkd.pipelines.ablation.recipe import SHIPPED, shipped_recipes
+from switchkd.pipelines.ablation.plan import plan_jobs
+from switchkd.pipelines.ablation.recipe import SHIPPED, read_recipe, shipped_recipes
 from switchkd.pipelines.ablation.table import NONE, Result, draw, markdown, rows_of
+from switchkd.pipelines.training.lifecycle.lock import one_run
 
 pytest.importorskip("matplotlib", reason="the table's plot is drawn with matplotlib")
 
@@ -184,6 +187,40 @@ def test_no_cell_begins_after_the_time_is_up(place, monkeypatch):
     first = ablate(options_of(place, minutes=1e-9))
     assert (first.left, training) == (2, []) and "cells are still missing" in first.table
     assert ablate(options_of(place, minutes=60)).left == 0
+
+
+@pytest.mark.parametrize("launch", [(), ("false",)])
+def test_cells_of_another_process_are_left_to_it(place, launch):
+    """Whether it has the whole cell or a run that the cell needs; the others are done."""
+    change(place, matrix={"objective": "sft", "scheme": "pt-sft", "seed": [0, 1, 2]})
+    options = options_of(place)
+    jobs = list(plan_jobs(read_recipe(options.recipe, options.settings, options.workdir), options))
+    held = [jobs[0].result.with_suffix(".lock"), jobs[1].runs[0].options.output]
+    if launch:  # a launcher that fails: it must not be asked for what is held
+        held.append(jobs[2].result.with_suffix(".lock"))
+    with ExitStack() as stack:
+        for folder in held:
+            stack.enter_context(one_run(folder, first=True))
+        found = ablate(replace(options, launch=launch))
+    assert (found.left, found.elsewhere) == (len(held), len(held)) and "cells are still missing" in found.table
+    runs = place / "work/runs"
+    assert len(list(runs.glob("*/summary.json"))) == 2 * (3 - len(held))
+    found = ablate(options)
+    assert (found.left, found.elsewhere, found.done_before) == (0, 0, 3 - len(held))
+    assert len(list(runs.glob("*/summary.json"))) == 6 and not list(options.workdir.rglob("*.lock"))
+
+
+def test_data_and_models_are_made_by_one_process_at_a_time(place, monkeypatch, caplog):
+    change(place, matrix={"objective": "sft", "scheme": "sft", "seed": 0})
+    stack, order = ExitStack(), []
+    stack.enter_context(one_run(place / "work/prepare.lock", first=True))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: (order.append("waited"), stack.close()))
+    original = module.prepare
+    monkeypatch.setattr(module, "prepare", lambda *given: (order.append("prepared"), original(*given)))
+    with caplog.at_level("INFO"):
+        assert ablate(options_of(place)).left == 0
+    assert order == ["waited", "prepared"]
+    assert "waiting for another process, which makes data and models" in caplog.text
 
 
 def test_emoji_vqa_and_its_models_are_made(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from switchkd.errors import ConfigError
+from switchkd.errors import ConfigError, InUse
 
 LOCK = ".lock"
 # What file systems without locks answer (some network and FUSE file systems).
@@ -31,7 +31,7 @@ def one_run(folder: Path, first: bool) -> Iterator[None]:
         first: whether this is the first of the run's processes, the only one that locks.
 
     Raises:
-        ConfigError: another run holds the lock, named by host and process id; or the folder cannot be written.
+        InUse: another run holds the lock, named by host and process id. ConfigError: the folder cannot be written.
     """
     if not first:
         yield
@@ -59,7 +59,7 @@ def one_run(folder: Path, first: bool) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int:
-    """Return the descriptor of the locked file. Raises ConfigError if another process holds the lock."""
+    """Return the descriptor of the locked file. Raises InUse if another process holds the lock."""
     path = folder / LOCK
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -72,7 +72,7 @@ def _lock(folder: Path) -> int:
             os.close(handle)
             if not isinstance(error, BlockingIOError):
                 raise
-            raise ConfigError(
+            raise InUse(
                 f"{folder} belongs to a run that is still going, {_holder(path)}: wait for its end or stop it, or pass another "
                 "--output"
             ) from None
