@@ -28,6 +28,7 @@ from switchkd.positions import targets
 BLUR = 1 / 16  # standard deviation of the Gaussian, as a share of the image's longer side
 NORMAL_95 = 1.6449  # one-sided 95 % point of the normal distribution
 FEWEST = 16  # fewer samples, of all kinds or of one, are reported and not judged
+LEAST_EXPLAINED = 0.9  # of the variance; rounding and batches leave less than 0.01, a tenth of the rows astray some 0.2
 NO_KIND = "other"
 CHUNK_POSITIONS = 512  # whose logits are computed at a time
 
@@ -73,7 +74,7 @@ class VisualAdvantage:
     by_kind: Mapping[str, Advantage]
     stored: Advantage | None = None  # of a store's logits in place of the model's at sharp images
     stored_error: float | None = None  # mean distance of a store's visual advantages, in nats a position
-    spread: float = 0.0  # mean distance of the model's own visual advantages from their mean, in nats a position
+    explained: float = 1.0  # share of the variance of the model's own that those of the store explain (R²)
 
     @property
     def warnings(self) -> list[str]:
@@ -94,11 +95,11 @@ class VisualAdvantage:
                 f"the images of this capture went astray: the live teacher gains {self.every.mean:.3f} nats an answer from a sharp "
                 f"image, what is stored {self.stored.mean:.3f}. Cache again"
             )
-        if self.stored_error is not None and self.stored_error > self.spread:
+        if self.stored_error is not None and self.explained < LEAST_EXPLAINED:
             found.append(
                 f"the visual advantages that the store holds are {self.stored_error:.3f} nats a position from the live "
-                f"teacher's, which vary by {self.spread:.3f} themselves: they tell nothing. Cache again, or train without "
-                "--weight-by visual-advantage"
+                f"teacher's, and explain {max(self.explained, 0.0):.0%} of their variance: some belong to other images. Cache "
+                "again, or train without --weight-by visual-advantage"
             )
         blind = [kind for kind, one in self.by_kind.items() if one.samples >= FEWEST and not one.is_clear]
         if blind and len(self.by_kind) > 1:
@@ -230,8 +231,10 @@ def summarise(
     every, gain = Advantage.of(sharp, blurred), measured.sharp - measured.blurred
     if advantages_of_store is None or not len(gain):
         return VisualAdvantage(every, by_kind, of_store)
-    error = float((advantages_of_store - gain).abs().mean())
-    return VisualAdvantage(every, by_kind, of_store, error, float((gain - gain.mean()).abs().mean()))
+    error = advantages_of_store - gain
+    left, total = float(error.square().sum()), float((gain - gain.mean()).square().sum())
+    explained = 1 - left / total if total else float(left == 0)
+    return VisualAdvantage(every, by_kind, of_store, float(error.abs().mean()), explained)
 
 
 def _of_samples(values: Tensor, positions: Sequence[int]) -> NDArray[np.float64]:
@@ -258,7 +261,7 @@ def lines_of(found: VisualAdvantage) -> list[str]:
         )
     if found.stored_error is not None:
         out.append(
-            f"the store's visual advantages are {found.stored_error:.4f} nats a position from these, which vary by "
-            f"{found.spread:.4f}"
+            f"the store's visual advantages are {found.stored_error:.4f} nats a position from these, and explain "
+            f"{max(found.explained, 0.0):.2%} of their variance"
         )
     return out + [f"warning: {text}" for text in found.warnings]

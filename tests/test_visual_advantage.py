@@ -220,17 +220,33 @@ def test_stored_visual_advantages_are_compared(store, monkeypatch):
     cache_teacher(CacheOptions(out=out, part_size=20, template="qa", visual_advantage=True, **given))
     options = AuditOptions(out, samples=41, **given)
     found = audit(options).looking
-    assert 0 < found.stored_error < 0.002 < 0.1 < found.spread and found.warnings == []
+    assert 0 < found.stored_error < 0.002 and found.explained > 0.9999 and found.warnings == []
     assert "the store's visual advantages are 0.00" in "\n".join(lines_of(found))
     original = TeacherStore.payload
 
-    def stray(self, indices):
-        payload = original(self, indices)
-        return replace(payload, visual_advantage=np.roll(payload.visual_advantage, 2))
+    def half_astray(values):
+        return np.where(np.arange(len(values)) < len(values) / 2, np.roll(values, 2), values)
 
-    monkeypatch.setattr(TeacherStore, "payload", stray)
-    (warning,) = audit(options).looking.warnings
-    assert "they tell nothing. Cache again, or train without --weight-by visual-advantage" in warning
+    for change in (lambda values: np.roll(values, 2), np.zeros_like, lambda values: values * 0 + 3, half_astray):
+
+        def stray(self, indices, change=change):
+            payload = original(self, indices)
+            return replace(payload, visual_advantage=change(payload.visual_advantage))
+
+        monkeypatch.setattr(TeacherStore, "payload", stray)
+        (warning,) = audit(options).looking.warnings
+        assert "some belong to other images. Cache again, or train without --weight-by visual-advantage" in warning
+
+
+def test_the_share_of_the_variance_that_stored_advantages_explain():
+    """R², by its definition; where nothing varies, 1 for the same values and 0 for others."""
+    gains = np.random.default_rng(1).exponential(size=40)
+    measured = Measured(["a"] * 20, [2] * 20, torch.from_numpy(gains), torch.zeros(40, dtype=torch.float64))
+    for stored in (gains, gains + 0.01, np.zeros(40), gains[::-1].copy()):
+        found = summarise(measured, None, torch.from_numpy(stored)).explained
+        assert found == pytest.approx(1 - ((stored - gains) ** 2).mean() / gains.var())
+    same = Measured(["a"], [2], torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    assert [summarise(same, None, torch.full((2,), v, dtype=torch.float64)).explained for v in (1.0, 0.5)] == [1.0, 0.0]
 
 
 def test_a_capture_whose_images_went_astray_is_named(store, monkeypatch):

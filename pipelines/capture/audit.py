@@ -169,8 +169,8 @@ def _gather(
         kept = visual_advantage.log_probs_of_signal(trained_from, targets(columns["labels"]))
         counts = torch.tensor([sample.positions for batch in encoded for sample in batch])
         on_image = columns["has_image"].repeat_interleave(counts)
-        held = store.payload(chosen).visual_advantage
-        gains = None if held is None else torch.from_numpy(held).double()[on_image]
+        held = read.teacher_visual_advantage
+        gains = None if held is None else held.double().cpu()[on_image]
         looking = visual_advantage.summarise(measured, kept[on_image], gains)
     found = _Positions(
         signals,

@@ -97,10 +97,9 @@ def _run(options: TrainOptions, request: StopRequest) -> TrainSummary:
     trainer = _make_trainer(inputs, models, arguments, stopping, best)
     if models.extra_terms is not None:
         with trainer.accelerator.autocast():
-            chosen = models.extra_terms.prepare(inputs.samples, trainer.data_collator, arguments.device)
-        if begun:
-            check_record(run, chosen, later=chosen)
-        made_from |= chosen
+            made_from |= models.extra_terms.prepare(
+                inputs.samples, trainer.data_collator, arguments.device, recorded=before
+            )
     if not before and trainer.is_world_process_zero():
         plain = yaml.safe_dump(to_plain(options) | made_from | ({} if begun else {SEALED: True}), sort_keys=False)
         write_atomically(run / RECORD, plain, durable=True)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from dataclasses import replace
 
 import baseline_runs
@@ -189,11 +190,27 @@ def test_a_resumed_run_chooses_the_same_layer(live, tmp_path, monkeypatch):
     assert chosen == yaml.safe_load((whole.output / "run.yaml").read_text())["chosen_attention_layer"]
     written = record.read_text()
     record.write_text(written.replace(f"chosen_attention_layer: {chosen}", f"chosen_attention_layer: {1 - chosen}"))
-    with pytest.raises(ConfigError, match=f"chosen_attention_layer: run {1 - chosen}, now {chosen}"):
-        train(live(NAME))
+    shutil.copytree(live(NAME).output, tmp_path / "other")  # as if a machine that rounds otherwise had begun the run
     record.write_text(written)
     train(live(NAME))
     training.assert_same_weights(training.weights(live(NAME).output), training.weights(whole.output))
+    other = live(NAME, output=tmp_path / "other")
+    train(other)
+    assert yaml.safe_load((other.output / "run.yaml").read_text())["chosen_attention_layer"] == 1 - chosen
+    assert history(other.output)[-1]["loss_iva"] != history(whole.output)[-1]["loss_iva"]
+
+
+def test_the_first_process_chooses_for_all(live, monkeypatch):
+    """Whatever this process finds, the layer that arrives from the first one is trained with."""
+    losses = []
+    for layer in (0, 1):
+        monkeypatch.setattr(focus, "from_first_process", lambda choose, layer=layer: layer)
+        run = live(NAME, batch_size=12, steps=1)
+        run = replace(run, output=run.output.with_name(f"sent-{layer}"))
+        train(run)
+        assert yaml.safe_load((run.output / "run.yaml").read_text())["chosen_attention_layer"] == layer
+        losses.append(history(run.output)[0]["loss_iva"])
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(
@@ -229,4 +246,4 @@ def test_an_llm_without_attention_is_named(live):
     for layer in teacher.model.language_model.layers:
         del layer.self_attn
     with pytest.raises(CheckpointError, match="has no self_attn in any layer"):
-        terms.prepare([], lambda items: {}, torch.device("cpu"))
+        terms.prepare([], lambda items: {}, torch.device("cpu"), {})

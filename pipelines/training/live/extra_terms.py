@@ -6,7 +6,7 @@ any number of processes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -96,11 +96,18 @@ class ExtraTerms(ABC):
         if hasattr(student, ADAPTERS):
             delattr(student, ADAPTERS)
 
-    def prepare(self, samples: Any, collate: Callable[[Any], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    def prepare(
+        self,
+        samples: Any,
+        collate: Callable[[Any], dict[str, Any]],
+        device: torch.device,
+        recorded: Mapping[str, Any],
+    ) -> dict[str, Any]:
         """Set what depends on the data, with the teacher on its device; called in every process before the first step.
 
         Args:
             samples: of the run, the same in every process and when the run is resumed. collate: makes a batch's columns of some.
+            recorded: the record of the run that is resumed, whose choice is taken again; empty for a new one.
 
         Returns:
             What was chosen, for the run's record: name → YAML value.

@@ -1,7 +1,7 @@
 """Align-TI's instruction-aware vision alignment (IVA), with the live teacher: its loss term and the choice of its layer."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -28,6 +28,7 @@ from switchkd.pipelines.training.live.extra_terms import VisualLogitTerms, after
 from switchkd.positions import IGNORED
 
 SCORED_IMAGES, SCORED_AT_ONCE = 32, 4  # by which the layer is chosen, and in one forward pass
+CHOSEN = "chosen_attention_layer"  # of the run's record
 log = logging.getLogger(__name__)
 
 
@@ -40,11 +41,17 @@ class InstructionFocusTerms(VisualLogitTerms):
         """See `ExtraTerms.attach`; attention is read of the teacher alone."""
         use_eager_attention(self.source.teacher)
 
-    def prepare(self, samples: Any, collate: Callable[[Any], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    def prepare(
+        self,
+        samples: Any,
+        collate: Callable[[Any], dict[str, Any]],
+        device: torch.device,
+        recorded: Mapping[str, Any],
+    ) -> dict[str, Any]:
         """Choose the teacher's layer with the highest instruction-relevance score, if none was given; see `ExtraTerms.prepare`.
 
-        The score compares how a layer attends to an image under its own instruction and under that of another sample. Every
-        process computes it, since a teacher may be sharded; the first one's choice is taken, so that rounding cannot part them.
+        The score compares how a layer attends to an image under its own instruction and under that of another sample. The first
+        process's choice is taken by all, and again when the run is resumed, so that rounding cannot part them.
 
         Raises:
             CheckpointError: the teacher's LLM has no self-attention.
@@ -52,6 +59,9 @@ class InstructionFocusTerms(VisualLogitTerms):
         """
         if self.source.attention_layers:
             return {}
+        if CHOSEN in recorded:
+            self.source.attention_layers = (recorded[CHOSEN],)
+            return {CHOSEN: recorded[CHOSEN]}
         teacher, encoded = self.source.teacher, _some_with_image(samples, SCORED_IMAGES)
         layers = layers_with_attention(teacher)
         if not layers:
@@ -77,7 +87,7 @@ class InstructionFocusTerms(VisualLogitTerms):
             "(lowest %.3f, mean %.3f; %s, two instructions each)",
             self.name, layers[best], depth_of(teacher), scores[best], scores.min(), scores.mean(), counted(len(pairs), "image"),
         )  # fmt: skip
-        return {"chosen_attention_layer": layers[best]}
+        return {CHOSEN: layers[best]}
 
     def of_images(self, student: Any, batch: Batch, states: Tensor, kept: Tensor, seen: Seen) -> Tensor:
         """See `ExtraTerms.of_images`, [images, 1]."""
