@@ -1,9 +1,10 @@
 """Wall time of the steps of long work, stored in a file, so that the time of earlier, interrupted runs is included."""
 
+import fcntl
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from switchkd.pipelines.run_folder import write_atomically
@@ -23,10 +24,20 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds = self._read()
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+            spent = time.monotonic() - start
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, json.dumps(self.seconds))
+            with self._alone():
+                self.seconds = self._read()
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+                write_atomically(self.path, json.dumps(self.seconds))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from writing between our reading and writing, where the file system has locks."""
+        with self.path.with_name(f".{self.path.name}.lock").open("w") as handle:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def _read(self) -> dict[str, float]:
         return json.loads(self.path.read_text()) if self.path.is_file() else {}

@@ -63,7 +63,7 @@ def ablate(options: AblateOptions) -> Ablation:
     watch, start = Stopwatch(options.workdir / "seconds.json"), time.monotonic()
     before = sum(job.result.is_file() for job in jobs)
     files: tuple[Path, ...] = ()
-    elsewhere = 0
+    held: list[Job] = []
     with Progress(recipe.name, len(jobs), "cells", done=before, bar=False) as progress:
         for job in jobs:
             if job.result.is_file():
@@ -76,9 +76,9 @@ def ablate(options: AblateOptions) -> Ablation:
                     if job.result.is_file():
                         continue  # finished by another process since
                     found = _finish(job, options, watch)
-            except InUse as held:
-                log.info("left to another process: %s", held)
-                elsewhere += 1
+            except InUse as error:
+                log.info("left to another process: %s", error)
+                held.append(job)
                 continue
             files = write_report(options.workdir, recipe, _results(jobs), final=False)
             progress.advance(1, note=f"{job.name}: {found.measure} {found}")
@@ -93,13 +93,13 @@ def ablate(options: AblateOptions) -> Ablation:
         len(jobs),
         before,
         left,
-        min(elsewhere, left),
+        sum(not job.result.is_file() for job in held),
     )
 
 
 @contextmanager
 def _in_turn(folder: Path) -> Iterator[None]:
-    """Hold a lock, after waiting for the process that has it."""
+    """Hold a lock, after waiting for the process that has it: what is made here is made once."""
     waited = False
     with ExitStack() as stack:
         while True:
@@ -108,7 +108,7 @@ def _in_turn(folder: Path) -> Iterator[None]:
                 break
             except InUse as held:
                 if not waited:
-                    log.info("waiting for another process, which makes data and models: %s", held)
+                    log.info("waiting for another process, which makes what is needed here: %s", held)
                 waited = True
                 time.sleep(POLL_SECONDS)
         yield
@@ -118,7 +118,8 @@ def _finish(job: Job, options: AblateOptions, watch: Stopwatch) -> Evaluation:
     """Run the remaining steps of a job, write its result, and return its evaluation."""
     for run in job.runs:
         if run.cache is not None:
-            with watch.timing(f"cache {Path(str(run.cache.out)).name}"):
+            store = Path(str(run.cache.out))
+            with _in_turn(store.with_suffix(".lock")), watch.timing(f"cache {store.name}"):
                 cache_teacher(run.cache)
         if not (run.options.output / SUMMARY).is_file():
             with watch.timing(run.name):

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,7 +157,7 @@ def write_untrained(path: Path, model: Any, seed: int, suite: str) -> None:
     if isinstance(model, str) or path.exists():
         return
     spec = _SHIPPED[suite][model["shipped"]] if "shipped" in model else model
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}")
     easy_vqa.write_checkpoint(
         unfinished,
         vision=spec["vision"],
@@ -170,9 +167,4 @@ def write_untrained(path: Path, model: Any, seed: int, suite: str) -> None:
         tower=TOWER_WEIGHTS if spec.get("tower") else None,
         words=vocabulary() if suite == "emoji-vqa" else None,
     )
-    try:
-        unfinished.rename(path)
-    except OSError:
-        if not path.exists():
-            raise
-        shutil.rmtree(unfinished)  # another ablation in this folder was faster; its model is the same
+    unfinished.rename(path)

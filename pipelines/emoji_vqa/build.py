@@ -41,6 +41,7 @@ from switchkd.pipelines.run_folder import write_atomically
 
 CAPTION, CAPTIONS, CONVERSATIONS = "caption", "captions.json", "conversations.json"
 MARKER = "<image>\n"
+Rows = list[dict[str, Any]]
 REPORT = "report.json"  # written last: a folder with it is complete
 GREY = "grey.png"
 CHUNK_IMAGES = 100  # drawn from one seed
@@ -127,9 +128,7 @@ def styles(kinds: Mapping[str, str | None]) -> dict[str, Style]:
     }
 
 
-def conversations(
-    questions: Sequence[Mapping[str, Any]], captions: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def conversations(questions: Sequence[Mapping[str, Any]], captions: Sequence[Mapping[str, Any]]) -> Rows:
     """Return a row for each captioned image: its questions in an order drawn from its name, then its caption.
 
     An image is read once for all its questions. The caption is last, since the answers before it would follow from its text.
@@ -155,12 +154,9 @@ def _row(image: str, name: str | int, kind: str, question: str, answer: str) -> 
     return {"id": f"{image}/{name}", "image": image, "question_type": kind, "conversations": turns}
 
 
-Rows = list[dict[str, Any]]
-
-
 @dataclass(frozen=True)
 class _Chunks:
-    """Draws a chunk of a split: (split, number of the first image, how many) → the rows of its questions and of its captions."""
+    """Draws a chunk of a split: (split, number of the first image, how many) → the rows of its questions, and captions in `train`."""
 
     folder: Path
     drawings: Drawings
@@ -181,7 +177,8 @@ class _Chunks:
             for index, one in enumerate(asked):
                 row = _row(name, index, one.kind, one.question, one.answer)
                 rows.append(row | ({"unit": f"{name}/{one.unit}"} if one.unit else {}))
-            captions.append(_row(name, CAPTION, CAPTION, DESCRIBE, caption_of(maker.shown, self.size)))
+            if split == "train":
+                captions.append(_row(name, CAPTION, CAPTION, DESCRIBE, caption_of(maker.shown, self.size)))
         return rows, captions
 
 
@@ -204,7 +201,7 @@ def _draw(
     with Progress("drawing", sum(counts.values()), "images") as progress:
         for (split, _, count), (asked, shown) in zip(chunks, in_order(work, chunks, workers), strict=True):
             rows[split] += asked
-            captions += shown if split == "train" else []
+            captions += shown
             progress.advance(count)
     return rows, captions
 

@@ -207,7 +207,7 @@ def test_cells_of_another_process_are_left_to_it(place, launch):
     assert len(list(runs.glob("*/summary.json"))) == 2 * (3 - len(held))
     found = ablate(options)
     assert (found.left, found.elsewhere, found.done_before) == (0, 0, 3 - len(held))
-    assert len(list(runs.glob("*/summary.json"))) == 6 and not list(options.workdir.rglob("*.lock"))
+    assert len(list(runs.glob("*/summary.json"))) == 6 and not list((place / "work/cells").glob("*.lock"))
 
 
 def test_data_and_models_are_made_by_one_process_at_a_time(place, monkeypatch, caplog):
@@ -220,7 +220,22 @@ def test_data_and_models_are_made_by_one_process_at_a_time(place, monkeypatch, c
     with caplog.at_level("INFO"):
         assert ablate(options_of(place)).left == 0
     assert order == ["waited", "prepared"]
-    assert "waiting for another process, which makes data and models" in caplog.text
+    assert "waiting for another process, which makes what is needed here" in caplog.text
+
+
+def test_a_store_is_made_by_one_process_at_a_time(place, monkeypatch):
+    """The second one waits, and finds it complete."""
+    change(place, matrix={"switch": False, "scheme": "dft", "seed": 0})
+    options = options_of(place)
+    jobs = plan_jobs(read_recipe(options.recipe, {}, options.workdir), options)
+    (store,) = {run.cache.out for job in jobs for run in job.runs if run.cache is not None}
+    stack, order = ExitStack(), []
+    stack.enter_context(one_run(store.with_suffix(".lock"), first=True))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: (order.append("waited"), stack.close()))
+    original = module.cache_teacher
+    monkeypatch.setattr(module, "cache_teacher", lambda given: (order.append("cached"), original(given)))
+    assert ablate(options).left == 0
+    assert order == ["waited", "cached"]
 
 
 def test_emoji_vqa_and_its_models_are_made(tmp_path, monkeypatch):

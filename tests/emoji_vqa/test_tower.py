@@ -132,20 +132,6 @@ def test_the_models_that_ship_can_be_made(name, tmp_path, monkeypatch):
     assert any(torch.equal(tensor, tower) for tensor in saved.values()) == (name == "student")
 
 
-def test_the_model_of_another_process_that_was_faster_is_kept(tmp_path, monkeypatch):
-    path = tmp_path / "model"
-
-    def make_both(folder, **_):
-        for each in (folder, path):
-            each.mkdir()
-            (each / "config.json").write_text(each.name)
-
-    monkeypatch.setattr(small_models.easy_vqa, "write_checkpoint", make_both)
-    write_untrained(path, {"shipped": "teacher"}, 0, "emoji-vqa")
-    assert [each.name for each in tmp_path.iterdir()] == ["model"]
-    assert (path / "config.json").read_text() == "model"
-
-
 def test_other_weights_are_another_model(tmp_path, monkeypatch):
     """A cell's name holds what ships, so that no result of other weights is taken for its own."""
     for spec, weights in (({"shipped": "teacher"}, "teacher"), ({"tower": "pretrained"}, "tower")):
