@@ -102,7 +102,7 @@ test-triton: install  ## Triton's kernels in its interpreter, on a CPU, and comp
 test-emoji-vqa: install  ## EmojiVQA whole, from npm packages (26 MB): the published bytes
 	$(BIN)/python -m pytest -m slow tests/emoji_vqa
 
-emoji-models: install  ## train the models of EmojiVQA: a teacher, a student, with TOWER=--tower the tower (build/emoji-models; two hours)
+emoji-models: install  ## train the models of EmojiVQA: a teacher, a student, with TOWER=--tower the tower (build/emoji-models; 80 minutes)
 	$(BIN)/python -m switchkd.pipelines.demo.emoji_models build/emoji-models $(TOWER)
 
 test-gpu: install  ## selection, losses, capture and training on a CUDA device, beside the CPU

@@ -1,8 +1,8 @@
 """Train the models of EmojiVQA: the tower that ships, and the teacher and student of `switchkd ablate evidence-pilot`.
 
-`make emoji-models` takes some two hours on two cores with bfloat16 arithmetic. The same command goes on with what is there. The
-models are trained on a suite of their own, three times the published one, drawn from another seed. Weights that are trained on
-another machine differ by rounding, and so do their scores.
+`make emoji-models` takes 80 minutes of one core with bfloat16 arithmetic, and 25 more with the tower. The same command goes on
+with what is there. The models are trained on a suite of their own, three times the published one, drawn from another seed.
+Weights that are trained on another machine differ by rounding, and so do their scores.
 """
 
 from pathlib import Path

@@ -156,7 +156,7 @@ def _row(image: str, name: str | int, kind: str, question: str, answer: str) -> 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """Draws a chunk of a split: (split, number of the first image, how many) → the rows of its questions, and captions in `train`."""
+    """Draws a chunk of a split: (split, first image, how many) → the rows of its questions, and captions in `train`."""
 
     folder: Path
     drawings: Drawings

@@ -184,13 +184,38 @@ def test_the_registered_experiment_has_its_arms():
     ]
     assert [cell.steps for cell in cells] == [None, 6300, None, None, None, None, None]
     assert [cell.lr for cell in cells] == [0.001, 0.001, 0.001, 0.003, 0.001, 0.001, 0.001]
-    assert found.compare.pairs[:2] == (("Switch-KD", "Align"), ("Switch-KD", "SFT"))
+    pairs = [("Switch-KD", "Align"), ("Switch-KD", "SFT"), ("Switch-KD", "SFT at equal FLOP"), ("VSD", "switch-CE")]
+    pairs += [("switch-CE", "SFT"), ("Align", "SFT"), ("Switch-KD", "VSD")]
+    assert list(found.compare.pairs) == pairs
     tuned = read_recipe("evidence-tune", {}, WORK)
     assert [(c.objective, c.switch, c.align_weight) for c in tuned.cells[::3]] == [
         (c.objective, c.switch, c.align_weight) for c in cells if c.steps is None
     ]
     assert tuned.evaluate["data"].name == "val.json" and found.evaluate["data"].name == "primary.json"
     assert not {cell.seed for cell in tuned.cells} & {cell.seed for cell in found.cells}
+
+
+def test_the_pilot_has_the_arms_and_steps_that_are_registered():
+    """docs/evidence.md, B: the student that ships, 800 steps, SFT also at equal FLOP, one rate and a smaller one of the tower."""
+    found = read_recipe("evidence-pilot", {}, WORK)
+    cells = [cell for cell in found.cells if cell.seed == 0]
+    assert [(c.objective, c.switch, c.align_weight, c.steps) for c in cells] == [
+        ("sft", False, None, None),
+        ("sft", False, None, 1680),
+        ("dbild-rkl", False, None, None),
+        ("dbild-rkl", True, 0.0, None),
+        ("dbild-rkl", True, None, None),
+        ("switch-ce", True, None, None),
+    ]
+    assert {(cell.student, cell.lr) for cell in cells} == {("pretrained", 0.001)}
+    assert (found.students["pretrained"], found.teachers["large"]) == ({"shipped": "student"}, {"shipped": "teacher"})
+    options = AblateOptions(recipe="evidence-pilot", workdir=WORK)
+    runs = {run.options.objective: run.options for job in plan_jobs(found, options) for run in job.runs}
+    for run in runs.values():
+        assert (run.lr_vision, run.batch_size, run.precision) == (0.0003, 32, "bfloat16")
+        assert run.data.name == "conversations.json"
+    assert runs["switch-ce"].steps == 800
+    assert {name for pair in found.compare.pairs for name in pair} == set(found.compare.arms)
 
 
 MISTAKES = {
