@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,13 @@ def untrained_path(folder: Path, name: str, model: Any, seed: int) -> Path:
     if made.get("shipped") in list(SHIPPED_WITH_EMOJI_VQA):
         _, weights = SHIPPED_WITH_EMOJI_VQA[made["shipped"]]
     if weights is not None:
-        made["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        made["sha256"] = _digest(weights)
     return folder / f"{name}-{hash_json([made, seed])[:8]}"
+
+
+@cache  # every cell of a recipe asks for it
+def _digest(weights: Path) -> str:
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def write_untrained(path: Path, model: Any, seed: int, suite: str) -> None:
